@@ -1,0 +1,53 @@
+"""Truncated backpropagation through time with overlapping windows and bounded memory."""
+
+from tbptt_ckpt.engine import TBPTT
+from tbptt_ckpt.errors import (
+    ArgumentError,
+    InfeasibleBudgetError,
+    NonFiniteError,
+    ScheduleError,
+    SnapshotError,
+    StaleWeightsError,
+    TbpttError,
+)
+from tbptt_ckpt.plans import WindowPlan
+from tbptt_ckpt.results import TrainResult, WindowResult
+from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.single_window import WindowGradient, run_window, unroll
+from tbptt_ckpt.sources import Source, TensorSequence
+from tbptt_ckpt.strategies import Retain, Revolve, Sqrt, Step, Uniform
+from tbptt_ckpt.verification import Verification, verify
+from tbptt_ckpt.windows import Window, tbptt_windows
+
+__all__ = [
+    "TBPTT",
+    "Advance",
+    "ArgumentError",
+    "Differentiate",
+    "Drop",
+    "InfeasibleBudgetError",
+    "Keep",
+    "NonFiniteError",
+    "Retain",
+    "Revolve",
+    "Schedule",
+    "ScheduleError",
+    "SnapshotError",
+    "Source",
+    "Sqrt",
+    "StaleWeightsError",
+    "Step",
+    "TbpttError",
+    "TensorSequence",
+    "TrainResult",
+    "Uniform",
+    "Verification",
+    "Window",
+    "WindowGradient",
+    "WindowPlan",
+    "WindowResult",
+    "run_window",
+    "tbptt_windows",
+    "unroll",
+    "verify",
+]

@@ -1,0 +1,94 @@
+"""What a step reads and changes besides its arguments: random generators and buffers.
+
+Both belong to a boundary state: a step that runs again must draw the numbers it drew when
+it was new and find the buffers it found then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from tbptt_ckpt.buffers import BufferValue, find_buffers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AmbientState:
+    """Generators and buffers at one step.
+
+    States between which nothing was drawn or changed share these parts, or are one
+    object, so that keeping many of them costs nothing.
+    """
+
+    cpu_random: Tensor
+    device_random: tuple[Tensor, ...]
+    buffers: tuple[BufferValue, ...]
+
+
+class Ambient:
+    """Captures and restores the generators of all devices in use and the buffers of modules.
+
+    Args:
+        modules: Whose buffers count; anything that is not an `nn.Module` is passed over.
+        tensors: Name the devices whose generators count, besides the CPU's.
+    """
+
+    def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
+        self._buffers = find_buffers(modules)
+        self._device_ids, self._device_type, self._examples = _accelerators(tensors)
+        self._last: AmbientState | None = None
+
+    def about_to_run(self) -> None:
+        """Steps run from here on."""
+        for buffer in self._buffers:
+            buffer.about_to_run()
+
+    def capture(self) -> AmbientState:
+        """The present state; the very object returned before where nothing has changed."""
+        cpu_random, device_random = torch.get_rng_state(), self._get_device_states()
+        buffers = tuple(buffer.capture() for buffer in self._buffers)
+        last = self._last
+        if last is not None:
+            cpu_random = _shared(cpu_random, last.cpu_random)
+            device_random = tuple(map(_shared, device_random, last.device_random))
+            unchanged = cpu_random is last.cpu_random and all(
+                new is old
+                for new, old in zip(
+                    (*device_random, *buffers), (*last.device_random, *last.buffers), strict=True
+                )
+            )
+            if unchanged:
+                return last
+        self._last = AmbientState(cpu_random, device_random, buffers)
+        return self._last
+
+    def restore(self, state: AmbientState) -> None:
+        """Put generators and buffers back to `state`."""
+        torch.set_rng_state(state.cpu_random)
+        if self._device_ids:
+            set_device_states(
+                self._device_ids, list(state.device_random), device_type=self._device_type
+            )
+        for buffer, value in zip(self._buffers, state.buffers, strict=True):
+            buffer.restore(value)
+        self._last = state
+
+    def _get_device_states(self) -> tuple[Tensor, ...]:
+        return tuple(get_device_states(*self._examples)[1]) if self._examples else ()
+
+
+def _accelerators(tensors: Iterable[Tensor]) -> tuple[list[int], str | None, list[Tensor]]:
+    """Device indices, their type, and a tensor on each accelerator among `tensors`."""
+    examples = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
+    if not examples:
+        return [], None, []
+    found = list(examples.values())
+    return list(get_device_states(*found)[0]), found[0].device.type, found
+
+
+def _shared(new: Tensor, old: Tensor) -> Tensor:
+    return old if bytes(new.numpy()) == bytes(old.numpy()) else new

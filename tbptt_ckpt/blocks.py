@@ -1,0 +1,140 @@
+"""Consecutive steps packed into tensors, read step by step or as a segment."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.losses import StepWeight
+from tbptt_ckpt.state import Tree, map_tensors, replace_tensors, tensors_of
+
+# Views made at a time when a block is read step by step; each costs host memory.
+_VIEWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Values of consecutive steps that cannot be one tensor: other types, other shapes."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBlock:
+    """The steps `[start, stop)`.
+
+    Attributes:
+        start: First step.
+        stop: End.
+        inputs: Nested tensors with time on `time_dim`, or a `Column`.
+        targets: The same; None where no step has a target.
+        weight: [n] or [n, B] on the CPU, zero where a target is absent; None stands for ones.
+        time_dim: Where time is.
+    """
+
+    start: int
+    stop: int
+    inputs: Tree
+    targets: Tree
+    weight: Tensor | None
+    time_dim: int
+
+    def part(self, start: int, stop: int) -> StepBlock:
+        """The steps `[start, stop)` of the block, as views."""
+        if (start, stop) == (self.start, self.stop):
+            return self
+        low, high = start - self.start, stop - self.start
+        return StepBlock(
+            start,
+            stop,
+            _slice(self.inputs, low, high, self.time_dim),
+            _slice(self.targets, low, high, self.time_dim),
+            None if self.weight is None else self.weight[low:high],
+            self.time_dim,
+        )
+
+    def step_weights(self) -> list[StepWeight] | None:
+        """The weight of each step; None where every step has a target and weight one."""
+        if self.targets is None:
+            return [0.0] * (self.stop - self.start)
+        return None if self.weight is None else self.weight.tolist()
+
+    def num_tokens(self) -> int:
+        """Steps times lanes, without the lanes whose weight is zero."""
+        if self.weight is not None and self.weight.dim() == 2:
+            return int(torch.count_nonzero(self.weight))
+        return (self.stop - self.start) * self._num_lanes()
+
+    def _num_lanes(self) -> int:
+        """Lanes of one step: its first dimension, where its inputs have one for lanes."""
+        first = self.inputs.values[0] if isinstance(self.inputs, Column) else self.inputs
+        tensors = tensors_of(first)
+        if not tensors:
+            return 1
+        shape = list(tensors[0].shape)
+        if not isinstance(self.inputs, Column):
+            del shape[self.time_dim]
+        is_one_lane = len(shape) == 1 and tensors[0].is_floating_point()  # its features
+        return shape[0] if shape and not is_one_lane else 1
+
+    def step_inputs(self) -> Iterator[Any]:
+        """The input of each step, without its time dimension."""
+        return _unpack(self.inputs, self.time_dim, self.stop - self.start)
+
+    def step_targets(self) -> Iterator[Any]:
+        """The target of each step, without its time dimension."""
+        return _unpack(self.targets, self.time_dim, self.stop - self.start)
+
+
+def narrow_blocks(blocks: Sequence[StepBlock], start: int, stop: int) -> Iterator[StepBlock]:
+    """The steps `[start, stop)`, block by block."""
+    position = bisect_right(blocks, start, key=lambda block: block.start) - 1
+    while start < stop:
+        block = blocks[position]
+        end = min(stop, block.stop)
+        yield block.part(start, end)
+        start, position = end, position + 1
+
+
+def to_time_dim(tree: Tree, source_dim: int, module_dim: int) -> Tree:
+    """A view with time where the module wants it; tensors of one dimension stay."""
+    if source_dim == module_dim:
+        return tree
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= max(source_dim, module_dim):
+            return tensor
+        return tensor.movedim(source_dim, module_dim)
+
+    return map_tensors(move, tree)
+
+
+def _slice(tree: Tree, low: int, high: int, time_dim: int) -> Tree:
+    if isinstance(tree, Column):
+        return Column(tree.values[low:high])
+    return map_tensors(lambda t: t.narrow(time_dim, low, high - low), tree)
+
+
+def _unpack(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+    if isinstance(tree, Column):
+        return iter(tree.values)
+    if tree is None:
+        return repeat(None, num_steps)
+    return _unbind(tree, time_dim, num_steps)
+
+
+def _unbind(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+    for low in range(0, num_steps, _VIEWS):
+        views = _slice(tree, low, min(low + _VIEWS, num_steps), time_dim)
+        if isinstance(views, Tensor):
+            yield from views.unbind(time_dim)
+            continue
+        columns: Iterable[Any] = (t.unbind(time_dim) for t in tensors_of(views))
+        for leaves in zip(*columns, strict=True):
+            yield replace_tensors(views, list(leaves))

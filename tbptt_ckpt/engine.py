@@ -1,0 +1,138 @@
+"""`TBPTT`: truncated backpropagation through time over a sequence of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tbptt_ckpt.modules import check_differentiable
+from tbptt_ckpt.results import TrainResult, WindowResult
+from tbptt_ckpt.schedule import Action
+from tbptt_ckpt.sequence_run import SequenceRun
+from tbptt_ckpt.settings import check_memory_budget, make_settings
+from tbptt_ckpt.windows import check_reach
+
+
+class TBPTT:
+    """Updates the weights every `k1` steps, from gradients that reach `k2` steps back.
+
+    Consecutive windows overlap where `k2 > k1`. No graph is retained for the overlap:
+    detached states are kept at segment boundaries, and segments are recomputed in each
+    window's backward. The gradient is fixed by `(k1, k2, loss, overlap)`; `strategy` and
+    `executor` change only memory and time.
+
+    Args:
+        module: Per step `(x_t, state) -> (y_t, state)`, or over a segment
+            `(x[t0:t1], state) -> (y[t0:t1], state)`. `nn.RNN/LSTM/GRU` and their cells are
+            recognised.
+        loss_fn: `(y, target) -> ` a scalar, the mean over the steps given, or
+            `(loss_sum, weight)`. It must be a function of its arguments.
+        k1: Steps between updates.
+        k2: Steps an update reaches back; None reaches back to the start of the sequence.
+        optimizer: Steps once per window. None lets gradients accumulate in `.grad`.
+        loss: "new" takes the losses of a window's new steps, "last" that of its last step.
+        reduction: "mean" divides a window's summed loss by its summed weight (the number
+            of loss steps, where no weight is given), "sum" does not.
+        overlap: "refresh" runs the whole window with today's weights; "stale" restarts each
+            block of `k1` steps from the state recorded when it was new: cheaper, and not
+            the exact gradient once weights have moved.
+        strategy: "auto", "retain", "step", "sqrt", "uniform:LENGTH", "revolve:STATES", the
+            equal object, a list of actions, or a function `(start, stop) -> actions`.
+        memory_budget: Not supported yet; must be None.
+        executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
+            of nested `torch.utils.checkpoint` calls.
+        per_step: Whether an unrecognised module takes one step (the default) or a segment.
+        time_dim: Where a segment module wants time; `batch_first` sets it.
+        clip_grad_norm: Largest gradient norm of an update.
+        autocast_dtype: Run module and loss under autocast with this dtype.
+        scaler: A `torch.amp.GradScaler`.
+        scheduler: Stepped after each update.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+
+    References:
+        Williams & Peng (1990), doi:10.1162/neco.1990.2.4.490; Sutskever (2013), PhD thesis,
+        section 2.8.6.
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., Any],
+        loss_fn: Callable[[Any, Any], Any],
+        k1: int,
+        k2: int | None,
+        optimizer: Any = None,
+        loss: str = "new",
+        reduction: str = "mean",
+        overlap: str = "refresh",
+        strategy: object = "auto",
+        memory_budget: object = None,
+        executor: str = "replay",
+        per_step: bool | None = None,
+        time_dim: int = 0,
+        clip_grad_norm: float | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        scaler: Any = None,
+        scheduler: Any = None,
+    ) -> None:
+        check_reach(k1, k2)
+        check_memory_budget(memory_budget)
+        self._settings = make_settings(
+            module,
+            loss_fn,
+            k1,
+            k2,
+            optimizer,
+            loss=loss,
+            reduction=reduction,
+            overlap=overlap,
+            strategy=strategy,
+            executor=executor,
+            per_step=per_step,
+            time_dim=time_dim,
+            clip_grad_norm=clip_grad_norm,
+            autocast_dtype=autocast_dtype,
+            scaler=scaler,
+            scheduler=scheduler,
+        )
+
+    @property
+    def record(self) -> list[Action] | None:
+        """Set to a list to have every action appended to it as it is run."""
+        return self._settings.record
+
+    @record.setter
+    def record(self, record: list[Action] | None) -> None:
+        self._settings.record = record
+
+    def train(self, sequence: object, init_state: Any = None) -> TrainResult:
+        """Run a whole sequence, one update per window.
+
+        Args:
+            sequence: An iterable of `(input, target)` steps, a `TensorSequence`, or a source.
+                A target None is absent.
+            init_state: The state at step 0, nested in any way; None if the module accepts it.
+
+        Raises:
+            ArgumentError: A sequence, state or module that cannot work.
+            StaleWeightsError: Weights changed inside a window.
+        """
+        run = self._start(sequence, init_state)
+        for _ in run:
+            pass
+        return run.result()
+
+    def windows(self, sequence: object, init_state: Any = None) -> Iterator[WindowResult]:
+        """Run a sequence one window at a time; arguments and errors as for `train`.
+
+        When a window is yielded the optimizer has stepped and `.grad` still holds the
+        window's gradient, after clipping. The next window runs when the next one is asked for.
+        """
+        return iter(self._start(sequence, init_state))
+
+    def _start(self, sequence: object, init_state: Any) -> SequenceRun:
+        check_differentiable(self._settings.recurrence.module)
+        return SequenceRun(self._settings, sequence, init_state)

@@ -1,0 +1,29 @@
+"""The errors that users see; every one derives from `TbpttError`."""
+
+
+class TbpttError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ArgumentError(TbpttError, ValueError):
+    """An argument that cannot work; the message names it, its value and what would work."""
+
+
+class InfeasibleBudgetError(TbpttError, ValueError):
+    """A memory budget that no schedule meets."""
+
+
+class ScheduleError(TbpttError):
+    """A schedule that is not a valid way to differentiate its window."""
+
+
+class StaleWeightsError(TbpttError):
+    """Weights changed between the advance of a window and its replay."""
+
+
+class SnapshotError(TbpttError):
+    """A snapshot that cannot be written, or cannot be trusted."""
+
+
+class NonFiniteError(TbpttError):
+    """A loss, gradient or state that is NaN or infinite."""

@@ -1,0 +1,226 @@
+"""The same schedules as nested `torch.utils.checkpoint` calls and one backward per window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from tbptt_ckpt.ambient import AmbientState
+from tbptt_ckpt.executor.spans import Span, parse_spans
+from tbptt_ckpt.executor.window_run import StateGrads, WindowRun
+from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.runner import Runner, rejoin
+from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.sinks import LossSink, Sink
+from tbptt_ckpt.state import Tree, map_tensors, replace_tensors, state_as_leaves, tensors_of
+from tbptt_ckpt.task import Boundary, WindowTask
+
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+class CheckpointExecutor:
+    """Runs a schedule's levels as nested checkpoints.
+
+    The gradient is bitwise that of plain BPTT for per-step modules. It records the graph of
+    every step, 12-20 KiB of host memory each in a loop over cells: choose it for segment
+    modules of few operations, or where one autograd graph is needed.
+
+    Args:
+        context_fn: Passed to `torch.utils.checkpoint`, for selective recomputation.
+    """
+
+    def __init__(self, context_fn: ContextFn = noop_context_fn) -> None:
+        self._context_fn = context_fn
+
+    def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
+        """Differentiate a window; see `Executor.run`."""
+        task = work.task
+        with hooks_can_be_silent():
+            boundary, actions = self._advance_to_start(work, schedule, first)
+        boundary.check_untouched()
+        task.ambient.restore(boundary.ambient)
+        spans = CheckpointedSpans(
+            task, work.runner, lambda: LossSink(task, work.loss, graph=True), self._context_fn
+        )
+        spans.note, spans.check = work.note, lambda: work.guard.check(task.stop)
+        if actions and actions[0] == Keep(task.start):
+            spans.keep(task.start)
+        state = state_as_leaves(boundary.state)
+        leaves = tensors_of(state)  # before the run: a module may write into the containers
+        with work.differentiating():
+            with torch.enable_grad():
+                totals, _ = spans.run(parse_spans(actions, task.start, task.stop), state)
+                if work.loss.is_empty():
+                    return None
+                loss = work.mean_loss(_sum_in_order(totals)) if totals else None
+            if loss is not None and loss.requires_grad:
+                torch.autograd.backward([loss], [torch.full_like(loss, work.grad_scale)])
+        spans.finish()
+        for total in totals:
+            work.loss.add(total)
+        return [leaf.grad for leaf in leaves]
+
+    def _advance_to_start(
+        self, work: WindowRun, schedule: Schedule, first: Boundary
+    ) -> tuple[Boundary, list[Action]]:
+        """Run the new steps that the gradient does not reach; the rest of the actions."""
+        actions, boundary, position = list(schedule), first, 0
+        while boundary.step < work.task.start:
+            action = actions[position]
+            assert isinstance(action, Advance), "the schedule was checked"
+            work.note(action)
+            boundary = work.advance(boundary, action.stop)
+            position += 1
+        return boundary, actions[position:]
+
+
+class CheckpointedSpans:
+    """Runs a tree of spans in one autograd graph.
+
+    Generators and buffers are kept and restored here rather than by
+    `torch.utils.checkpoint`, which knows nothing of buffers.
+
+    Args:
+        task: The window.
+        runner: Runs its steps.
+        new_sink: Makes the sink of each run.
+        context_fn: Passed to `torch.utils.checkpoint`.
+    """
+
+    def __init__(
+        self,
+        task: WindowTask,
+        runner: Runner,
+        new_sink: Callable[[], Sink],
+        context_fn: ContextFn = noop_context_fn,
+    ) -> None:
+        self._task, self._runner = task, runner
+        self._new_sink, self._context_fn = new_sink, context_fn
+        self.note: Callable[[Action], None] = lambda _: None
+        self.check: Callable[[], None] = lambda: None
+        self.ambient = task.ambient
+        self._kept: list[int] = []
+        self._advancing = 0
+
+    def advance(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        """Run a span for its results; what it nests is not worth noting, and not kept."""
+        self._note(Advance(span.start, span.stop))
+        self._advancing += 1
+        try:
+            return self.run(span, state)
+        finally:
+            self._advancing -= 1
+
+    def recompute(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        """Run a span again, since its part of the graph is about to be differentiated."""
+        self.check()
+        self._drop_after(span.start)
+        return self.run(span, state)
+
+    def keep(self, step: int) -> None:
+        """Note that the state at `step` is kept."""
+        if not self._advancing:
+            self._kept.append(step)
+            self._note(Keep(step))
+
+    def run(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        """Run a span; the tensors its sinks made, and the state at its end."""
+        if not span.parts:
+            self._note(Differentiate(span.start, span.stop))
+            return self._run_plain(span, state)
+        collected: list[Tensor] = []
+        for part in span.parts[:-1]:
+            state = rejoin(self._task, part.start, state) if part is not span.parts[0] else state
+            if part.start != span.start:
+                self.keep(part.start)
+            tensors, state = self._run_checkpointed(part, state)
+            collected += tensors
+        last = span.parts[-1]
+        tensors, state = self.run(last, rejoin(self._task, last.start, state))
+        return collected + tensors, state
+
+    def finish(self) -> None:
+        """Note that no state is kept any longer."""
+        self._drop_after(-1)
+
+    def _run_plain(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        sink = self._new_sink()
+        state = self._runner.run(self._task, span.start, span.stop, state, sink)
+        return sink.tensors(), state
+
+    def _run_checkpointed(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        region = _Region(self, span, state)
+        results = checkpoint(
+            region,
+            *tensors_of(state),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self._context_fn,
+        )
+        return region.split(results)
+
+    def _note(self, action: Action) -> None:
+        if not self._advancing:
+            self.note(action)
+
+    def _drop_after(self, step: int) -> None:
+        while self._kept and self._kept[-1] > step:
+            self._note(Drop(self._kept.pop()))
+
+
+class _Region:
+    """A span as a function of its state's tensors: called to advance, and again to recompute.
+
+    Args:
+        spans: Runs the span.
+        span: The steps.
+        state: The state at their start, for its structure.
+    """
+
+    def __init__(self, spans: CheckpointedSpans, span: Span, state: Tree) -> None:
+        self._spans, self._span = spans, span
+        # The tensors of the state are arguments, not attributes, so that an enclosing
+        # checkpoint can drop them.
+        self._frame = _without_tensors(state)
+        self._ambient: AmbientState | None = None
+        self._num_collected, self._final_frame = 0, None
+
+    def __call__(self, *state_tensors: Tensor) -> tuple[Tensor, ...]:
+        state = replace_tensors(self._frame, list(state_tensors))
+        ambient = self._spans.ambient
+        if self._ambient is None:
+            self._ambient = ambient.capture()
+            collected, state = self._spans.advance(self._span, state)
+            self._num_collected, self._final_frame = len(collected), _without_tensors(state)
+            return (*collected, *tensors_of(state))
+        before = ambient.capture()
+        ambient.restore(self._ambient)
+        try:
+            collected, state = self._spans.recompute(self._span, state)
+        finally:
+            ambient.restore(before)
+        return (*collected, *tensors_of(state))
+
+    def split(self, results: Sequence[Tensor]) -> tuple[list[Tensor], Tree]:
+        """Collected tensors and final state of what a call returned."""
+        collected, state = results[: self._num_collected], results[self._num_collected :]
+        return list(collected), replace_tensors(self._final_frame, list(state))
+
+
+_NO_TENSOR = torch.empty(0)
+
+
+def _without_tensors(state: Tree) -> Tree:
+    return map_tensors(lambda _: _NO_TENSOR, state)
+
+
+def _sum_in_order(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total

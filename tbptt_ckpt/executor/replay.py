@@ -1,0 +1,97 @@
+"""The explicit replay: one leaf's graph at a time, its gradients handed on by hand.
+
+NOTE [Why not torch.utils.checkpoint]
+A non-reentrant checkpoint drops what operations saved but still records the graph of every
+step of the window, 12-20 KiB of host memory per step. Here a leaf is run, differentiated
+and freed before the next one is built, so that host memory does not grow with the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.executor.window_run import StateGrads, WindowRun
+from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.sinks import LossSink
+from tbptt_ckpt.state import state_as_leaves, tensors_of
+from tbptt_ckpt.task import Boundary
+
+
+class ReplayExecutor:
+    """Runs a schedule action by action."""
+
+    def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
+        """Differentiate a window; see `Executor.run`."""
+        replay = _Replay(work, first)
+        with hooks_can_be_silent():
+            for action in schedule:
+                work.note(action)
+                if not replay.take(action):
+                    return None
+        return replay.state_grads
+
+
+class _Replay:
+    """The states and gradients at hand while a schedule is run."""
+
+    def __init__(self, work: WindowRun, first: Boundary) -> None:
+        self.work = work
+        self.given = {**work.task.joints, first.step: first}
+        self.kept: dict[int, Boundary] = {}
+        self.working: Boundary | None = first
+        self.state_grads: StateGrads = []
+
+    def take(self, action: Action) -> bool:
+        """Do one action; False if the window has no loss, so that nothing else is to do."""
+        match action:
+            case Advance(start, stop):
+                self.working = self.work.advance(self._state_at(start), stop)
+            case Keep(step):
+                self.kept[step] = self._state_at(step)
+            case Differentiate(start, stop):
+                boundary, self.working = self._state_at(start), None
+                return self._differentiate(boundary, stop)
+            case Drop(step):
+                del self.kept[step]
+        return True
+
+    def _state_at(self, step: int) -> Boundary:
+        if self.working is not None and self.working.step == step:
+            return self.working
+        return self.kept[step] if step in self.kept else self.given[step]
+
+    def _differentiate(self, boundary: Boundary, stop: int) -> bool:
+        work, task = self.work, self.work.task
+        boundary.check_untouched()
+        state = state_as_leaves(boundary.state)
+        leaves = tensors_of(state)  # before the run: a module may write into the containers
+        task.ambient.restore(boundary.ambient)
+        sink = LossSink(task, work.loss, graph=True)
+        with work.differentiating():
+            with torch.enable_grad():
+                state_out = work.runner.run(task, boundary.step, stop, state, sink)
+                if stop == task.stop and work.loss.is_empty():
+                    return False
+                losses = [work.mean_loss(total) for total in sink.tensors()]
+            grads_out = self.state_grads or [None] * len(tensors_of(state_out))
+            _backward(losses, work.grad_scale, tensors_of(state_out), grads_out)
+        work.loss.add(sink.total)
+        self.state_grads = [leaf.grad for leaf in leaves]
+        return True
+
+
+def _backward(
+    losses: list[Tensor], scale: float, states: list[Tensor], state_grads: StateGrads
+) -> None:
+    """Differentiate a leaf: its losses, and its last states against their gradients."""
+    roots = [(loss, torch.full_like(loss, scale)) for loss in losses if loss.requires_grad]
+    roots += [
+        (state, grad)
+        for state, grad in zip(states, state_grads, strict=True)
+        if grad is not None and state.requires_grad
+    ]
+    if roots:
+        tensors, grads = zip(*roots, strict=True)
+        torch.autograd.backward(tensors, grads)

@@ -1,0 +1,135 @@
+"""What every executor shares: the work of one window, its advances and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.errors import StaleWeightsError, TbpttError
+from tbptt_ckpt.hooks import silent_hooks
+from tbptt_ckpt.runner import Runner
+from tbptt_ckpt.schedule import Action, Schedule
+from tbptt_ckpt.sinks import LossSink, WindowLoss
+from tbptt_ckpt.state import copy_containers, detach_state
+from tbptt_ckpt.task import Boundary, WindowTask
+
+# A segment module's advance may span a long stretch; it is cut into calls of at most this
+# many steps (or of the longest leaf), so that its outputs stay small.
+_ADVANCE_STEPS = 64
+
+StateGrads = list[Tensor | None]  # one per tensor of a state
+
+
+class WeightGuard:
+    """Notices weights that change between a window's advance and its replay."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._expected = self.fingerprint()
+
+    def fingerprint(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever a weight is written to or replaced."""
+        return tuple((p._version, p.data_ptr()) for p in self._parameters)
+
+    def check(self, window_stop: int) -> None:
+        """Raise `StaleWeightsError` if a weight changed."""
+        if self.fingerprint() != self._expected:
+            raise StaleWeightsError(
+                f"weights changed while the window up to step {window_stop} was being "
+                "differentiated, between its advance and its replay; call optimizer.step() only "
+                "between windows"
+            )
+
+
+@dataclass(slots=True)
+class WindowRun:
+    """One window being run.
+
+    Attributes:
+        task: What to run.
+        runner: Runs it.
+        loss: Its loss.
+        guard: Watches the weights.
+        grad_scale: Factor on the gradients, of a `GradScaler`.
+        longest_advance: Most steps of one call of a segment module in an advance.
+        record: Actions are appended here as they are run.
+    """
+
+    task: WindowTask
+    runner: Runner
+    loss: WindowLoss
+    guard: WeightGuard
+    grad_scale: float = 1.0
+    longest_advance: int = _ADVANCE_STEPS
+    record: list[Action] | None = None
+
+    def note(self, action: Action) -> None:
+        """Record an action that is run."""
+        if self.record is not None:
+            self.record.append(action)
+
+    def advance(self, boundary: Boundary, stop: int) -> Boundary:
+        """Run from a boundary to `stop` without a graph."""
+        boundary.check_untouched()
+        task = self.task
+        task.ambient.restore(boundary.ambient)
+        sink, longest = LossSink(task, self.loss, graph=False), self.longest_advance
+        with torch.no_grad(), silent_hooks():
+            state = self.runner.run(
+                task, boundary.step, stop, copy_containers(boundary.state), sink, longest
+            )
+        boundary.check_untouched()
+        return self.boundary(stop, state)
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Watch the weights, and explain torch's errors about writes into what a gradient needs."""
+        self.guard.check(self.task.stop)
+        try:
+            yield
+        except RuntimeError as error:
+            if "in-place operation" not in str(error) and "inplace operation" not in str(error):
+                raise
+            self.guard.check(self.task.stop)
+            raise TbpttError(
+                "a tensor that the gradient needs was modified in place; the module must return a "
+                f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"
+            ) from error
+        self.guard.check(self.task.stop)
+
+    def boundary(self, step: int, state: object) -> Boundary:
+        """The state at `step`: the recorded one at a joint, otherwise the one just reached."""
+        joint = self.task.joints.get(step)
+        if joint is not None:
+            return joint
+        return Boundary(step, detach_state(state), self.task.ambient.capture())
+
+    def mean_loss(self, total: Tensor) -> Tensor:
+        """A sum of losses as its part of the window's loss."""
+        divisor = self.loss.divisor
+        return total if isinstance(divisor, float) and divisor == 1.0 else total / divisor
+
+
+class Executor(Protocol):
+    """Runs schedules."""
+
+    def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
+        """Differentiate a window.
+
+        Gradients accumulate in `.grad`.
+
+        Args:
+            work: The window.
+            schedule: How.
+            first: Its first state.
+
+        Returns:
+            The gradients of the state at the window's `start`, one per tensor; None if the
+            window turned out to have no loss, in which case nothing was differentiated.
+        """
+        ...

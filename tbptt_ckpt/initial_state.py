@@ -1,0 +1,65 @@
+"""The state at step 0, which may be learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor import StateGrads
+from tbptt_ckpt.state import Tree, tensors_of
+from tbptt_ckpt.updates import Updater
+
+
+class InitialState:
+    """Takes the gradients of every window that starts at step 0.
+
+    Leaf tensors that require grad get theirs window by window. Tensors with a graph of
+    their own get the sum over all windows, in one backward at the end.
+
+    Args:
+        state: The state, read anew by each window.
+        updater: Knows whether weights are updated.
+
+    Raises:
+        ArgumentError: A tensor with a graph, whose weights an optimizer would change before
+            that graph is differentiated.
+    """
+
+    def __init__(self, state: Tree, updater: Updater) -> None:
+        self.state = state
+        self._tensors = tensors_of(state)
+        self._sums: dict[int, Tensor] = {}
+        if any(t.is_inference() for t in self._tensors):
+            raise ArgumentError(
+                "init_state holds tensors of torch.inference_mode, which cannot be differentiated; "
+                "clone them outside of it"
+            )
+        if updater.optimizer is not None and any(t.grad_fn is not None for t in self._tensors):
+            raise ArgumentError(
+                "init_state was computed with a graph, which the optimizer's steps would "
+                "invalidate; pass leaf tensors, detach it, or use optimizer=None"
+            )
+
+    def leaves(self) -> list[Tensor]:
+        """Its learned tensors."""
+        return [t for t in self._tensors if t.requires_grad and t.is_leaf]
+
+    def collect(self, grads: StateGrads | None) -> None:
+        """Take the gradients of one window."""
+        for tensor, grad in zip(self._tensors, grads or [], strict=False):
+            if grad is None or not tensor.requires_grad:
+                continue
+            if tensor.is_leaf:
+                torch.autograd.backward([tensor], [grad])
+            else:
+                known = self._sums.get(id(tensor))
+                self._sums[id(tensor)] = grad if known is None else known + grad
+
+    def backward(self) -> None:
+        """Differentiate what the state was computed from."""
+        pairs = [(t, self._sums[id(t)]) for t in self._tensors if id(t) in self._sums]
+        self._sums = {}
+        if pairs:
+            tensors, sums = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, sums)

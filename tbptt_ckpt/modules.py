@@ -1,0 +1,140 @@
+"""What a user's module is: how it is called, over one step or over a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """A module together with the way it wants to be called.
+
+    Attributes:
+        module: The user's module, or any callable.
+        call: `(inputs, state) -> (outputs, state)`, over one step or over a segment.
+        per_step: True where `call` takes one step without a time dimension.
+        time_dim: Where a segment module wants time in its inputs and has it in its outputs.
+    """
+
+    module: Callable[..., Any]
+    call: Callable[[Any, Any], Any]
+    per_step: bool
+    time_dim: int
+
+
+def recognise(module: object, per_step: bool | None, time_dim: int) -> Recurrence:
+    """How to call `module`.
+
+    `nn.RNN/LSTM/GRU` are segment modules whose `time_dim` follows from `batch_first`;
+    their cells are per-step modules that return only a state, and the output is its
+    first tensor. Anything else is per-step unless `per_step=False`.
+
+    Raises:
+        ArgumentError: Not callable, bidirectional, or called in a way it cannot be.
+    """
+    if not callable(module):
+        raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
+    if per_step not in (None, True, False):
+        raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
+    if isinstance(module, nn.RNNBase):
+        return _fused_recurrence(module, per_step)
+    if isinstance(module, nn.RNNCellBase):
+        if per_step is False:
+            raise ArgumentError(
+                f"per_step=False does not fit {type(module).__name__}, which runs one step"
+            )
+        return Recurrence(module, _cell_call(module), True, 0)
+    return Recurrence(module, module, per_step is not False, time_dim)
+
+
+def _fused_recurrence(module: nn.RNNBase, per_step: bool | None) -> Recurrence:
+    name = type(module).__name__
+    if per_step:
+        raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
+    if module.bidirectional:
+        raise ArgumentError(
+            f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
+            "carry from window to window; use bidirectional=False"
+        )
+    return Recurrence(module, module, False, 1 if module.batch_first else 0)
+
+
+def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:
+    def call(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        new_state = cell(inputs, state)
+        return (new_state if isinstance(new_state, Tensor) else new_state[0]), new_state
+
+    return call
+
+
+def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
+    """The `(output, state)` that a call returned, or an error that says what it returned."""
+    if isinstance(result, tuple | list) and len(result) == 2:
+        return result[0], result[1]
+    if isinstance(result, tuple | list):
+        returned = f"{type(result).__name__} of {len(result)}"
+    else:
+        returned = type(result).__name__
+    raise ArgumentError(
+        f"module={_name(recurrence.module)} returned a {returned}; it must return (output, state)"
+    )
+
+
+def check_segment_output(outputs: object, num_steps: int, time_dim: int, module: object) -> None:
+    """Raise `ArgumentError` unless a segment's output has one entry per step."""
+    if not isinstance(outputs, Tensor):
+        return
+    if outputs.dim() > time_dim and outputs.shape[time_dim] == num_steps:
+        return
+    raise ArgumentError(
+        f"module={_name(module)} returned outputs of shape {tuple(outputs.shape)} for "
+        f"{num_steps} steps with time_dim={time_dim}; a segment module returns one output per "
+        "step, a module of one step needs per_step=True"
+    )
+
+
+def parameters_of(*owners: object) -> list[nn.Parameter]:
+    """The distinct parameters of all the modules among `owners`."""
+    found: dict[int, nn.Parameter] = {}
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            found.update((id(p), p) for p in owner.parameters())
+    return list(found.values())
+
+
+def check_differentiable(module: object, device_types: Iterable[str] | None = None) -> None:
+    """Raise `ArgumentError` for cuDNN recurrent layers in eval mode.
+
+    cuDNN keeps what its backward needs only in training mode (pytorch issue 15788), and
+    the error it raises otherwise comes late and names another call.
+
+    Args:
+        module: The user's module.
+        device_types: Where its weights are; read from them if None.
+    """
+    for name, layer in _recurrent_layers(module):
+        types = device_types or {p.device.type for p in layer.parameters()}
+        if not layer.training and "cuda" in types and torch.backends.cudnn.enabled:
+            raise ArgumentError(
+                f"module: {name or type(layer).__name__} is a cuDNN nn.{type(layer).__name__} in "
+                "eval mode, which cannot be differentiated; call .train() on it (with dropout=0 "
+                "if it must not drop), or disable cuDNN with torch.backends.cudnn.enabled = False"
+            )
+
+
+def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
+    if isinstance(module, nn.Module):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.RNNBase):
+                yield name, layer
+
+
+def _name(module: object) -> str:
+    return getattr(module, "__name__", type(module).__name__)

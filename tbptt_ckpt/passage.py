@@ -1,0 +1,239 @@
+"""One window's way through the sequence: where it starts, what it notes and leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tbptt_ckpt.ambient import Ambient, AmbientState
+from tbptt_ckpt.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor import StateGrads, WeightGuard, WindowRun
+from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.initial_state import InitialState
+from tbptt_ckpt.plans import WindowPlan, plan_window
+from tbptt_ckpt.records import Records, changes
+from tbptt_ckpt.runner import check_same_structure
+from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.sinks import WindowLoss
+from tbptt_ckpt.state import Tree, detach_state, relative_change
+from tbptt_ckpt.task import Boundary, WindowTask, counted_weight, has_loss
+from tbptt_ckpt.windows import Window, later_starts, window_at
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What running a window gave."""
+
+    executed_steps: int
+    loss: Tensor | None = None
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    state_grads: StateGrads | None = None
+    grad_scale: float = 1.0
+    plan: WindowPlan | None = None
+
+
+class Passage:
+    """One window's way through the sequence: where it starts, what it notes and leaves.
+
+    Args:
+        settings: What the user asked for.
+        window: The window.
+        num_steps: Length of the sequence, None while unknown.
+        blocks: The window's steps.
+        ambient: Generators and buffers.
+        initial: The state at step 0.
+        records: What earlier windows left.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        window: Window,
+        num_steps: int | None,
+        blocks: Sequence[StepBlock],
+        ambient: Ambient,
+        initial: InitialState,
+        records: Records,
+    ) -> None:
+        self._settings, self._window, self._blocks = settings, window, blocks
+        self._ambient, self._initial, self._records = ambient, initial, records
+        self._stale = settings.overlap == "stale"
+        k1, k2 = settings.k1, settings.k2
+        upcoming = window_at(window.index + 1, num_steps, k1, k2)
+        self._next_start = min(upcoming.start, window.stop)
+        self._later_starts = later_starts(window, num_steps, k1, k2)
+        self._keeps_later_starts = self._stale
+        self._found = ambient.capture()
+        self._records.ambients[window.new_start] = self._found
+        self._noted: dict[int, Boundary] = {}
+        self._final: Boundary | None = None
+        self.drift = 0.0
+
+    @property
+    def final(self) -> Boundary:
+        """The state at the window's end."""
+        assert self._final is not None, "the window has run"
+        return self._final
+
+    def differentiate(self, loss_start: int, guard: WeightGuard, grad_scale: float) -> Outcome:
+        """Run the window with its gradient."""
+        settings, window = self._settings, self._window
+        joints = self._joints()
+        task = self._task(window.first, window.start, loss_start, joints)
+        loss = WindowLoss(
+            settings.loss_function,
+            counted_weight(self._blocks, loss_start, window.stop),
+            settings.reduction,
+        )
+        # Nested checkpoints are one graph in the order of time: no block can go before another.
+        blocks = [] if settings.executor_name == "checkpoint" else sorted(joints)
+        plan = plan_window(settings.strategy, window.first, window.start, window.stop, blocks)
+        work = self._work(task, loss, guard, plan.longest_leaf)
+        work.grad_scale = grad_scale
+        state_grads = settings.executor.run(
+            work, plan.schedule, self._boundary_at(self._window.first)
+        )
+        if state_grads is None or loss.total is None:
+            return Outcome(task.executed_steps)
+        self._check_graph(loss, max(loss_start, window.start))
+        return Outcome(
+            executed_steps=task.executed_steps,
+            loss=loss.value,
+            loss_sum=float(loss.total),
+            weight=float(loss.weight),
+            state_grads=state_grads,
+            grad_scale=work.grad_scale,
+            plan=plan,
+        )
+
+    def _check_graph(self, loss: WindowLoss, start: int) -> None:
+        """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
+        learns = any(parameter.requires_grad for parameter in self._settings.parameters)
+        if learns and not loss.has_graph and has_loss(self._blocks, start, self._window.stop):
+            raise ArgumentError(
+                "loss_fn returned losses without a graph although there are weights to learn; "
+                "outputs or losses must not be detached"
+            )
+
+    def only_advance(self, guard: WeightGuard, weights_before: object) -> Outcome:
+        """Run a window without targets.
+
+        Under refresh the steps of earlier windows run again if the weights have changed
+        since, so that the state handed on is today's. States at which later windows begin
+        are kept here, since the next window may not pass them again.
+        """
+        window, self._keeps_later_starts = self._window, True
+        changed = weights_before not in (None, guard.fingerprint())
+        rerun = window.start < window.new_start and changed and not self._stale
+        first = window.start if rerun else window.new_start
+        begin = self._boundary_at(first)
+        executed = self._advance(begin, first, window.stop, guard)
+        if not self._has_state_for_next_window():
+            nearest = self._records.last_at_or_before(self._next_start) or self._boundary_at(
+                self._window.first
+            )
+            executed += self._advance(nearest, nearest.step, self._next_start, guard)
+        return Outcome(executed)
+
+    def restore_ambient(self) -> None:
+        """Leave generators and buffers as the first run of the new steps left them."""
+        self._ambient.restore(self._found if self._final is None else self._final.ambient)
+
+    def hand_on(self) -> None:
+        """Leave to the next windows what they start from."""
+        records, final = self._records, self.final
+        if records.carried is not None:
+            check_same_structure(final.state, records.carried.state)
+        if not self._keeps_later_starts:
+            records.boundaries.clear()  # their steps ran again, with today's weights
+        for boundary in (*self._noted.values(), final):
+            records.keep(boundary)
+        records.carried = final
+        records.drop_before(self._next_start)
+
+    def num_tokens(self) -> int:
+        """Valid new steps of all lanes."""
+        new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
+        return sum(block.num_tokens() for block in new)
+
+    def _has_state_for_next_window(self) -> bool:
+        recorded = (0, self._window.stop, *self._records.boundaries, *self._noted)
+        return self._stale or self._next_start in recorded
+
+    def _advance(self, boundary: Boundary, first: int, stop: int, guard: WeightGuard) -> int:
+        task = self._task(first, stop, stop, {})
+        task.stop = stop
+        work = self._work(task, WindowLoss(self._settings.loss_function, 0.0, "sum"), guard, 0)
+        with hooks_can_be_silent():
+            work.advance(boundary, stop)
+        return task.executed_steps
+
+    def _task(
+        self, first: int, start: int, loss_start: int, joints: dict[int, Boundary]
+    ) -> WindowTask:
+        window = self._window
+        ambients = self._records.ambients_for(first, self._settings.k1)
+        stops = {start, window.new_start, self._next_start, *joints, *changes(ambients)}
+        earliest = 0 if self._keeps_later_starts else window.new_start
+        stops.update(step for step in self._later_starts if step > earliest)
+        return WindowTask(
+            blocks=self._blocks,
+            first=first,
+            start=start,
+            stop=window.stop,
+            loss_start=loss_start,
+            ambient=self._ambient,
+            stops_at=sorted(s for s in stops if first < s < window.stop),
+            ambients=ambients,
+            joints=joints,
+            on_arrival=self._note_stale if self._stale else self._note_refreshed,
+        )
+
+    def _work(
+        self, task: WindowTask, loss: WindowLoss, guard: WeightGuard, longest_leaf: int
+    ) -> WindowRun:
+        work = WindowRun(task, self._settings.runner, loss, guard, record=self._settings.record)
+        work.longest_advance = max(work.longest_advance, longest_leaf)
+        return work
+
+    def _joints(self) -> dict[int, Boundary]:
+        """Under stale overlap, the recorded states from which blocks restart."""
+        window, boundaries, k1 = self._window, self._records.boundaries, self._settings.k1
+        if not self._stale or window.start >= window.new_start:
+            return {}
+        first_joint = (window.start // k1 + 1) * k1
+        return {step: boundaries[step] for step in range(first_joint, window.new_start + 1, k1)}
+
+    def _boundary_at(self, step: int) -> Boundary:
+        if step == 0:
+            return Boundary(0, self._initial.state, self._records.ambients[0])
+        return self._records.boundaries[step]
+
+    def _note_refreshed(self, step: int, state: Tree, ambient: AmbientState) -> None:
+        window = self._window
+        if step == window.new_start:
+            recorded = self._records.boundaries[step].state
+            self.drift = relative_change(state, recorded)
+        if step > window.new_start:
+            self._records.ambients.setdefault(step, ambient)
+        self._note(step, state, ambient)
+
+    def _note_stale(self, step: int, state: Tree, ambient: AmbientState) -> None:
+        if step <= self._window.new_start:
+            if step % self._settings.k1 == 0:
+                recorded = self._records.boundaries[step].state
+                self.drift = max(self.drift, relative_change(state, recorded))
+            return
+        self._records.ambients.setdefault(step, ambient)
+        self._note(step, state, ambient)
+
+    def _note(self, step: int, state: Tree, ambient: AmbientState) -> None:
+        boundary = Boundary(step, detach_state(state), ambient)
+        if step == self._window.stop:
+            self._final = boundary
+        elif step == self._next_start or (self._keeps_later_starts and step in self._later_starts):
+            self._noted[step] = boundary

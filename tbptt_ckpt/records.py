@@ -1,0 +1,53 @@
+"""What passes from window to window: states to start from, generators, buffers."""
+
+from __future__ import annotations
+
+from tbptt_ckpt.ambient import AmbientState
+from tbptt_ckpt.task import Boundary
+
+
+class Records:
+    """States at steps where later windows begin or restart, dropped when none will.
+
+    Attributes:
+        boundaries: States by step.
+        ambients: Generators and buffers by step, as found when the step was new.
+        carried: The state at the last update point.
+    """
+
+    def __init__(self) -> None:
+        self.boundaries: dict[int, Boundary] = {}
+        self.ambients: dict[int, AmbientState] = {}
+        self.carried: Boundary | None = None
+
+    def keep(self, boundary: Boundary) -> None:
+        """Keep a state."""
+        self.boundaries[boundary.step] = boundary
+
+    def last_at_or_before(self, step: int) -> Boundary | None:
+        """The kept state nearest before `step`, or at it."""
+        steps = [s for s in self.boundaries if s <= step]
+        return self.boundaries[max(steps)] if steps else None
+
+    def first_at_or_after(self, step: int) -> int:
+        """The first step with a kept state."""
+        return min(s for s in self.boundaries if s >= step)
+
+    def drop_before(self, step: int) -> None:
+        """Forget what lies before `step`."""
+        self.boundaries = {s: b for s, b in self.boundaries.items() if s >= step}
+        self.ambients = {s: a for s, a in self.ambients.items() if s >= step}
+
+    def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
+        """What a run that begins at `first` restores, there and at update points, in order."""
+        return {s: self.ambients[s] for s in sorted(self.ambients) if s == first or s % k1 == 0}
+
+
+def changes(ambients: dict[int, AmbientState]) -> list[int]:
+    """Steps whose generators or buffers are not those of the step before them in order."""
+    last, changed = None, []
+    for step, ambient in ambients.items():
+        if ambient is not last:
+            changed.append(step)
+        last = ambient
+    return changed

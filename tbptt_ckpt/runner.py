@@ -1,0 +1,202 @@
+"""Runs steps of a window: the one place where the user's module is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.blocks import Column, StepBlock, to_time_dim
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.losses import is_present
+from tbptt_ckpt.modules import Recurrence, check_segment_output, split_result
+from tbptt_ckpt.packing import join_blocks
+from tbptt_ckpt.sinks import Sink
+from tbptt_ckpt.sources import check_time_exists
+from tbptt_ckpt.state import (
+    Tree,
+    is_differentiable,
+    map_tensors,
+    replace_tensors,
+    structure,
+    tensors_of,
+)
+from tbptt_ckpt.task import WindowTask
+
+
+class Runner:
+    """Calls a module over steps.
+
+    Args:
+        recurrence: The module.
+        device_type: Where it runs, for autocast.
+        autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
+    """
+
+    def __init__(
+        self, recurrence: Recurrence, device_type: str, autocast_dtype: torch.dtype | None = None
+    ) -> None:
+        self.recurrence = recurrence
+        self._device_type, self._autocast_dtype = device_type, autocast_dtype
+
+    def run(
+        self,
+        task: WindowTask,
+        start: int,
+        stop: int,
+        state: Tree,
+        sink: Sink,
+        longest: int | None = None,
+    ) -> Tree:
+        """Run `[start, stop)` from `state` and return the state at `stop`.
+
+        Args:
+            task: The window.
+            start: First step.
+            stop: End.
+            state: The state at `start`.
+            sink: Takes the outputs.
+            longest: Most steps of a segment module's call; None sets no bound.
+        """
+        run_piece = self._run_steps if self.recurrence.per_step else self._run_segment
+        with self._autocast():
+            for begin, end in task.pieces(start, stop, longest):
+                if begin != start:
+                    state = rejoin(task, begin, state)
+                task.enter(begin)
+                task.ambient.about_to_run()
+                task.executed_steps += end - begin
+                state = run_piece(task, begin, end, state, sink)
+                sink.close(begin, end)
+                task.arrive(end, state)
+        return state
+
+    def _run_steps(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
+        wanted = sink.wanted(begin, end)
+        quiet_until = wanted.start if wanted else end
+        if begin < quiet_until:
+            for block in task.steps(begin, quiet_until):
+                for inputs in block.step_inputs():
+                    _, state = self._call_step(inputs, state)
+        if quiet_until < end:
+            for block in task.steps(quiet_until, end):
+                state = self._run_steps_with_outputs(block, state, sink)
+        return state
+
+    def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
+        weights = block.step_weights()
+        steps = zip(
+            block.step_inputs(),
+            block.step_targets(),
+            repeat(1.0) if weights is None else weights,
+            strict=False,
+        )
+        for inputs, target, weight in steps:
+            output, state = self._call_step(inputs, state)
+            if is_present(weight):
+                sink.take_step(output, target, weight)
+        return state
+
+    def _call_step(self, inputs: Any, state: Tree) -> Any:
+        result = self.recurrence.call(inputs, state)
+        if type(result) is tuple and len(result) == 2:
+            return result
+        return split_result(result, self.recurrence)
+
+    def _run_segment(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
+        block = join_blocks(list(task.steps(begin, end)))
+        result = self.recurrence.call(self._segment_inputs(block), state)
+        outputs, state = split_result(result, self.recurrence)
+        wanted = sink.wanted(begin, end)
+        if wanted:
+            check_segment_output(
+                outputs, end - begin, self._time_dim(block), self.recurrence.module
+            )
+            self._give_segment(block.part(wanted.start, end), outputs, end - begin, sink)
+        return state
+
+    def _segment_inputs(self, block: StepBlock) -> Tree:
+        if isinstance(block.inputs, Column):
+            raise ArgumentError(
+                "the inputs of a segment module must be tensors of one shape and dtype at every "
+                "step; use per_step=True for others"
+            )
+        time_dim = self._time_dim(block)
+        check_time_exists("inputs", tensors_of(block.inputs)[0], time_dim)
+        return to_time_dim(block.inputs, block.time_dim, time_dim)
+
+    def _time_dim(self, block: StepBlock) -> int:
+        # An unbatched nn.LSTM takes [T, F] whatever batch_first says.
+        unbatched = isinstance(self.recurrence.module, torch.nn.RNNBase) and (
+            tensors_of(block.inputs)[0].dim() == 2
+        )
+        return 0 if unbatched else self.recurrence.time_dim
+
+    def _give_segment(self, block: StepBlock, outputs: Tree, num_steps: int, sink: Sink) -> None:
+        time_dim, wanted = self._time_dim(block), block.stop - block.start
+        if wanted < num_steps:
+            first = num_steps - wanted
+            outputs = map_tensors(lambda t: t.narrow(time_dim, first, wanted), outputs)
+        targets = to_time_dim(block.targets, block.time_dim, time_dim)
+        sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Autocast without its weight cache from run to run.
+
+        A cast weight that was cached without a graph, or with one that is freed by now,
+        would cut the weight off from its gradient.
+        """
+        if self._autocast_dtype is None:
+            nested = torch.is_autocast_enabled(self._device_type)
+            if nested:
+                torch.clear_autocast_cache()
+            yield
+            if nested:
+                torch.clear_autocast_cache()
+            return
+        torch.clear_autocast_cache()
+        with torch.autocast(self._device_type, dtype=self._autocast_dtype):
+            yield
+        torch.clear_autocast_cache()
+
+
+class _Rejoin(torch.autograd.Function):
+    """The value of a recorded state, the gradient of the recomputed one."""
+
+    @staticmethod
+    def forward(_ctx: Any, recorded: Tensor, _recomputed: Tensor) -> Tensor:
+        return recorded.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Any) -> Any:
+        return None, *grads
+
+
+def rejoin(task: WindowTask, step: int, state: Tree) -> Tree:
+    """The state from which `step` starts: the recorded one at a joint, else `state`."""
+    joint = task.joints.get(step)
+    if joint is None:
+        return state
+    check_same_structure(state, joint.state)
+    pairs = zip(tensors_of(joint.state), tensors_of(state), strict=True)
+    joined = [
+        _Rejoin.apply(recorded, recomputed)  # type: ignore[no-untyped-call]
+        if is_differentiable(recorded)
+        else recorded
+        for recorded, recomputed in pairs
+    ]
+    return replace_tensors(joint.state, joined)
+
+
+def check_same_structure(state: Tree, expected: Tree) -> None:
+    """Raise `ArgumentError` unless a state is nested like the one before."""
+    if structure(state) != structure(expected):
+        raise ArgumentError(
+            f"the module returned a state of another structure: {structure(state)} "
+            f"instead of {structure(expected)}"
+        )

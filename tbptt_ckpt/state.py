@@ -1,0 +1,120 @@
+"""Nested recurrent states: any tuples, lists, dicts, named tuples and dataclasses of tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = Any  # a tensor, a container of trees, or anything else, which passes through
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """The same tree with `function` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, item) for item in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    if isinstance(tree, dict):
+        mapping = copy.copy(tree)
+        mapping.update((key, map_tensors(function, item)) for key, item in tree.items())
+        return mapping
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        mapped = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            item = map_tensors(function, getattr(tree, field.name))
+            object.__setattr__(mapped, field.name, item)  # frozen dataclasses are states too
+        return mapped
+    return tree
+
+
+def copy_containers(tree: Tree) -> Tree:
+    """The same tensors in new containers, for a module that writes into its state."""
+    return map_tensors(lambda tensor: tensor, tree)
+
+
+def iterate_tensors(tree: Tree) -> Iterator[Tensor]:
+    """Every tensor of a tree, in the order `map_tensors` visits them."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from iterate_tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from iterate_tensors(item)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from iterate_tensors(getattr(tree, field.name))
+
+
+def tensors_of(tree: Tree) -> list[Tensor]:
+    """Every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return list(iterate_tensors(tree))
+
+
+def replace_tensors(tree: Tree, tensors: list[Any]) -> Tree:
+    """The same tree with its tensors replaced, in the order of `tensors_of`."""
+    remaining = iter(tensors)
+    return map_tensors(lambda _: next(remaining), tree)
+
+
+def structure(tree: Tree) -> object:
+    """A comparable description of a tree's containers; tensors are all alike, lists are tuples."""
+    if isinstance(tree, Tensor):
+        return "tensor"
+    if isinstance(tree, tuple | list):
+        name = type(tree).__name__ if hasattr(tree, "_fields") else "sequence"
+        return (name, *(structure(item) for item in tree))
+    if isinstance(tree, dict):
+        return (type(tree).__name__, *((key, structure(item)) for key, item in tree.items()))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = dataclasses.fields(tree)
+        return (type(tree).__name__, *(structure(getattr(tree, f.name)) for f in fields))
+    return type(tree).__name__
+
+
+def is_differentiable(tensor: Tensor) -> bool:
+    """Whether a gradient with respect to the tensor can exist."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def detach_state(state: Tree) -> Tree:
+    """The state without its graph, owning no more memory than its values need."""
+    return map_tensors(_detach_compact, state)
+
+
+def _detach_compact(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    # A state that is a slice of a segment's output would keep all of the output alive.
+    if detached.untyped_storage().nbytes() > detached.numel() * detached.element_size():
+        return detached.clone()
+    return detached
+
+
+def state_as_leaves(state: Tree) -> Tree:
+    """The state as new autograd leaves that collect gradients."""
+    return map_tensors(
+        lambda t: t.detach().requires_grad_() if is_differentiable(t) else t.detach(), state
+    )
+
+
+def relative_change(recomputed: Tree, recorded: Tree) -> float:
+    """`||recomputed - recorded||_2 / ||recorded||_2` over all floating tensors together."""
+    change, size = 0.0, 0.0
+    with torch.no_grad():
+        for new, old in zip(tensors_of(recomputed), tensors_of(recorded), strict=True):
+            if is_differentiable(old):
+                change += float(torch.linalg.vector_norm(new - old)) ** 2
+                size += float(torch.linalg.vector_norm(old)) ** 2
+    if change == 0.0:
+        return 0.0
+    return (change / size) ** 0.5 if size else float("inf")

@@ -1,0 +1,120 @@
+"""One update of the weights per window: zero, clip, unscale, step, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.errors import ArgumentError
+
+
+class Updater:
+    """Updates the weights after a window; without an optimizer, lets gradients accumulate.
+
+    Args:
+        optimizer: Steps once per window; None leaves gradients and weights alone.
+        parameters: Whose gradients are cleared before a window, besides the optimizer's.
+        clip_grad_norm: Largest norm of the optimizer's gradients together.
+        scaler: A `torch.amp.GradScaler`.
+        scheduler: A learning-rate scheduler, stepped after each update.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        parameters: Iterable[nn.Parameter],
+        clip_grad_norm: float | None,
+        scaler: Any,
+        scheduler: Any,
+    ) -> None:
+        self._check(optimizer, clip_grad_norm, scaler, scheduler)
+        self.optimizer, self._clip = optimizer, clip_grad_norm
+        self._scaler, self._scheduler = scaler, scheduler
+        self._cleared = list(parameters)
+
+    def optimized(self) -> list[Tensor]:
+        """The optimizer's parameters."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def clear(self, init_state_leaves: Iterable[Tensor]) -> None:
+        """Forget all gradients, unless they accumulate."""
+        if self.optimizer is None:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in (*self._cleared, *init_state_leaves):
+            tensor.grad = None
+
+    def grad_scale(self, device_type: str) -> float:
+        """The factor on gradients of this window."""
+        if self._scaler is None:
+            return 1.0
+        # The scaler makes its scale when it first scales a tensor.
+        return float(self._scaler.scale(torch.ones((), device=device_type)))
+
+    def unscale_others(self, scale: float, init_state_leaves: Iterable[Tensor]) -> None:
+        """Take a scaler's factor from gradients that the optimizer does not own."""
+        if self.optimizer is None or scale == 1.0:
+            return
+        owned = {id(tensor) for tensor in self.optimized()}
+        for tensor in (*self._cleared, *init_state_leaves):
+            if id(tensor) not in owned and tensor.grad is not None:
+                tensor.grad.div_(scale)
+
+    def step(self, loss: Tensor) -> bool:
+        """Update the weights; False where a scaler skipped the update, or nothing updates."""
+        if self.optimizer is None:
+            return False
+        if self._clip is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.optimized(), self._clip)
+        updated = self._step_optimizer()
+        if updated and self._scheduler is not None:
+            self._step_scheduler(loss)
+        return updated
+
+    def _step_optimizer(self) -> bool:
+        if self._scaler is None or all(p.grad is None for p in self.optimized()):
+            self.optimizer.step()  # a scaler raises where there is no gradient at all
+            return True
+        scale = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return bool(self._scaler.get_scale() >= scale)  # a skipped step lowers the scale
+
+    def _step_scheduler(self, loss: Tensor) -> None:
+        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._scheduler.step(float(loss))
+        else:
+            self._scheduler.step()
+
+    @staticmethod
+    def _check(optimizer: Any, clip: float | None, scaler: Any, scheduler: Any) -> None:
+        if optimizer is None:
+            for name, value in (("clip_grad_norm", clip), ("scheduler", scheduler)):
+                if value is not None:
+                    raise ArgumentError(
+                        f"{name} needs an optimizer; with optimizer=None gradients accumulate, "
+                        "and what happens to them is up to you"
+                    )
+        elif not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+            raise ArgumentError(
+                f"optimizer={optimizer!r} is not a torch.optim.Optimizer; pass one, or None"
+            )
+        elif isinstance(optimizer, torch.optim.LBFGS):
+            raise ArgumentError(
+                "optimizer=LBFGS evaluates the loss several times per step, which a window "
+                "cannot; use a first-order optimizer"
+            )
+        if clip is not None and (
+            isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0
+        ):
+            raise ArgumentError(f"clip_grad_norm={clip!r} must be a positive number, or None")
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "unscale_")):
+            raise ArgumentError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise ArgumentError(f"scheduler={scheduler!r} has no step(); pass a LRScheduler")
