@@ -1,0 +1,107 @@
+"""How many bytes a device has left for this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from tbptt_ckpt.errors import ArgumentError
+
+
+def free_memory(device: torch.device | str | None = None, *, root: str | Path = "/") -> int:
+    """Bytes that can still be allocated on a device.
+
+    On an accelerator: what the driver reports as free, and what torch's allocator has
+    reserved without using it. On the CPU (default): the least of the machine's available
+    RAM and, for every control group this process is in (v1 and v2, parents included),
+    its limit minus its usage. Clean file pages that are about to be dropped anyway do not
+    count as usage; without that, reading a large file would seem to fill the container.
+
+    Args:
+        device: The device; None is the CPU.
+        root: Where /proc and /sys are looked for.
+
+    Raises:
+        ArgumentError: A device that this machine does not have.
+    """
+    where = accelerator_or_cpu(device)
+    if where.type != "cpu":
+        free = torch.accelerator.get_memory_info(where)[0]
+        idle = torch.accelerator.memory_reserved(where) - torch.accelerator.memory_allocated(where)
+        return free + idle
+    left = [limit - used for limit, used in _group_memory(Path(root))]
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def accelerator_or_cpu(device: torch.device | str | None) -> torch.device:
+    """The device with its index filled in; None is the CPU.
+
+    Raises:
+        ArgumentError: A device that this machine does not have.
+    """
+    where = torch.device("cpu" if device is None else device)
+    if where.type == "cpu":
+        return torch.device("cpu")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is None or here.type != where.type:
+        has = "cpu" if here is None else f"cpu and {here.type}"
+        raise ArgumentError(f"device={str(device)!r} is not on this machine, which has {has}")
+    index = torch.accelerator.current_device_index() if where.index is None else where.index
+    return torch.device(where.type, index)
+
+
+def _group_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """Pairs (limit, usage) in bytes of every control group that bounds this process."""
+    for folder in _group_folders(root):
+        for limit_name, usage_name, cache_key in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.high", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _read_int(folder / limit_name), _read_int(folder / usage_name)
+            if limit is not None and used is not None:
+                yield limit, used - _read_stat(folder / "memory.stat", cache_key)
+
+
+def _group_folders(root: Path) -> Iterator[Path]:
+    """Folders of this process's memory control groups, each with all its parents.
+
+    Inside a container the path in /proc/self/cgroup may be the host's while the mount
+    shows the container's own group at its top; the top is always among the parents.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    groups = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mounts = [groups, groups / "unified"]
+        elif "memory" in controllers.split(","):
+            mounts = [groups / "memory"]
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for mount in mounts:
+            yield from (mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+
+
+def _read_int(file: Path) -> int | None:
+    """The number in a file; None where there is none ("max" is no limit)."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _read_stat(file: Path, key: str) -> int:
+    """One figure of a memory.stat file, 0 where it is missing."""
+    try:
+        pairs = (line.split() for line in file.read_text().splitlines())
+        return next((int(value) for name, value in pairs if name == key), 0)
+    except (OSError, ValueError):
+        return 0
