@@ -1,0 +1,1 @@
+"""The command line, `tbptt-ckpt`; nothing else in the package imports it."""

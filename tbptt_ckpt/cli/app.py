@@ -1,0 +1,100 @@
+"""The command `tbptt-ckpt`: finds the subcommand, and turns errors into one line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+import typer
+
+from tbptt_ckpt.cli.train import train
+from tbptt_ckpt.errors import TbpttError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(name="tbptt-ckpt", add_completion=False)
+app.command("train")(train)
+
+
+@app.callback()
+def commands() -> None:
+    """Truncated backpropagation through time, recomputed from boundary states."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 2: an error the user can mend, in one line on the standard error;
+    130: interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with interruptible():
+            command = typer.main.get_command(app)
+            code = command.main(given or ["--help"], prog_name="tbptt-ckpt", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        message = describe(error)
+        if message is None:
+            raise
+        print(f"tbptt-ckpt: {' '.join(message.split())}", file=sys.stderr)
+        return USER_ERROR
+    if code == INTERRUPTED:
+        print("tbptt-ckpt: interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT arrived.
+
+    A plain KeyboardInterrupt that passes through code run by `exec`, as there is in torch's
+    lazy imports, makes Python kill itself with SIGINT at the end, whoever caught it and
+    whatever the exit code; a subclass does not.
+    """
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise `Interrupted` while the context is open.
+
+    Where it does not raise KeyboardInterrupt, it is left as it is: jobs in the background
+    ignore it, and threads other than the main one never see it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(*_: object) -> NoReturn:
+        raise Interrupted
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def describe(error: Exception) -> str | None:
+    """What to tell the user; None for a defect, whose traceback is wanted."""
+    if isinstance(error, TbpttError | OSError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory; a smaller --hidden, fewer --lanes or shorter leaves take less"
+    # Typer's errors about options: which package defines them depends on its version.
+    format_message = getattr(error, "format_message", None)
+    return None if format_message is None else str(format_message())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host had no memory left; torch has no type for the CPU's."""
+    is_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_host or isinstance(error, MemoryError | torch.OutOfMemoryError)

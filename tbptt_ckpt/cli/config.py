@@ -1,0 +1,97 @@
+"""What a training run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tbptt_ckpt.cli.devices import DTYPES
+from tbptt_ckpt.cli.weights import check_target
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.windows import check_positive_int
+
+_LARGEST_SEED = 2**63 - 1
+_LARGEST_LR = 1_000.0  # Adam moves every weight by about this much at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """Options of `tbptt-ckpt train`; the defaults take about a minute on two cores.
+
+    Attributes:
+        data: File to learn; None takes the standard library's source text.
+        model: `lstm`, `gru`, `rnn`, `lstmcell`, or `package.module:factory`.
+        hidden: Width of the recurrent layers.
+        layers: Number of recurrent layers.
+        lanes: Parallel streams.
+        k1: Steps between updates.
+        k2: Steps an update reaches back; None reaches back to the start of the pass.
+        strategy: How windows are recomputed. The default depends on nothing measured.
+        overlap: `refresh` or `stale`.
+        executor: `replay` or `checkpoint`.
+        lr: Learning rate of Adam.
+        max_steps: Time steps per lane, in total.
+        seed: Of the weights and of whatever the model draws.
+        device: Where to run; None takes the accelerator there is, or else the CPU.
+        dtype: `float32`, `float64`, or `bfloat16` for autocast over float32 weights.
+        save: File for the weights.
+        force: Whether `save` may replace a file.
+    """
+
+    data: Path | None = None
+    model: str = "lstm"
+    hidden: int = 192
+    layers: int = 1
+    lanes: int = 32
+    k1: int = 64
+    k2: int | None = 128
+    strategy: str = "uniform:32"
+    overlap: str = "refresh"
+    executor: str = "replay"
+    lr: float = 4e-3
+    max_steps: int = 48_000
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "float32"
+    save: Path | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise `ArgumentError` for options that cannot work, before anything is started."""
+        for name in ("hidden", "layers", "lanes", "k1", "max_steps"):
+            check_positive_int(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.k2 is not None:
+            check_positive_int("--k2", self.k2, "none (reach back to the start)")
+        if not 0 < self.lr <= _LARGEST_LR:
+            raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
+        _check_choice("--overlap", self.overlap, ("refresh", "stale"))
+        _check_choice("--executor", self.executor, ("replay", "checkpoint"))
+        _check_choice("--dtype", self.dtype, tuple(DTYPES))
+        _check_strategy(self.strategy)
+        self._check_save()
+
+    def _check_save(self) -> None:
+        if self.save is None:
+            return
+        check_target(self.save, force=self.force)
+        replaced = self.save if self.save.exists() else None
+        if replaced and self.data and self.data.exists() and replaced.samefile(self.data):
+            raise ArgumentError(f"--save {self.save} would replace the text of --data")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{option} {value} is not one of {', '.join(choices)}")
+
+
+def _check_strategy(text: str) -> None:
+    try:
+        parse_strategy(text)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"--strategy {text} is not one of auto, retain, sqrt, step, uniform:LENGTH, "
+            "revolve:STATES"
+        ) from error

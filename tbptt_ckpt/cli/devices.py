@@ -1,0 +1,62 @@
+"""Which device a run uses, and in which arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tbptt_ckpt.errors import ArgumentError
+
+# Autocast keeps the weights in float32, so what is trained and saved is float32.
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; the accelerator, or else the CPU, if None.
+
+    Raises:
+        ArgumentError: No device name, or a device that this machine lacks.
+    """
+    accelerator = torch.accelerator.current_accelerator() if _has_accelerator() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(f"--device {name} is no device; write cpu, cuda or cuda:1") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if accelerator is None or accelerator.type != device.type:
+        present = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise ArgumentError(f"--device {name} is not on this machine, which has {present}")
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise ArgumentError(f"--device {name} does not exist: there are {count} {device.type}")
+    return device
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def autocast_dtype(dtype: str) -> torch.dtype | None:
+    """What products are computed in where that is not the weights' own dtype."""
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Ask the device's libraries for the same bits in every run; the CPU gives them anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before

@@ -1,0 +1,153 @@
+"""The loop over windows: passes over the lanes until all steps are trained, and what it counts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tbptt_ckpt import NonFiniteError, Window, WindowResult, tbptt_windows
+from tbptt_ckpt.cli.assembly import build_engine
+from tbptt_ckpt.cli.byte_model import initial_state
+from tbptt_ckpt.cli.config import TrainingConfig
+from tbptt_ckpt.cli.corpus import ByteArray, ByteLanes
+from tbptt_ckpt.cli.evaluation import NATS_PER_BIT
+from tbptt_ckpt.cli.outcome import Progress, Watch, Work
+from tbptt_ckpt.cli.window_memory import fullest_window, live_bytes, metered
+from tbptt_ckpt.memory import rss_bytes
+
+_LOSS_MEMORY = 0.98  # of the running mean that is shown
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a loop has counted so far.
+
+    Attributes:
+        num_windows: Windows run.
+        num_steps: New time steps per lane.
+        num_passes: Passes begun.
+        recomputed_steps: Steps run again.
+        drift: Sum of the windows' drifts.
+        bits: Running mean of the loss, bits per byte.
+        peak_bytes: Peak tensor memory of the metered window.
+        seconds: Time since the loop began.
+    """
+
+    num_windows: int = 0
+    num_steps: int = 0
+    num_passes: int = 0
+    recomputed_steps: int = 0
+    drift: float = 0.0
+    bits: float = math.nan
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, window: WindowResult) -> None:
+        """Count one more window."""
+        assert window.loss is not None, "every byte has a next byte"
+        bits = float(window.loss) / NATS_PER_BIT
+        if not math.isfinite(bits):
+            raise NonFiniteError(
+                f"the loss is {bits} after {self.num_steps} steps; a lower --lr may help"
+            )
+        self.num_windows += 1
+        self.num_steps += window.stop - window.new_start
+        self.recomputed_steps += window.recomputed_steps
+        self.drift += window.drift
+        first = math.isnan(self.bits)
+        self.bits = bits if first else _LOSS_MEMORY * self.bits + (1 - _LOSS_MEMORY) * bits
+
+    def work(self) -> Work:
+        """The same as ratios and means."""
+        return Work(
+            num_windows=self.num_windows,
+            num_steps=self.num_steps,
+            num_passes=self.num_passes,
+            recomputed_steps_per_step=self.recomputed_steps / self.num_steps,
+            mean_drift=self.drift / self.num_windows,
+            training_bits=self.bits,
+            seconds=self.seconds,
+            steps_per_second=self.num_steps / self.seconds,
+        )
+
+
+class TrainingLoop:
+    """Trains a model on lanes of bytes; one window of the first pass is metered.
+
+    Args:
+        config: The options.
+        module: The model, on its device.
+        optimizer: Of its parameters.
+        train: The bytes.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train: ByteArray,
+        device: torch.device,
+    ) -> None:
+        self.config, self.module, self.optimizer = config, module, optimizer
+        self._train, self._device = train, device
+        self._engine = build_engine(config, module, optimizer)
+        self.first_pass = self._lanes(config.max_steps)
+        windows = tbptt_windows(len(self.first_pass), config.k1, config.k2)
+        self._metered = fullest_window(windows)
+        self.metered_window: Window = windows[self._metered]
+        self.tally = Tally()
+
+    def run(self, watch: Watch) -> Tally:
+        """Train for `max_steps` steps, telling `watch` after every window."""
+        began = time.perf_counter()
+        windows = self._windows()
+        while (window := self._next(windows)) is not None:
+            self.tally.add(window)
+            self.tally.seconds = time.perf_counter() - began
+            watch(self._progress())
+        return self.tally
+
+    def _windows(self) -> Iterator[WindowResult]:
+        """The windows of all passes; each pass begins with a first state of its own."""
+        while (remaining := self.config.max_steps - self.tally.num_steps) > 0:
+            self.tally.num_passes += 1
+            state = initial_state(self.module, self.config.lanes)
+            yield from self._engine.windows(self._lanes(remaining), state)
+
+    def _lanes(self, max_steps: int) -> ByteLanes:
+        return ByteLanes(self._train, self.config.lanes, device=self._device, max_steps=max_steps)
+
+    def _next(self, windows: Iterator[WindowResult]) -> WindowResult | None:
+        """The next window; it runs inside this call, under the meter if its turn has come."""
+        if self.tally.num_windows != self._metered:
+            return next(windows, None)
+        live = live_bytes(self._device)
+        with metered(self._device, self.module) as meter:
+            window = next(windows, None)
+        self.tally.peak_bytes = live + meter.peak_bytes
+        return window
+
+    def _progress(self) -> Progress:
+        tally = self.tally
+        return Progress(
+            "training",
+            tally.num_steps,
+            self.config.max_steps,
+            tally.bits,
+            tally.num_steps / tally.seconds,
+            memory_in_use(self._device),
+        )
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Resident memory of the process, or what tensors take on an accelerator."""
+    if device.type == "cpu":
+        return rss_bytes().total
+    return torch.accelerator.memory_allocated(device)
