@@ -1,0 +1,1 @@
+"""Questions with protocols: what the package costs, and what it saves. See README.md."""

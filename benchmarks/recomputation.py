@@ -1,0 +1,196 @@
+"""What does recomputing cost in time, and what does it save in memory?
+
+One window over T = 1000 steps (k1 = k2 = T, no optimizer) with segments of 32 steps, against
+plain BPTT written by hand: run everything, then one backward. Peaks are tensor-allocator
+bytes above those at the start, where weights, inputs and `.grad` already exist.
+
+    python -m benchmarks.recomputation
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.paired import time_pairs
+from benchmarks.report import Figure, add_output_arguments, publish
+from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt.memory import peak_memory
+
+NUM_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most time, in baselines, and most memory, in percent of the baseline's."""
+
+    time: float
+    peak_percent: float
+
+
+LIMITS_CELL, LIMITS_FUSED = Limits(1.40, 7.0), Limits(1.10, 5.0)
+
+
+class ByteCell(nn.Module):
+    """One step: an LSTM cell and a readout over bytes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell, self.readout = nn.LSTMCell(width, width), nn.Linear(width, NUM_BYTES)
+
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = self.cell(x, state)
+        return self.readout(h), (h, c)
+
+
+class ByteLSTM(nn.Module):
+    """A segment: `nn.LSTM` and a readout over bytes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.readout = nn.LSTM(width, width), nn.Linear(width, NUM_BYTES)
+
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+        h, state = self.lstm(x, state)
+        return self.readout(h), state
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module, the sequence it reads, and both ways to run it."""
+
+    module: nn.Module
+    inputs: Tensor  # [T, B, F]
+    targets: Tensor  # [T, B]
+    segment: int
+
+    @property
+    def per_step(self) -> bool:
+        return isinstance(self.module, ByteCell)
+
+    def plain(self) -> float:
+        """Plain BPTT by hand."""
+        loss = self._loss_of_steps() if self.per_step else self._loss_of_sequence()
+        loss.backward()
+        return float(loss.detach())
+
+    def _loss_of_steps(self) -> Tensor:
+        state, total = None, torch.zeros(())
+        for x, target in zip(self.inputs.unbind(), self.targets.unbind(), strict=True):
+            logits, state = self.module(x, state)
+            total = total + nn.functional.cross_entropy(logits, target)
+        return total / len(self.inputs)
+
+    def _loss_of_sequence(self) -> Tensor:
+        logits, _ = self.module(self.inputs, None)
+        return byte_loss(logits, self.targets)
+
+    def recomputed(self, executor: str) -> float:
+        """The package, recomputing segments."""
+        num_steps = len(self.inputs)
+        tbptt = TBPTT(
+            self.module,
+            byte_loss,
+            num_steps,
+            num_steps,
+            strategy=f"uniform:{self.segment}",
+            executor=executor,
+            per_step=self.per_step,
+        )
+        loss = tbptt.train(TensorSequence(self.inputs, self.targets)).loss
+        assert loss is not None, "every step has a target"
+        return loss
+
+
+def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.reshape(-1, NUM_BYTES), targets.flatten())
+
+
+def gradients_of(case: Case, run: Callable[[], float]) -> Tensor:
+    """The gradient that a run makes, flat; leaves the weights' `.grad` in place."""
+    case.module.zero_grad(set_to_none=False)
+    run()
+    return torch.cat([p.grad.flatten().clone() for p in case.module.parameters()])
+
+
+def peak_bytes_of(run: Callable[[], float]) -> int:
+    """Most tensor bytes above those at the start, in the second of two runs."""
+    run()  # after it every `.grad` exists
+    with peak_memory(rss=False) as memory:
+        run()
+    return memory.peak_bytes
+
+
+def compare(
+    what: str, case: Case, executor: str, limits: Limits | None, arguments: argparse.Namespace
+) -> list[Figure]:
+    """Time and peak of the package over those of plain BPTT."""
+    treated = functools.partial(case.recomputed, executor)
+    expected, found = gradients_of(case, case.plain), gradients_of(case, treated)
+    error = float((found - expected).norm() / expected.norm())
+    if error > 1e-4:
+        raise SystemExit(f"{what}: gradients differ by {error:.1e}, so times mean nothing")
+    times = time_pairs(case.plain, treated, num_pairs=arguments.pairs)
+    plain_bytes, treated_bytes = peak_bytes_of(case.plain), peak_bytes_of(treated)
+    figures = [
+        Figure(
+            f"{what}: time",
+            times.ratio,
+            "x",
+            limits and limits.time,
+            times.interval,
+            {**times.seconds(), "gradient error": error},
+        ),
+        Figure(
+            f"{what}: peak",
+            100 * treated_bytes / plain_bytes,
+            "%",
+            limits and limits.peak_percent,
+            None,
+            {"baseline MiB": plain_bytes / 2**20, "treated MiB": treated_bytes / 2**20},
+        ),
+    ]
+    for figure in figures:
+        print(figure.line(), flush=True)
+    return figures
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--lanes", type=int, default=32)
+    parser.add_argument("--width", type=int, default=256, help="of inputs and state")
+    parser.add_argument("--segment", type=int, default=32, help="steps recomputed as one piece")
+    parser.add_argument("--pairs", type=int, default=20)
+    add_output_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.lanes, arguments.width = 64, 2, 16
+        arguments.segment, arguments.pairs = 8, 4
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    inputs = torch.randn(arguments.steps, arguments.lanes, arguments.width)
+    targets = torch.randint(0, NUM_BYTES, inputs.shape[:2])
+    cell = Case(ByteCell(arguments.width), inputs, targets, arguments.segment)
+    fused = Case(ByteLSTM(arguments.width), inputs, targets, arguments.segment)
+    figures = [
+        *compare("LSTMCell loop, replay", cell, "replay", LIMITS_CELL, arguments),
+        *compare("nn.LSTM per segment, replay", fused, "replay", LIMITS_FUSED, arguments),
+        *compare("LSTMCell loop, checkpoint", cell, "checkpoint", None, arguments),
+        *compare("nn.LSTM per segment, checkpoint", fused, "checkpoint", None, arguments),
+    ]
+    publish("recomputation", figures, arguments)
+
+
+if __name__ == "__main__":
+    main()
