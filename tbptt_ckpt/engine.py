@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.executor import Observer
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Action
@@ -107,6 +108,15 @@ class TBPTT:
     @record.setter
     def record(self, record: list[Action] | None) -> None:
         self._settings.record = record
+
+    @property
+    def observer(self) -> Observer:
+        """Set to an object that is told of every action as it is run."""
+        return self._settings.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._settings.observer = observer
 
     def train(self, sequence: object, init_state: Any = None) -> TrainResult:
         """Run a whole sequence, one update per window.

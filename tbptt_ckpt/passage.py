@@ -197,6 +197,7 @@ class Passage:
         self, task: WindowTask, loss: WindowLoss, guard: WeightGuard, longest_leaf: int
     ) -> WindowRun:
         work = WindowRun(task, self._settings.runner, loss, guard, record=self._settings.record)
+        work.observer = self._settings.observer
         work.longest_advance = max(work.longest_advance, longest_leaf)
         return work
 

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.executor import CheckpointExecutor, Executor, ReplayExecutor
+from tbptt_ckpt.executor import (
+    UNOBSERVED,
+    CheckpointExecutor,
+    Executor,
+    Observer,
+    ReplayExecutor,
+)
 from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.modules import Recurrence, check_differentiable, parameters_of, recognise
 from tbptt_ckpt.runner import Runner
@@ -44,6 +50,7 @@ class Settings:
     parameters: list[nn.Parameter]
     device_type: str
     record: list[Action] | None = None
+    observer: Observer = UNOBSERVED
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -375,3 +375,48 @@ def test_check_schedule_accepts_states_that_are_given() -> None:
     check_schedule(actions, 0, 0, 8, given=[4])
     with pytest.raises(ScheduleError):
         check_schedule(actions, 0, 0, 8)
+
+
+class Diary:
+    """Writes down what an executor tells its observer."""
+
+    def __init__(self):
+        self.entries = []
+
+    def begins(self, action):
+        self.entries.append(action)
+
+    def differentiates(self):
+        self.entries.append("differentiates")
+
+    def ends(self):
+        self.entries.append("ends")
+
+
+@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["retain", "uniform:3", "revolve:2"])
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+def test_an_observer_is_told_of_every_action_and_of_every_gradient(executor, strategy, overlap):
+    torch.manual_seed(0)
+    cell = nn.LSTMCell(2, 3)
+    tbptt = TBPTT(
+        cell, nn.functional.mse_loss, 4, 7, strategy=strategy, executor=executor, overlap=overlap
+    )
+    sequence = TensorSequence(torch.randn(13, 1, 2), torch.randn(13, 1, 3))
+    for _ in tbptt.windows(sequence):
+        pass
+    plain = [p.grad.clone() for p in cell.parameters()]
+    cell.zero_grad()
+    tbptt.record, tbptt.observer = [], Diary()
+    for window in tbptt.windows(sequence):
+        told = tbptt.observer.entries
+        actions = [entry for entry in told if not isinstance(entry, str)]
+        assert actions == tbptt.record == list(window.plan.schedule)
+        assert told.pop() == "ends"
+        leaves = [i for i, entry in enumerate(told) if isinstance(entry, Differentiate)]
+        assert [i for i, entry in enumerate(told) if entry == "differentiates"] == [
+            i + 1 for i in leaves
+        ]
+        told.clear()
+        tbptt.record.clear()
+    assert all(torch.equal(p.grad, g) for p, g in zip(cell.parameters(), plain, strict=True))

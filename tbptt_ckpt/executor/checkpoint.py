@@ -48,6 +48,7 @@ class CheckpointExecutor:
             task, work.runner, lambda: LossSink(task, work.loss, graph=True), self._context_fn
         )
         spans.note, spans.check = work.note, lambda: work.guard.check(task.stop)
+        spans.leaf_has_run = work.observer.differentiates
         if actions and actions[0] == Keep(task.start):
             spans.keep(task.start)
         state = state_as_leaves(boundary.state)
@@ -61,6 +62,7 @@ class CheckpointExecutor:
             if loss is not None and loss.requires_grad:
                 torch.autograd.backward([loss], [torch.full_like(loss, work.grad_scale)])
         spans.finish()
+        work.observer.ends()
         for total in totals:
             work.loss.add(total)
         return [leaf.grad for leaf in leaves]
@@ -103,6 +105,7 @@ class CheckpointedSpans:
         self._new_sink, self._context_fn = new_sink, context_fn
         self.note: Callable[[Action], None] = lambda _: None
         self.check: Callable[[], None] = lambda: None
+        self.leaf_has_run: Callable[[], None] = lambda: None
         self.ambient = task.ambient
         self._kept: list[int] = []
         self._advancing = 0
@@ -132,7 +135,11 @@ class CheckpointedSpans:
         """Run a span; the tensors its sinks made, and the state at its end."""
         if not span.parts:
             self._note(Differentiate(span.start, span.stop))
-            return self._run_plain(span, state)
+            try:
+                return self._run_plain(span, state)
+            finally:  # a recomputation ends in an exception as soon as it has what it needs
+                if not self._advancing:
+                    self.leaf_has_run()
         collected: list[Tensor] = []
         for part in span.parts[:-1]:
             state = rejoin(self._task, part.start, state) if part is not span.parts[0] else state

@@ -30,6 +30,7 @@ class ReplayExecutor:
                 work.note(action)
                 if not replay.take(action):
                     return None
+        work.observer.ends()
         return replay.state_grads
 
 
@@ -75,6 +76,7 @@ class _Replay:
                 if stop == task.stop and work.loss.is_empty():
                     return False
                 losses = [work.mean_loss(total) for total in sink.tensors()]
+            work.observer.differentiates()
             grads_out = self.state_grads or [None] * len(tensors_of(state_out))
             _backward(losses, work.grad_scale, tensors_of(state_out), grads_out)
         work.loss.add(sink.total)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import StaleWeightsError, TbpttError
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.hooks import silent_hooks
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action, Schedule
@@ -58,6 +59,7 @@ class WindowRun:
         grad_scale: Factor on the gradients, of a `GradScaler`.
         longest_advance: Most steps of one call of a segment module in an advance.
         record: Actions are appended here as they are run.
+        observer: Told of actions as they are run.
     """
 
     task: WindowTask
@@ -67,9 +69,11 @@ class WindowRun:
     grad_scale: float = 1.0
     longest_advance: int = _ADVANCE_STEPS
     record: list[Action] | None = None
+    observer: Observer = UNOBSERVED
 
     def note(self, action: Action) -> None:
-        """Record an action that is run."""
+        """Record an action that is about to be run."""
+        self.observer.begins(action)
         if self.record is not None:
             self.record.append(action)
 
