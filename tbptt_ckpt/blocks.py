@@ -36,6 +36,8 @@ class StepBlock:
         targets: The same; None where no step has a target.
         weight: [n] or [n, B] on the CPU, zero where a target is absent; None stands for ones.
         time_dim: Where time is.
+        resets: [n] or [n, B] of bools on the CPU: steps that begin a new sequence, in every
+            lane or in each; None where none does.
     """
 
     start: int
@@ -44,6 +46,7 @@ class StepBlock:
     targets: Tree
     weight: Tensor | None
     time_dim: int
+    resets: Tensor | None = None
 
     def part(self, start: int, stop: int) -> StepBlock:
         """The steps `[start, stop)` of the block, as views."""
@@ -57,6 +60,7 @@ class StepBlock:
             _slice(self.targets, low, high, self.time_dim),
             None if self.weight is None else self.weight[low:high],
             self.time_dim,
+            None if self.resets is None else self.resets[low:high],
         )
 
     def step_weights(self) -> list[StepWeight] | None:
@@ -64,6 +68,16 @@ class StepBlock:
         if self.targets is None:
             return [0.0] * (self.stop - self.start)
         return None if self.weight is None else self.weight.tolist()
+
+    def has_loss(self) -> bool:
+        """Whether any step has a target that counts."""
+        return self.targets is not None and (self.weight is None or bool(self.weight.any()))
+
+    def weight_sum(self) -> float:
+        """What the steps add to the divisor of a scalar loss."""
+        if self.targets is None:
+            return 0.0
+        return float(self.stop - self.start if self.weight is None else self.weight.sum())
 
     def num_tokens(self) -> int:
         """Steps times lanes, without the lanes whose weight is zero."""

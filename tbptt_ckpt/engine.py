@@ -50,6 +50,8 @@ class TBPTT:
         autocast_dtype: Run module and loss under autocast with this dtype.
         scaler: A `torch.amp.GradScaler`.
         scheduler: Stepped after each update.
+        lane_dim: Where lanes are in the tensors of a state, for sources that reset lanes. By
+            default 1 for `nn.RNN/LSTM/GRU` and modules that contain one, 0 for others.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -78,6 +80,7 @@ class TBPTT:
         autocast_dtype: torch.dtype | None = None,
         scaler: Any = None,
         scheduler: Any = None,
+        lane_dim: int | None = None,
     ) -> None:
         check_reach(k1, k2)
         check_memory_budget(memory_budget)
@@ -98,6 +101,7 @@ class TBPTT:
             autocast_dtype=autocast_dtype,
             scaler=scaler,
             scheduler=scheduler,
+            lane_dim=lane_dim,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The state at step 0, which may be learned."""
+"""The state that sequences begin from, which may be learned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads
-from tbptt_ckpt.state import Tree, tensors_of
+from tbptt_ckpt.state import Tree, map_tensors, tensors_of
 from tbptt_ckpt.updates import Updater
 
 
 class InitialState:
-    """Takes the gradients of every window that starts at step 0.
+    """Takes the gradients of every window that starts at step 0 or resets a lane.
 
     Leaf tensors that require grad get theirs window by window. Tensors with a graph of
     their own get the sum over all windows, in one backward at the end.
@@ -20,6 +20,11 @@ class InitialState:
     Args:
         state: The state, read anew by each window.
         updater: Knows whether weights are updated.
+
+    Attributes:
+        state: The state at step 0.
+        attached: The same values for lanes that reset, whose gradients a window's backward
+            collects.
 
     Raises:
         ArgumentError: A tensor with a graph, whose weights an optimizer would change before
@@ -40,6 +45,11 @@ class InitialState:
                 "init_state was computed with a graph, which the optimizer's steps would "
                 "invalidate; pass leaf tensors, detach it, or use optimizer=None"
             )
+        # A window's backward must stop short of a graph that later windows need as well.
+        self._stand_ins = {
+            id(t): t.detach().requires_grad_() for t in self._tensors if t.grad_fn is not None
+        }
+        self.attached = map_tensors(lambda t: self._stand_ins.get(id(t), t), state)
 
     def leaves(self) -> list[Tensor]:
         """Its learned tensors."""
@@ -58,8 +68,13 @@ class InitialState:
 
     def backward(self) -> None:
         """Differentiate what the state was computed from."""
-        pairs = [(t, self._sums[id(t)]) for t in self._tensors if id(t) in self._sums]
-        self._sums = {}
-        if pairs:
-            tensors, sums = zip(*pairs, strict=True)
-            torch.autograd.backward(tensors, sums)
+        for key, stand_in in self._stand_ins.items():
+            if stand_in.grad is not None:
+                known = self._sums.get(key)
+                self._sums[key] = stand_in.grad if known is None else known + stand_in.grad
+                stand_in.grad = None
+        sums, self._sums = self._sums, {}
+        # One tensor may stand in several places of the state; its sum counts once.
+        tensors = {id(t): t for t in self._tensors if id(t) in sums}
+        if tensors:
+            torch.autograd.backward(list(tensors.values()), [sums[key] for key in tensors])

@@ -161,6 +161,9 @@ def _lane_groups(weight: StepWeight) -> Iterator[tuple[float, list[int] | None]]
         if weight:
             yield weight, None
         return
+    if weight and weight[0] and all(w == weight[0] for w in weight):
+        yield weight[0], list(range(len(weight)))
+        return
     for value in sorted(set(weight) - {0.0}):
         yield value, [lane for lane, w in enumerate(weight) if w == value]
 
@@ -194,8 +197,3 @@ def _select(tree: Tree, lanes: list[int], dim: int) -> Tree:
 def is_present(weight: StepWeight) -> bool:
     """Whether a step with this weight has a loss."""
     return bool(weight) if isinstance(weight, float) else any(weight)
-
-
-def weight_sum(weight: StepWeight) -> float:
-    """What a step with this weight adds to the divisor where the loss is a scalar."""
-    return weight if isinstance(weight, float) else float(sum(weight))

@@ -21,20 +21,27 @@ class Recurrence:
         call: `(inputs, state) -> (outputs, state)`, over one step or over a segment.
         per_step: True where `call` takes one step without a time dimension.
         time_dim: Where a segment module wants time in its inputs and has it in its outputs.
+        lane_dim: Where lanes are in the tensors of its state.
     """
 
     module: Callable[..., Any]
     call: Callable[[Any, Any], Any]
     per_step: bool
     time_dim: int
+    lane_dim: int = 0
 
 
-def recognise(module: object, per_step: bool | None, time_dim: int) -> Recurrence:
+def recognise(
+    module: object, per_step: bool | None, time_dim: int, lane_dim: int | None = None
+) -> Recurrence:
     """How to call `module`.
 
     `nn.RNN/LSTM/GRU` are segment modules whose `time_dim` follows from `batch_first`;
     their cells are per-step modules that return only a state, and the output is its
     first tensor. Anything else is per-step unless `per_step=False`.
+
+    The states of `nn.RNN/LSTM/GRU`, [layers, B, H], and of modules that contain one have
+    their lanes on dimension 1, others on 0, unless `lane_dim` says otherwise.
 
     Raises:
         ArgumentError: Not callable, bidirectional, or called in a way it cannot be.
@@ -43,18 +50,20 @@ def recognise(module: object, per_step: bool | None, time_dim: int) -> Recurrenc
         raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
     if per_step not in (None, True, False):
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
+    if lane_dim is None:
+        lane_dim = 1 if any(_recurrent_layers(module)) else 0
     if isinstance(module, nn.RNNBase):
-        return _fused_recurrence(module, per_step)
+        return _fused_recurrence(module, per_step, lane_dim)
     if isinstance(module, nn.RNNCellBase):
         if per_step is False:
             raise ArgumentError(
                 f"per_step=False does not fit {type(module).__name__}, which runs one step"
             )
-        return Recurrence(module, _cell_call(module), True, 0)
-    return Recurrence(module, module, per_step is not False, time_dim)
+        return Recurrence(module, _cell_call(module), True, 0, lane_dim)
+    return Recurrence(module, module, per_step is not False, time_dim, lane_dim)
 
 
-def _fused_recurrence(module: nn.RNNBase, per_step: bool | None) -> Recurrence:
+def _fused_recurrence(module: nn.RNNBase, per_step: bool | None, lane_dim: int) -> Recurrence:
     name = type(module).__name__
     if per_step:
         raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
@@ -63,7 +72,7 @@ def _fused_recurrence(module: nn.RNNBase, per_step: bool | None) -> Recurrence:
             f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
             "carry from window to window; use bidirectional=False"
         )
-    return Recurrence(module, module, False, 1 if module.batch_first else 0)
+    return Recurrence(module, module, False, 1 if module.batch_first else 0, lane_dim)
 
 
 def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:

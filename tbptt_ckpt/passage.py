@@ -15,6 +15,7 @@ from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.initial_state import InitialState
 from tbptt_ckpt.plans import WindowPlan, plan_window
 from tbptt_ckpt.records import Records, changes
+from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.runner import check_same_structure
 from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.sinks import WindowLoss
@@ -61,6 +62,7 @@ class Passage:
     ) -> None:
         self._settings, self._window, self._blocks = settings, window, blocks
         self._ambient, self._initial, self._records = ambient, initial, records
+        self._resets = Resets(blocks, initial.attached, settings.recurrence.lane_dim)
         self._stale = settings.overlap == "stale"
         k1, k2 = settings.k1, settings.k2
         upcoming = window_at(window.index + 1, num_steps, k1, k2)
@@ -190,6 +192,7 @@ class Passage:
             stops_at=sorted(s for s in stops if first < s < window.stop),
             ambients=ambients,
             joints=joints,
+            resets=self._resets,
             on_arrival=self._note_stale if self._stale else self._note_refreshed,
         )
 

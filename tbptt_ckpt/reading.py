@@ -17,6 +17,7 @@ from tbptt_ckpt.sources import (
     TensorSequence,
     as_tensors,
     check_time_exists,
+    checked_resets,
     checked_weight,
 )
 from tbptt_ckpt.state import Tree, iterate_tensors, tensors_of
@@ -77,11 +78,22 @@ class SourceReader:
             )
         if not length:
             return None
-        weights = getattr(self.source, "weights", None)
-        weight = None if weights is None else weights(start, start + length)
-        if weight is not None:
-            weight = checked_weight(weight, length)
-        return StepBlock(start, start + length, inputs, targets, weight, self.time_dim)
+        weight = self._rows("weights", start, start + length)
+        resets = self._rows("resets", start, start + length)
+        return StepBlock(
+            start,
+            start + length,
+            inputs,
+            targets,
+            None if weight is None else checked_weight(weight, length),
+            self.time_dim,
+            None if resets is None else checked_resets(resets, length),
+        )
+
+    def _rows(self, method: str, start: int, stop: int) -> Any:
+        """What an optional method of the source says about some steps."""
+        rows = getattr(self.source, method, None)
+        return None if rows is None else rows(start, stop)
 
     def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
         if not tensors_of(inputs):

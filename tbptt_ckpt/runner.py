@@ -78,12 +78,14 @@ class Runner:
     def _run_steps(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
         wanted = sink.wanted(begin, end)
         quiet_until = wanted.start if wanted else end
-        if begin < quiet_until:
-            for block in task.steps(begin, quiet_until):
+        for low, high in task.resets.stretches(begin, quiet_until):
+            state = task.resets.apply(low, state)
+            for block in task.steps(low, high):
                 for inputs in block.step_inputs():
                     _, state = self._call_step(inputs, state)
-        if quiet_until < end:
-            for block in task.steps(quiet_until, end):
+        for low, high in task.resets.stretches(quiet_until, end):
+            state = task.resets.apply(low, state)
+            for block in task.steps(low, high):
                 state = self._run_steps_with_outputs(block, state, sink)
         return state
 
@@ -108,15 +110,19 @@ class Runner:
         return split_result(result, self.recurrence)
 
     def _run_segment(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
-        block = join_blocks(list(task.steps(begin, end)))
-        result = self.recurrence.call(self._segment_inputs(block), state)
-        outputs, state = split_result(result, self.recurrence)
         wanted = sink.wanted(begin, end)
-        if wanted:
-            check_segment_output(
-                outputs, end - begin, self._time_dim(block), self.recurrence.module
-            )
-            self._give_segment(block.part(wanted.start, end), outputs, end - begin, sink)
+        first_wanted = wanted.start if wanted else end
+        for low, high in task.resets.stretches(begin, end):
+            block = join_blocks(list(task.steps(low, high)))
+            state = task.resets.apply(low, state)
+            result = self.recurrence.call(self._segment_inputs(block), state)
+            outputs, state = split_result(result, self.recurrence)
+            if first_wanted < high:
+                check_segment_output(
+                    outputs, high - low, self._time_dim(block), self.recurrence.module
+                )
+                block = block.part(max(low, first_wanted), high)
+                self._give_segment(block, outputs, high - low, sink)
         return state
 
     def _segment_inputs(self, block: StepBlock) -> Tree:

@@ -61,18 +61,31 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def make_runner(
-    module: object, per_step: bool | None, time_dim: int, autocast_dtype: torch.dtype | None
+    module: object,
+    per_step: bool | None,
+    time_dim: int,
+    autocast_dtype: torch.dtype | None,
+    lane_dim: int | None = None,
 ) -> Runner:
     """A runner for the user's module."""
     check_time_dim(time_dim)
+    check_lane_dim(lane_dim)
     if autocast_dtype is not None and not (
         isinstance(autocast_dtype, torch.dtype) and autocast_dtype.is_floating_point
     ):
         raise ArgumentError(
             f"autocast_dtype={autocast_dtype!r} must be a floating dtype such as torch.bfloat16"
         )
-    recurrence = recognise(module, per_step, time_dim)
+    recurrence = recognise(module, per_step, time_dim, lane_dim)
     return Runner(recurrence, device_type_of(module), autocast_dtype)
+
+
+def check_lane_dim(lane_dim: object) -> None:
+    """Raise `ArgumentError` unless `lane_dim` is None or an int of at least 0."""
+    if lane_dim is not None and (
+        not isinstance(lane_dim, int) or isinstance(lane_dim, bool) or lane_dim < 0
+    ):
+        raise ArgumentError(f"lane_dim={lane_dim!r} must be an integer of at least 0, or None")
 
 
 def device_type_of(module: object) -> str:
@@ -114,12 +127,13 @@ def make_settings(
     autocast_dtype: torch.dtype | None,
     scaler: Any,
     scheduler: Any,
+    lane_dim: int | None = None,
 ) -> Settings:
     """Check every argument and build what runs."""
     check_choice("loss", loss, ("new", "last"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_choice("overlap", overlap, ("refresh", "stale"))
-    runner = make_runner(module, per_step, time_dim, autocast_dtype)
+    runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     return Settings(

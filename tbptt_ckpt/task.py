@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.losses import is_present, weight_sum
+from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.state import Tree, tensors_of
 
 
@@ -58,6 +58,7 @@ class WindowTask:
         stops_at: Steps in order at which runs are cut, the same under every strategy.
         ambients: Generators and buffers to restore when a run begins at a step.
         joints: Recorded states from which steps restart, whatever the steps before gave.
+        resets: Lanes that begin a new sequence.
         on_arrival: Called with each state in `stops_at`, or at `stop`, the first time a run
             ends there.
         executed_steps: Module steps run so far.
@@ -72,6 +73,7 @@ class WindowTask:
     stops_at: Sequence[int] = ()
     ambients: Mapping[int, AmbientState] = field(default_factory=dict)
     joints: Mapping[int, Boundary] = field(default_factory=dict)
+    resets: Resets = field(default_factory=Resets)
     on_arrival: Callable[[int, Tree, AmbientState], None] = _ignore_arrival
     executed_steps: int = 0
     _arrived: set[int] = field(default_factory=set)
@@ -106,17 +108,9 @@ class WindowTask:
 
 def has_loss(blocks: Sequence[StepBlock], start: int, stop: int) -> bool:
     """Whether any step in `[start, stop)` has a target that counts."""
-    for block in narrow_blocks(blocks, start, stop):
-        weights = block.step_weights()
-        if weights is None or any(map(is_present, weights)):
-            return True
-    return False
+    return any(block.has_loss() for block in narrow_blocks(blocks, start, stop))
 
 
 def counted_weight(blocks: Sequence[StepBlock], start: int, stop: int) -> float:
     """The summed weight of a scalar loss over `[start, stop)`."""
-    total = 0.0
-    for block in narrow_blocks(blocks, start, stop):
-        weights = block.step_weights()
-        total += block.stop - block.start if weights is None else sum(map(weight_sum, weights))
-    return total
+    return sum(block.weight_sum() for block in narrow_blocks(blocks, start, stop))

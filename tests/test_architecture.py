@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fixed_schedules", "planner", "simulator"),
     ("modules", "losses", "sources", "buffers", "updates", "memory"),
     ("strategies", "ambient", "blocks"),
+    ("resets",),
     ("plans", "packing", "task"),
     ("results", "reading", "records", "sinks"),
     ("runner",),
