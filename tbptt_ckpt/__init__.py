@@ -14,7 +14,14 @@ from tbptt_ckpt.plans import WindowPlan
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.single_window import WindowGradient, run_window, unroll
-from tbptt_ckpt.sources import Source, TensorSequence
+from tbptt_ckpt.sources import (
+    ArraySequence,
+    BurnIn,
+    LaneSource,
+    Source,
+    TensorSequence,
+    map_file,
+)
 from tbptt_ckpt.strategies import Retain, Revolve, Sqrt, Step, Uniform
 from tbptt_ckpt.verification import Verification, verify
 from tbptt_ckpt.windows import Window, tbptt_windows
@@ -23,10 +30,13 @@ __all__ = [
     "TBPTT",
     "Advance",
     "ArgumentError",
+    "ArraySequence",
+    "BurnIn",
     "Differentiate",
     "Drop",
     "InfeasibleBudgetError",
     "Keep",
+    "LaneSource",
     "NonFiniteError",
     "Retain",
     "Revolve",
@@ -46,6 +56,7 @@ __all__ = [
     "WindowGradient",
     "WindowPlan",
     "WindowResult",
+    "map_file",
     "run_window",
     "tbptt_windows",
     "unroll",

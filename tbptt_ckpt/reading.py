@@ -19,6 +19,7 @@ from tbptt_ckpt.sources import (
     check_time_exists,
     checked_resets,
     checked_weight,
+    rows_of,
 )
 from tbptt_ckpt.state import Tree, iterate_tensors, tensors_of
 
@@ -78,8 +79,8 @@ class SourceReader:
             )
         if not length:
             return None
-        weight = self._rows("weights", start, start + length)
-        resets = self._rows("resets", start, start + length)
+        weight = rows_of(self.source, "weights", start, start + length)
+        resets = rows_of(self.source, "resets", start, start + length)
         return StepBlock(
             start,
             start + length,
@@ -89,11 +90,6 @@ class SourceReader:
             self.time_dim,
             None if resets is None else checked_resets(resets, length),
         )
-
-    def _rows(self, method: str, start: int, stop: int) -> Any:
-        """What an optional method of the source says about some steps."""
-        rows = getattr(self.source, method, None)
-        return None if rows is None else rows(start, stop)
 
     def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
         if not tensors_of(inputs):

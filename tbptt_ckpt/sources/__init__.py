@@ -1,5 +1,8 @@
 """Where steps come from: tensors, files, lanes, and anything with `read(start, stop)`."""
 
+from tbptt_ckpt.sources.arrays import ArraySequence, map_file
+from tbptt_ckpt.sources.burn_in import BurnIn
+from tbptt_ckpt.sources.lanes import LaneSource
 from tbptt_ckpt.sources.protocol import (
     Source,
     as_tensors,
@@ -7,10 +10,14 @@ from tbptt_ckpt.sources.protocol import (
     check_time_exists,
     checked_resets,
     checked_weight,
+    rows_of,
 )
 from tbptt_ckpt.sources.tensors import TensorSequence
 
 __all__ = [
+    "ArraySequence",
+    "BurnIn",
+    "LaneSource",
     "Source",
     "TensorSequence",
     "as_tensors",
@@ -18,4 +25,6 @@ __all__ = [
     "check_time_exists",
     "checked_resets",
     "checked_weight",
+    "map_file",
+    "rows_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +25,9 @@ class Source(Protocol):
     is the first of a new sequence, or None), and `state_dict`/`load_state_dict`, whose state
     consists of numbers, strings, tensors and containers of them.
 
-    With a length any range may be read, and again. Without one, ranges are read in order.
+    With a length any range may be read, and again; without one, ranges are read in order.
+    `weights` and `resets` return tensors of one kind, or None, for all ranges alike. A source
+    with an order of its own may have `set_epoch(epoch)`, called before each pass over it.
     """
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
@@ -87,6 +90,12 @@ def checked_resets(resets: Tensor, num_steps: int) -> Tensor:
             f"resets of shape {tuple(resets.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
         )
     return resets
+
+
+def rows_of(source: object, method: str, start: int, stop: int) -> Tensor | None:
+    """What a source's `weights` or `resets` say about some steps; None without that method."""
+    rows: Callable[[int, int], Tensor | None] | None = getattr(source, method, None)
+    return None if rows is None else rows(start, stop)
 
 
 def check_range(start: int, stop: int, num_steps: int) -> None:
