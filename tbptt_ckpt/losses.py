@@ -161,7 +161,7 @@ def _lane_groups(weight: StepWeight) -> Iterator[tuple[float, list[int] | None]]
         if weight:
             yield weight, None
         return
-    if weight and weight[0] and all(w == weight[0] for w in weight):
+    if weight and weight[0] and weight.count(weight[0]) == len(weight):
         yield weight[0], list(range(len(weight)))
         return
     for value in sorted(set(weight) - {0.0}):

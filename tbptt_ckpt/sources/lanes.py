@@ -32,8 +32,8 @@ class LaneSource:
     is left, lanes that have ended hold zeros of weight zero: padding, of which there is at most
     as much as the longest sequence in each lane. No step is left out or read twice.
 
-    With padding, or sequences with weights, each step has a weight per lane, so that a mean
-    loss divides by valid steps of lanes; otherwise by steps.
+    A step has a weight per lane, so that losses are summed, and a mean divides, over steps of
+    lanes: over B of them in a step that all lanes run.
 
     Args:
         sequences: Sources with a length and without lanes, whose inputs are [T, ...]; or one
@@ -72,9 +72,6 @@ class LaneSource:
         else:
             self._sequences = _Several(sequences)
         self.lanes, self._seed, self._device = lanes, seed, device
-        self._has_weights = any(
-            rows_of(source, "weights", 0, 1) is not None for source in self._sequences.sources
-        )
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,10 +98,8 @@ class LaneSource:
             targets.put(piece, as_tensors(read[1]), time_dim)
         return inputs.result(self._device), targets.result(self._device)
 
-    def weights(self, start: int, stop: int) -> Tensor | None:
-        """[n, lanes]: the sequences' own weights, zero in padding; None where all are one."""
-        if not (self._has_weights or self._layout.has_padding):
-            return None
+    def weights(self, start: int, stop: int) -> Tensor:
+        """[n, lanes]: the sequences' own weights, or one; zero in padding."""
         weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64)
         for piece in self._layout.pieces(start, stop):
             rows = self._rows_of(piece, "weights")

@@ -50,7 +50,6 @@ class LaneLayout:
             taken[lane].append(sequence)
             heapq.heapreplace(ends, (end + int(lengths[sequence]), lane))
         self.num_steps = max(end for end, _ in ends)
-        self.has_padding = ends[0][0] < self.num_steps
         self._sequences = [np.array(numbers, dtype=np.int64) for numbers in taken]
         # Edges of the sequences of each lane, from 0 to the lane's end.
         self._edges = [np.concatenate([[0], np.cumsum(lengths[n])]) for n in self._sequences]
@@ -77,8 +76,8 @@ def shuffled(count: int, seed: int, epoch: int) -> Integers:
         Steele, Lea & Flood (2014), doi:10.1145/2714064.2660195.
     """
     key = _mixed(_mixed(_word(seed)) + _word(epoch))  # modulo 2**64, as arrays compute
-    keys = _mixed(key + np.arange(count, dtype=np.uint64))
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    numbers: Words = np.arange(count, dtype=np.uint64)
+    return np.argsort(_mixed(key + numbers), kind="stable").astype(np.int64)
 
 
 def _word(number: int) -> Words:
