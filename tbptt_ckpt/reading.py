@@ -2,109 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Sized
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.packing import pack_steps
-from tbptt_ckpt.sources import (
-    Source,
-    TensorSequence,
-    as_tensors,
-    check_time_exists,
-    checked_resets,
-    checked_weight,
-    rows_of,
-)
-from tbptt_ckpt.state import Tree, iterate_tensors, tensors_of
-
-
-class StepIterable:
-    """An iterable of `(input, target)` steps, read once from front to back.
-
-    Args:
-        steps: The iterable; its length is used where it has one.
-    """
-
-    time_dim = 0
-
-    def __init__(self, steps: Iterable[Any]) -> None:
-        self._iterator: Iterator[Any] = iter(steps)
-        self.position = 0
-        self.num_steps = len(steps) if isinstance(steps, Sized) else None
-
-    def read_block(self, start: int, stop: int) -> StepBlock | None:
-        """The next steps, packed; fewer than asked at the end, None if there are none."""
-        assert start == self.position, "steps are read in order"
-        steps = []
-        for item in self._iterator:
-            steps.append(_checked_step(item, self.position))
-            self.position += 1
-            if self.position == stop:
-                break
-        if self.position == self.num_steps and next(self._iterator, None) is not None:
-            raise ArgumentError(
-                f"the sequence has length {self.num_steps} but there are more steps than that"
-            )
-        return pack_steps(steps, start) if steps else None
-
-
-class SourceReader:
-    """Reads a user's source into blocks."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.time_dim: int = getattr(source, "time_dim", 0)
-        self.num_steps = _length_of(source)
-
-    def read_block(self, start: int, stop: int) -> StepBlock | None:
-        """The steps `[start, stop)`; fewer only where the source ends and has no length."""
-        result = self.source.read(start, stop)
-        if not isinstance(result, tuple | list) or len(result) != 2:
-            raise ArgumentError(
-                f"the source's read({start}, {stop}) must return (inputs, targets), "
-                f"not {type(result).__name__}"
-            )
-        inputs, targets = as_tensors(result[0]), as_tensors(result[1])
-        length = self._length(inputs, targets, start, stop)
-        if length != stop - start and (self.num_steps is not None or length > stop - start):
-            raise ArgumentError(
-                f"the source's read({start}, {stop}) returned {length} steps on "
-                f"time_dim={self.time_dim}"
-            )
-        if not length:
-            return None
-        weight = rows_of(self.source, "weights", start, start + length)
-        resets = rows_of(self.source, "resets", start, start + length)
-        return StepBlock(
-            start,
-            start + length,
-            inputs,
-            targets,
-            None if weight is None else checked_weight(weight, length),
-            self.time_dim,
-            None if resets is None else checked_resets(resets, length),
-        )
-
-    def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
-        if not tensors_of(inputs):
-            return 0
-        lengths = {}
-        for name, tree in (("inputs", inputs), ("targets", targets)):
-            for tensor in tensors_of(tree):
-                check_time_exists(name, tensor, self.time_dim)
-                lengths[tensor.shape[self.time_dim]] = f"{name} of shape {tuple(tensor.shape)}"
-        if len(lengths) > 1:
-            raise ArgumentError(
-                f"the source's read({start}, {stop}) returned {' and '.join(lengths.values())}, "
-                f"which differ in their steps on time_dim={self.time_dim}"
-            )
-        return next(iter(lengths))
+from tbptt_ckpt.readers import StepIterable, reader_for
+from tbptt_ckpt.stored_blocks import load_block, store_block
 
 
 class WindowReader:
@@ -120,7 +23,7 @@ class WindowReader:
 
     def __init__(self, sequence: object, k1: int, k2: int | None) -> None:
         self._k1, self._k2 = k1, k2
-        self._reader = _reader_for(sequence)
+        self._reader = reader_for(sequence)
         self.num_steps = self._reader.num_steps
         self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
         self._held: list[StepBlock] = []
@@ -149,6 +52,47 @@ class WindowReader:
         self._pull(stop)
         return [block for block in self._held if block.start < stop]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the reader of an equal sequence needs to go on from here.
+
+        An iterable of steps is iterated anew and passed over up to the first step that is
+        still needed. A source without a length goes on after the last step that it gave; the
+        steps that are held are part of the state.
+
+        Raises:
+            ArgumentError: A source without a length that has no `state_dict`, or whose steps
+                cannot be stored.
+        """
+        if isinstance(self._reader, StepIterable):
+            return {"first": self._held[0].start if self._held else self._position}
+        source = self._reader.source
+        state = {"source": source.state_dict() if hasattr(source, "state_dict") else None}
+        if not self._in_order:
+            return state
+        if state["source"] is None:
+            raise ArgumentError(
+                f"source={source!r} has neither a length nor state_dict and load_state_dict, so "
+                "where it stands cannot be saved; add one or the other"
+            )
+        held = [store_block(block) for block in self._held]
+        return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ArgumentError: The sequence is not the one that was saved.
+        """
+        if isinstance(self._reader, StepIterable):
+            self._reader.skip_to(state["first"])
+            self._position = state["first"]
+            return
+        if state["source"] is not None:
+            self._reader.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
+        if self._in_order:
+            self._held = [load_block(block) for block in state["held"]]
+            self._position, self.num_steps = state["position"], state["num_steps"]
+
     def _pull(self, stop: int) -> None:
         while self._position < stop and (self.num_steps is None or self._position < self.num_steps):
             wanted = min(self._position + self.PACK_STEPS, stop, self._next_start())
@@ -171,55 +115,3 @@ class WindowReader:
                 f"the sequence has length {self.num_steps} but ended after {self._position} steps"
             )
         self.num_steps = self._position
-
-
-def _reader_for(sequence: object) -> StepIterable | SourceReader:
-    if isinstance(sequence, io.IOBase):
-        raise ArgumentError(
-            f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
-        )
-    if isinstance(sequence, TensorSequence):
-        _check_usable(sequence.inputs, "inputs")
-        _check_usable(sequence.targets, "targets")
-    if isinstance(sequence, Source):
-        return SourceReader(sequence)
-    if isinstance(sequence, Tensor | np.ndarray):
-        raise ArgumentError(
-            f"sequence is a {type(sequence).__name__} of shape {tuple(sequence.shape)}; wrap it: "
-            "TensorSequence(inputs, targets)"
-        )
-    if isinstance(sequence, Iterable):
-        return StepIterable(sequence)
-    raise ArgumentError(
-        f"sequence={sequence!r} is neither an iterable of (input, target) steps, nor a "
-        "TensorSequence, nor a source with read(start, stop)"
-    )
-
-
-def _checked_step(item: Any, step: int) -> tuple[Any, Any]:
-    if isinstance(item, tuple | list) and len(item) == 2:
-        inputs, target = as_tensors(item[0]), as_tensors(item[1])
-        _check_usable(inputs, "inputs")
-        _check_usable(target, "targets")
-        return inputs, target
-    raise ArgumentError(
-        f"step {step} of the sequence is a {type(item).__name__}, not a pair (input, target); "
-        "for whole tensors use TensorSequence(inputs, targets)"
-    )
-
-
-def _check_usable(tree: Tree, name: str) -> None:
-    if any(tensor.grad_fn is not None for tensor in iterate_tensors(tree)):
-        raise ArgumentError(
-            f"{name} were computed with a graph, which every window would have to differentiate "
-            "again; detach them, or move what computes them into the module"
-        )
-    if any(tensor.is_inference() for tensor in iterate_tensors(tree)):
-        raise ArgumentError(
-            f"{name} hold tensors of torch.inference_mode, which cannot be differentiated; clone "
-            "them outside of it"
-        )
-
-
-def _length_of(source: object) -> int | None:
-    return len(source) if isinstance(source, Sized) else None

@@ -14,7 +14,7 @@ from tbptt_ckpt.cli.bigram import bigram_bits, pair_counts
 from tbptt_ckpt.cli.corpus import (
     ByteLanes,
     load_corpus,
-    map_file,
+    map_bytes,
     standard_library_files,
     standard_library_text,
 )
@@ -128,7 +128,7 @@ def test_files_that_cannot_be_mapped_are_named(tmp_path):
         (empty, "is empty"),
     ]:
         with pytest.raises(ArgumentError, match=f"--data {path} {reason}"):
-            map_file(path)
+            map_bytes(path)
 
 
 @pytest.fixture

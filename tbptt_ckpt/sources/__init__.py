@@ -6,6 +6,8 @@ from tbptt_ckpt.sources.lanes import LaneSource
 from tbptt_ckpt.sources.protocol import (
     Source,
     as_tensors,
+    check_range,
+    check_same_source,
     check_time_dim,
     check_time_exists,
     checked_resets,
@@ -21,6 +23,8 @@ __all__ = [
     "Source",
     "TensorSequence",
     "as_tensors",
+    "check_range",
+    "check_same_source",
     "check_time_dim",
     "check_time_exists",
     "checked_resets",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.sources.protocol import Source, check_range, rows_of
+from tbptt_ckpt.sources.protocol import Source, check_range, check_same_source, rows_of
 from tbptt_ckpt.state import Tree
 from tbptt_ckpt.windows import check_positive_int
 
@@ -69,12 +69,24 @@ class BurnIn:
             self.source.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The source's state."""
-        return {"source": self.source.state_dict()} if hasattr(self.source, "state_dict") else {}
+        """The source's state, and the number of steps without loss."""
+        has_state = hasattr(self.source, "state_dict")
+        return {
+            "num_burn_in_steps": self.num_burn_in_steps,
+            "source": self.source.state_dict() if has_state else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the source."""
-        if "source" in state:
+        """Restore the source.
+
+        Raises:
+            ArgumentError: The source is not the same, or burnt in otherwise.
+        """
+        saved = state["num_burn_in_steps"]
+        check_same_source(
+            f"one of {saved} burn-in steps", f"one of {self.num_burn_in_steps} burn-in steps"
+        )
+        if state["source"] is not None:
             self.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
 
     def _steps_since_beginning(self, start: int, stop: int) -> Tensor:

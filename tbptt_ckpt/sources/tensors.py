@@ -9,6 +9,7 @@ from torch import Tensor
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.sources.protocol import (
     as_tensors,
+    check_range,
     check_same_source,
     check_time_dim,
     check_time_exists,
@@ -56,6 +57,7 @@ class TensorSequence:
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Views of the steps `[start, stop)`."""
+        check_range(start, stop, self._num_steps)
 
         def narrow(tensor: Tensor) -> Tensor:
             return tensor.narrow(self.time_dim, start, stop - start)

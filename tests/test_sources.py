@@ -1,0 +1,579 @@
+"""One contract for all sources, and what each of them adds to it.
+
+A source is held against its own whole, read at once by a fresh one: every range, in any order,
+and after its state was saved and loaded at every position.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tbptt_ckpt import (
+    ArgumentError,
+    ArraySequence,
+    BurnIn,
+    LaneSource,
+    TensorSequence,
+    map_file,
+)
+from tbptt_ckpt.cli.corpus import ByteLanes
+from tbptt_ckpt.reading import WindowReader
+from tbptt_ckpt.sources.layout import shuffled
+
+LENGTHS = (3, 1, 4, 1, 5, 2)
+
+
+# Sources of the contract
+
+
+def numbers(num_steps: int, first: int = 0) -> np.ndarray:
+    """[T, 2]: rows that tell steps apart."""
+    return np.arange(2 * first, 2 * (first + num_steps), dtype=np.float32).reshape(num_steps, 2)
+
+
+def tensor_sequence(_: Path) -> TensorSequence:
+    return TensorSequence(numbers(7), {"a": numbers(7) + 1, "b": [numbers(7) + 2]})
+
+
+def weighted_sequence(_: Path) -> TensorSequence:
+    rows = torch.from_numpy(numbers(6)).reshape(6, 2, 1)
+    weight = torch.arange(12.0).reshape(6, 2)
+    return TensorSequence(rows, rows + 1, weight=weight, resets=weight % 5 == 3)
+
+
+def time_in_the_middle(_: Path) -> TensorSequence:
+    rows = torch.arange(24).reshape(3, 8)
+    return TensorSequence(rows, rows + 1, time_dim=1)
+
+
+def npy_file(folder: Path) -> ArraySequence:
+    np.save(folder / "x.npy", numbers(8))
+    np.save(folder / "y.npy", np.asfortranarray(numbers(8) + 1))
+    return ArraySequence(map_file(folder / "x.npy"), map_file(folder / "y.npy"))
+
+
+def raw_file(folder: Path) -> ArraySequence:
+    numbers(9).astype(">f4").tofile(folder / "x.bin")
+    return ArraySequence(map_file(folder / "x.bin", ">f4", (2,)), next_step=True)
+
+
+def token_file(folder: Path) -> ArraySequence:
+    np.arange(65_000, 65_010, dtype=np.uint16).tofile(folder / "tokens.bin")
+    return ArraySequence(
+        map_file(folder / "tokens.bin", "uint16"), next_step=True, dtype=torch.int64
+    )
+
+
+def several(lengths: Iterable[int] = LENGTHS) -> list[TensorSequence]:
+    """Sequences whose rows tell sequences and steps apart."""
+    return [
+        TensorSequence(numbers(n, 100 * i + 1), numbers(n, 100 * i + 1) + 1)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def lanes_of_several(_: Path) -> LaneSource:
+    return LaneSource(several(), 3)
+
+
+def shuffled_lanes(_: Path) -> LaneSource:
+    return LaneSource(several(), 2, seed=5)
+
+
+def lanes_of_one(folder: Path) -> LaneSource:
+    return LaneSource(token_file(folder), 4)
+
+
+def lanes_of_parts(_: Path) -> LaneSource:
+    return LaneSource(ArraySequence(numbers(16)), 3, lengths=LENGTHS, seed=1)
+
+
+def lanes_with_weights_and_resets(_: Path) -> LaneSource:
+    rows = torch.from_numpy(numbers(11))
+    resets = torch.arange(11) % 4 == 2
+    return LaneSource(TensorSequence(rows, rows, 0, torch.arange(11.0), resets), 2)
+
+
+def burnt_in_sequence(_: Path) -> BurnIn:
+    return BurnIn(tensor_sequence(_), 3)
+
+
+def burnt_in_lanes(_: Path) -> BurnIn:
+    return BurnIn(shuffled_lanes(_), 2)
+
+
+def byte_lanes(_: Path) -> ByteLanes:
+    return ByteLanes(np.arange(40, dtype=np.uint8), 3, max_steps=9)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    make.__name__: make
+    for make in (
+        tensor_sequence,
+        weighted_sequence,
+        time_in_the_middle,
+        npy_file,
+        raw_file,
+        token_file,
+        lanes_of_several,
+        shuffled_lanes,
+        lanes_of_one,
+        lanes_of_parts,
+        lanes_with_weights_and_resets,
+        burnt_in_sequence,
+        burnt_in_lanes,
+        byte_lanes,
+    )
+}
+every_source = pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+
+
+@dataclass
+class Rows:
+    """Everything a source says about some steps."""
+
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    weights: Tensor | None
+    resets: Tensor | None
+
+
+def read(source: Any, start: int, stop: int) -> Rows:
+    inputs, targets = source.read(start, stop)
+    rows = [
+        getattr(source, name)(start, stop) if hasattr(source, name) else None
+        for name in ("weights", "resets")
+    ]
+    return Rows(leaves(inputs), leaves(targets), *rows)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [leaf for item in tree or () for leaf in leaves(item)]
+
+
+def check_same(found: Rows, whole: Rows, start: int, stop: int, time_dim: int) -> None:
+    for name in ("inputs", "targets"):
+        pairs = zip(getattr(found, name), getattr(whole, name), strict=True)
+        for part, everything in pairs:
+            expected = everything.narrow(time_dim, start, stop - start)
+            assert part.dtype == expected.dtype, name
+            assert torch.equal(part, expected), (name, start, stop)
+    for name in ("weights", "resets"):
+        part, everything = getattr(found, name), getattr(whole, name)
+        assert (part is None) == (everything is None), name
+        if part is not None:
+            assert torch.equal(part, everything[start:stop]), (name, start, stop)
+
+
+def ranges(num_steps: int) -> Iterator[tuple[int, int]]:
+    return itertools.combinations(range(num_steps + 1), 2)
+
+
+def through_a_file(state: object) -> Any:
+    """What a snapshot gives back."""
+    stored = io.BytesIO()
+    torch.save(state, stored)
+    return torch.load(io.BytesIO(stored.getvalue()), weights_only=True)
+
+
+@every_source
+def test_every_range_equals_the_whole_read_at_once(make: Any, tmp_path: Path) -> None:
+    source, num_steps = make(tmp_path), len(make(tmp_path))
+    whole = read(make(tmp_path), 0, num_steps)
+    time_dim = source.time_dim
+    assert {t.shape[time_dim] for t in whole.inputs + whole.targets} == {num_steps}
+    for start, stop in ranges(num_steps):
+        check_same(read(source, start, stop), whole, start, stop, time_dim)
+
+
+@every_source
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_reading_goes_on_after_a_restore_at_every_position(
+    make: Any, epoch: int, tmp_path: Path
+) -> None:
+    def at_epoch() -> Any:
+        source = make(tmp_path)
+        if epoch and hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
+        return source
+
+    num_steps = len(at_epoch())
+    whole = read(at_epoch(), 0, num_steps)
+    for position in range(num_steps + 1):
+        before = at_epoch()
+        for t in range(position):
+            before.read(t, t + 1)
+        after = make(tmp_path)
+        after.load_state_dict(through_a_file(before.state_dict()))
+        assert len(after) == num_steps
+        for start in range(position, num_steps, 2):
+            stop = min(start + 2, num_steps)
+            check_same(read(after, start, stop), whole, start, stop, after.time_dim)
+
+
+@every_source
+def test_another_source_is_not_restored(make: Any, tmp_path: Path) -> None:
+    saved = make(tmp_path).state_dict()
+    others = [
+        TensorSequence(numbers(5)),
+        ArraySequence(numbers(5)),
+        LaneSource(several((2, 2)), 2),
+        LaneSource(several(), 2, seed=6),
+        BurnIn(TensorSequence(numbers(5), numbers(5)), 3),
+        BurnIn(TensorSequence(numbers(7), numbers(7)), 4),
+        ByteLanes(np.arange(41, dtype=np.uint8), 3),
+    ]
+    same_kind = [other for other in others if type(other) is type(make(tmp_path))]
+    assert same_kind
+    for other in same_kind:
+        with pytest.raises(ArgumentError, match="the saved source was"):
+            other.load_state_dict(saved)
+
+
+@every_source
+def test_ranges_outside_the_source_are_refused(make: Any, tmp_path: Path) -> None:
+    source = make(tmp_path)
+    for start, stop in ((0, len(source) + 1), (-1, 2), (2, 2), (3, 1)):
+        with pytest.raises(ArgumentError, match=r"are not in \[0, "):
+            source.read(start, stop)
+
+
+# Readers: where a run stands in a source
+
+
+class Stream:
+    """A source without a length, read once and in order, that can be saved."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.rows, self.position = numbers(num_steps), 0
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert start == self.position, "streams are read in order"
+        rows = torch.from_numpy(self.rows[start:stop])
+        self.position += len(rows)
+        return rows, rows + 1
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        return torch.arange(float(start), float(stop))
+
+    def resets(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop) % 3 == 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+SEQUENCES: dict[str, Callable[[int], Any]] = {
+    "stream": Stream,
+    "list": lambda n: [(x, None if t % 4 == 1 else x) for t, x in enumerate(torch.arange(n))],
+    "iterator": lambda n: iter([(x, {"y": x}) for x in torch.arange(n)]),
+    "shapes that differ": lambda n: [(torch.ones(t + 1), t) for t in range(n)],
+    "source": lambda n: TensorSequence(numbers(n), numbers(n)),
+}
+
+
+def steps_of(reader: WindowReader, windows: Iterable[tuple[int, int]], k1: int) -> Iterator[Any]:
+    """What every window shows, step by step, and the reader's state before it."""
+    for first, stop in windows:
+        reader.look_ahead(stop)
+        reader.drop_before(first)
+        reader.look_ahead(stop + k1)
+        state = through_a_file(reader.state_dict())
+        shown = []
+        for block in reader.window(first, stop):
+            columns = zip(
+                block.step_inputs(),
+                block.step_targets(),
+                block.step_weights() or [1.0] * (block.stop - block.start),
+                (block.resets if block.resets is not None else torch.zeros(99)).tolist(),
+                strict=False,
+            )
+            columns = ((x, y if weight else None, weight, r) for x, y, weight, r in columns)
+            shown += zip(range(block.start, block.stop), columns, strict=True)
+        yield state, [repr(step) for step in shown if first <= step[0] < stop]
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize(("k1", "k2"), [(2, 3), (3, 1), (2, 4), (4, None)])
+def test_a_run_goes_on_after_a_restore_at_every_window(kind: str, k1: int, k2: int | None) -> None:
+    num_steps = 9
+    stops = [min(t + k1, num_steps) for t in range(0, num_steps, k1)]
+    windows = [(0 if k2 is None else max(0, min(stop - k2, stop - k1)), stop) for stop in stops]
+    everything = list(steps_of(WindowReader(SEQUENCES[kind](num_steps), k1, k2), windows, k1))
+    for at, (state, _) in enumerate(everything):
+        reader = WindowReader(SEQUENCES[kind](num_steps), k1, k2)
+        reader.load_state_dict(state)
+        rest = [shown for _, shown in steps_of(reader, windows[at:], k1)]
+        assert rest == [shown for _, shown in everything[at:]], at
+        assert reader.num_steps == num_steps
+
+
+def test_a_stream_without_a_state_cannot_be_saved() -> None:
+    class Bare:
+        def read(self, start: int, stop: int) -> tuple[Tensor, None]:
+            return torch.zeros(stop - start, 1), None
+
+    with pytest.raises(ArgumentError, match="neither a length nor state_dict"):
+        WindowReader(Bare(), 1, 1).state_dict()
+
+
+def test_an_iterator_that_is_not_iterated_anew_is_found_out() -> None:
+    reader = WindowReader(iter([(torch.zeros(1), None)] * 3), 1, 1)
+    with pytest.raises(ArgumentError, match="ended after 3 steps, but it had 5"):
+        reader.load_state_dict({"first": 5})
+
+
+def test_steps_that_cannot_be_stored_are_named() -> None:
+    class OddStream(Stream):
+        def read(self, start: int, stop: int) -> tuple[Any, Tensor]:
+            rows, targets = super().read(start, stop)
+            return {"x": rows, "path": Path("x")}, targets
+
+    reader = WindowReader(OddStream(9), 2, 2)
+    reader.look_ahead(2)
+    with pytest.raises(ArgumentError, match="hold a PosixPath"):
+        reader.state_dict()
+
+
+# Lanes
+
+
+def valid_rows(source: Any) -> Counter[tuple[float, ...]]:
+    """How often each step was read in a lane that counts."""
+    inputs, _ = source.read(0, len(source))
+    weights = source.weights(0, len(source))
+    return Counter(
+        tuple(inputs[t, b].flatten().tolist())
+        for t in range(len(source))
+        for b in range(inputs.shape[1])
+        if weights[t, b]
+    )
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("seed", [None, 0, 1, -3, 2**63])
+def test_no_step_is_lost_or_doubled_in_any_epoch(lanes: int, seed: int | None) -> None:
+    expected = Counter(tuple(row) for s in several() for row in s.read(0, len(s))[0].tolist())
+    source = LaneSource(several(), lanes, seed=seed)
+    for epoch in range(4):
+        source.set_epoch(epoch)
+        assert valid_rows(source) == expected
+
+
+@pytest.mark.parametrize("num_steps", range(1, 14))
+def test_one_sequence_is_cut_into_contiguous_lanes(num_steps: int) -> None:
+    for lanes in range(1, num_steps + 1):
+        source = LaneSource(TensorSequence(torch.arange(num_steps)), lanes)
+        inputs, targets = source.read(0, len(source))
+        assert targets is None
+        weights = source.weights(0, len(source))
+        stretches = [inputs[:, b][weights[:, b] > 0].tolist() for b in range(lanes)]
+        assert [t for stretch in stretches for t in stretch] == list(range(num_steps))
+        assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
+        assert not source.resets(1, len(source)).any() if len(source) > 1 else True
+
+
+def test_a_lane_that_ends_takes_the_next_sequence() -> None:
+    source = LaneSource(several((3, 1, 4, 2)), 2)
+    resets = source.resets(0, len(source))
+    # lane 0: sequence 0 at 0, sequence 3 at 3; lane 1: sequence 1 at 0, sequence 2 at 1
+    assert resets.nonzero().tolist() == [[0, 0], [0, 1], [1, 1], [3, 0]]
+    assert source.weights(0, 5).tolist() == [[1, 1]] * 5
+    assert len(LaneSource(several((3, 1, 4, 3)), 2)) == 6
+    assert LaneSource(several((3, 1, 4, 3)), 2).weights(4, 6).tolist() == [[1, 1], [1, 0]]
+
+
+def test_padding_is_zeros_without_weight() -> None:
+    source = LaneSource(several((3, 1)), 3)
+    inputs, targets = source.read(0, 3)
+    padding = source.weights(0, 3) == 0
+    assert padding.tolist() == [[False, False, True], [False, True, True], [False, True, True]]
+    assert not inputs[padding].any()
+    assert not targets[padding].any()
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    orders = {
+        (seed, epoch): tuple(shuffled(6, seed, epoch).tolist())
+        for seed in range(30)
+        for epoch in range(30)
+    }
+    assert all(sorted(order) == list(range(6)) for order in orders.values())
+    assert len(set(orders.values())) > 480  # of 720 permutations, 900 draws hit some 514
+    # It must never change: a run that is resumed with another version would read other steps.
+    assert shuffled(8, 0, 0).tolist() == [4, 0, 1, 7, 6, 2, 5, 3]
+    torch.manual_seed(0)
+    one = LaneSource(several(), 2, seed=3)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    other = LaneSource(several(), 2, seed=3)
+    assert torch.equal(one.read(0, len(one))[0], other.read(0, len(other))[0])
+
+
+def test_every_permutation_is_about_as_likely() -> None:
+    counts = Counter(tuple(shuffled(3, seed, 0).tolist()) for seed in range(6000))
+    assert len(counts) == 6
+    assert max(abs(count - 1000) for count in counts.values()) < 150  # five sigmas
+
+
+def test_epochs_differ_only_with_a_seed() -> None:
+    for seed, differ in ((None, False), (2, True)):
+        source = LaneSource(several(), 2, seed=seed)
+        before = source.read(0, len(source))[0]
+        source.set_epoch(1)
+        after = source.read(0, len(source))[0]
+        assert (before.shape != after.shape or not torch.equal(before, after)) == differ
+
+
+def test_lane_sources_nest_any_data() -> None:
+    sequences = [
+        TensorSequence(
+            {"x": torch.randn(2, n, 3), "id": torch.arange(2 * n).reshape(2, n)}, None, 1
+        )
+        for n in (2, 3)
+    ]
+    inputs, targets = LaneSource(sequences, 2).read(0, 3)
+    assert targets is None
+    assert inputs["x"].shape == (3, 2, 2, 3)
+    assert inputs["id"].dtype == torch.int64
+    for lane, sequence in enumerate(sequences):
+        steps = len(sequence)
+        assert torch.equal(inputs["x"][:steps, lane], sequence.inputs["x"].movedim(1, 0))
+
+
+# Burn-in
+
+
+@pytest.mark.parametrize("num_burn_in_steps", [1, 2, 3, 9])
+def test_burn_in_takes_the_weight_of_the_first_steps(num_burn_in_steps: int) -> None:
+    lanes = LaneSource(several(), 2)
+    source = BurnIn(lanes, num_burn_in_steps)
+    weights, resets = lanes.weights(0, len(lanes)), lanes.resets(0, len(lanes))
+    expected = weights.clone()
+    for lane in range(2):
+        age = 0
+        for t in range(len(lanes)):
+            age = 0 if resets[t, lane] else age + 1
+            if age < num_burn_in_steps:
+                expected[t, lane] = 0.0
+    assert torch.equal(source.weights(0, len(source)), expected)
+
+
+def test_burn_in_without_resets_takes_the_first_steps_alone() -> None:
+    source = BurnIn(TensorSequence(numbers(5), numbers(5)), 2)
+    assert source.weights(0, 5).tolist() == [0, 0, 1, 1, 1]
+    assert source.weights(3, 5).tolist() == [1, 1]
+    weight = torch.arange(10.0).reshape(5, 2)
+    source = BurnIn(TensorSequence(numbers(5), numbers(5), weight=weight), 2)
+    assert source.weights(1, 4).tolist() == [[0, 0], [4, 5], [6, 7]]
+
+
+# What cannot work
+
+
+def bad(name: str) -> Any:
+    return pytest.param(name, id=name)
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "lanes": (lambda _: LaneSource(several(), 0), "lanes=0"),
+    "seed": (lambda _: LaneSource(several(), 1, seed=1.5), "seed=1.5"),
+    "none": (lambda _: LaneSource([], 1), "at least one is needed"),
+    "no source": (lambda _: LaneSource([numbers(3)], 1), "sequence 0 is a ndarray"),
+    "not a list": (lambda _: LaneSource(numbers(3), 1), "must be a source, or a list"),
+    "no length": (lambda _: LaneSource([Stream(3)], 1), "sequence 0 has no length"),
+    "one without length": (lambda _: LaneSource(Stream(3), 1), "sequences has no length"),
+    "too few steps": (lambda _: LaneSource(several((2,))[0], 3), "2 steps are too few for lanes=3"),
+    "lengths of several": (lambda _: LaneSource(several(), 1, lengths=[1]), "lengths cut one"),
+    "wrong lengths": (
+        lambda _: LaneSource(several((5,))[0], 1, lengths=[2, 2]),
+        "lengths sum to 4, but the sequence has 5",
+    ),
+    "empty part": (
+        lambda _: LaneSource(several((5,))[0], 1, lengths=[2, 0, 3]),
+        "sequence 1 is empty",
+    ),
+    "fractional lengths": (
+        lambda _: LaneSource(several((5,))[0], 1, lengths=[2.5, 2.5]),
+        "lengths must be integers",
+    ),
+    "other shapes": (
+        lambda _: LaneSource([TensorSequence(torch.ones(2, k)) for k in (1, 2)], 2).read(0, 2),
+        r"inputs of sequence 1 have steps of shape \(2,\)",
+    ),
+    "other dtypes": (
+        lambda _: LaneSource(
+            [TensorSequence(torch.ones(2, dtype=d)) for d in (torch.int64, torch.int32)], 2
+        ).read(0, 2),
+        "dtype torch.int32",
+    ),
+    "targets of some": (
+        lambda _: LaneSource([*several((2,)), TensorSequence(numbers(2))], 2).read(0, 2),
+        "give them weight zero",
+    ),
+    "lanes in lanes": (
+        lambda _: LaneSource([LaneSource(several(), 2)], 2).weights(0, 2),
+        "has no lanes of its own",
+    ),
+    "burn-in": (lambda _: BurnIn(several()[0], 0), "num_steps=0"),
+    "burn-in of a stream": (lambda _: BurnIn(Stream(4), 1), "must be a source with a length"),
+    "resets dtype": (
+        lambda _: TensorSequence(numbers(3), resets=torch.zeros(3)),
+        "must be torch.bool",
+    ),
+    "resets shape": (
+        lambda _: TensorSequence(numbers(3), resets=torch.zeros(2, dtype=torch.bool)),
+        r"resets of shape \(2,\) must be \[3\]",
+    ),
+    "missing file": (lambda folder: map_file(folder / "no.npy"), "does not exist"),
+    "folder": (lambda folder: map_file(folder), "not a regular file"),
+    "empty file": (lambda folder: map_file(written(folder, b"")), "is empty"),
+    "no npy": (lambda folder: map_file(written(folder, b"abc")), "pass dtype"),
+    "part of a step": (
+        lambda folder: map_file(written(folder, b"12345"), "uint16", (2,)),
+        "5 bytes, which is no multiple of the 4 bytes",
+    ),
+    "objects": (
+        lambda folder: map_file(written(folder, b"12345678"), object),
+        "do not describe numbers",
+    ),
+    "array of strings": (lambda _: ArraySequence(np.array(["a"])), "array of numbers"),
+    "no array": (lambda _: ArraySequence([1, 2]), "inputs is a list"),
+    "too short": (lambda _: ArraySequence(numbers(1), next_step=True), "too short"),
+    "targets twice": (
+        lambda _: ArraySequence(numbers(2), numbers(2), next_step=True),
+        "omit targets",
+    ),
+    "lengths differ": (lambda _: ArraySequence(numbers(2), numbers(3)), "targets have 3 steps"),
+}
+
+
+def written(folder: Path, data: bytes) -> Path:
+    path = folder / "data"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_named(name: str, tmp_path: Path) -> None:
+    act, message = BAD_INPUTS[name]
+    with pytest.raises(ArgumentError, match=message):
+        act(tmp_path)
