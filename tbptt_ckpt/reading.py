@@ -66,10 +66,10 @@ class WindowReader:
         if isinstance(self._reader, StepIterable):
             return {"first": self._held[0].start if self._held else self._position}
         source = self._reader.source
-        state = {"source": source.state_dict() if hasattr(source, "state_dict") else None}
+        state: dict[str, Any] = {"source": getattr(source, "state_dict", dict)()}
         if not self._in_order:
             return state
-        if state["source"] is None:
+        if not hasattr(source, "load_state_dict"):
             raise ArgumentError(
                 f"source={source!r} has neither a length nor state_dict and load_state_dict, so "
                 "where it stands cannot be saved; add one or the other"
@@ -87,8 +87,8 @@ class WindowReader:
             self._reader.skip_to(state["first"])
             self._position = state["first"]
             return
-        if state["source"] is not None:
-            self._reader.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
+        if hasattr(self._reader.source, "load_state_dict"):
+            self._reader.source.load_state_dict(state["source"])
         if self._in_order:
             self._held = [load_block(block) for block in state["held"]]
             self._position, self.num_steps = state["position"], state["num_steps"]

@@ -70,11 +70,8 @@ class BurnIn:
 
     def state_dict(self) -> dict[str, Any]:
         """The source's state, and the number of steps without loss."""
-        has_state = hasattr(self.source, "state_dict")
-        return {
-            "num_burn_in_steps": self.num_burn_in_steps,
-            "source": self.source.state_dict() if has_state else None,
-        }
+        state: dict[str, Any] = getattr(self.source, "state_dict", dict)()
+        return {"num_burn_in_steps": self.num_burn_in_steps, "source": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the source.
@@ -86,8 +83,8 @@ class BurnIn:
         check_same_source(
             f"one of {saved} burn-in steps", f"one of {self.num_burn_in_steps} burn-in steps"
         )
-        if state["source"] is not None:
-            self.source.load_state_dict(state["source"])  # type: ignore[attr-defined]
+        if hasattr(self.source, "load_state_dict"):
+            self.source.load_state_dict(state["source"])
 
     def _steps_since_beginning(self, start: int, stop: int) -> Tensor:
         """[n] or [n, B]: steps since a sequence began, or `num_burn_in_steps` if more."""
