@@ -1,5 +1,6 @@
 """Truncated backpropagation through time with overlapping windows and bounded memory."""
 
+from tbptt_ckpt.costs import Costs, Curve, FixedBytes
 from tbptt_ckpt.engine import TBPTT
 from tbptt_ckpt.errors import (
     ArgumentError,
@@ -10,6 +11,7 @@ from tbptt_ckpt.errors import (
     StaleWeightsError,
     TbpttError,
 )
+from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.plans import WindowPlan
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
@@ -32,8 +34,11 @@ __all__ = [
     "ArgumentError",
     "ArraySequence",
     "BurnIn",
+    "Costs",
+    "Curve",
     "Differentiate",
     "Drop",
+    "FixedBytes",
     "InfeasibleBudgetError",
     "Keep",
     "LaneSource",
@@ -57,6 +62,7 @@ __all__ = [
     "WindowPlan",
     "WindowResult",
     "map_file",
+    "measure_costs",
     "run_window",
     "tbptt_windows",
     "unroll",

@@ -35,6 +35,10 @@ class Updater:
         self._scaler, self._scheduler = scaler, scheduler
         self._cleared = list(parameters)
 
+    def like(self, optimizer: Any) -> Updater:
+        """Updates other weights in the same way; no scaler, no schedule."""
+        return Updater(optimizer, (), self._clip, None, None)
+
     def optimized(self) -> list[Tensor]:
         """The optimizer's parameters."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups

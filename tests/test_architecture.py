@@ -33,10 +33,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results", "readers", "records", "sinks"),
     ("runner", "reading"),
     ("executor",),
-    ("initial_state", "settings"),
+    ("initial_state", "settings", "calibration"),
     ("passage",),
     ("sequence_run",),
-    ("engine", "single_window"),
+    ("engine", "single_window", "measured_costs"),
     ("verification",),
     ("tbptt_ckpt",),  # the package itself: its public names
     ("cli",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
@@ -62,6 +63,19 @@ def can_measure(device: torch.device | str | None = None) -> bool:
     if accelerator_or_cpu(device).type != "cpu":
         return True
     return cpu_source().is_recording or not profiler_is_active()
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """A stretch of a region; bytes are above those at the region's entry.
+
+    Attributes:
+        peak_bytes: Highest live bytes in the stretch, those it began with included.
+        now_bytes: Live bytes at its end.
+    """
+
+    peak_bytes: int
+    now_bytes: int
 
 
 class PeakMeter:
@@ -149,6 +163,11 @@ class PeakMeter:
         """
         if self._state == "open":
             self._source.drain()
+
+    def lap(self) -> Lap:
+        """Flush, and say what happened since the last lap or the region's start."""
+        self.flush()
+        return Lap(self._live.take_lap(), self._live.now_bytes)
 
     def flush_on_gradient(self, *tensors: Tensor) -> None:
         """Have a backward pass flush when the gradients of these tensors arrive.

@@ -20,6 +20,7 @@ class LiveBytes:
     def __init__(self) -> None:
         self.now_bytes = 0
         self.peak_bytes = 0
+        self._lap_peak_bytes = 0
         self._seconds: NDArray[np.float64] = np.zeros(1)
         self._live: NDArray[np.int64] = np.zeros(1, np.int64)
 
@@ -29,8 +30,15 @@ class LiveBytes:
             return
         live = self.now_bytes + np.cumsum(deltas)
         self.now_bytes = int(live[-1])
-        self.peak_bytes = max(self.peak_bytes, int(live.max()))
+        highest = int(live.max())
+        self.peak_bytes = max(self.peak_bytes, highest)
+        self._lap_peak_bytes = max(self._lap_peak_bytes, highest)
         self._append(*_thin(seconds, live))
+
+    def take_lap(self) -> int:
+        """The highest value since the last lap, the value it began with included."""
+        peak, self._lap_peak_bytes = self._lap_peak_bytes, self.now_bytes
+        return peak
 
     def close(self, seconds: float) -> None:
         """Record that nothing changes any more up to `seconds`."""

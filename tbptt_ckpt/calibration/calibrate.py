@@ -1,0 +1,208 @@
+"""From a few short segments to the costs of a module."""
+
+from __future__ import annotations
+
+import logging
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tbptt_ckpt.calibration.malloc import malloc_bytes
+from tbptt_ckpt.calibration.segments import (
+    SegmentBytes,
+    SegmentProbe,
+    SegmentSeconds,
+    kept_bytes,
+)
+from tbptt_ckpt.calibration.update_bytes import UpdateBytes
+from tbptt_ckpt.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.memory import format_bytes
+from tbptt_ckpt.state import copy_containers
+from tbptt_ckpt.task import Boundary
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_SHORT_METERED = 8  # metered whatever the time: bytes become a straight line by then
+_LONGEST_METERED = 64
+_HOST_STEPS = (2, 8, 32)  # lengths at which host memory is looked at
+_LONGER = 4  # factor between lengths that are only timed
+_TIMED_SHARE = 0.03  # of the time limit, for repeating one length
+_ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
+_NUM_BOUNDARIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What measuring may take.
+
+    Attributes:
+        max_steps: Longest segment.
+        max_seconds: Time after which no longer segment is begun; segments of up to 8 steps
+            are always run.
+        room_bytes: Bytes above those live at the start; segments of one step are always run.
+    """
+
+    max_steps: int
+    max_seconds: float = 1.2
+    room_bytes: float = float("inf")
+
+
+def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+    """Measure a module; gradients, generators and buffers are left as they were.
+
+    Args:
+        probe: Runs segments.
+        limits: Bound them.
+        update: What an update takes.
+        fixed: The weights and inputs; the rest is filled in.
+    """
+    begun = time.perf_counter()
+    with _untouched(probe):
+        probe.go_on()
+        before = probe.go_on()
+        measuring = _Measuring(probe, limits, begun)
+        measuring.run()
+        costs = measuring.costs(kept_bytes(probe.boundary, before), update, fixed)
+    _log.info(measuring.summary(costs))
+    return costs
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """Samples of growing length, as far as time and memory allow."""
+
+    probe: SegmentProbe
+    limits: Limits
+    begun: float
+    bytes: list[SegmentBytes] = field(default_factory=list)
+    seconds: list[SegmentSeconds] = field(default_factory=list)
+    host: list[tuple[int, int | None]] = field(default_factory=list)
+    spent: float = 0.0
+
+    def run(self) -> None:
+        """Meter lengths 1, 2, 4, ... until the bytes are a straight line; time longer ones too."""
+        steps = 1
+        while steps <= min(self.limits.max_steps, _LONGEST_METERED) and self._may_meter(steps):
+            began = time.perf_counter()
+            self.bytes.append(self.probe.bytes_of(steps))
+            if steps in _HOST_STEPS:
+                self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
+            self._time(steps)
+            self.spent = time.perf_counter() - began
+            steps *= 2
+        while self._may_time(steps := min(steps, self.limits.max_steps)):
+            self._time(steps)
+            steps *= _LONGER
+
+    def _time(self, steps: int) -> None:
+        sample = self.probe.seconds_of(steps)
+        share = _TIMED_SHARE * self.limits.max_seconds
+        repeats = min(4, int(share / (sample.leaf + sample.advance)))
+        for _ in range(repeats):
+            sample = sample.least(self.probe.seconds_of(steps))
+        self.seconds.append(sample)
+
+    def _may_meter(self, steps: int) -> bool:
+        if steps == 1:
+            return True
+        ends = self._elapsed() + 2 * self.spent
+        in_time = steps <= _SHORT_METERED or ends <= self.limits.max_seconds
+        return in_time and self._peak(steps) <= self.limits.room_bytes
+
+    def _may_time(self, steps: int) -> bool:
+        last = self.seconds[-1]
+        if steps <= last.steps:
+            return False
+        seconds = (last.leaf + last.advance) * steps / last.steps
+        in_time = self._elapsed() + 1.3 * seconds <= self.limits.max_seconds
+        return in_time and self._peak(steps) <= self.limits.room_bytes
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def _peak(self, steps: int) -> float:
+        """What a longer segment may take."""
+        if len(self.bytes) == 1:
+            return self.bytes[0].peak * float(steps)
+        short, long = self.bytes[-2:]
+        slope = (long.peak - short.peak) / (long.steps - short.steps)
+        return 1.05 * (long.peak + slope * (steps - long.steps))
+
+    def costs(self, state_bytes: int, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+        """The samples as curves."""
+        longest = self.bytes[-1]
+        anew = longest.gradients + longest.state_gradients
+        return Costs(
+            state_bytes=state_bytes,
+            leaf_bytes=Curve.through((s.steps, s.leaf) for s in self.bytes),
+            leaf_seconds=Curve.through((s.steps, s.leaf) for s in self.seconds),
+            advance_bytes=Curve.through((s.steps, s.advance) for s in self.bytes),
+            advance_seconds=Curve.through((s.steps, s.advance) for s in self.seconds),
+            last_leaf_bytes=Curve.through(
+                (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
+            ),
+            update_bytes=update.transient,
+            fixed=FixedBytes(
+                weights=fixed.weights,
+                gradients=longest.gradients,
+                optimizer=update.state,
+                states=4 * state_bytes + longest.state_gradients,
+                step_inputs=fixed.step_inputs,
+                other=fixed.other,
+            ),
+            host_step_bytes=self._host_step_bytes(),
+            host_state_bytes=_host_state_bytes(self.probe.boundary),
+        )
+
+    def _host_step_bytes(self) -> float:
+        known = [(steps, size) for steps, size in self.host if size is not None]
+        if not known:
+            return _ASSUMED_HOST_STEP_BYTES if self.probe.runner.recurrence.per_step else 0.0
+        (short, low), (long, high) = ([(0, 0), *known])[-2:]
+        return max(0.0, (high - low) / (long - short))
+
+    def summary(self, costs: Costs) -> str:
+        """What was done, in a line."""
+        leaf = costs.leaf_bytes
+        return (
+            f"measured segments of 1 to {self.seconds[-1].steps} steps in {self._elapsed():.2f} s: "
+            f"a leaf takes {format_bytes(leaf(0))} + {format_bytes(leaf.slope)} per step, "
+            f"a boundary state {format_bytes(costs.state_bytes)}, "
+            f"a step {1e3 * costs.advance_seconds.slope:.3g} ms, "
+            f"with its gradient {1e3 * costs.leaf_seconds.slope:.3g} ms"
+        )
+
+
+def _host_state_bytes(boundary: Boundary) -> float:
+    """Python objects and tensor headers of one kept state."""
+    tracing = tracemalloc.is_tracing()
+    if not tracing:
+        tracemalloc.start()
+    objects, in_use = tracemalloc.get_traced_memory()[0], malloc_bytes()
+    kept = [
+        Boundary(step, copy_containers(boundary.state), boundary.ambient)
+        for step in range(_NUM_BOUNDARIES)
+    ]
+    objects = tracemalloc.get_traced_memory()[0] - objects
+    native = 0 if in_use is None else (malloc_bytes() or 0) - in_use
+    if not tracing:
+        tracemalloc.stop()
+    return max(0, objects + native) / len(kept)
+
+
+@contextmanager
+def _untouched(probe: SegmentProbe) -> Iterator[None]:
+    """Put gradients, generators and buffers back at the end."""
+    tensors: Sequence[Tensor] = probe.parameters
+    start, grads = probe.ambient.capture(), [tensor.grad for tensor in tensors]
+    probe.forget_gradients()
+    try:
+        yield
+    finally:
+        probe.ambient.restore(start)
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = grad
