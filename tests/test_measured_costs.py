@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import ArgumentError, Costs, measure_costs
+from tbptt_ckpt import ArgumentError, Costs, Curve, measure_costs
 from tbptt_ckpt.calibration import update_bytes
+from tbptt_ckpt.calibration.calibrate import bounding_curve, seconds_curve
 from tbptt_ckpt.memory import peak_memory, tensor_bytes
 from tbptt_ckpt.updates import Updater
 
@@ -97,7 +98,7 @@ def test_a_leaf_takes_what_it_takes_when_run_by_hand(case, steps):
     found = leaf_by_hand(
         module, per_step, inputs[:steps], targets[:steps], zeros(*shape), zeros(*shape)
     )
-    assert costs.leaf_bytes(steps) == pytest.approx(found, rel=0.03, abs=4096)
+    assert costs.leaf_bytes(steps) == pytest.approx(found, rel=0.03, abs=8192)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,8 +147,9 @@ def test_weights_gradients_buffers_and_random_state_are_left_alone():
     optimizer.step()
     grads = [parameter.grad for parameter in module.parameters()]
     before = copy.deepcopy((module.state_dict(), grads, optimizer.state_dict()))
+    inputs, targets = data()
     random_state = torch.get_rng_state()
-    costs_of(module, init_state=zeros(), optimizer=optimizer)
+    measure_costs(module, loss_fn, inputs, targets, zeros(), optimizer=optimizer)
     after = (module.state_dict(), grads, optimizer.state_dict())
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert all(p.grad is grad for p, grad in zip(module.parameters(), grads, strict=True))
@@ -155,16 +157,17 @@ def test_weights_gradients_buffers_and_random_state_are_left_alone():
 
 
 def test_a_failing_module_leaves_gradients_where_they_were():
-    module = Loop()
-    module.out.bias.grad = torch.ones(10)
+    class Failing(Loop):
+        def forward(self, x, state):
+            if not torch.is_grad_enabled():
+                return super().forward(x, state)
+            raise RuntimeError("no")
 
-    def failing(x, state):
-        module(x, state)[0].sum().backward()
-        raise RuntimeError("no")
-
+    module = Failing()
+    grad = module.out.bias.grad = torch.ones(10)
     with pytest.raises(RuntimeError, match="no"):
-        measure_costs(failing, loss_fn, *data(), zeros())
-    assert module.cell.bias_ih.grad is not None  # its own doing
+        costs_of(module, init_state=zeros())
+    assert module.out.bias.grad is grad
 
 
 OPTIMIZERS = {
@@ -254,6 +257,24 @@ def test_memory_bounds_what_is_run():
         few = measure_costs(module, loss_fn, inputs, targets, zeros(), memory=room)
     assert few.leaf_bytes.points[-1][0] < 8
     assert meter.peak_bytes < 1.1 * room
+
+
+def test_a_disturbed_sample_makes_no_step_free():
+    times = [(1, 0.1), (2, 0.9), (3, 0.3), (5, 0.5), (8, 0.7)]
+    curve = seconds_curve(times)
+    assert [curve(steps) for steps in (1, 2, 3, 5, 8)] == [0.1, 0.3, 0.3, 0.5, 0.7]
+    curve = seconds_curve([(1, 0.5), (2, 0.2), (4, 9.0), (8, 0.8)])
+    assert curve(16) == pytest.approx(1.6)
+
+
+def test_bytes_that_wiggle_are_bounded_from_above_and_bent_ones_are_not():
+    wiggle = [(1, 100), (2, 150), (3, 203), (5, 300), (8, 453), (13, 700)]
+    scaled = [(steps, 1000 * value) for steps, value in wiggle]
+    curve = bounding_curve(scaled)
+    assert all(value <= curve(steps) <= 1.02 * value for steps, value in scaled)
+    assert curve(9) > 1000 * (453 + (700 - 453) / 5)
+    bent = [(1, 0), (2, 0), (3, 0), (5, 0), (8, 10**6), (13, 10**7)]
+    assert bounding_curve(bent) == Curve(tuple(bent))
 
 
 def test_what_was_done_is_logged(caplog):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,9 +27,13 @@ from tbptt_ckpt.task import Boundary
 
 _log = logging.getLogger("tbptt_ckpt")
 
+# Lengths that are metered, odd ones among them, since kernels round some sizes up.
+_METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
 _SHORT_METERED = 8  # metered whatever the time: bytes become a straight line by then
-_LONGEST_METERED = 64
-_HOST_STEPS = (2, 8, 32)  # lengths at which host memory is looked at
+_HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
+_STRAIGHT_FROM = 3  # steps
+_WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
+_LEAST_SLOPE = 0.3  # of the time per step between the longest samples, over the mean
 _LONGER = 4  # factor between lengths that are only timed
 _TIMED_SHARE = 0.03  # of the time limit, for repeating one length
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
@@ -84,16 +89,17 @@ class _Measuring:
     spent: float = 0.0
 
     def run(self) -> None:
-        """Meter lengths 1, 2, 4, ... until the bytes are a straight line; time longer ones too."""
-        steps = 1
-        while steps <= min(self.limits.max_steps, _LONGEST_METERED) and self._may_meter(steps):
+        """Meter growing lengths, and time longer ones too."""
+        for steps in _METERED:
+            if steps > self.limits.max_steps or not self._may_meter(steps):
+                break
             began = time.perf_counter()
             self.bytes.append(self.probe.bytes_of(steps))
             if steps in _HOST_STEPS:
                 self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
             self._time(steps)
             self.spent = time.perf_counter() - began
-            steps *= 2
+        steps = _LONGER * self.seconds[-1].steps
         while self._may_time(steps := min(steps, self.limits.max_steps)):
             self._time(steps)
             steps *= _LONGER
@@ -109,7 +115,7 @@ class _Measuring:
     def _may_meter(self, steps: int) -> bool:
         if steps == 1:
             return True
-        ends = self._elapsed() + 2 * self.spent
+        ends = self._elapsed() + 1.7 * self.spent
         in_time = steps <= _SHORT_METERED or ends <= self.limits.max_seconds
         return in_time and self._peak(steps) <= self.limits.room_bytes
 
@@ -138,11 +144,11 @@ class _Measuring:
         anew = longest.gradients + longest.state_gradients
         return Costs(
             state_bytes=state_bytes,
-            leaf_bytes=Curve.through((s.steps, s.leaf) for s in self.bytes),
-            leaf_seconds=Curve.through((s.steps, s.leaf) for s in self.seconds),
-            advance_bytes=Curve.through((s.steps, s.advance) for s in self.bytes),
-            advance_seconds=Curve.through((s.steps, s.advance) for s in self.seconds),
-            last_leaf_bytes=Curve.through(
+            leaf_bytes=bounding_curve((s.steps, s.leaf) for s in self.bytes),
+            leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds),
+            advance_bytes=bounding_curve((s.steps, s.advance) for s in self.bytes),
+            advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds),
+            last_leaf_bytes=bounding_curve(
                 (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
             ),
             update_bytes=update.transient,
@@ -175,6 +181,43 @@ class _Measuring:
             f"a step {1e3 * costs.advance_seconds.slope:.3g} ms, "
             f"with its gradient {1e3 * costs.leaf_seconds.slope:.3g} ms"
         )
+
+
+def bounding_curve(samples: Iterable[tuple[int, int]]) -> Curve:
+    """A curve through samples, or slightly above those that wiggle around a straight line.
+
+    What lies between the samples wiggles too, and must not take more than the curve says.
+    """
+    exact = Curve.through(samples)
+    hull: list[tuple[int, float]] = []
+    for point in exact.points:
+        while len(hull) > 1 and hull[-2][0] >= _STRAIGHT_FROM and _is_below(hull, point):
+            hull.pop()
+        hull.append(point)
+    above = Curve(tuple(hull))
+    off = (above(steps) - value for steps, value in exact.points)
+    allowed = (max(_WIGGLE_BYTES, _WIGGLE * value) for _, value in exact.points)
+    return above if all(d <= a for d, a in zip(off, allowed, strict=True)) else exact
+
+
+def seconds_curve(samples: Iterable[tuple[int, float]]) -> Curve:
+    """A curve through times, which other work on the machine lengthens and never shortens."""
+    points = sorted(samples)
+    least, lowered = math.inf, list[tuple[int, float]]()
+    for steps, seconds in reversed(points):
+        least = min(least, seconds)
+        lowered.append((steps, least))
+    lowered.reverse()
+    (x0, y0), (x1, y1) = ([(0, 0.0), *lowered])[-2:]
+    if y1 - y0 < _LEAST_SLOPE * y1 * (x1 - x0) / x1:  # a disturbed sample, not a free step
+        lowered = [(steps, min(y, y1 * steps / x1)) for steps, y in lowered]
+    return Curve.through(lowered)
+
+
+def _is_below(hull: list[tuple[int, float]], point: tuple[int, float]) -> bool:
+    """Whether the hull's last point lies below the line from the one before it to `point`."""
+    (x0, y0), (x1, y1), (x2, y2) = *hull[-2:], point
+    return (y1 - y0) * (x2 - x0) <= (y2 - y0) * (x1 - x0)
 
 
 def _host_state_bytes(boundary: Boundary) -> float:

@@ -1,9 +1,9 @@
 """What an update of the weights takes, found out on small stand-ins for the weights.
 
 An optimizer makes its state in its first step, when a plan has long been made. The same
-optimizer class with the same options therefore steps on parameters of the same shapes,
-shortened in their first dimension; both its state and what a step allocates are straight
-lines in that length for every optimizer of torch, factored ones included.
+optimizer class with the same options therefore steps on zeros of the same shapes. Large ones
+are shortened in their first dimension; an optimizer's state and what a step allocates are
+straight lines in that length, factored optimizers included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from tbptt_ckpt.memory import peak_memory, tensor_bytes
 from tbptt_ckpt.updates import Updater
 
-_SHORT = (8, 16)  # lengths of the first dimension, where the weight's own is longer
+_SMALL_BYTES = 1 << 20  # weights up to this size have stand-ins of full size
+_SHORT = (32, 64)  # lengths of the first dimension, where the weight's own is longer
+_ALL = 1.75  # held together for two weights over one, above which all are taken to be held
 # Where the class cannot be made again: Adam's state, and as much once more in a step.
 _ASSUMED_STATES, _ASSUMED_TRANSIENTS = 2, 2
 
@@ -49,43 +51,49 @@ def update_bytes(updater: Updater) -> UpdateBytes:
 
 
 def _on_stand_ins(updater: Updater, trained: Sequence[Tensor]) -> UpdateBytes:
+    if tensor_bytes(trained) <= _SMALL_BYTES:
+        shapes = [tuple(p.shape) for p in trained]
+        return UpdateBytes(*(_one_step(updater, shapes, trained) if trained else (0, 0)))
     kinds = Counter((tuple(p.shape), p.dtype, p.device) for p in trained)
+    of_kind = {(tuple(p.shape), p.dtype, p.device): p for p in trained}
     states, transients = 0.0, []
-    for (shape, dtype, device), count in kinds.items():
-        state, transient = _extrapolated(updater, shape, dtype, device)
+    for kind, count in kinds.items():
+        state, transient = _extrapolated(updater, of_kind[kind])
         states += count * state
         transients += [transient] * count
-    total = sum(transients) if _steps_at_once(updater, trained) else max(transients, default=0.0)
+    together = _held_together(updater, max(trained, key=lambda p: p.numel()))
+    # A step that goes through the weights one by one may still hold what the last one took.
+    total = sum(transients) if together > _ALL else max(transients) * together
     return UpdateBytes(round(states), round(total))
 
 
-def _extrapolated(
-    updater: Updater, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
+def _extrapolated(updater: Updater, weight: Tensor) -> tuple[float, float]:
+    shape = tuple(weight.shape)
     if not shape or shape[0] <= _SHORT[1]:
-        return _one_step(updater, [shape], dtype, device)
-    pairs = [_one_step(updater, [(n, *shape[1:])], dtype, device) for n in _SHORT]
+        return _one_step(updater, [shape], [weight])
+    short, long = (_one_step(updater, [(n, *shape[1:])], [weight]) for n in _SHORT)
     factor = (shape[0] - _SHORT[0]) / (_SHORT[1] - _SHORT[0])
-    state, transient = (a + (b - a) * factor for a, b in zip(*pairs, strict=True))
+    state, transient = (a + (b - a) * factor for a, b in zip(short, long, strict=True))
     return state, transient
 
 
-def _steps_at_once(updater: Updater, trained: Sequence[Tensor]) -> bool:
-    """Whether a step holds what it allocates for all weights together."""
-    if len(trained) < 2:
-        return False
-    largest = max(trained, key=lambda p: p.numel())
-    shape = (min(largest.shape[0], 64), *largest.shape[1:]) if largest.dim() else ()
-    _, one = _one_step(updater, [shape], largest.dtype, largest.device)
-    _, two = _one_step(updater, [shape, shape], largest.dtype, largest.device)
-    return two > 1.5 * one
+def _held_together(updater: Updater, weight: Tensor) -> float:
+    """What a step allocates for two equal weights over what it allocates for one."""
+    shape = (min(weight.shape[0], _SHORT[1]), *weight.shape[1:]) if weight.dim() else ()
+    _, one = _one_step(updater, [shape], [weight])
+    _, two = _one_step(updater, [shape] * 2, [weight] * 2)
+    return max(1.0, two / one) if one else 1.0
 
 
 def _one_step(
-    updater: Updater, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
+    updater: Updater, shapes: Sequence[tuple[int, ...]], like: Sequence[Tensor]
+) -> tuple[int, int]:
     """State and transient bytes of an update of zeros."""
-    weights = [nn.Parameter(torch.zeros(s, dtype=dtype, device=device)) for s in shapes]
+    device = like[0].device
+    weights = [
+        nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        for shape, weight in zip(shapes, like, strict=True)
+    ]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     step = updater.like(_optimizer_like(updater.optimizer, weights))
