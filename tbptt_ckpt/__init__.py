@@ -11,6 +11,7 @@ from tbptt_ckpt.errors import (
     StaleWeightsError,
     TbpttError,
 )
+from tbptt_ckpt.evaluation import Evaluation, evaluate
 from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.plans import WindowPlan
 from tbptt_ckpt.results import TrainResult, WindowResult
@@ -38,6 +39,7 @@ __all__ = [
     "Curve",
     "Differentiate",
     "Drop",
+    "Evaluation",
     "FixedBytes",
     "InfeasibleBudgetError",
     "Keep",
@@ -61,6 +63,7 @@ __all__ = [
     "WindowGradient",
     "WindowPlan",
     "WindowResult",
+    "evaluate",
     "map_file",
     "measure_costs",
     "run_window",

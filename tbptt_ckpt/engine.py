@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.executor import Observer
+from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Action
@@ -146,6 +148,25 @@ class TBPTT:
         window's gradient, after clipping. The next window runs when the next one is asked for.
         """
         return iter(self._start(sequence, init_state))
+
+    def evaluate(
+        self, sequence: object, init_state: Any = None, *, segment_steps: int = 64
+    ) -> Evaluation:
+        """Mean loss of a sequence, as the function `evaluate` gives it.
+
+        It may be called between two windows of a run, whose state it leaves alone.
+
+        Args:
+            sequence: As for `train`.
+            init_state: As for `train`.
+            segment_steps: Steps read at a time, and run at a time by segment modules.
+
+        Raises:
+            ArgumentError: A sequence, state or module that cannot work.
+        """
+        settings = self._settings
+        loss_function = LossFunction(settings.loss_function.loss_fn)
+        return run_evaluation(settings.runner, loss_function, sequence, init_state, segment_steps)
 
     def _start(self, sequence: object, init_state: Any) -> SequenceRun:
         check_differentiable(self._settings.recurrence.module)

@@ -45,11 +45,7 @@ class InitialState:
                 "init_state was computed with a graph, which the optimizer's steps would "
                 "invalidate; pass leaf tensors, detach it, or use optimizer=None"
             )
-        # A window's backward must stop short of a graph that later windows need as well.
-        self._stand_ins = {
-            id(t): t.detach().requires_grad_() for t in self._tensors if t.grad_fn is not None
-        }
-        self.attached = map_tensors(lambda t: self._stand_ins.get(id(t), t), state)
+        self.attached = map_tensors(self._stand_in, state)
 
     def leaves(self) -> list[Tensor]:
         """Its learned tensors."""
@@ -63,18 +59,33 @@ class InitialState:
             if tensor.is_leaf:
                 torch.autograd.backward([tensor], [grad])
             else:
-                known = self._sums.get(id(tensor))
-                self._sums[id(tensor)] = grad if known is None else known + grad
+                self._add(tensor, grad)
 
     def backward(self) -> None:
         """Differentiate what the state was computed from."""
-        for key, stand_in in self._stand_ins.items():
-            if stand_in.grad is not None:
-                known = self._sums.get(key)
-                self._sums[key] = stand_in.grad if known is None else known + stand_in.grad
-                stand_in.grad = None
         sums, self._sums = self._sums, {}
         # One tensor may stand in several places of the state; its sum counts once.
         tensors = {id(t): t for t in self._tensors if id(t) in sums}
         if tensors:
             torch.autograd.backward(list(tensors.values()), [sums[key] for key in tensors])
+
+    def _add(self, tensor: Tensor, grad: Tensor) -> None:
+        known = self._sums.get(id(tensor))
+        self._sums[id(tensor)] = grad if known is None else known + grad
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        """A leaf in place of a tensor with a graph, which later windows need as well.
+
+        A window's backward stops at it, and its gradient goes to the sum.
+        """
+        if tensor.grad_fn is None:
+            return tensor
+        stand_in = tensor.detach().requires_grad_()
+
+        def hand_on(leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                self._add(tensor, leaf.grad)
+                leaf.grad = None
+
+        stand_in.register_post_accumulate_grad_hook(hand_on)  # type: ignore[no-untyped-call]
+        return stand_in

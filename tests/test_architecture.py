@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runner", "reading"),
     ("executor",),
     ("initial_state", "settings", "calibration"),
-    ("passage",),
+    ("passage", "evaluation"),
     ("sequence_run",),
     ("engine", "single_window", "measured_costs"),
     ("verification",),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tbptt_ckpt.ambient import Ambient
+from tbptt_ckpt import evaluate
 from tbptt_ckpt.cli.byte_model import initial_state, is_per_step
 from tbptt_ckpt.cli.corpus import ByteLanes
 
@@ -22,20 +19,6 @@ def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats, at least in float32, over one step or over a segment."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Leave modes, buffers and random generators as they were, whatever happens inside."""
-    modes = [(part, part.training) for part in module.modules()]
-    ambient = Ambient([module], module.parameters())
-    before = ambient.capture()
-    try:
-        yield
-    finally:
-        ambient.restore(before)
-        for part, training in modes:
-            part.training = training
 
 
 def bits_per_byte(
@@ -56,30 +39,14 @@ def bits_per_byte(
         segment_steps: Steps to read at a time.
         autocast_dtype: As in training.
     """
-    total, state = 0.0, initial_state(module, source.lanes)
-    device = source.device.type
-    with (
-        untouched(module),
-        torch.no_grad(),
-        torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None),
-    ):
-        module.eval()
-        for start in range(0, len(source), segment_steps):
-            stop = min(start + segment_steps, len(source))
-            nats, state = _segment_nats(module, *source.read(start, stop), state)
-            total += nats * (stop - start)
-    return total / len(source) / NATS_PER_BIT
-
-
-def _segment_nats(
-    module: nn.Module, inputs: Tensor, targets: Tensor, state: Any
-) -> tuple[float, Any]:
-    """Mean loss over a segment, and the state at its end."""
-    if not is_per_step(module):
-        logits, state = module(inputs, state)
-        return float(byte_loss(logits, targets)), state
-    losses = []
-    for step_inputs, step_targets in zip(inputs, targets, strict=True):
-        logits, state = module(step_inputs, state)
-        losses.append(byte_loss(logits, step_targets))
-    return float(torch.stack(losses).mean()), state
+    found = evaluate(
+        module,
+        byte_loss,
+        source,
+        initial_state(module, source.lanes),
+        segment_steps=segment_steps,
+        per_step=is_per_step(module),
+        autocast_dtype=autocast_dtype,
+    )
+    assert found.loss is not None, "every byte has a next byte"
+    return found.loss / NATS_PER_BIT

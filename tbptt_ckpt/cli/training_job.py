@@ -12,12 +12,13 @@ from tbptt_ckpt.cli.byte_model import check_model
 from tbptt_ckpt.cli.config import TrainingConfig
 from tbptt_ckpt.cli.corpus import ByteLanes, Corpus, load_corpus
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
-from tbptt_ckpt.cli.evaluation import bits_per_byte, untouched
+from tbptt_ckpt.cli.evaluation import bits_per_byte
 from tbptt_ckpt.cli.models import build_model
 from tbptt_ckpt.cli.outcome import MemoryUse, Progress, Scores, TrainingOutcome, Watch, unwatched
 from tbptt_ckpt.cli.training_loop import TrainingLoop
 from tbptt_ckpt.cli.weights import save_weights
 from tbptt_ckpt.cli.window_memory import live_bytes, metered, retained_peak
+from tbptt_ckpt.evaluation import untouched
 from tbptt_ckpt.memory import RssSampler, rss_bytes
 
 # Held-out text is scored in pieces of k1 steps, but of no more than this many, so that scoring

@@ -16,7 +16,7 @@ from tbptt_ckpt.cli.assembly import build_engine
 from tbptt_ckpt.cli.byte_model import initial_state
 from tbptt_ckpt.cli.config import TrainingConfig
 from tbptt_ckpt.cli.corpus import ByteLanes
-from tbptt_ckpt.cli.evaluation import untouched
+from tbptt_ckpt.evaluation import untouched
 from tbptt_ckpt.memory import PeakMeter, free_memory, peak_memory, tensor_bytes
 from tbptt_ckpt.memory.storages import live_storages
 from tbptt_ckpt.windows import Window, WindowSequence
