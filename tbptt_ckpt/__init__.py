@@ -13,9 +13,11 @@ from tbptt_ckpt.errors import (
 )
 from tbptt_ckpt.evaluation import Evaluation, evaluate
 from tbptt_ckpt.measured_costs import measure_costs
-from tbptt_ckpt.plans import WindowPlan
+from tbptt_ckpt.planning import plan
+from tbptt_ckpt.plans import Plan
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.simulator import Simulation, simulate
 from tbptt_ckpt.single_window import WindowGradient, run_window, unroll
 from tbptt_ckpt.sources import (
     ArraySequence,
@@ -45,10 +47,12 @@ __all__ = [
     "Keep",
     "LaneSource",
     "NonFiniteError",
+    "Plan",
     "Retain",
     "Revolve",
     "Schedule",
     "ScheduleError",
+    "Simulation",
     "SnapshotError",
     "Source",
     "Sqrt",
@@ -61,12 +65,13 @@ __all__ = [
     "Verification",
     "Window",
     "WindowGradient",
-    "WindowPlan",
     "WindowResult",
     "evaluate",
     "map_file",
     "measure_costs",
+    "plan",
     "run_window",
+    "simulate",
     "tbptt_windows",
     "unroll",
     "verify",

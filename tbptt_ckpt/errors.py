@@ -10,7 +10,24 @@ class ArgumentError(TbpttError, ValueError):
 
 
 class InfeasibleBudgetError(TbpttError, ValueError):
-    """A memory budget that no schedule meets."""
+    """A memory budget that no schedule meets, or not the one asked for.
+
+    Attributes:
+        smallest_budget_bytes: The smallest budget that works for this window.
+        largest_steps: The most steps that a window may reach back under this budget; 0 if
+            not even one fits.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        smallest_budget_bytes: int | None = None,
+        largest_steps: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.smallest_budget_bytes = smallest_budget_bytes
+        self.largest_steps = largest_steps
 
 
 class ScheduleError(TbpttError):

@@ -1,47 +1,42 @@
-"""The actions of the fixed strategies, for one stretch of steps that begins at a given state."""
+"""The nestings of the fixed strategies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.nesting import Nesting, NestingBuilder
 
 
-def uniform_actions(start: int, stop: int, leaf_steps: int) -> Iterator[Action]:
+def uniform_nesting(steps: int, leaf_steps: int) -> Nesting:
     """Equal leaves, a shorter one last in time."""
-    last = start + (stop - start - 1) // leaf_steps * leaf_steps
-    for leaf in range(start, last, leaf_steps):
-        if leaf > start:
-            yield Keep(leaf)
-        yield Advance(leaf, leaf + leaf_steps)
-    yield Differentiate(last, stop)
-    for leaf in range(last - leaf_steps, start - 1, -leaf_steps):
-        yield Differentiate(leaf, leaf + leaf_steps)
-        if leaf > start:
-            yield Drop(leaf)
+    builder = NestingBuilder()
+    before = (steps - 1) // leaf_steps
+    last = builder.leaf(steps - before * leaf_steps)
+    return builder.build(builder.split(builder.leaf(leaf_steps), before, last))
 
 
-def revolve_actions(start: int, stop: int, num_states: int) -> Iterator[Action]:
+def revolve_nesting(steps: int, num_states: int) -> Nesting:
     """The binomial schedule with one-step leaves; walks its tree with a stack of its own."""
-    todo: list[Action | tuple[int, int, int]] = [(start, stop, num_states)]
+    builder = NestingBuilder()
+    made: dict[tuple[int, int], int] = {}
+    todo = [(steps, num_states)]
     while todo:
-        item = todo.pop()
-        if not isinstance(item, tuple):
-            yield item
+        stretch = todo[-1]
+        if stretch in made:
+            todo.pop()
             continue
-        begin, end, states = item
-        if end - begin == 1:
-            yield Differentiate(begin, end)
+        length, states = stretch
+        if length == 1:
+            made[stretch] = builder.leaf(1)
             continue
-        middle = end - 1 if states == 1 else begin + revolve_split(end - begin, states)
-        yield Advance(begin, middle)
-        todo.append((begin, middle, states))
-        if end - middle == 1:  # a leaf begins with the working state: nothing to keep
-            todo.append(Differentiate(middle, end))
+        left = length - 1 if states == 1 else revolve_split(length, states)
+        parts = [(left, states), (length - left, max(1, states - 1))]
+        missing = [part for part in parts if part not in made]
+        if missing:
+            todo += missing
         else:
-            yield Keep(middle)
-            todo += [Drop(middle), (middle, end, states - 1)]
+            made[stretch] = builder.split(made[parts[0]], 1, made[parts[1]])
+    return builder.build(made[steps, num_states])
 
 
 def revolve_split(num_steps: int, num_states: int) -> int:

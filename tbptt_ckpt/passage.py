@@ -13,7 +13,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads, WeightGuard, WindowRun
 from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.initial_state import InitialState
-from tbptt_ckpt.plans import WindowPlan, plan_window
+from tbptt_ckpt.plans import Plan, plan_window
 from tbptt_ckpt.records import Records, changes
 from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.runner import check_same_structure
@@ -34,7 +34,7 @@ class Outcome:
     weight: float = 0.0
     state_grads: StateGrads | None = None
     grad_scale: float = 1.0
-    plan: WindowPlan | None = None
+    plan: Plan | None = None
 
 
 class Passage:

@@ -1,11 +1,16 @@
-"""The schedule of a whole window, from a strategy for stretches of it."""
+"""A plan: how one window is run, and what that is predicted to take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import groupby, pairwise
+from typing import Any
 
+from tbptt_ckpt.errors import ScheduleError
+from tbptt_ckpt.nesting import Nesting
+from tbptt_ckpt.predictions import usual_advance_steps
 from tbptt_ckpt.schedule import (
     Action,
     Advance,
@@ -16,47 +21,184 @@ from tbptt_ckpt.schedule import (
     check_schedule,
     executed_steps,
     longest_leaf,
+    most_states,
+    moved,
 )
-from tbptt_ckpt.strategies import Retain, Revolve, Sqrt, Step, Strategy, Uniform
-
-_BUILT_IN = (Retain, Step, Uniform, Sqrt, Revolve)
+from tbptt_ckpt.strategies import NestedStrategy, Retain, Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class WindowPlan:
-    """How one window is run.
+class Block:
+    """Neighbouring stretches of a window that are run alike, each from a given state.
 
     Attributes:
-        strategy: The strategy's name.
-        schedule: The actions.
-        executed_steps: Module steps they run.
-        longest_leaf: Steps of the longest leaf.
+        steps: Steps of each.
+        how: Its nesting, or the actions that a user wrote, counted from step 0.
+        count: Their number.
+    """
+
+    steps: int
+    how: Nesting | Schedule
+    count: int = 1
+
+    def actions(self, start: int) -> Iterator[Action]:
+        """The actions of one of them, if its first step is `start`."""
+        if isinstance(self.how, Nesting):
+            return self.how.actions(start)
+        return (moved(action, start) for action in self.how)
+
+    @property
+    def executed_steps(self) -> int:
+        """Module steps that one of them runs."""
+        return _of(self.how, "executed_steps", executed_steps)
+
+    @property
+    def longest_leaf(self) -> int:
+        """Steps of the longest leaf."""
+        return _of(self.how, "longest_leaf", longest_leaf)
+
+    @property
+    def num_boundaries(self) -> int:
+        """The most states at once; see `Plan.num_boundaries`."""
+        return _of(self.how, "num_boundaries", most_states)
+
+    @property
+    def num_actions(self) -> int:
+        """Actions of one of them."""
+        return self.how.num_actions if isinstance(self.how, Nesting) else len(self.how)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether one leaf is all."""
+        return self.num_actions == 1
+
+
+def _of(how: Nesting | Schedule, name: str, counted: Any) -> int:
+    """What a nesting knows and a user's actions are counted for."""
+    number: int = getattr(how, name) if isinstance(how, Nesting) else counted(how)
+    return number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one window is run.
+
+    It is small however long the window: equal segments are written once. Plans can be
+    compared, printed, and written as JSON.
+
+    Attributes:
+        strategy: The name of the strategy that chose it.
+        first: Step of the window's first state.
+        lead_steps: Steps from there that only advance.
+        blocks: The rest, in time order. Blocks are run from the last to the first.
+        advance_steps: Most steps of one call of a segment module in an advance.
+        predicted_peak_bytes: Peak of device memory, everything included; None without costs.
+        predicted_seconds: Time; None without costs.
     """
 
     strategy: str
-    schedule: Schedule
-    executed_steps: int
-    longest_leaf: int
+    first: int
+    lead_steps: int
+    blocks: tuple[Block, ...]
+    advance_steps: int
+    predicted_peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are differentiated."""
+        return sum(block.count * block.steps for block in self.blocks)
+
+    @cached_property
+    def executed_steps(self) -> int:
+        """Module steps that run: advanced ones plus differentiated ones."""
+        return self.lead_steps + sum(b.count * b.executed_steps for b in self.blocks)
+
+    @cached_property
+    def longest_leaf(self) -> int:
+        """Steps of the longest leaf."""
+        return max(block.longest_leaf for block in self.blocks)
+
+    @cached_property
+    def num_boundaries(self) -> int:
+        """The most states at once, those that leaves start from included.
+
+        The window's first state and recorded ones exist anyway and are not counted.
+        """
+        return bool(self.lead_steps) + max(block.num_boundaries for block in self.blocks)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The actions, made on demand."""
+        length = sum(block.count * block.num_actions for block in self.blocks)
+        if self.lead_steps:
+            length += 1 if self._is_one_leaf else 3
+        return Schedule(self._actions, length)
+
+    def at(self, first: int) -> Plan:
+        """The same plan for a window whose first state stands at another step."""
+        return replace(self, first=first)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "strategy": self.strategy,
+            "first": self.first,
+            "lead_steps": self.lead_steps,
+            "blocks": [_plain_block(block) for block in self.blocks],
+            "advance_steps": self.advance_steps,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "predicted_seconds": self.predicted_seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            ScheduleError: Anything else.
+        """
+        try:
+            blocks = tuple(_read_block(block) for block in plain["blocks"])
+            return cls(**{**plain, "blocks": blocks})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ScheduleError(f"not a plan: {error!r}") from error
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.strategy}: {self.num_steps:,} steps, {self.executed_steps:,} executed",
+            f"leaves up to {self.longest_leaf:,}",
+            f"{self.num_boundaries:,} states",
+        ]
+        if self.predicted_peak_bytes is not None and self.predicted_seconds is not None:
+            parts.append(f"{self.predicted_peak_bytes:,} bytes")
+            parts.append(f"{self.predicted_seconds:.3g} s predicted")
+        return ", ".join(parts)
+
+    @property
+    def _is_one_leaf(self) -> bool:
+        return len(self.blocks) == 1 and self.blocks[0].count == 1 and self.blocks[0].is_leaf
+
+    def _actions(self) -> Iterator[Action]:
+        start = self.first + self.lead_steps
+        if self.lead_steps:
+            yield Advance(self.first, start)
+        keeps_start = self.lead_steps and not self._is_one_leaf
+        if keeps_start:  # a single leaf begins with the working state
+            yield Keep(start)
+        stop = start + self.num_steps
+        for block in reversed(self.blocks):
+            for _ in range(block.count):
+                stop -= block.steps
+                yield from block.actions(stop)
+        if keeps_start:
+            yield Drop(start)
 
 
 def plan_window(
     strategy: Strategy, first: int, start: int, stop: int, joints: Sequence[int] = ()
-) -> WindowPlan:
-    """The plan of one window; arguments as in `window_actions`.
-
-    Raises:
-        ScheduleError: A user's schedule that does not differentiate the window.
-    """
-    schedule = Schedule(lambda: window_actions(strategy, first, start, stop, joints))
-    if not isinstance(strategy, _BUILT_IN):
-        check_schedule(schedule, first, start, stop, joints)
-    return WindowPlan(str(strategy), schedule, executed_steps(schedule), longest_leaf(schedule))
-
-
-def window_actions(
-    strategy: Strategy, first: int, start: int, stop: int, joints: Sequence[int] = ()
-) -> Iterator[Action]:
-    """The schedule of one window.
+) -> Plan:
+    """The plan of one window under a strategy that needs no costs.
 
     Args:
         strategy: How stretches are scheduled.
@@ -66,28 +208,74 @@ def window_actions(
         joints: Steps inside the window whose states are given (stale overlap). The blocks
             between them are scheduled one by one, the last first, since none of them needs
             the advance of the one before.
+
+    Raises:
+        ScheduleError: A user's schedule that does not differentiate the window.
     """
     if isinstance(strategy, Retain):
         joints = ()  # one leaf, whatever lies inside
-    edges = [start, *joints, stop]
-    blocks = list(pairwise(edges))
-    for block_start, block_stop in reversed(blocks):
-        actions = strategy.actions(block_start, block_stop, stop - start)
-        if first < block_start == start:
-            actions = _after_advance(first, start, block_stop, actions)
-        yield from actions
+    edges = list(pairwise([start, *joints, stop]))
+    if isinstance(strategy, NestedStrategy):
+        lengths = [end - begin for begin, end in edges]
+        blocks = run_length_coded(
+            (steps, _nesting(strategy, steps, stop - start)) for steps in lengths
+        )
+    else:
+        blocks = tuple(_written_block(strategy, *edge, stop - start) for edge in edges)
+    longest = max(block.longest_leaf for block in blocks)
+    plan = Plan(str(strategy), first, start - first, blocks, usual_advance_steps(longest))
+    if not isinstance(strategy, NestedStrategy):
+        check_schedule(plan.schedule, first, start, stop, joints)
+    return plan
 
 
-def _after_advance(
-    first: int, start: int, stop: int, actions: Iterator[Action]
-) -> Iterator[Action]:
-    """Advance to `start`; keep the state there unless the only leaf begins with it."""
-    yield Advance(first, start)
-    action = next(actions)
-    if action == Differentiate(start, stop):
-        yield action
-        return
-    yield Keep(start)
-    yield action
-    yield from actions
-    yield Drop(start)
+def run_length_coded(stretches: Iterable[tuple[int, Nesting]]) -> tuple[Block, ...]:
+    """Blocks of neighbouring stretches, (steps, nesting) each, in time order."""
+    groups = groupby(stretches)
+    return tuple(Block(*stretch, count=len(list(group))) for stretch, group in groups)
+
+
+@lru_cache(maxsize=256)
+def _nesting(strategy: NestedStrategy, steps: int, window_steps: int) -> Nesting:
+    return strategy.nesting(steps, window_steps)
+
+
+def _written_block(strategy: Strategy, start: int, stop: int, window_steps: int) -> Block:
+    def relative() -> Iterator[Action]:
+        return (moved(a, -start) for a in strategy.actions(start, stop, window_steps))
+
+    return Block(stop - start, Schedule(relative))
+
+
+_ACTIONS: dict[str, type[Action]] = {
+    "advance": Advance,
+    "keep": Keep,
+    "differentiate": Differentiate,
+    "drop": Drop,
+}
+_NAMES = {action: name for name, action in _ACTIONS.items()}
+
+
+def _plain_block(block: Block) -> dict[str, Any]:
+    plain: dict[str, Any] = {"steps": block.steps, "count": block.count}
+    if isinstance(block.how, Nesting):
+        plain["nodes"] = [list(node) for node in block.how.nodes]
+    else:
+        plain["actions"] = [_plain_action(action) for action in block.how]
+    return plain
+
+
+def _plain_action(action: Action) -> list[Any]:
+    if isinstance(action, Keep | Drop):
+        return [_NAMES[type(action)], action.step]
+    return [_NAMES[type(action)], action.start, action.stop]
+
+
+def _read_block(plain: Mapping[str, Any]) -> Block:
+    how: Nesting | Schedule
+    if "nodes" in plain:
+        how = Nesting(tuple((int(a), int(b), int(c)) for a, b, c in plain["nodes"]))
+    else:
+        actions = [_ACTIONS[name](*steps) for name, *steps in plain["actions"]]
+        how = Schedule(lambda: iter(actions), len(actions))
+    return Block(int(plain["steps"]), how, int(plain["count"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tbptt_ckpt.plans import WindowPlan
+from tbptt_ckpt.plans import Plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ class WindowResult:
     peak_bytes: int | None
     drift: float
     seconds: float
-    plan: WindowPlan | None
+    plan: Plan | None
     updated: bool
 
 

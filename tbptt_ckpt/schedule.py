@@ -57,11 +57,14 @@ class Schedule(Sequence[Action]):
     Args:
         make_actions: Called without arguments; each call returns a fresh iterator over
             the same actions.
+        length: Their number, where it is known; otherwise it is counted when asked for.
     """
 
-    def __init__(self, make_actions: Callable[[], Iterator[Action]]) -> None:
+    def __init__(
+        self, make_actions: Callable[[], Iterator[Action]], length: int | None = None
+    ) -> None:
         self._make_actions = make_actions
-        self._length: int | None = None
+        self._length = length
 
     def __iter__(self) -> Iterator[Action]:
         return self._make_actions()
@@ -99,7 +102,9 @@ def moved(action: Action, offset: int) -> Action:
     """The same action, `offset` steps later."""
     if isinstance(action, Keep | Drop):
         return type(action)(action.step + offset)
-    return type(action)(action.start + offset, action.stop + offset)
+    if isinstance(action, Advance | Differentiate):
+        return type(action)(action.start + offset, action.stop + offset)
+    return action  # what a user wrote there is objected to where schedules are checked
 
 
 def executed_steps(schedule: Iterable[Action]) -> int:
@@ -110,6 +115,29 @@ def executed_steps(schedule: Iterable[Action]) -> int:
 def longest_leaf(schedule: Iterable[Action]) -> int:
     """Steps of the longest leaf."""
     return max((a.stop - a.start for a in schedule if isinstance(a, Differentiate)), default=0)
+
+
+def most_states(schedule: Iterable[Action]) -> int:
+    """The most states at once while steps run, for a schedule whose first state is given.
+
+    The working state counts where it is not among the kept ones.
+    """
+    kept: set[int] = set()
+    working: int | None = None
+    most = 0
+    for action in schedule:
+        match action:
+            case Advance(_, stop):
+                most = max(most, len(kept) + (working is not None and working not in kept))
+                working = stop
+            case Differentiate(start, _):
+                held = len(kept) + (working == start and working not in kept)
+                most, working = max(most, held), None
+            case Keep(step):
+                kept.add(step)
+            case Drop(step):
+                kept.discard(step)
+    return most
 
 
 def check_schedule(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from tbptt_ckpt.errors import ArgumentError, ScheduleError
-from tbptt_ckpt.fixed_schedules import revolve_actions, uniform_actions
+from tbptt_ckpt.fixed_schedules import revolve_nesting, uniform_nesting
+from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.schedule import Action, Differentiate, check_schedule, moved
 from tbptt_ckpt.windows import check_positive_int
 
@@ -26,20 +27,35 @@ class Strategy(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Retain:
-    """Everything in one leaf: plain BPTT, the most memory and no step run twice."""
+class NestedStrategy:
+    """A strategy that answers with a nesting, compact however long the stretch."""
+
+    __slots__ = ()
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """How `steps` steps are differentiated, part of a window of `window_steps` steps."""
+        raise NotImplementedError
 
     def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """The nesting's actions."""
+        return self.nesting(stop - start, window_steps).actions(start)
+
+
+@dataclass(frozen=True, slots=True)
+class Retain(NestedStrategy):
+    """Everything in one leaf: plain BPTT, the most memory and no step run twice."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
         """One leaf."""
-        yield Differentiate(start, stop)
+        builder = NestingBuilder()
+        return builder.build(builder.leaf(steps))
 
     def __str__(self) -> str:
         return "retain"
 
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
+class Uniform(NestedStrategy):
     """Leaves of a fixed number of steps; every step but those of the last leaf runs twice."""
 
     leaf_steps: int
@@ -47,40 +63,40 @@ class Uniform:
     def __post_init__(self) -> None:
         check_positive_int("leaf_steps", self.leaf_steps)
 
-    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Advance leaf by leaf, keep each leaf's first state, then differentiate backwards."""
-        return uniform_actions(start, stop, self.leaf_steps)
+        return uniform_nesting(steps, self.leaf_steps)
 
     def __str__(self) -> str:
         return f"uniform:{self.leaf_steps}"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(NestedStrategy):
     """A boundary state at every step: the smallest leaf, and as many states as steps."""
 
-    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Leaves of one step."""
-        return uniform_actions(start, stop, 1)
+        return uniform_nesting(steps, 1)
 
     def __str__(self) -> str:
         return "step"
 
 
 @dataclass(frozen=True, slots=True)
-class Sqrt:
+class Sqrt(NestedStrategy):
     """Leaves of ceil(sqrt(window steps)): about as many states as steps in a leaf."""
 
-    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Uniform leaves whose length follows from the window's."""
-        return uniform_actions(start, stop, math.isqrt(window_steps - 1) + 1)
+        return uniform_nesting(steps, math.isqrt(window_steps - 1) + 1)
 
     def __str__(self) -> str:
         return "sqrt"
 
 
 @dataclass(frozen=True, slots=True)
-class Revolve:
+class Revolve(NestedStrategy):
     """One-step leaves from at most `num_states` kept states, in the fewest executed steps.
 
     The window's first state is one of them; the working state of the leaf that is being
@@ -96,9 +112,9 @@ class Revolve:
     def __post_init__(self) -> None:
         check_positive_int("num_states", self.num_states)
 
-    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
         """The binomial schedule."""
-        return revolve_actions(start, stop, self.num_states)
+        return revolve_nesting(steps, self.num_states)
 
     def __str__(self) -> str:
         return f"revolve:{self.num_states}"

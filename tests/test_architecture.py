@@ -25,11 +25,14 @@ PACKAGE = Path(tbptt_ckpt.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("windows", "schedule", "costs", "state", "hooks"),
-    ("fixed_schedules", "planner", "simulator"),
+    ("nesting", "simulator"),
+    ("fixed_schedules", "predictions"),
+    ("planner",),
     ("modules", "losses", "sources", "buffers", "updates", "memory"),
     ("strategies", "ambient", "blocks"),
     ("resets",),
     ("plans", "packing", "task", "stored_blocks"),
+    ("planning",),
     ("results", "readers", "records", "sinks"),
     ("runner", "reading"),
     ("executor",),
@@ -47,10 +50,10 @@ LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Integers and floats in, plain data out.
 PURE = (
     *("errors", "windows", "schedule", "fixed_schedules", "strategies", "plans"),
-    *("planner", "simulator", "costs"),
+    *("nesting", "predictions", "planner", "simulator", "planning", "costs"),
 )
 # Rooms that give two independent accounts of one thing.
-STRANGERS = (("planner", "simulator"),)
+STRANGERS = (("planner", "simulator"), ("predictions", "simulator"))
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 
 

@@ -1,0 +1,108 @@
+"""Whether a budget can be met at all, and what would do instead."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.predictions import leaf_curve
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a window asks for.
+
+    Attributes:
+        lengths: Steps of its blocks in time order; all but a first one after a lead start
+            from given states.
+        new_steps: Steps that no window before has run. Where there are more of them than
+            steps to differentiate, the first ones only advance.
+        recorded_states: States that exist throughout.
+    """
+
+    lengths: tuple[int, ...]
+    new_steps: int = 0
+    recorded_states: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps to differentiate."""
+        return sum(self.lengths)
+
+    @property
+    def lead_steps(self) -> int:
+        """Steps that only advance."""
+        return max(0, self.new_steps - self.num_steps)
+
+    def free_bytes(self, budget_bytes: int, costs: Costs) -> int:
+        """What a budget leaves for the states and one leaf of a block; may be negative."""
+        lead_state = costs.state_bytes if self.lead_steps else 0
+        return budget_bytes - self.base_bytes(costs) - lead_state
+
+    def base_bytes(self, costs: Costs) -> int:
+        """What is there whatever the schedule."""
+        recorded_bytes = self.recorded_states * costs.state_bytes
+        return costs.fixed.total(self.lead_steps + self.num_steps) + recorded_bytes
+
+    def shortened(self, num_steps: int) -> Demand:
+        """The same window reaching back fewer steps, without the recorded states before."""
+        lengths, left = list(self.lengths), self.num_steps - num_steps
+        while left >= lengths[0]:
+            left -= lengths.pop(0)
+        lengths[0] -= left
+        dropped = len(self.lengths) - len(lengths)
+        recorded = max(0, self.recorded_states - dropped)
+        return replace(self, lengths=tuple(lengths), recorded_states=recorded)
+
+    def fits(self, budget_bytes: int, costs: Costs) -> bool:
+        """Whether any schedule meets the budget."""
+        free = self.free_bytes(budget_bytes, costs)
+        if budget_bytes - self.base_bytes(costs) < costs.update_bytes:
+            return False
+        if self.lead_steps and free + costs.state_bytes < costs.advance_bytes(1):
+            return False
+        last, *others = reversed(self.lengths)
+        return _block_fits(last, free, costs, is_last=True) and all(
+            _block_fits(steps, free, costs, is_last=False) for steps in set(others)
+        )
+
+
+def _block_fits(steps: int, free: int, costs: Costs, *, is_last: bool) -> bool:
+    """Whether a block fits; with a second state it does whatever its length."""
+    last_curve, state = leaf_curve(costs, is_last=is_last), costs.state_bytes
+    if last_curve(steps) <= free:
+        return True
+    first_leaf = costs.leaf_bytes.longest(free)
+    last_leaf = last_curve.longest(free - state)
+    if costs.advance_bytes(1) > free or first_leaf < 1 or last_leaf < 1:
+        return False
+    return first_leaf + last_leaf >= steps or costs.leaf_bytes.longest(free - state) >= 1
+
+
+def smallest_budget(demand: Demand, costs: Costs) -> int:
+    """The least bytes that some schedule meets."""
+    longest = max(demand.lengths)
+    enough = demand.base_bytes(costs) + costs.update_bytes + costs.state_bytes
+    enough += math.ceil(max(costs.leaf_bytes(longest), leaf_curve(costs, is_last=True)(longest)))
+    enough += math.ceil(costs.advance_bytes(1))
+    return bisect_left(range(enough), True, key=lambda budget: demand.fits(budget, costs))
+
+
+def largest_steps(demand: Demand, budget_bytes: int, costs: Costs) -> int:
+    """The most steps that a window may reach back under a budget; 0 if not even one.
+
+    The window ends where it does; below `new_steps` its first steps only advance.
+    """
+
+    def misses(num_steps: int) -> bool:
+        return not demand.shortened(num_steps).fits(budget_bytes, costs)
+
+    # What is below `new_steps` needs one state more, so the two ranges are searched apart.
+    for least, most in ((max(1, demand.new_steps), demand.num_steps), (1, demand.new_steps - 1)):
+        most = min(most, demand.num_steps)
+        found = bisect_left(range(least, most + 1), True, key=misses)
+        if found:
+            return least + found - 1
+    return 0

@@ -1,0 +1,141 @@
+"""How long a leaf may be beside a number of kept states, and rows of such leaves.
+
+The symbols are those of the recursion: m bytes for states and one leaf, s bytes a state; a
+leaf that starts d states deep has `m - d*s` bytes. Since that falls with d, leaves grow
+towards the window's start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from tbptt_ckpt.costs import Costs, Curve
+from tbptt_ckpt.predictions import leaf_curve
+
+
+@dataclass(frozen=True)
+class LeafRoom:
+    """What leaves of a stretch have to live in.
+
+    Attributes:
+        steps: Steps of the stretch; no leaf is longer.
+        bytes: m.
+        costs: What steps take.
+        is_last: Whether the window ends with the stretch.
+        longest: No leaf is longer than this, whatever fits.
+        shortest: No leaf but the last is planned in less room than this many steps need.
+    """
+
+    steps: int
+    bytes: int
+    costs: Costs
+    is_last: bool
+    longest: int
+    shortest: int = 1
+
+    def leaf(self, depth: int) -> int:
+        """Steps of the longest leaf that starts `depth` states deep, 0 if there is none."""
+        steps = self._fitting(self.costs.leaf_bytes, depth)
+        return steps if steps >= self.shortest else 0
+
+    def last(self, depth: int) -> int:
+        """The same for the leaf at the stretch's end."""
+        return self._fitting(leaf_curve(self.costs, is_last=self.is_last), depth)
+
+    @cached_property
+    def deepest_leaf(self) -> float:
+        """The most states a leaf may start below; -1 where none fits at all."""
+        below_advance = 1 + self._deepest(self.costs.advance_bytes, 1)
+        return min(below_advance, self._deepest(self.costs.leaf_bytes, self.shortest))
+
+    @cached_property
+    def deepest_last(self) -> float:
+        """The same for the leaf at the stretch's end."""
+        below_advance = 1 + self._deepest(self.costs.advance_bytes, 1)
+        deepest = self._deepest(leaf_curve(self.costs, is_last=self.is_last), 1)
+        return min(below_advance, 1 + self.deepest_leaf, deepest)
+
+    def runs(self) -> Iterator[tuple[int, float, int]]:
+        """(depth, depth after, steps) of equal longest leaves, from depth 0 on."""
+        depth = 0
+        while depth <= self.deepest_leaf and (steps := self.leaf(depth)):
+            after = 1 + self._deepest(self.costs.leaf_bytes, steps)
+            yield depth, after, steps
+            if math.isinf(after):
+                return
+            depth = int(after)
+
+    def lengths(self, most: int) -> list[int]:
+        """The longest leaf at each depth, at most `most` of them."""
+        found: list[int] = []
+        for depth, after, steps in self.runs():
+            found += [steps] * int(min(after - depth, most - len(found)))
+            if len(found) >= most:
+                break
+        return found
+
+    def row(self) -> list[tuple[int, int]] | None:
+        """The fewest leaves that cover the stretch with no step advanced twice.
+
+        Returns:
+            (steps, count) in time order, or None where one level does not reach. The last
+            leaf has all the steps it can have, since it is not advanced; the slack is taken
+            from the leaves before it.
+        """
+        if self.last(0) >= self.steps:
+            return [(self.steps, 1)]
+        covered = 0
+        for depth, after, steps in self.runs():
+            most = int(min(after, self.deepest_last, depth + -(-self.steps // steps)))
+            count = self._leaves_before_last(depth, covered, steps, most)
+            if count is not None:
+                return self._filled(count)
+            if most < after:
+                return None
+            covered += steps * (most - depth)
+        return None
+
+    def _leaves_before_last(self, depth: int, covered: int, steps: int, most: int) -> int | None:
+        """The fewest leaves before the last one, more than `depth` and at most `most`."""
+
+        def reaches(count: int) -> bool:
+            return covered + (count - depth) * steps + self.last(count) >= self.steps
+
+        low, high = depth + 1, most
+        if high < low or not reaches(high):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if reaches(middle):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _filled(self, count: int) -> list[tuple[int, int]]:
+        """`count` leaves, all but their last as long as may be, then the stretch's last one."""
+        last = min(self.last(count), self.steps - count)
+        left, filled = self.steps - last, []
+        for depth, after, steps in self.runs():
+            full = int(min(after, count - 1)) - depth
+            if full > 0:
+                filled.append((steps, full))
+                left -= full * steps
+            if after >= count:
+                break
+        # At least one step is left, since one leaf less would not have reached.
+        return [*filled, (left, 1), (last, 1)]
+
+    def _fitting(self, curve: Curve, depth: int) -> int:
+        steps = curve.longest(self.bytes - depth * self.costs.state_bytes)
+        return max(0, int(min(steps, self.steps, self.longest)))
+
+    def _deepest(self, curve: Curve, steps: int) -> float:
+        """The most states beside which a piece of so many steps fits; below 0 for none."""
+        free = self.bytes - math.ceil(curve(steps))
+        if self.costs.state_bytes == 0:
+            return math.inf if free >= 0 else -1
+        return free // self.costs.state_bytes

@@ -1,0 +1,201 @@
+"""`plan`: from costs and a byte budget to the fastest plan of a window."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
+from tbptt_ckpt.nesting import Nesting
+from tbptt_ckpt.planner import Demand, fastest_nestings, largest_steps, smallest_budget
+from tbptt_ckpt.plans import Plan, plan_window, run_length_coded
+from tbptt_ckpt.predictions import (
+    Prediction,
+    advance_peak,
+    advance_seconds,
+    predict,
+    usual_advance_steps,
+)
+from tbptt_ckpt.simulator import simulate
+from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.windows import check_positive_int
+
+OPTIMAL = "optimal"
+
+
+def plan(
+    num_steps: int,
+    costs: Costs,
+    *,
+    budget_bytes: int | None = None,
+    strategy: object = OPTIMAL,
+    new_steps: int = 0,
+    joints: Sequence[int] = (),
+    recorded_states: int = 0,
+    first: int = 0,
+) -> Plan:
+    """The plan of one window that takes the least predicted seconds within a byte budget.
+
+    It is made without writing its actions: ten million steps take a fraction of a second.
+
+    Args:
+        num_steps: Steps to differentiate: k2, fewer in the first windows.
+        costs: What steps and states take.
+        budget_bytes: Peak of device memory, everything included; None sets no limit.
+        strategy: "optimal", or a fixed strategy as for `TBPTT`, whose bytes and seconds are
+            predicted and held against the budget.
+        new_steps: Steps that no window before has run. Where they are more than `num_steps`
+            (k2 < k1), those before only advance.
+        joints: Steps, counted from the first one differentiated, whose states are given
+            (stale overlap). Blocks are cut there.
+        recorded_states: States that exist throughout beside the fixed part of the costs.
+        first: Step of the window's first state, from which the plan counts.
+
+    Raises:
+        ArgumentError: A number that cannot work.
+        InfeasibleBudgetError: No schedule, or not the fixed one, fits the budget.
+        ScheduleError: A user's schedule that does not differentiate the window.
+
+    References:
+        Griewank & Walther (2000), doi:10.1145/347837.347846, whose recursion is the case of
+        one-step leaves.
+    """
+    _check(num_steps, budget_bytes, new_steps, joints, recorded_states)
+    lengths = tuple(b - a for a, b in pairwise([0, *joints, num_steps]))
+    demand = Demand(lengths, new_steps, recorded_states)
+    if strategy == OPTIMAL:
+        return _fastest(demand, costs, budget_bytes).at(first)
+    start = first + demand.lead_steps
+    placed = [start + joint for joint in joints]
+    chosen = parse_strategy(strategy)
+    fixed = plan_window(chosen, first, start, start + num_steps, placed)
+    return _within(fixed, demand, costs, budget_bytes, placed)
+
+
+def _check(
+    num_steps: int,
+    budget_bytes: int | None,
+    new_steps: int,
+    joints: Sequence[int],
+    recorded_states: int,
+) -> None:
+    check_positive_int("num_steps", num_steps)
+    for name, number in (("new_steps", new_steps), ("recorded_states", recorded_states)):
+        if number != 0:
+            check_positive_int(name, number, "0")
+    if budget_bytes is not None:
+        check_positive_int("budget_bytes", budget_bytes, "None (no limit)")
+    if any(b <= a for a, b in pairwise([0, *joints, num_steps])):
+        raise ArgumentError(f"joints={list(joints)} must be in order within 1..{num_steps - 1}")
+    if joints and new_steps > num_steps:
+        raise ArgumentError(
+            f"joints={list(joints)} do not go with new_steps={new_steps} above num_steps="
+            f"{num_steps}: a window with steps that only advance has no recorded states inside"
+        )
+
+
+def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
+    if budget_bytes is None:
+        budget_bytes = _enough_bytes(demand, costs)
+    if not demand.fits(budget_bytes, costs):
+        raise _infeasible("no schedule meets", demand, costs, budget_bytes)
+    free = min(budget_bytes, _enough_bytes(demand, costs))
+    nestings = fastest_nestings(demand.lengths, demand.free_bytes(free, costs), costs)
+    blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
+    planned = Plan(OPTIMAL, 0, demand.lead_steps, blocks, 1)
+    return _within(planned, demand, costs, budget_bytes, ())
+
+
+def _enough_bytes(demand: Demand, costs: Costs) -> int:
+    """A budget beyond which more change nothing."""
+    steps = demand.num_steps + demand.lead_steps
+    leaf = costs.leaf_bytes(steps) + costs.advance_bytes(steps) + costs.update_bytes
+    if costs.last_leaf_bytes is not None:
+        leaf += costs.last_leaf_bytes(steps)
+    return demand.base_bytes(costs) + int(leaf) + 1 + (steps + 1) * costs.state_bytes
+
+
+def _within(
+    planned: Plan,
+    demand: Demand,
+    costs: Costs,
+    budget_bytes: int | None,
+    joints: Sequence[int],
+) -> Plan:
+    """The plan with its predictions, its advances in calls that fit the budget."""
+
+    def prediction(advance_steps: int) -> Prediction:
+        if all(isinstance(block.how, Nesting) for block in planned.blocks):
+            return _predict_blocks(planned, demand, costs, advance_steps)
+        simulation = simulate(
+            planned.schedule,
+            costs,
+            given=joints,
+            recorded_states=demand.recorded_states,
+            advance_steps=advance_steps,
+        )
+        return Prediction(simulation.peak_bytes, simulation.seconds)
+
+    usual = usual_advance_steps(planned.longest_leaf)
+    advance_steps, found = _largest_fitting(usual, prediction, budget_bytes)
+    if budget_bytes is not None and found.peak_bytes > budget_bytes:
+        what = f"strategy={planned.strategy!r} takes {found.peak_bytes:,} bytes and misses"
+        raise _infeasible(what, demand, costs, budget_bytes)
+    return replace(
+        planned,
+        advance_steps=advance_steps,
+        predicted_peak_bytes=found.peak_bytes,
+        predicted_seconds=found.seconds,
+    )
+
+
+def _largest_fitting(
+    usual: int, prediction: Callable[[int], Prediction], budget_bytes: int | None
+) -> tuple[int, Prediction]:
+    """The longest calls of an advance that fit, and what they give; or the shortest."""
+    found = prediction(usual)
+    if budget_bytes is None or found.peak_bytes <= budget_bytes:
+        return usual, found
+
+    def misses(advance_steps: int) -> bool:
+        return prediction(advance_steps).peak_bytes > budget_bytes
+
+    advance_steps = max(1, bisect_left(range(1, usual), True, key=misses))
+    return advance_steps, prediction(advance_steps)
+
+
+def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: int) -> Prediction:
+    """All blocks and the lead; the last block ends the window."""
+    peaks, seconds = [costs.update_bytes], 0.0
+    lead_state = 0
+    if demand.lead_steps:
+        peaks.append(advance_peak(costs, demand.lead_steps, advance_steps))
+        seconds += advance_seconds(costs, demand.lead_steps, advance_steps)
+        lead_state = costs.state_bytes
+    for index, block in enumerate(reversed(planned.blocks)):
+        assert isinstance(block.how, Nesting), "others are simulated"
+        for is_last, count in (
+            ((True, 1), (False, block.count - 1)) if not index else ((False, block.count),)
+        ):
+            if count:
+                one = predict(block.how, costs, advance_steps, is_last=is_last)
+                peaks.append(lead_state + one.peak_bytes)
+                seconds += count * one.seconds
+    return Prediction(demand.base_bytes(costs) + max(peaks), seconds)
+
+
+def _infeasible(
+    what: str, demand: Demand, costs: Costs, budget_bytes: int
+) -> InfeasibleBudgetError:
+    smallest = smallest_budget(demand, costs)
+    most = largest_steps(demand, budget_bytes, costs)
+    lower = f"reach back at most {most:,} steps" if most else "no number of steps fits this one"
+    return InfeasibleBudgetError(
+        f"{what} budget_bytes={budget_bytes:,} for {demand.num_steps:,} steps; the smallest that "
+        f"works for them under some schedule is {smallest:,} bytes, or {lower}",
+        smallest_budget_bytes=smallest,
+        largest_steps=most,
+    )

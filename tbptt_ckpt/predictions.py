@@ -1,0 +1,118 @@
+"""Bytes and seconds of a nesting, worked out node by node without writing its actions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tbptt_ckpt.costs import Costs, Curve
+from tbptt_ckpt.nesting import Nesting
+
+# Most steps of one call in an advance, unless a leaf is longer: outputs of a call exist at
+# once, and calls of this length are no slower per step than longer ones.
+ADVANCE_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What running a stretch takes.
+
+    Attributes:
+        peak_bytes: Above what is there anyway.
+        seconds: Time.
+    """
+
+    peak_bytes: int
+    seconds: float
+
+
+def leaf_curve(costs: Costs, *, is_last: bool) -> Curve:
+    """Bytes of a leaf; `is_last` for the one that is differentiated first in a window."""
+    if is_last and costs.last_leaf_bytes is not None:
+        return costs.last_leaf_bytes
+    return costs.leaf_bytes
+
+
+def usual_advance_steps(longest_leaf: int) -> int:
+    """Most steps of one call in an advance where memory sets no tighter bound."""
+    return max(ADVANCE_STEPS, longest_leaf)
+
+
+def advance_seconds(costs: Costs, steps: int, advance_steps: int) -> float:
+    """Time to advance, in calls of at most `advance_steps`."""
+    calls, rest = divmod(steps, advance_steps)
+    seconds = calls * costs.advance_seconds(advance_steps) if calls else 0.0
+    return seconds + (costs.advance_seconds(rest) if rest else 0.0)
+
+
+def advance_peak(costs: Costs, steps: int, advance_steps: int) -> int:
+    """Bytes of an advance beside the states kept at the moment."""
+    return math.ceil(costs.advance_bytes(min(steps, advance_steps)))
+
+
+def predict(nesting: Nesting, costs: Costs, advance_steps: int, *, is_last: bool) -> Prediction:
+    """What a stretch takes whose first state is given.
+
+    Args:
+        nesting: The stretch.
+        costs: What its steps take.
+        advance_steps: Most steps of one call in an advance.
+        is_last: Whether the window ends with it, so that its last leaf runs before
+            gradients exist.
+    """
+    peaks = _node_peaks(nesting, costs, advance_steps)
+    seconds = _node_seconds(nesting, costs, advance_steps)
+    peak = _peak_at_the_end(nesting, costs, advance_steps, peaks) if is_last else peaks[-1]
+    return Prediction(peak, seconds[-1])
+
+
+def _node_peaks(nesting: Nesting, costs: Costs, advance_steps: int) -> list[int]:
+    peaks: list[int] = []
+    for head, repeats, tail in nesting.nodes:
+        if not repeats:
+            peaks.append(math.ceil(costs.leaf_bytes(head)))
+            continue
+        before = _peak_before_tail(nesting, costs, advance_steps, peaks, head, repeats)
+        peaks.append(max(before, repeats * costs.state_bytes + peaks[tail]))
+    return peaks
+
+
+def _peak_before_tail(
+    nesting: Nesting,
+    costs: Costs,
+    advance_steps: int,
+    peaks: Sequence[int],
+    head: int,
+    repeats: int,
+) -> int:
+    """Peak of advancing the equal segments and of differentiating them: the last has the most."""
+    advance = advance_peak(costs, nesting.node_steps[head], advance_steps)
+    return (repeats - 1) * costs.state_bytes + max(advance, peaks[head])
+
+
+def _peak_at_the_end(
+    nesting: Nesting, costs: Costs, advance_steps: int, peaks: Sequence[int]
+) -> int:
+    """The same where the last leaf has costs of its own."""
+    node, states, peak = len(nesting.nodes) - 1, 0, 0
+    while True:
+        head, repeats, tail = nesting.nodes[node]
+        kept_bytes = states * costs.state_bytes
+        if not repeats:
+            curve = leaf_curve(costs, is_last=True)
+            return max(peak, kept_bytes + math.ceil(curve(head)))
+        before = _peak_before_tail(nesting, costs, advance_steps, peaks, head, repeats)
+        peak = max(peak, kept_bytes + before)
+        node, states = tail, states + repeats
+
+
+def _node_seconds(nesting: Nesting, costs: Costs, advance_steps: int) -> list[float]:
+    seconds: list[float] = []
+    for head, repeats, tail in nesting.nodes:
+        if not repeats:
+            seconds.append(costs.leaf_seconds(head))
+            continue
+        once = advance_seconds(costs, nesting.node_steps[head], advance_steps) + seconds[head]
+        seconds.append(repeats * once + seconds[tail])
+    return seconds
