@@ -500,6 +500,29 @@ def test_initial_state_computed_by_a_layer(overlap: str, executor: str) -> None:
     assert relative_error(actual, expected) <= 1e-12
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_one_tensor_in_two_places_of_the_initial_state(computed: bool) -> None:
+    """It gets the gradients of both places, each once."""
+
+    def start(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.sin(leaf) if computed else leaf
+        return h, h
+
+    inputs, targets = random_data(NUM_STEPS)
+    reference, leaf = lstm_cell(), random_state().requires_grad_()
+    expected = torch.zeros_like(leaf)
+    for _, new_start, stop in naive.windows(NUM_STEPS, K1, None):
+        state, losses = start(leaf), []
+        for step in range(stop):
+            y, state = reference(inputs[step], state)
+            losses.append(mean_loss(y, targets[step]))
+        expected += torch.autograd.grad(sum(losses[new_start:]) / (stop - new_start), leaf)[0]
+
+    module, leaf = lstm_cell(), random_state().requires_grad_()
+    TBPTT(module, mean_loss, K1, None).train(data(), start(leaf))
+    assert relative_error([leaf.grad], [expected]) <= 1e-12
+
+
 def test_initial_state_is_not_changed_by_a_run() -> None:
     module, init = tanh_cell(), random_state()
     TBPTT(module, mean_loss, K1, K2, moving(module)).train(data(), init)
