@@ -36,7 +36,7 @@ class StepIterable:
     def __init__(self, steps: Iterable[Any]) -> None:
         self._iterator: Iterator[Any] = iter(steps)
         self.position = 0
-        self.num_steps = len(steps) if isinstance(steps, Sized) else None
+        self.num_steps = _length_of(steps)
 
     def read_block(self, start: int, stop: int) -> StepBlock | None:
         """The next steps, packed; fewer than asked at the end, None if there are none."""
@@ -174,5 +174,10 @@ def _check_usable(tree: Tree, name: str) -> None:
         )
 
 
-def _length_of(source: object) -> int | None:
-    return len(source) if isinstance(source, Sized) else None
+def _length_of(sequence: object) -> int | None:
+    if not isinstance(sequence, Sized):
+        return None
+    try:
+        return len(sequence)
+    except (TypeError, NotImplementedError):  # a DataLoader of a stream has __len__, and raises
+        return None

@@ -13,22 +13,22 @@ from torch import Tensor
 Tree = Any  # a tensor, a container of trees, or anything else, which passes through
 
 
-def map_tensors(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """The same tree with `function` applied to every tensor."""
-    if isinstance(tree, Tensor):
+def map_tensors(function: Callable[[Any], Any], tree: Tree, kind: type = Tensor) -> Tree:
+    """The same tree with `function` applied to every tensor, or to every leaf of a `kind`."""
+    if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, item) for item in tree))
+        return type(tree)(*(map_tensors(function, item, kind) for item in tree))
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, item) for item in tree)
+        return type(tree)(map_tensors(function, item, kind) for item in tree)
     if isinstance(tree, dict):
         mapping = copy.copy(tree)
-        mapping.update((key, map_tensors(function, item)) for key, item in tree.items())
+        mapping.update((key, map_tensors(function, item, kind)) for key, item in tree.items())
         return mapping
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         mapped = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            item = map_tensors(function, getattr(tree, field.name))
+            item = map_tensors(function, getattr(tree, field.name), kind)
             object.__setattr__(mapped, field.name, item)  # frozen dataclasses are states too
         return mapped
     return tree

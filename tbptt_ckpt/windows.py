@@ -117,13 +117,14 @@ def later_starts(window: Window, num_steps: int | None, k1: int, k2: int | None)
     soon as the length is known.
     """
     starts: list[int] = []
-    index = window.index + 1
+    last, index = -1, window.index + 1
     while num_steps is None or index * k1 < num_steps:
         start = window_at(index, num_steps, k1, k2).start
         if start > window.stop or k2 is None:
             break
-        if start > window.first and start not in starts:
+        if start > window.first and start != last:  # starts never go back
             starts.append(start)
+            last = start
         index += 1
     return starts
 

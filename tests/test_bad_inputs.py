@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -598,6 +599,14 @@ TABLE: dict[str, Bad] = {
     ),
     "array_as_sequence": sequence(
         lambda bench: bench.inputs.numpy(), r"^sequence is a ndarray of shape \(6, 2, 2\); wrap it"
+    ),
+    "array_of_texts": Bad(
+        lambda _: TensorSequence(np.array(["a", "b"])),
+        r"^a numpy array of dtype <U1, shape \(2,\) .*cannot be read as a tensor; convert or copy",
+    ),
+    "array_in_reverse": Bad(
+        lambda bench: TensorSequence(bench.inputs.numpy()[::-1]),
+        r"^a numpy array of dtype float64, .* cannot be read as a tensor; convert or copy",
     ),
     "number_as_sequence": sequence(lambda _: 5, r"^sequence=5 is neither an iterable of"),
     "steps_without_targets": sequence(

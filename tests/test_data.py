@@ -311,6 +311,22 @@ def test_an_iterable_can_be_trained_on_again_if_it_can_be_iterated_again() -> No
         check_same_windows(observe(tbptt, sequence, parameters=module.parameters()), first)
 
 
+class LoaderSteps(torch.utils.data.IterableDataset[Any]):
+    """Steps for a `DataLoader`, which then has `__len__` but no length."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.steps = steps_of(inputs, targets)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.steps)
+
+
+def test_a_data_loader_of_a_stream_has_no_length() -> None:
+    data = random_data(NUM_STEPS)
+    loader = torch.utils.data.DataLoader(LoaderSteps(*data), batch_size=None)
+    check_same_windows(run(tanh_cell(), loader), run(tanh_cell(), iter(steps_of(*data))))
+
+
 @pytest.mark.parametrize("k2", [2, 7])
 def test_a_source_with_a_length_is_read_window_by_window(k2: int) -> None:
     source = Source(*random_data(NUM_STEPS))
@@ -506,6 +522,23 @@ def test_nested_arrays_with_time_in_the_middle(kind: str) -> None:
         per_step=kind == "cell",
     )
     check_same_windows(actual, expected, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("source", ["tensors", "steps"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_arrays_in_any_nesting(nesting: str, source: str) -> None:
+    inputs, targets = random_data(NUM_STEPS)
+    expected = run(tanh_cell(), TensorSequence(inputs, targets))
+    nest, _ = NESTINGS[nesting]
+
+    def arrays(tensor: Tensor) -> Any:
+        return nest(tensor[..., :1].numpy(), tensor[..., 1:].numpy())
+
+    sequence: Any = TensorSequence(arrays(inputs), arrays(targets))
+    if source == "steps":
+        sequence = [(arrays(x), arrays(y)) for x, y in zip(inputs, targets, strict=True)]
+    actual = run(NestedCell(nesting, tanh_cell()), sequence, loss_fn=nested_loss(nesting))
+    check_same_windows(actual, expected)
 
 
 def test_steps_of_different_shapes() -> None:

@@ -40,6 +40,7 @@ from tbptt_ckpt import (
 from tbptt_ckpt.plans import plan_window
 from tbptt_ckpt.schedule import check_schedule, executed_steps
 from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.windows import later_starts
 
 REACHES = ((2, 5), (3, 3), (3, None), (4, 2), (5, 12), (14, 14), (20, 6))
 NUM_STEPS = 14
@@ -53,6 +54,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# Where windows lie.
+
+
+@pytest.mark.parametrize("k2", [*range(1, 12), None])
+@pytest.mark.parametrize("k1", range(1, 6))
+def test_later_starts_are_the_starts_of_later_windows_inside_a_window(
+    k1: int, k2: int | None
+) -> None:
+    windows = tbptt_windows(17, k1, k2)
+    for window in windows:
+        later = {w.start for w in windows[window.index + 1 :]}
+        inside = sorted(s for s in later if window.first < s <= window.stop)
+        assert later_starts(window, 17, k1, k2) == inside
 
 
 # The executors run what the schedule says.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.state import Tree
+from tbptt_ckpt.state import Tree, map_tensors
 
 
 @runtime_checkable
@@ -36,16 +36,24 @@ class Source(Protocol):
 
 
 def as_tensors(tree: Tree) -> Tree:
-    """The tree with numpy arrays as tensors that share their memory."""
-    if isinstance(tree, np.ndarray):
-        with warnings.catch_warnings():  # read-only maps are fine: nothing writes to inputs
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(tree)
-    if isinstance(tree, tuple | list) and not hasattr(tree, "_fields"):
-        return type(tree)(as_tensors(item) for item in tree)
-    if type(tree) is dict:
-        return {key: as_tensors(item) for key, item in tree.items()}
-    return tree
+    """The tree with numpy arrays as tensors that share their memory.
+
+    Raises:
+        ArgumentError: An array that torch cannot read.
+    """
+    return map_tensors(_from_numpy, tree, np.ndarray)
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    with warnings.catch_warnings():  # read-only maps are fine: nothing writes to inputs
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        try:
+            return torch.from_numpy(array)
+        except (TypeError, ValueError) as error:  # texts, other byte orders, reversed arrays
+            raise ArgumentError(
+                f"a numpy array of dtype {array.dtype}, shape {array.shape} and strides "
+                f"{array.strides} cannot be read as a tensor; convert or copy it ({error})"
+            ) from error
 
 
 def check_time_dim(time_dim: object) -> None:
