@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +18,26 @@ class Recurrence:
     """A module together with the way it wants to be called.
 
     Attributes:
-        module: The user's module, or any callable.
+        module: The user's module, or the callable that was given.
         call: `(inputs, state) -> (outputs, state)`, over one step or over a segment.
         per_step: True where `call` takes one step without a time dimension.
         time_dim: Where a segment module wants time in its inputs and has it in its outputs.
         lane_dim: Where lanes are in the tensors of its state.
     """
 
-    module: Callable[..., Any]
+    module: object
     call: Callable[[Any, Any], Any]
     per_step: bool
     time_dim: int
     lane_dim: int = 0
+
+
+def owner_of(function: object) -> object:
+    """The module that a bound method or a `functools.partial` calls, otherwise what was given."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else function
 
 
 def recognise(
@@ -60,7 +69,7 @@ def recognise(
                 f"per_step=False does not fit {type(module).__name__}, which runs one step"
             )
         return Recurrence(module, _cell_call(module), True, 0, lane_dim)
-    return Recurrence(module, module, per_step is not False, time_dim, lane_dim)
+    return Recurrence(owner_of(module), module, per_step is not False, time_dim, lane_dim)
 
 
 def _fused_recurrence(module: nn.RNNBase, per_step: bool | None, lane_dim: int) -> Recurrence:
@@ -110,9 +119,9 @@ def check_segment_output(outputs: object, num_steps: int, time_dim: int, module:
 
 
 def parameters_of(*owners: object) -> list[nn.Parameter]:
-    """The distinct parameters of all the modules among `owners`."""
+    """The distinct parameters of all the modules, or their methods, among `owners`."""
     found: dict[int, nn.Parameter] = {}
-    for owner in owners:
+    for owner in map(owner_of, owners):
         if isinstance(owner, nn.Module):
             found.update((id(p), p) for p in owner.parameters())
     return list(found.values())
@@ -139,8 +148,9 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
 
 
 def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
-    if isinstance(module, nn.Module):
-        for name, layer in module.named_modules():
+    owner = owner_of(module)
+    if isinstance(owner, nn.Module):
+        for name, layer in owner.named_modules():
             if isinstance(layer, nn.RNNBase):
                 yield name, layer
 

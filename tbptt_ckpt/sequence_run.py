@@ -94,7 +94,7 @@ class SequenceRun:
             self.records,
         )
         loss_start = window.new_start if self.settings.loss == "new" else window.stop - 1
-        guard = WeightGuard(self.settings.parameters)
+        guard = WeightGuard(self.settings.weights())
         self.settings.updater.clear(self.initial.leaves())
         try:
             if has_loss(blocks, loss_start, window.stop):

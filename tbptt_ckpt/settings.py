@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import (
@@ -51,6 +51,11 @@ class Settings:
     device_type: str
     record: list[Action] | None = None
     observer: Observer = UNOBSERVED
+
+    def weights(self) -> list[Tensor]:
+        """All that an update changes: a function's weights are known to the optimizer only."""
+        found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
+        return list(found.values())
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

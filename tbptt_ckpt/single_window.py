@@ -153,7 +153,7 @@ def unroll(
     tensors = [*parameters_of(module), *tensors_of(init_state), *tensors_of(inputs)]
     # With the inputs as targets every step has one, so that every output is collected.
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
-    task = WindowTask([block], 0, 0, num_steps, 0, Ambient([module], tensors))
+    task = WindowTask([block], 0, 0, num_steps, 0, Ambient([runner.recurrence.module], tensors))
     sinks: list[OutputSink] = []
 
     def new_sink() -> OutputSink:

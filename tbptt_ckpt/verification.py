@@ -13,7 +13,7 @@ from torch import Tensor
 from tbptt_ckpt.ambient import Ambient
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.losses import LossFunction, LossSum
-from tbptt_ckpt.modules import Recurrence, recognise
+from tbptt_ckpt.modules import Recurrence, owner_of, recognise
 from tbptt_ckpt.single_window import run_window
 from tbptt_ckpt.sources import TensorSequence
 from tbptt_ckpt.state import Tree, tensors_of
@@ -96,7 +96,7 @@ def verify(
     sequence = TensorSequence(inputs, targets, time_dim)
     named = _named_parameters(module, loss_fn)
     tensors = [*named.values(), *tensors_of(init_state), *tensors_of(inputs)]
-    with _untouched(module, tensors) as start_over:
+    with _untouched(recurrence.module, tensors) as start_over:
         loss, state = _plain_loop(recurrence, LossFunction(loss_fn), sequence, init_state)
         expected = [_grad(p) for p in named.values()]
         start_over()
@@ -170,7 +170,7 @@ def _untouched(module: object, tensors: Sequence[Tensor]) -> Iterator[Callable[[
 
 def _named_parameters(*owners: object) -> dict[str, torch.nn.Parameter]:
     named: dict[str, torch.nn.Parameter] = {}
-    for prefix, owner in zip(("", "loss_fn."), owners, strict=True):
+    for prefix, owner in zip(("", "loss_fn."), map(owner_of, owners), strict=True):
         if isinstance(owner, torch.nn.Module):
             named.update((prefix + name, p) for name, p in owner.named_parameters())
     return named

@@ -794,6 +794,20 @@ def test_weights_changed_by_the_module_are_noticed(executor: str) -> None:
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
+def test_weights_of_a_function_are_watched_through_the_optimizer(executor: str) -> None:
+    bench = Bench()
+
+    def step(x: Tensor, h: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                bench.module.readout.bias.add_(1e-3)
+        return bench.module(x, h)
+
+    with pytest.raises(StaleWeightsError, match="between windows"):
+        bench.train(module=step, executor=executor, strategy="step")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_stepping_between_windows_is_fine(executor: str) -> None:
     bench = Bench()
     windows = bench.make(optimizer=None, executor=executor).windows(bench.sequence())

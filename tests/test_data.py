@@ -910,13 +910,15 @@ def test_many_to_one_runs_each_step_once_until_the_label(
     assert relative_error(actual, expected) <= 1e-12
 
 
-def test_forward_only_windows_run_whole_after_an_update() -> None:
+@pytest.mark.parametrize("as_function", [False, True])
+def test_forward_only_windows_run_whole_after_an_update(as_function: bool) -> None:
     """Under refresh the state handed on is today's; under stale it is carried."""
     data, present = random_data(18), {0, 1, 2, 9, 10, 11}
 
     def executed(overlap: str) -> list[int]:
         module = CountedCalls(tanh_cell())
-        tbptt = TBPTT(module, mean_loss, 3, 6, moving(module), overlap=overlap, strategy="retain")
+        called: Any = (lambda x, state: module(x, state)) if as_function else module
+        tbptt = TBPTT(called, mean_loss, 3, 6, moving(module), overlap=overlap, strategy="retain")
         counts, before = [], 0
         for window in tbptt.windows(with_targets_at(present, *data)):
             assert window.updated == (window.stop in (3, 12))

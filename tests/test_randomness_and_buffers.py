@@ -6,6 +6,7 @@ what that run saw.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence
+from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, verify
 
 NUM_STEPS, LANES = 13, 4
 STRATEGIES = ("retain", "uniform:2", "uniform:3", "revolve:2")
@@ -303,6 +304,17 @@ def test_batch_norm_counts_every_step_once() -> None:
     tbptt = TBPTT(module, mean_loss, 2, 7, optimizer, strategy="revolve:2")
     for result in tbptt.windows(TensorSequence(inputs, targets), None):
         assert int(module.norm.num_batches_tracked) == result.stop
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, functools.partial])
+def test_buffers_of_a_method_are_those_of_its_module(wrap: Any) -> None:
+    module, (inputs, targets) = make(Normalised), random_data(NUM_STEPS, lanes=LANES)
+    tbptt = TBPTT(wrap(module.forward), mean_loss, 2, 7, strategy="step")
+    for result in tbptt.windows(TensorSequence(inputs, targets), None):
+        assert int(module.norm.num_batches_tracked) == result.stop
+    module = make(Normalised)
+    assert verify(wrap(module.forward), mean_loss, inputs, targets, strategy="step").ok
+    assert int(module.norm.num_batches_tracked) == 0
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

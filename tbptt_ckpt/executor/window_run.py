@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbptt_ckpt.errors import StaleWeightsError, TbpttError
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
@@ -29,7 +29,7 @@ StateGrads = list[Tensor | None]  # one per tensor of a state
 class WeightGuard:
     """Notices weights that change between a window's advance and its replay."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._expected = self.fingerprint()
 
