@@ -29,7 +29,8 @@ class TBPTT:
     Args:
         module: Per step `(x_t, state) -> (y_t, state)`, or over a segment
             `(x[t0:t1], state) -> (y[t0:t1], state)`. `nn.RNN/LSTM/GRU` and their cells are
-            recognised.
+            recognised. A function works too, but buffers of modules that it calls are not
+            found.
         loss_fn: `(y, target) -> ` a scalar, the mean over the steps given, or
             `(loss_sum, weight)`. It must be a function of its arguments.
         k1: Steps between updates.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads
-from tbptt_ckpt.state import Tree, map_tensors, tensors_of
+from tbptt_ckpt.state import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates import Updater
 
 
@@ -35,6 +35,7 @@ class InitialState:
         self.state = state
         self._tensors = tensors_of(state)
         self._sums: dict[int, Tensor] = {}
+        check_no_hidden_tensors(state)
         if any(t.is_inference() for t in self._tensors):
             raise ArgumentError(
                 "init_state holds tensors of torch.inference_mode, which cannot be differentiated; "

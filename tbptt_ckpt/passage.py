@@ -19,7 +19,7 @@ from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.runner import check_same_structure
 from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.sinks import WindowLoss
-from tbptt_ckpt.state import Tree, detach_state, relative_change
+from tbptt_ckpt.state import Tree, check_no_hidden_tensors, detach_state, relative_change
 from tbptt_ckpt.task import Boundary, WindowTask, counted_weight, has_loss
 from tbptt_ckpt.windows import Window, later_starts, window_at
 
@@ -69,6 +69,7 @@ class Passage:
         self._next_start = min(upcoming.start, window.stop)
         self._later_starts = later_starts(window, num_steps, k1, k2)
         self._keeps_later_starts = self._stale
+        ambient.about_to_run()  # whoever got the window before may have run the module
         self._found = ambient.capture()
         self._records.ambients[window.new_start] = self._found
         self._noted: dict[int, Boundary] = {}
@@ -148,6 +149,7 @@ class Passage:
     def hand_on(self) -> None:
         """Leave to the next windows what they start from."""
         records, final = self._records, self.final
+        check_no_hidden_tensors(final.state)
         if records.carried is not None:
             check_same_structure(final.state, records.carried.state)
         if not self._keeps_later_starts:

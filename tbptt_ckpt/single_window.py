@@ -148,7 +148,8 @@ def unroll(
     time_dim = _time_dim(module, per_step, time_dim)
     check_differentiable(module)
     runner = make_runner(module, per_step, time_dim, autocast_dtype)
-    num_steps = len(TensorSequence(inputs, time_dim=time_dim))  # checks the lengths
+    sequence = TensorSequence(inputs, time_dim=time_dim)
+    inputs, num_steps = sequence.inputs, len(sequence)
     plan = plan_window(parse_strategy(strategy), 0, 0, num_steps)
     tensors = [*parameters_of(module), *tensors_of(init_state), *tensors_of(inputs)]
     # With the inputs as targets every step has one, so that every output is collected.

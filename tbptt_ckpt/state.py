@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tbptt_ckpt.errors import ArgumentError
 
 Tree = Any  # a tensor, a container of trees, or anything else, which passes through
 
@@ -39,19 +42,26 @@ def copy_containers(tree: Tree) -> Tree:
     return map_tensors(lambda tensor: tensor, tree)
 
 
-def iterate_tensors(tree: Tree) -> Iterator[Tensor]:
-    """Every tensor of a tree, in the order `map_tensors` visits them."""
+def iterate_leaves(tree: Tree) -> Iterator[Any]:
+    """Everything that is no container, in the order `map_tensors` visits it."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, tuple | list):
         for item in tree:
-            yield from iterate_tensors(item)
+            yield from iterate_leaves(item)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from iterate_tensors(item)
+            yield from iterate_leaves(item)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
-            yield from iterate_tensors(getattr(tree, field.name))
+            yield from iterate_leaves(getattr(tree, field.name))
+    else:
+        yield tree
+
+
+def iterate_tensors(tree: Tree) -> Iterator[Tensor]:
+    """Every tensor of a tree, in the order `map_tensors` visits them."""
+    return (leaf for leaf in iterate_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def tensors_of(tree: Tree) -> list[Tensor]:
@@ -80,6 +90,24 @@ def structure(tree: Tree) -> object:
         fields = dataclasses.fields(tree)
         return (type(tree).__name__, *(structure(getattr(tree, f.name)) for f in fields))
     return type(tree).__name__
+
+
+def check_no_hidden_tensors(state: Tree) -> None:
+    """Raise `ArgumentError` where an object that passes through holds tensors of its own.
+
+    No gradient would cross a segment boundary in them, and nobody would be told.
+    """
+    for leaf in iterate_leaves(state):
+        if isinstance(leaf, Tensor | nn.Module):
+            continue
+        inside = list(getattr(leaf, "__dict__", {}).values())
+        if isinstance(leaf, deque | Set):
+            inside += leaf
+        if any(isinstance(item, Tensor) for item in iterate_leaves(inside)):
+            raise ArgumentError(
+                f"the state holds a {type(leaf).__name__} with tensors in it, which are not found "
+                "there; use tuples, lists, dicts, named tuples or dataclasses"
+            )
 
 
 def is_differentiable(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from tbptt_ckpt.losses import LossFunction, LossSum
 from tbptt_ckpt.modules import Recurrence, owner_of, recognise
 from tbptt_ckpt.single_window import run_window
 from tbptt_ckpt.sources import TensorSequence
-from tbptt_ckpt.state import Tree, tensors_of
+from tbptt_ckpt.state import Tree, state_as_leaves, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,7 @@ def verify(
     recurrence = recognise(module, per_step, 0 if time_dim is None else time_dim)
     time_dim = recurrence.time_dim if time_dim is None else time_dim
     sequence = TensorSequence(inputs, targets, time_dim)
+    init_state = state_as_leaves(init_state)  # both runs differentiate it
     named = _named_parameters(module, loss_fn)
     tensors = [*named.values(), *tensors_of(init_state), *tensors_of(inputs)]
     with _untouched(recurrence.module, tensors) as start_over:
@@ -184,6 +185,8 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Norm of the difference over the norm of what is expected, all tensors together."""
     change, size = 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
-        change += float((ours.detach().double() - theirs.detach().double()).norm()) ** 2
-        size += float(theirs.detach().double().norm()) ** 2
+        dtype = torch.complex128 if theirs.is_complex() else torch.float64
+        ours, theirs = ours.detach().to(dtype), theirs.detach().to(dtype)
+        change += float((ours - theirs).norm()) ** 2
+        size += float(theirs.norm()) ** 2
     return 0.0 if change == 0.0 else (change / size) ** 0.5 if size else float("inf")

@@ -7,6 +7,7 @@ which the window has cleared.
 
 from __future__ import annotations
 
+import collections
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -340,6 +341,33 @@ def whole_segments(bench: Bench, time_dim: int) -> None:
     bench.train(module=own, optimizer=optimizer, per_step=False, time_dim=time_dim)
 
 
+class Memory:
+    """A state whose tensors nobody finds."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+
+
+class StateInAnObject(Cell):
+    def forward(self, x: Tensor, state: Any) -> Any:
+        y, h = self.cell(x, None if state is None else state.h)
+        return y, Memory(h)
+
+
+class StateInAnAttribute(Cell):
+    hidden: Tensor | float = 0.0
+
+    def result(self, y: Tensor, h: Tensor) -> Any:
+        y, self.hidden = y + self.hidden, h
+        return y, h
+
+
+class StateInAQueue(Cell):
+    def forward(self, x: Tensor, state: Any) -> Any:
+        y, h = self.cell(x, None if state is None else state[-1])
+        return y, collections.deque([h], maxlen=2)
+
+
 TABLE: dict[str, Bad] = {
     # k1 and k2
     "k1_zero": argument(r"^k1=0 must be an integer of at least 1", k1=0),
@@ -443,6 +471,26 @@ TABLE: dict[str, Bad] = {
     ),
     "another_state_later": module(
         AnotherStateLater, r"state of another structure: .*tensor.* instead of", when="later"
+    ),
+    "state_in_an_object": module(
+        StateInAnObject,
+        r"^the state holds a Memory with tensors in it, .*dataclasses",
+        when="later",
+    ),
+    "state_in_a_queue": module(
+        StateInAQueue, r"^the state holds a deque with tensors in it, .*lists", when="later"
+    ),
+    "state_in_an_attribute": replace(
+        module(
+            StateInAnAttribute,
+            r"^a tensor with the graph of an earlier run was used: .*belongs in the state",
+            strategy="step",
+        ),
+        error=TbpttError,
+    ),
+    "init_state_in_an_object": Bad(
+        lambda bench: bench.train(init_state=Memory(random_state())),
+        r"^the state holds a Memory with tensors in it",
     ),
     "in_place_init_state": in_place(strategy="retain", init_state=random_state()),
     "in_place_in_an_advance": in_place(strategy="uniform:1", init_state=random_state()),

@@ -287,6 +287,13 @@ def test_unroll_of_nn_lstm_equals_the_module() -> None:
     assert relative_error(naive.tensors(state), [h.detach(), c.detach()]) <= 1e-12
 
 
+def test_unroll_reads_nested_arrays() -> None:
+    module, (inputs, _) = tanh_cell(), random_data(NUM_STEPS)
+    expected, _ = unroll(module, inputs, strategy="uniform:4")
+    outputs, _ = unroll(lambda x, h: module(x["x"], h), {"x": inputs.numpy()}, strategy="uniform:4")
+    assert torch.equal(outputs, expected)
+
+
 def test_losses_in_float32_stay_close_to_float64() -> None:
     """The dtype is the module's; nothing is silently widened or narrowed."""
     module, (inputs, targets) = tanh_cell().float(), random_data(NUM_STEPS)

@@ -89,6 +89,12 @@ class Normalised(Recurrent):
         return self.norm(h)
 
 
+class FedBackNorm(Normalised):
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        mean = self.norm.running_mean.clone()
+        return super().disturbed(h, x) - 0.5 * mean
+
+
 class CountingInPlace(Recurrent):
     """The step counter and the running mean feed the output, and are written in place."""
 
@@ -304,6 +310,31 @@ def test_batch_norm_counts_every_step_once() -> None:
     tbptt = TBPTT(module, mean_loss, 2, 7, optimizer, strategy="revolve:2")
     for result in tbptt.windows(TensorSequence(inputs, targets), None):
         assert int(module.norm.num_batches_tracked) == result.stop
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_user_may_run_the_module_between_windows(executor: str) -> None:
+    """Batch normalisation changes its running mean without a trace, and here it is fed back."""
+    reference, (inputs, targets) = make(FedBackNorm), random_data(12, lanes=LANES)
+    expected, state = [], None
+    for start, _, stop in naive.windows(12, 3, 3):
+        losses = []
+        for step in range(start, stop):
+            y, state = reference(inputs[step], state)
+            losses.append(mean_loss(y, targets[step]))
+        clear_gradients(list(reference.parameters()))
+        torch.stack(losses).mean().backward()
+        expected.append(gradients(list(reference.parameters())))
+        state = state.detach()
+        with torch.no_grad():
+            reference(3.0 * inputs[0], None)
+
+    module = make(FedBackNorm)
+    tbptt = TBPTT(module, mean_loss, 3, 3, optimizer_for(module, 0.0), executor=executor)
+    for _, grads in zip(tbptt.windows(TensorSequence(inputs, targets)), expected, strict=True):
+        assert relative_error(gradients(list(module.parameters())), grads) <= 1e-12
+        with torch.no_grad():
+            module(3.0 * inputs[0], None)
 
 
 @pytest.mark.parametrize("wrap", [lambda method: method, functools.partial])

@@ -97,6 +97,11 @@ class WindowRun:
         try:
             yield
         except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise TbpttError(
+                    "a tensor with the graph of an earlier run was used: whatever the module "
+                    "carries from step to step with its gradient belongs in the state it returns"
+                ) from error
             if "in-place operation" not in str(error) and "inplace operation" not in str(error):
                 raise
             self.guard.check(self.task.stop)
