@@ -56,6 +56,11 @@ class Buffer:
         self._version = 0
         self._value: BufferValue | None = None
         self._has_run = True
+        self.twins: list[Buffer] = []  # which began as the same tensor
+
+    def present(self) -> Tensor | None:
+        """The tensor that is in the module now."""
+        return self._module._buffers[self._name]
 
     def about_to_run(self) -> None:
         """The module may change the buffer from here on."""
@@ -75,14 +80,23 @@ class Buffer:
             if self._value is value:
                 return
             self._value.holder = self._tensor
+        self._check_alone()
         if value.holder is None:
             value.holder = value.values.clone()
         self._module._buffers[self._name] = value.holder
         value.holder = None
         self._remember(value)
 
+    def _check_alone(self) -> None:
+        for twin in self.twins:
+            if twin.present() is self.present():
+                raise ArgumentError(
+                    f"module buffers {self._name!r} and {twin._name!r} are one tensor, which a "
+                    "step changes; register it once, and read it from there"
+                )
+
     def _checked(self) -> Tensor:
-        tensor = self._module._buffers[self._name]
+        tensor = self.present()
         if tensor is None or tensor.requires_grad:
             carried = "nothing" if tensor is None else "an autograd graph"
             raise ArgumentError(
@@ -96,7 +110,7 @@ class Buffer:
         self._version, self._value, self._has_run = self._tensor._version, value, False
 
     def _holds(self, value: BufferValue) -> bool:
-        tensor = self._module._buffers[self._name]
+        tensor = self.present()
         if tensor is None or tensor is not self._tensor or tensor._version != self._version:
             return False
         if not self._has_run:
@@ -115,6 +129,11 @@ def find_buffers(roots: Iterable[object]) -> list[Buffer]:
                 for name, tensor in module._buffers.items():
                     if tensor is not None:
                         found[id(module), name] = Buffer(module, name)
+    first_of: dict[int, Buffer] = {}
+    for buffer in found.values():
+        first = first_of.setdefault(id(buffer.present()), buffer)
+        if first is not buffer:
+            first.twins.append(buffer)
     return list(found.values())
 
 
@@ -122,6 +141,6 @@ def _same_values(some: Tensor, other: Tensor) -> bool:
     """Bitwise equality as far as it matters: a NaN equals itself."""
     if torch.equal(some, other):
         return True
-    return bool(some.is_floating_point()) and torch.equal(
-        torch.nan_to_num(some), torch.nan_to_num(other)
+    return some.is_floating_point() and torch.allclose(
+        some, other, rtol=0.0, atol=0.0, equal_nan=True
     )

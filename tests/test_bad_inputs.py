@@ -341,6 +341,20 @@ def whole_segments(bench: Bench, time_dim: int) -> None:
     bench.train(module=own, optimizer=optimizer, per_step=False, time_dim=time_dim)
 
 
+class BufferUnderTwoNames(Cell):
+    memory: Tensor
+    again: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(()))
+        self.register_buffer("again", self.memory)
+
+    def result(self, y: Tensor, h: Tensor) -> Any:
+        self.memory += 1.0
+        return y + self.again.clone(), h
+
+
 class Memory:
     """A state whose tensors nobody finds."""
 
@@ -496,6 +510,12 @@ TABLE: dict[str, Bad] = {
     "in_place_in_an_advance": in_place(strategy="uniform:1", init_state=random_state()),
     "in_place_at_a_leaf": in_place(strategy="step"),
     "in_place_in_a_checkpoint": in_place(strategy="step", executor="checkpoint"),
+    "buffer_under_two_names": module(
+        BufferUnderTwoNames,
+        r"^module buffers 'memory' and 'again' are one tensor, which a step changes; register it",
+        strategy="step",
+        when="later",  # the buffer stays as the module left it
+    ),
     "buffer_with_graph": module(
         BufferWithGraph,
         r"^module buffer 'memory' .*autograd graph .*state.*detach",

@@ -31,6 +31,7 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, verify
+from tbptt_ckpt.buffers import find_buffers
 
 NUM_STEPS, LANES = 13, 4
 STRATEGIES = ("retain", "uniform:2", "uniform:3", "revolve:2")
@@ -335,6 +336,33 @@ def test_the_user_may_run_the_module_between_windows(executor: str) -> None:
         assert relative_error(gradients(list(module.parameters())), grads) <= 1e-12
         with torch.no_grad():
             module(3.0 * inputs[0], None)
+
+
+def test_buffers_that_only_begin_as_one_tensor() -> None:
+    class Parting(CountingByReassignment):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("other", self.mean)
+
+        def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+            self.other = 0.5 * self.other + h.detach().mean(0)
+            return super().disturbed(h, x) - 0.1 * self.other
+
+    data = random_data(NUM_STEPS, lanes=LANES)
+    assert verify(make(Parting), mean_loss, *data, strategy="step", tolerance=1e-12).ok
+
+
+def test_a_buffer_that_turns_into_nan_has_changed() -> None:
+    """Batch normalisation leaves no trace but the value, and a NaN is not the zero it replaces."""
+    norm = nn.BatchNorm1d(WIDTH)
+    mean = next(b for b in find_buffers([norm]) if b.present() is norm.running_mean)
+    zeros = mean.capture()
+    mean.about_to_run()
+    norm(torch.full((LANES, WIDTH), float("nan")))
+    assert mean.capture() is not zeros
+    again = mean.capture()
+    mean.about_to_run()
+    assert mean.capture() is again
 
 
 @pytest.mark.parametrize("wrap", [lambda method: method, functools.partial])
