@@ -1,0 +1,54 @@
+"""The random generators of the whole process: Python's, numpy's, torch's on every device."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator, in numbers, strings and tensors."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
+    version, internal, gauss_next = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+    }
+    accelerator = _accelerator()
+    if accelerator is not None:
+        states = torch.get_device_module(accelerator).get_rng_state_all()
+        state["accelerator"] = [accelerator, list(states)]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back; those of devices that are not here are left out."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    accelerator = _accelerator()
+    kind, states = state.get("accelerator", (None, []))
+    if accelerator is not None and kind == accelerator:
+        module = torch.get_device_module(accelerator)
+        for index, device_state in enumerate(states[: torch.accelerator.device_count()]):
+            module.set_rng_state(device_state, index)
+
+
+def _accelerator() -> str | None:
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    return None if device is None else device.type

@@ -1,0 +1,176 @@
+"""Training state as values that `torch.load(weights_only=True)` accepts, and back.
+
+Tensors, numbers, strings and the built-in containers stay as they are. Named tuples and
+dataclasses are written as their fields and the name of their class, which is looked up on
+loading among the modules that are already imported: nothing is imported or called for a
+snapshot's sake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter, OrderedDict, deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import SnapshotError
+
+_TAG = "tbptt_ckpt.kind"
+
+
+def to_plain(value: Any, name: str = "state") -> Any:
+    """The value in plain types; tensors are detached and on the CPU, copied only if need be.
+
+    Args:
+        value: Nested in any way.
+        name: What it is, for the error.
+
+    Raises:
+        SnapshotError: A value that a snapshot cannot hold.
+    """
+    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
+        return _plain_scalar(value)
+    if isinstance(value, Tensor):
+        return _plain_tensor(value, name)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {_TAG: "array", "dtype": value.dtype.str, "values": _array_bytes(value)} | {
+            "shape": list(value.shape)
+        }
+    if isinstance(value, tuple | list | dict | set | frozenset | deque):
+        return _plain_container(value, name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return _tagged("dataclass", value, to_plain(fields, name))
+    raise SnapshotError(
+        f"{name} holds a {type(value).__module__}.{type(value).__qualname__}, which a snapshot "
+        "cannot; it takes tensors, arrays of numbers, numbers, strings and containers of these"
+    )
+
+
+def _plain_scalar(value: Any) -> Any:
+    kinds: tuple[Any, ...] = (bool, int, float, str, bytes)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)  # not a subclass, such as an enumeration
+    return value
+
+
+def _plain_tensor(tensor: Tensor, name: str) -> Tensor | dict[str, Any]:
+    if tensor.is_meta:
+        raise SnapshotError(f"{name} holds a tensor on the meta device, which has no values")
+    plain = tensor.detach()
+    if type(plain) is not Tensor:
+        plain = plain.as_subclass(Tensor)
+    device = plain.device
+    if device.type == "cpu":
+        # A view would take all of its storage along.
+        whole = plain.layout != torch.strided or (
+            plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
+        )
+        return plain if whole else plain.clone()
+    return {_TAG: "tensor", "device": str(device), "values": plain.cpu()}
+
+
+def _array_bytes(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8).clone()
+
+
+def _plain_container(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        items = {
+            _plain_scalar(key): to_plain(item, f"{name}[{key!r}]") for key, item in value.items()
+        }
+        if type(value) is dict and _TAG not in value:
+            return items
+        return {_TAG: _mapping_kind(value, name), "items": list(items.items())}
+    parts = [to_plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _tagged("namedtuple", value, parts)
+    if type(value) is tuple:
+        return tuple(parts)
+    if type(value) is list:
+        return parts
+    for kind in ("set", "frozenset", "deque", "tuple", "list"):
+        if isinstance(value, _SEQUENCES[kind]):
+            maximum = value.maxlen if isinstance(value, deque) else None
+            return {_TAG: kind, "items": parts, "maximum": maximum}
+    raise AssertionError("every sequence has a kind")
+
+
+def _mapping_kind(value: dict[Any, Any], name: str) -> str:
+    for kind in ("Counter", "OrderedDict", "dict"):
+        if isinstance(value, _MAPPINGS[kind]):
+            return kind
+    raise AssertionError(name)
+
+
+_SEQUENCES: dict[str, type] = {
+    "set": set,
+    "frozenset": frozenset,
+    "deque": deque,
+    "tuple": tuple,
+    "list": list,
+}
+_MAPPINGS: dict[str, type] = {"Counter": Counter, "OrderedDict": OrderedDict, "dict": dict}
+
+
+def _tagged(kind: str, value: object, fields: Any) -> dict[str, Any]:
+    owner = type(value)
+    return {_TAG: kind, "module": owner.__module__, "class": owner.__qualname__, "fields": fields}
+
+
+def from_plain(value: Any) -> Any:
+    """What `to_plain` was given; tensors go back to the device they were on.
+
+    Raises:
+        SnapshotError: A class that is not imported, or not there any more.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)(from_plain(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if _TAG not in value:
+        return {key: from_plain(item) for key, item in value.items()}
+    kind = value[_TAG]
+    if kind == "tensor":
+        return _to_device(value["values"], value["device"])
+    if kind == "array":
+        flat = np.frombuffer(value["values"].numpy().tobytes(), dtype=value["dtype"])
+        return flat.reshape(value["shape"]).copy()
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind]((key, from_plain(item)) for key, item in value["items"])
+    if kind == "deque":
+        return deque((from_plain(item) for item in value["items"]), value["maximum"])
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](from_plain(item) for item in value["items"])
+    return _from_fields(kind, value)
+
+
+def _to_device(values: Tensor, device: str) -> Tensor:
+    try:
+        return values.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise SnapshotError(f"it holds a tensor of device {device}: {error}") from error
+
+
+def _from_fields(kind: object, value: dict[str, Any]) -> Any:
+    """A named tuple or dataclass of a class that is imported already; its code does not run."""
+    found: Any = sys.modules.get(value["module"])
+    for part in value["class"].split("."):
+        found = getattr(found, "__dict__", {}).get(part)  # getattr might run a module's code
+    if kind == "namedtuple" and isinstance(found, type) and issubclass(found, tuple):
+        return tuple.__new__(found, [from_plain(item) for item in value["fields"]])
+    if kind == "dataclass" and isinstance(found, type) and dataclasses.is_dataclass(found):
+        made = object.__new__(found)
+        for field in dataclasses.fields(found):
+            object.__setattr__(made, field.name, from_plain(value["fields"][field.name]))
+        return made
+    raise SnapshotError(
+        f"it holds a {kind} {value['module']}.{value['class']}, which is not imported here"
+    )
