@@ -77,6 +77,15 @@ class Ambient:
             buffer.restore(value)
         self._last = state
 
+    def adopt(self, state: AmbientState) -> None:
+        """Put buffers back to `state`, and take the generators to be there already.
+
+        They may since have been used to read the first steps, and then count as changed.
+        """
+        for buffer, value in zip(self._buffers, state.buffers, strict=True):
+            buffer.restore(value)
+        self._last = state
+
     def _get_device_states(self) -> tuple[Tensor, ...]:
         return tuple(get_device_states(*self._examples)[1]) if self._examples else ()
 

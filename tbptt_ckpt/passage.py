@@ -66,7 +66,7 @@ class Passage:
         self._stale = settings.overlap == "stale"
         k1, k2 = settings.k1, settings.k2
         upcoming = window_at(window.index + 1, num_steps, k1, k2)
-        self._next_start = min(upcoming.start, window.stop)
+        self._next_start = max(min(upcoming.start, window.stop), records.origin)
         self._later_starts = later_starts(window, num_steps, k1, k2)
         self._keeps_later_starts = self._stale
         ambient.about_to_run()  # whoever got the window before may have run the module
@@ -159,13 +159,22 @@ class Passage:
         records.carried = final
         records.drop_before(self._next_start)
 
+    def states(self) -> list[Tree]:
+        """The states that later windows start from."""
+        return [boundary.state for boundary in (*self._noted.values(), self.final)]
+
     def num_tokens(self) -> int:
         """Valid new steps of all lanes."""
         new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
         return sum(block.num_tokens() for block in new)
 
     def _has_state_for_next_window(self) -> bool:
-        recorded = (0, self._window.stop, *self._records.boundaries, *self._noted)
+        recorded = (
+            self._records.origin,
+            self._window.stop,
+            *self._records.boundaries,
+            *self._noted,
+        )
         return self._stale or self._next_start in recorded
 
     def _advance(self, boundary: Boundary, first: int, stop: int, guard: WeightGuard) -> int:
@@ -215,9 +224,11 @@ class Passage:
         return {step: boundaries[step] for step in range(first_joint, window.new_start + 1, k1)}
 
     def _boundary_at(self, step: int) -> Boundary:
-        if step == 0:
-            return Boundary(0, self._initial.state, self._records.ambients[0])
-        return self._records.boundaries[step]
+        records = self._records
+        if step == records.origin:
+            state = records.origin_state if records.has_origin_state else self._initial.state
+            return Boundary(step, state, records.ambients[step])
+        return records.boundaries[step]
 
     def _note_refreshed(self, step: int, state: Tree, ambient: AmbientState) -> None:
         window = self._window

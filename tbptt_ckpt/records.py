@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tbptt_ckpt.ambient import AmbientState
+from tbptt_ckpt.state import Tree
 from tbptt_ckpt.task import Boundary
 
 
@@ -13,12 +14,35 @@ class Records:
         boundaries: States by step.
         ambients: Generators and buffers by step, as found when the step was new.
         carried: The state at the last update point.
+        origin: The step that no window reaches across, 0 unless a window was skipped.
+        origin_state: The state there; None where it is the sequence's first state, or has
+            not been replaced by another.
+        has_origin_state: Whether `origin_state` counts.
     """
 
     def __init__(self) -> None:
         self.boundaries: dict[int, Boundary] = {}
         self.ambients: dict[int, AmbientState] = {}
         self.carried: Boundary | None = None
+        self.origin = 0
+        self.origin_state: Tree = None
+        self.has_origin_state = False
+
+    def copy(self) -> Records:
+        """Another holder of the same states."""
+        other = Records()
+        other.boundaries, other.ambients = dict(self.boundaries), dict(self.ambients)
+        other.carried, other.origin = self.carried, self.origin
+        other.origin_state, other.has_origin_state = self.origin_state, self.has_origin_state
+        return other
+
+    def restart_at(self, step: int, ambient: AmbientState) -> None:
+        """Go on at `step` from the state carried so far, as if no step lay in between."""
+        self.boundaries, self.ambients, self.origin = {}, {}, step
+        if self.carried is not None:
+            self.origin_state, self.has_origin_state = self.carried.state, True
+            self.carried = Boundary(step, self.carried.state, ambient)
+            self.keep(self.carried)
 
     def keep(self, boundary: Boundary) -> None:
         """Keep a state."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from tbptt_ckpt.ambient import Ambient
+from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads, WeightGuard
 from tbptt_ckpt.initial_state import InitialState
 from tbptt_ckpt.passage import Outcome, Passage
 from tbptt_ckpt.reading import WindowReader
+from tbptt_ckpt.record_storage import load_records, store_records
 from tbptt_ckpt.records import Records
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.settings import Settings
@@ -47,12 +52,14 @@ class SequenceRun:
         self._weights_before: object = None
         self._ambient: Ambient | None = None
         self._begun = time.perf_counter()
+        self._present: AmbientState | None = None  # to start from, once devices are known
+        self._first_ambient: AmbientState | None = None
+        self.index = 0
+        self.inspect: Inspect = _accept
 
     def __iter__(self) -> Iterator[WindowResult]:
-        index = 0
-        while (window := self._next_window(index)) is not None:
-            yield self._run_window(window)
-            index += 1
+        while (window := self.next_window()) is not None:
+            yield self.run_window(window)
         self.initial.backward()
 
     def result(self) -> TrainResult:
@@ -61,9 +68,9 @@ class SequenceRun:
         seconds = time.perf_counter() - self._begun
         return self.totals.result(self.records.carried, seconds)
 
-    def _next_window(self, index: int) -> Window | None:
+    def next_window(self) -> Window | None:
         """The next window, or None at the end; reads up to k1 steps past its end."""
-        k1, k2 = self.settings.k1, self.settings.k2
+        k1, k2, index = self.settings.k1, self.settings.k2, self.index
         self.reader.look_ahead(update_point(index + 1, None, k1))
         num_steps = self.reader.num_steps
         if num_steps is not None and index * k1 >= num_steps:
@@ -71,17 +78,24 @@ class SequenceRun:
         self.reader.drop_before(window_at(index, num_steps, k1, k2).first)
         self.reader.look_ahead(update_point(index + 2, None, k1))
         window = window_at(index, self.reader.num_steps, k1, k2)
-        return self._from_recorded_start(window)
+        return self._from_recorded_start(self._from_origin(window))
+
+    def _from_origin(self, window: Window) -> Window:
+        """No window reaches back across windows that were skipped."""
+        start = max(window.start, self.records.origin)
+        return Window(window.index, start, window.new_start, window.stop)
 
     def _from_recorded_start(self, window: Window) -> Window:
         """Under stale overlap a last window of unforeseen length starts at a recorded state."""
-        foreseen = window.start in (0, window.new_start) or window.start > window.new_start
+        foreseen = window.start in (self.records.origin, window.new_start)
+        foreseen = foreseen or window.start > window.new_start
         if foreseen or self.has_length or self.settings.overlap == "refresh":
             return window
         start = self.records.first_at_or_after(window.start)
         return Window(window.index, start, window.new_start, window.stop)
 
-    def _run_window(self, window: Window) -> WindowResult:
+    def run_window(self, window: Window) -> WindowResult:
+        """Run the next window and update the weights."""
         begun = time.perf_counter()
         blocks = self.reader.window(window.first, window.stop)
         passage = Passage(
@@ -104,11 +118,13 @@ class SequenceRun:
                 outcome = passage.only_advance(guard, self._weights_before)
         finally:
             passage.restore_ambient()
+        self.inspect(window, outcome.loss, passage.states())
         self._weights_before = guard.fingerprint()
         passage.hand_on()
         self.state_grads = outcome.state_grads
         updated = outcome.loss is not None and self._update(window, outcome)
         self.totals.add(window, outcome, passage.num_tokens())
+        self.index += 1
         return WindowResult(
             index=window.index,
             start=window.start,
@@ -126,7 +142,7 @@ class SequenceRun:
 
     def _update(self, window: Window, outcome: Outcome) -> bool:
         assert outcome.loss is not None, "a window without a loss makes no update"
-        if window.start == 0:
+        if window.start == self.records.origin and not self.records.has_origin_state:
             self.initial.collect(outcome.state_grads)
         self.settings.updater.unscale_others(outcome.grad_scale, self.initial.leaves())
         return self.settings.updater.step(outcome.loss)
@@ -136,7 +152,113 @@ class SequenceRun:
             tensors = [*self.settings.parameters, *tensors_of(self.initial.state)]
             tensors += tensors_of(blocks[0].inputs)
             self._ambient = Ambient([self.settings.recurrence.module], tensors)
+            if self._present is not None:
+                self._ambient.adopt(self._present)
+            self._first_ambient = self._ambient.capture()
         return self._ambient
+
+    def mark(self) -> Mark:
+        """Where the run stands between windows, for `rewind`; holds states, copies none.
+
+        Where gradients accumulate they are copied, since a window adds to them.
+        """
+        return Mark(
+            index=self.index,
+            records=self.records.copy(),
+            totals=copy.copy(self.totals),
+            ambient=None if self._ambient is None else self._ambient.capture(),
+            random=torch.get_rng_state(),
+            weights_before=self._weights_before,
+            state_grads=self.state_grads,
+            grads=self.settings.updater.mark(self.initial.leaves()),
+            collected=self.initial.collected(),
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """Undo a window that was cut short: everything is as it was at `mark`.
+
+        Raises:
+            TbpttError: Some weights were updated already, and no copy was taken.
+        """
+        settings = self.settings
+        settings.updater.rewind(mark.grads, self.initial.leaves(), settings.device_type)
+        self.index, self.records = mark.index, mark.records.copy()
+        self.totals, self.state_grads = copy.copy(mark.totals), mark.state_grads
+        self._weights_before = mark.weights_before
+        self.initial.set_collected(mark.collected)
+        ambient = mark.ambient or self._first_ambient
+        if self._ambient is not None and ambient is not None:
+            self._ambient.restore(ambient)
+        torch.set_rng_state(mark.random)
+
+    def skip(self, window: Window) -> None:
+        """Go on after `window`, which is next, from the state before it and without an update."""
+        ambient = self._ambient_for(self.reader.window(window.first, window.stop)).capture()
+        self.records.restart_at(window.stop, ambient)
+        self.index += 1
+        self.totals.num_steps, self.totals.num_windows = window.stop, self.index
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands between windows, in containers of numbers and tensors.
+
+        The tensors are the run's own; write them out before the next window.
+        """
+        present = self._present if self._ambient is None else self._ambient.capture()
+        stored = None if present is None else store_records(self.records, present)
+        before = self._weights_before
+        changed = before is not None and before != self._weights()
+        return {
+            "index": self.index,
+            "records": stored,
+            "totals": vars(self.totals).copy(),
+            "weights": "unknown" if before is None else "changed" if changed else "unchanged",
+            "collected": self.initial.collected(),
+            "returns_pairs": self.settings.loss_function.returns_pairs,
+            "reader": self.reader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called, in a run that has not begun.
+
+        The global generators, weights and buffers that are not part of a boundary state are
+        the caller's to restore.
+        """
+        assert self._ambient is None, "the run has not begun"
+        self.reader.load_state_dict(state["reader"])
+        self.index = state["index"]
+        vars(self.totals).update(state["totals"])
+        self.initial.set_collected(state["collected"])
+        self.settings.loss_function.returns_pairs = state["returns_pairs"]
+        if state["records"] is not None:
+            self.records, self._present = load_records(state["records"])
+        known = {"unknown": None, "changed": "changed", "unchanged": self._weights()}
+        self._weights_before = known[state["weights"]]
+
+    def _weights(self) -> object:
+        return WeightGuard(self.settings.parameters).fingerprint()
+
+
+def _accept(window: Window, loss: Tensor | None, states: list[Tree]) -> None:
+    """Every window is fine."""
+
+
+# Called before a window's update with its loss and the states later windows start from.
+Inspect = Callable[[Window, Tensor | None, list[Tree]], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mark:
+    """Where a run stood between two windows."""
+
+    index: int
+    records: Records
+    totals: Totals
+    ambient: AmbientState | None
+    random: Tensor
+    weights_before: object
+    state_grads: StateGrads | None
+    grads: list[tuple[Tensor, Tensor | None]]
+    collected: dict[str, dict[int, Tensor]]
 
 
 class Totals:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.undo import Update
 
 
 class Updater:
@@ -20,6 +21,13 @@ class Updater:
         clip_grad_norm: Largest norm of the optimizer's gradients together.
         scaler: A `torch.amp.GradScaler`.
         scheduler: A learning-rate scheduler, stepped after each update.
+
+    Attributes:
+        protects_updates: Whether a copy is taken during each update, so that one that is cut
+            short can be taken back.
+        watch_norm: Called with the norm of the gradients before they are clipped; None leaves
+            it unmeasured where nothing is clipped.
+        grad_norm: The last norm.
     """
 
     def __init__(
@@ -34,6 +42,20 @@ class Updater:
         self.optimizer, self._clip = optimizer, clip_grad_norm
         self._scaler, self._scheduler = scaler, scheduler
         self._cleared = list(parameters)
+        self._update: Update | None = None  # while one is going on
+        self.protects_updates = False
+        self.watch_norm: Callable[[Tensor], None] | None = None
+        self.grad_norm: Tensor | None = None
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning-rate scheduler, or None."""
+        return self._scheduler
+
+    @property
+    def scaler(self) -> Any:
+        """The `torch.amp.GradScaler`, or None."""
+        return self._scaler
 
     def like(self, optimizer: Any) -> Updater:
         """Updates other weights in the same way; no scaler, no schedule."""
@@ -72,14 +94,66 @@ class Updater:
         """Update the weights; False where a scaler skipped the update, or nothing updates."""
         if self.optimizer is None:
             return False
-        if self._clip is not None:
-            if self._scaler is not None:
-                self._scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.optimized(), self._clip)
+        self._measure_and_clip()
+        self._update = Update(self.optimizer, self._scheduler, self._scaler)
+        if self.protects_updates:
+            self._update.copy()
         updated = self._step_optimizer()
         if updated and self._scheduler is not None:
             self._step_scheduler(loss)
+        self._update = None
         return updated
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the gradients that a window finds belong to the result."""
+        return self.optimizer is None
+
+    def mark(self, init_state_leaves: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Copies of the gradients that a window must not lose, for `rewind`."""
+        if not self.accumulates:
+            return []
+        tensors = [*self._cleared, *init_state_leaves]
+        return [(t, None if t.grad is None else t.grad.clone()) for t in tensors]
+
+    def rewind(
+        self,
+        grads: list[tuple[Tensor, Tensor | None]],
+        init_state_leaves: Iterable[Tensor],
+        device_type: str,
+    ) -> None:
+        """Forget what a window did that was cut short: its gradients, its unfinished update.
+
+        Raises:
+            TbpttError: Some weights were updated already, and no copy was taken.
+        """
+        for tensor in () if self.accumulates else (*self._cleared, *init_state_leaves):
+            tensor.grad = None
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        for tensor, grad in grads:
+            tensor.grad = grad
+        update, self._update = self._update, None
+        if update is not None:
+            update.take_back()
+        if self._scaler is not None and self._scaler.is_enabled():
+            # The one public way to forget that gradients were unscaled; the scale stays.
+            self._scaler.update(new_scale=self.grad_scale(device_type))
+
+    def _measure_and_clip(self) -> None:
+        if self._clip is None and self.watch_norm is None:
+            return
+        has_grads = any(p.grad is not None for p in self.optimized())
+        if self._scaler is not None and has_grads:
+            self._scaler.unscale_(self.optimizer)
+        if self._clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.optimized(), self._clip)
+        else:
+            grads = [p.grad for p in self.optimized() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        self.grad_norm = norm.detach()
+        if self.watch_norm is not None:
+            self.watch_norm(self.grad_norm)
 
     def _step_optimizer(self) -> bool:
         if self._scaler is None or all(p.grad is None for p in self.optimized()):
