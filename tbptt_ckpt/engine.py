@@ -14,7 +14,7 @@ from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sequence_run import SequenceRun
-from tbptt_ckpt.settings import check_memory_budget, make_settings
+from tbptt_ckpt.settings import Settings, check_memory_budget, make_settings
 from tbptt_ckpt.windows import check_reach
 
 
@@ -106,6 +106,11 @@ class TBPTT:
             scheduler=scheduler,
             lane_dim=lane_dim,
         )
+
+    @property
+    def settings(self) -> Settings:
+        """The checked arguments; `Trainer` runs on them."""
+        return self._settings
 
     @property
     def record(self) -> list[Action] | None:

@@ -60,6 +60,10 @@ class SequenceRun:
     def __iter__(self) -> Iterator[WindowResult]:
         while (window := self.next_window()) is not None:
             yield self.run_window(window)
+        self.finish()
+
+    def finish(self) -> None:
+        """Every window has run: differentiate what the first state was computed from."""
         self.initial.backward()
 
     def result(self) -> TrainResult:

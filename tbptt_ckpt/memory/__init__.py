@@ -1,7 +1,9 @@
 """What memory is used, exactly: peaks over a region, bytes held by tensors, bytes still free."""
 
 from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, can_measure, peak_memory
+from tbptt_ckpt.memory.meter import PeakMeter, can_measure, peak_memory
 from tbptt_ckpt.memory.resident import RssBytes, RssSampler, rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -14,8 +16,10 @@ __all__ = [
     "can_measure",
     "format_bytes",
     "free_memory",
+    "is_out_of_memory",
     "parse_bytes",
     "peak_memory",
+    "release_memory",
     "rss_bytes",
     "tensor_bytes",
 ]

@@ -1,0 +1,102 @@
+"""The events of a training run and the protocol of their sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowEvent:
+    """One window has run.
+
+    Attributes:
+        steps: Steps trained in total, this window's included.
+        epoch: Passes completed before this one.
+        index: Number of the window in its pass.
+        start: First step that its gradient reaches.
+        stop: End of the window.
+        loss: What was differentiated; None where no step has a target.
+        drift: Relative change of recorded states when they are recomputed.
+        steps_per_second: New steps per second.
+        executed_steps_per_step: Module steps run for every new step.
+        peak_bytes: Peak of tensor memory; None if it was not measured.
+        seconds: Wall-clock time.
+        updated: Whether the weights were updated.
+    """
+
+    steps: int
+    epoch: int
+    index: int
+    start: int
+    stop: int
+    loss: float | None
+    drift: float
+    steps_per_second: float
+    executed_steps_per_step: float
+    peak_bytes: int | None
+    seconds: float
+    updated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateEvent:
+    """The weights were updated.
+
+    Attributes:
+        steps: Steps trained in total.
+        updates: Updates made in total.
+        grad_norm: Norm of the gradients before they were clipped.
+        learning_rate: The one the update was made with, of the first group of parameters.
+    """
+
+    steps: int
+    updates: int
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something else happened: a snapshot, a resume, a fault and what was done about it.
+
+    Attributes:
+        steps: Steps trained in total.
+        kind: One word for it, such as "snapshot", "resumed", "out_of_memory".
+        message: The same for people.
+        figures: Numbers and strings.
+    """
+
+    steps: int
+    kind: str
+    message: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EventSink(Protocol):
+    """Takes events as they come; it must not raise where training should go on."""
+
+    def on_window(self, event: WindowEvent) -> None:
+        """A window has run."""
+        ...
+
+    def on_update(self, event: UpdateEvent) -> None:
+        """The weights were updated; the window's own event follows."""
+        ...
+
+    def on_notice(self, event: Notice) -> None:
+        """Something else happened."""
+        ...
+
+    def resume_at(self, steps: int) -> None:
+        """Training goes on after `steps`: what was told of later steps will be told again."""
+        ...
+
+    def flush(self) -> None:
+        """Write out what is held back."""
+        ...
+
+    def close(self) -> None:
+        """Nothing will follow."""
+        ...

@@ -1,0 +1,38 @@
+"""Memory that has run out: how it shows, and what to let go of before another try."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import sys
+
+import torch
+
+_MESSAGES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "bad allocation")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left.
+
+    On the CPU torch has no type of its own for it: a plain `RuntimeError` of its allocator.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more.
+
+    Call it outside of the `except` block: the traceback holds the failed call's tensors.
+    """
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

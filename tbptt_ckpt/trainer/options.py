@@ -1,0 +1,87 @@
+"""What a trainer does about snapshots, non-finite numbers and missing memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.windows import check_positive_int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshots:
+    """When and where the training state is saved.
+
+    One is always taken before the first update, at the end, and when a signal stops the run.
+
+    Attributes:
+        directory: Where; made if need be. The log `events.jsonl` is written there too.
+        every_steps: Steps between snapshots, taken at the next update point; None for none.
+        every_minutes: Minutes between snapshots; None for none.
+        keep: How many of the newest stay.
+        on_failure: "stop" raises `SnapshotError` where one cannot be written; "go on" warns.
+    """
+
+    directory: Path | str
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    keep: int = 3
+    on_failure: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            check_positive_int("every_steps", self.every_steps, "None")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ArgumentError(f"every_minutes={self.every_minutes!r} must be above 0, or None")
+        check_positive_int("keep", self.keep)
+        _check_policy("on_failure", self.on_failure, ("stop", "go on"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonFinite:
+    """What happens when a loss, a gradient or a state handed on is NaN or infinite.
+
+    With a `GradScaler` non-finite gradients are its business: it skips the update and lowers
+    its scale. Loss and state stay under this policy.
+
+    Attributes:
+        policy: "stop" raises `NonFiniteError` before the update, with everything as it was
+            before the window. "skip" makes no update and goes on after the window from the
+            state before it, which no later window reaches across. "go on" makes the update.
+        most_in_a_row: With "skip", windows that may be skipped one after the other.
+    """
+
+    policy: str = "stop"
+    most_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        _check_policy("policy", self.policy, ("stop", "skip", "go on"))
+        check_positive_int("most_in_a_row", self.most_in_a_row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemory:
+    """What happens when a window does not fit into memory.
+
+    The window is undone and run again under a plan that takes less, which then stays.
+
+    Attributes:
+        retries: How often one window is tried again before an error is raised.
+        protect_update: Copy weights and optimizer state for the time of each update, when the
+            window's memory is free again, so that an update that was cut short can be undone
+            too. False saves that memory; an update cut short then raises.
+    """
+
+    retries: int = 8
+    protect_update: bool = True
+
+    def __post_init__(self) -> None:
+        if self.retries != 0:
+            check_positive_int("retries", self.retries, "0 (no retry)")
+
+
+def _check_policy(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        options = ", ".join(repr(choice) for choice in choices)
+        raise ArgumentError(f"{name}={value!r} must be one of {options}")

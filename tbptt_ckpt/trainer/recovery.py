@@ -1,0 +1,179 @@
+"""Runs one window so that a fault leaves either what was before it or what comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import NonFiniteError, TbpttError
+from tbptt_ckpt.memory import (
+    format_bytes,
+    free_memory,
+    is_out_of_memory,
+    release_memory,
+    rss_bytes,
+)
+from tbptt_ckpt.results import WindowResult
+from tbptt_ckpt.sequence_run import Mark, SequenceRun
+from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.shrinking import smaller_strategy
+from tbptt_ckpt.state import Tree, is_differentiable, iterate_tensors
+from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
+from tbptt_ckpt.windows import Window
+
+# Called with one word for what happened, the same for people, and figures.
+Tell = Callable[[str, str, dict[str, Any]], None]
+
+
+class OutOfMemoryError(TbpttError, MemoryError):
+    """A window did not fit under any plan that was tried."""
+
+
+class Recovery:
+    """Runs windows under the policies for non-finite numbers and missing memory.
+
+    Args:
+        settings: Of the engine; its strategy is replaced when a smaller one is needed.
+        non_finite: What to do about NaN and infinity.
+        out_of_memory: What to do about missing memory.
+        tell: Told of every fault.
+    """
+
+    def __init__(
+        self, settings: Settings, non_finite: NonFinite, out_of_memory: OutOfMemory, tell: Tell
+    ) -> None:
+        self._settings, self._tell = settings, tell
+        self._non_finite, self._out_of_memory = non_finite, out_of_memory
+        self._skipped_in_a_row = 0
+        self._window: Window | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the engine measure gradients, and copy what an update changes."""
+        updater = self._settings.updater
+        before = updater.watch_norm, updater.protects_updates
+        updater.watch_norm = self._check_norm
+        updater.protects_updates = self._out_of_memory.protect_update
+        try:
+            yield
+        finally:
+            updater.watch_norm, updater.protects_updates = before
+
+    def next_window(self, run: SequenceRun) -> Window | None:
+        """The run's next window; reading it is tried again where memory is missing."""
+        for attempt in count(1):
+            try:
+                return run.next_window()
+            except Exception as error:
+                if not is_out_of_memory(error) or attempt > self._out_of_memory.retries:
+                    raise
+                failure = _first_line(error)
+            self._note_exhausted(f"reading failed ({failure}); reading again", attempt)
+        raise AssertionError("count does not end")
+
+    def run(self, run: SequenceRun, window: Window) -> WindowResult | None:
+        """Run the next window of `run`; None where it was skipped.
+
+        Raises:
+            NonFiniteError: The policy is to stop; everything is as it was before the window.
+            OutOfMemoryError: No plan that was tried fits, with the figures.
+        """
+        self._window, run.inspect = window, self._inspect
+        for attempt in count(1):
+            mark: Mark | None = None
+            problem = failure = None
+            try:
+                mark = run.mark()
+                result = run.run_window(window)
+            except NonFiniteError as error:
+                problem = str(error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = _first_line(error)
+            else:
+                self._skipped_in_a_row = 0
+                return result
+            # Here, outside of the except block, the failed call's tensors are free.
+            release_memory()
+            if mark is not None:
+                run.rewind(mark)
+                mark = None
+            if problem is not None:
+                self._skip_or_stop(run, window, problem)
+                return None
+            self._shrink_or_stop(window, attempt, str(failure))
+        raise AssertionError("count does not end")
+
+    def _inspect(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
+        if loss is not None and not bool(torch.isfinite(loss)):
+            self._found(f"the loss is {float(loss)}")
+        for state in states:
+            for tensor in iterate_tensors(state):
+                if is_differentiable(tensor) and not bool(torch.isfinite(tensor).all()):
+                    self._found(f"the state, {tuple(tensor.shape)}, holds NaN or infinity")
+                    return
+
+    def _check_norm(self, norm: Tensor) -> None:
+        if self._settings.updater.scaler is None and not bool(torch.isfinite(norm)):
+            self._found(f"the norm of the gradients is {float(norm)}")
+
+    def _found(self, problem: str) -> None:
+        window = self._window
+        assert window is not None, "a window is running"
+        where = f"window {window.index}, steps {window.new_start} to {window.stop}: {problem}"
+        if self._non_finite.policy != "go on":
+            raise NonFiniteError(where)
+        self._tell("non_finite", f"{where}; going on", {"window": window.index})
+
+    def _skip_or_stop(self, run: SequenceRun, window: Window, problem: str) -> None:
+        if self._non_finite.policy == "stop":
+            raise NonFiniteError(
+                f"{problem}; nothing was updated. A lower learning rate or clip_grad_norm may "
+                "help, NonFinite(policy='skip') leaves such windows out"
+            )
+        self._skipped_in_a_row += 1
+        most = self._non_finite.most_in_a_row
+        if self._skipped_in_a_row > most:
+            raise NonFiniteError(f"{problem}; {most} windows before it were skipped already")
+        run.skip(window)
+        self._tell("non_finite", f"{problem}; skipped", {"window": window.index})
+
+    def _shrink_or_stop(self, window: Window, attempt: int, failure: str) -> None:
+        settings = self._settings
+        used = settings.strategy
+        smaller = smaller_strategy(used, window)
+        if smaller is None or attempt > self._out_of_memory.retries:
+            raise OutOfMemoryError(
+                f"window {window.index}, steps {window.start} to {window.stop}, does not fit into "
+                f"memory under strategy {used} either, after {attempt} tries: {failure} "
+                f"({self._memory_in_words()}). A smaller model, fewer lanes or a smaller k2 take "
+                "less"
+            )
+        settings.strategy = smaller
+        self._note_exhausted(
+            f"window {window.index} did not fit under strategy {used} ({failure}); running it "
+            f"again under {smaller}, from here on equal to other runs to rounding",
+            attempt,
+        )
+
+    def _note_exhausted(self, message: str, attempt: int) -> None:
+        figures = {"attempt": attempt, "rss_bytes": rss_bytes().total}
+        self._tell("out_of_memory", message, figures)
+
+    def _memory_in_words(self) -> str:
+        device = torch.device(self._settings.device_type)
+        return (
+            f"{format_bytes(free_memory(device))} free on {device}, "
+            f"{format_bytes(rss_bytes().total)} resident"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,382 @@
+"""`Trainer`: passes over a source, saved and resumed, watched and logged."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tbptt_ckpt.engine import TBPTT
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.events import EventSink, JsonLines, Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.modules import check_differentiable
+from tbptt_ckpt.randomness import random_state, set_random_state
+from tbptt_ckpt.results import WindowResult
+from tbptt_ckpt.sequence_run import SequenceRun
+from tbptt_ckpt.sources import Source
+from tbptt_ckpt.state import tensors_of
+from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.trainer.limits import limited
+from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
+from tbptt_ckpt.trainer.recovery import Recovery
+from tbptt_ckpt.trainer.saving import Saving
+from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
+from tbptt_ckpt.trainer.state import learning_state, load_learning_state, restored_state
+from tbptt_ckpt.windows import check_positive_int
+
+LOG = "events.jsonl"
+
+
+class Stateful(Protocol):
+    """Anything whose state a snapshot can hold."""
+
+    def state_dict(self) -> Any:
+        """Its state, in tensors, numbers, strings and containers."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Put it back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainerResult:
+    """What a trainer did, all its processes together.
+
+    Attributes:
+        steps: Steps trained.
+        epochs: Passes completed.
+        windows: Windows run or skipped.
+        updates: Updates of the weights.
+        loss: Loss of the last window that had one.
+        seconds: Time spent in this process.
+    """
+
+    steps: int
+    epochs: int
+    windows: int
+    updates: int
+    loss: float | None
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has been counted so far."""
+
+    epoch: int = 0
+    steps_before: int = 0  # of the passes before this one
+    windows: int = 0
+    updates: int = 0
+    loss: float | None = None
+
+
+class Trainer:
+    """Trains over passes of a source, and survives what happens to its process.
+
+    A pass ("epoch") begins at step 0 with the first state. Between any two windows the whole
+    state can be saved and resumed: on the CPU a resumed run is bitwise one that never
+    stopped, in the middle of a sequence too.
+
+    Args:
+        tbptt: The engine, with its optimizer.
+        source: A source or an iterable of `(input, target)` steps that can be iterated anew
+            for each pass and after a resume; or a function of the pass's number that
+            returns one.
+        init_state: The state at the start of a pass, or a function that returns it.
+        epochs: Passes in total; None for as many as `max_steps` takes.
+        max_steps: Steps in total, over all passes and processes.
+        snapshots: Where and when to save; None saves nothing.
+        events: Told of windows, updates and faults. With snapshots, `events.jsonl` is written
+            in their directory whatever is given here.
+        non_finite: What to do about NaN and infinity.
+        out_of_memory: What to do about missing memory.
+        extra: Objects with `state_dict` and `load_state_dict`, saved and resumed as well.
+        identity: What must be equal in a resumed run; plain values.
+
+    Raises:
+        ArgumentError: Arguments that cannot work.
+    """
+
+    def __init__(
+        self,
+        tbptt: TBPTT,
+        source: Any,
+        *,
+        init_state: Any = None,
+        epochs: int | None = 1,
+        max_steps: int | None = None,
+        snapshots: Snapshots | None = None,
+        events: Sequence[EventSink] = (),
+        non_finite: NonFinite | None = None,
+        out_of_memory: OutOfMemory | None = None,
+        extra: Mapping[str, Stateful] | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        if epochs is None and max_steps is None:
+            raise ArgumentError("epochs=None needs max_steps, or training would never end")
+        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+            if value is not None:
+                check_positive_int(name, value, "None")
+        self.tbptt, self._settings = tbptt, tbptt.settings
+        self._source, self._init_state = source, init_state
+        self._epochs, self._max_steps = epochs, max_steps
+        self._saving = None if snapshots is None else Saving(snapshots)
+        self._sinks = list(events)
+        if self._saving is not None:
+            self._sinks.insert(0, JsonLines(self._saving.store.directory / LOG))
+        self._recovery = Recovery(
+            self._settings, non_finite or NonFinite(), out_of_memory or OutOfMemory(), self._tell
+        )
+        self._extra, self._identity = dict(extra or {}), dict(identity or {})
+        self._asked = str(self._settings.strategy)
+        self._progress = _Progress()
+        self._run: SequenceRun | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps trained so far, in total."""
+        trained = 0 if self._run is None else self._run.totals.num_steps
+        return self._progress.steps_before + trained
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far, in total."""
+        return self._progress.updates
+
+    def train(self) -> TrainerResult:
+        """Train until the passes or steps are done, from where the trainer stands.
+
+        Raises:
+            TrainingStopped: SIGTERM or SIGINT arrived; a snapshot was taken.
+            NonFiniteError, OutOfMemoryError, SnapshotError: As the policies say.
+        """
+        begun = time.perf_counter()
+        for _ in self.windows():
+            pass
+        progress = self._progress
+        return TrainerResult(
+            steps=self.steps,
+            epochs=progress.epoch,
+            windows=progress.windows,
+            updates=progress.updates,
+            loss=progress.loss,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def windows(self) -> Iterator[WindowResult]:
+        """The same, one window at a time; a snapshot is taken when the next is asked for."""
+        check_differentiable(self._settings.recurrence.module)
+        if self._saving is not None:
+            self._saving.begin()
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            signals = stack.enter_context(StopSignals())
+            stack.enter_context(self._recovery.watching())
+            self._between_windows(signals)
+            while not self._is_done():
+                for result in self._rest_of_pass():
+                    yield result
+                    self._between_windows(signals)
+            if self._run is not None:
+                self._run.finish()
+            self._save_unless_saved()
+
+    def resume(self) -> bool:
+        """Load the newest valid snapshot; False where there is none, to start afresh.
+
+        Raises:
+            ArgumentError: No snapshots were asked for, or they are of another run.
+            SnapshotError: There are snapshots, and none can be used.
+        """
+        if self._saving is None:
+            raise ArgumentError("resume() needs snapshots=Snapshots(directory=...)")
+        loaded = self._saving.load()
+        if loaded is None:
+            return False
+        self.load_state_dict(loaded.state)
+        for sink in self._sinks:
+            sink.resume_at(self.steps)
+        self._tell("resumed", f"from {loaded.path}", {"versions": loaded.manifest.versions})
+        return True
+
+    def save(self) -> Path | None:
+        """Take a snapshot now, between windows."""
+        if self._saving is None:
+            raise ArgumentError("save() needs snapshots=Snapshots(directory=...)")
+        begun = time.perf_counter()
+        for sink in self._sinks:
+            sink.flush()
+        path = self._saving.save(self.steps, self.state_dict())
+        if path is not None:
+            self._tell("snapshot", str(path), {"seconds": time.perf_counter() - begun})
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run equal to this one needs to go on from here.
+
+        The tensors are the run's own; write them out before the next window.
+        """
+        progress = self._progress
+        run = self._run
+        first = [] if run is None else tensors_of(run.initial.state)
+        return {
+            "learning": learning_state(self._settings),
+            "progress": {name: getattr(progress, name) for name in progress.__slots__},
+            "run": None if run is None else run.state_dict(),
+            "init_state": [
+                {"value": t.detach(), "grad": t.grad if t.is_leaf else None} for t in first
+            ],
+            "plan": {"asked": self._asked, "used": str(self._settings.strategy)},
+            "settings": self._fixed_settings(),
+            "identity": self._identity,
+            "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ArgumentError: It is of another run; nothing has changed.
+        """
+        for what in ("settings", "identity"):
+            here = self._fixed_settings() if what == "settings" else self._identity
+            _check_same(here, state[what])
+        load_learning_state(self._settings, state["learning"])
+        self._progress = _Progress(**state["progress"])
+        self._run = None
+        self._resume_plan(state["plan"])
+        if state["run"] is not None:
+            self._run = self._new_run(state["init_state"])
+            self._run.load_state_dict(state["run"])
+        for name, owner in self._extra.items():
+            if name in state["extra"]:
+                owner.load_state_dict(state["extra"][name])
+        set_random_state(state["random"])
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        settings = self._settings
+        names = ("k1", "k2", "loss", "reduction", "overlap")
+        return {name: getattr(settings, name) for name in names}
+
+    def _resume_plan(self, plan: Mapping[str, str]) -> None:
+        if plan["asked"] == self._asked:
+            if plan["used"] != str(self._settings.strategy):
+                self._settings.strategy = parse_strategy(plan["used"])
+            return
+        message = (
+            f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "
+            "other to rounding"
+        )
+        self._tell("replanned", message, {})
+
+    def _is_done(self) -> bool:
+        if self._max_steps is not None and self.steps >= self._max_steps:
+            return True
+        return self._epochs is not None and self._progress.epoch >= self._epochs
+
+    def _rest_of_pass(self) -> Iterator[WindowResult]:
+        if self._run is None:
+            self._run = self._new_run()
+        run = self._run
+        while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
+            rate = self._learning_rate()
+            result = self._recovery.run(run, window)
+            self._progress.windows += 1
+            if result is not None:
+                self._note(run, result, rate)
+                yield result
+        if not self._is_done():
+            run.finish()
+            self._progress.steps_before, self._run = self.steps, None
+            self._progress.epoch += 1
+
+    def _new_run(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
+        source = self._source
+        if callable(source) and not isinstance(source, Source):
+            source = source(self._progress.epoch)
+        if self._max_steps is not None:
+            remaining = self._max_steps - self._progress.steps_before
+            if remaining % self._settings.k1:  # elsewhere it is enough to stop in time
+                source = limited(source, remaining)
+        state = self._init_state() if callable(self._init_state) else self._init_state
+        if saved is not None:
+            state = restored_state(state, saved)
+        return SequenceRun(self._settings, source, state)
+
+    def _note(self, run: SequenceRun, result: WindowResult, rate: float) -> None:
+        progress, updater = self._progress, self._settings.updater
+        new_steps = result.stop - result.new_start
+        if result.loss is not None:
+            progress.loss = float(result.loss)
+        if result.updated:
+            progress.updates += 1
+            assert updater.grad_norm is not None, "the norm is watched"
+            update = UpdateEvent(
+                steps=self.steps,
+                updates=progress.updates,
+                grad_norm=float(updater.grad_norm),
+                learning_rate=rate,
+            )
+            for sink in self._sinks:
+                sink.on_update(update)
+        event = WindowEvent(
+            steps=self.steps,
+            epoch=progress.epoch,
+            index=result.index,
+            start=result.start,
+            stop=result.stop,
+            loss=None if result.loss is None else float(result.loss),
+            drift=result.drift,
+            steps_per_second=new_steps / result.seconds,
+            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
+            peak_bytes=result.peak_bytes,
+            seconds=result.seconds,
+            updated=result.updated,
+        )
+        for sink in self._sinks:
+            sink.on_window(event)
+
+    def _learning_rate(self) -> float:
+        optimizer = self._settings.updater.optimizer
+        return 0.0 if optimizer is None else float(optimizer.param_groups[0].get("lr", 0.0))
+
+    def _between_windows(self, signals: StopSignals) -> None:
+        if signals.received is not None:
+            self._save_unless_saved()
+            message = f"stopped by signal {signals.received} after {self.steps} steps"
+            self._tell("stopped", message, {})
+            raise TrainingStopped(signals.received, message)
+        if self._saving is not None and self._saving.is_due(self.steps):
+            self.save()
+
+    def _save_unless_saved(self) -> None:
+        if self._saving is not None and not self._saving.is_saved(self.steps):
+            self.save()
+
+    def _tell(self, kind: str, message: str, figures: dict[str, Any]) -> None:
+        if kind in ("out_of_memory", "non_finite", "replanned"):
+            warnings.warn(message, stacklevel=2)
+        notice = Notice(steps=self.steps, kind=kind, message=message, figures=figures)
+        for sink in self._sinks:
+            sink.on_notice(notice)
+
+    def _close(self) -> None:
+        if self._saving is not None:
+            self._saving.store.wait()
+        for sink in self._sinks:
+            sink.close()
+
+
+def _check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            raise ArgumentError(
+                f"{name}={here.get(name)!r} differs from the {there.get(name)!r} of the run that "
+                "was saved; resume with the same"
+            )
