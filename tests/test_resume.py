@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.snapshot import Disk, SnapshotStore
 from tbptt_ckpt.trainer import Trainer
 
 STEPS, K1, K2 = 13, 2, 5
+
+
+class Hasty(Disk):
+    """Does not wait for the medium; no power is lost here."""
+
+    def sync(self, descriptor: int) -> None:
+        pass
+
+    def sync_directory(self, path: Any) -> None:
+        pass
 
 
 class Restless(nn.Module):
@@ -64,15 +74,26 @@ class Nested(nn.Module):
         return h, Memory(Hidden(h, state.hidden.steps + 1), {"c": [c]})
 
 
-class Dice(nn.Module):
-    """Draws from Python's and numpy's generators between windows only."""
+class Stream:
+    """A source of unknown length that gives its steps once, in order, and can be resumed."""
+
+    time_dim = 0
 
     def __init__(self) -> None:
-        super().__init__()
-        self.inner = cases.TanhCell()
+        self.data = cases.random_data(STEPS)
+        self.position = 0
 
-    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.inner(x, h)
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert start == self.position, "a stream gives each step once"
+        inputs, targets = (tensor[start:stop] for tensor in self.data)
+        self.position += len(inputs)
+        return inputs, targets
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -160,6 +181,8 @@ class Case:
             weight = torch.ones(STEPS)
             weight[2:7] = 0
             return TensorSequence(inputs, targets, weight=weight)
+        if self.source == "stream":
+            return Stream()
         return list(zip(inputs, targets, strict=True))
 
 
@@ -191,6 +214,10 @@ CASES = {
     "masked": Case(Restless, source="masked"),
     "masked, stale": Case(Restless, source="masked", engine={"overlap": "stale"}),
     "iterable": Case(source="list"),
+    "stream": Case(Restless, source="stream"),
+    "stream, stale": Case(Restless, source="stream", engine={"overlap": "stale"}),
+    "stream from the start": Case(source="stream", k2=None),
+    "stream, steps off the grid": Case(source="stream", trainer={"epochs": None, "max_steps": 11}),
     "two passes": Case(Restless, trainer={"epochs": 2}, init="random"),
     "two passes from the start": Case(trainer={"epochs": 2}, init="random", k2=None),
     "learned first state": Case(init="learned", k2=None),
@@ -259,7 +286,7 @@ def test_a_resumed_run_is_bitwise_one_that_never_stopped(name: str, tmp_path: An
     for count in range(len(expected.windows) + 1):
         trainer, _ = case.build()
         windows = _run_and_stop(trainer, count)
-        store = SnapshotStore(tmp_path, keep=100)
+        store = SnapshotStore(tmp_path, 100, Hasty())
         store.save(count, trainer.state_dict())
         store.wait()
         del trainer
@@ -277,7 +304,7 @@ def test_resuming_at_every_window_is_bitwise_too(name: str, tmp_path: Any) -> No
     case = CASES[name]
     expected = _finish(case.build()[0], [])
     windows: list[tuple[Any, ...]] = []
-    store = SnapshotStore(tmp_path, keep=1)
+    store = SnapshotStore(tmp_path, 1, Hasty())
     for count in range(len(expected.windows)):
         trainer, _ = case.build()
         if count:
