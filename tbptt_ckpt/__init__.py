@@ -6,15 +6,18 @@ from tbptt_ckpt.errors import (
     ArgumentError,
     InfeasibleBudgetError,
     NonFiniteError,
+    OutOfMemoryError,
     ScheduleError,
     SnapshotError,
     StaleWeightsError,
     TbpttError,
+    TbpttWarning,
 )
 from tbptt_ckpt.evaluation import Evaluation, evaluate
 from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.planning import plan
 from tbptt_ckpt.plans import Plan
+from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateEvent, WindowEvent
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.simulator import Simulation, simulate
@@ -28,6 +31,14 @@ from tbptt_ckpt.sources import (
     map_file,
 )
 from tbptt_ckpt.strategies import Retain, Revolve, Sqrt, Step, Uniform
+from tbptt_ckpt.trainer import (
+    NonFinite,
+    OutOfMemory,
+    Snapshots,
+    Trainer,
+    TrainerResult,
+    TrainingStopped,
+)
 from tbptt_ckpt.verification import Verification, verify
 from tbptt_ckpt.windows import Window, tbptt_windows
 
@@ -42,11 +53,17 @@ __all__ = [
     "Differentiate",
     "Drop",
     "Evaluation",
+    "EventSink",
     "FixedBytes",
     "InfeasibleBudgetError",
+    "JsonLines",
     "Keep",
     "LaneSource",
+    "NonFinite",
     "NonFiniteError",
+    "Notice",
+    "OutOfMemory",
+    "OutOfMemoryError",
     "Plan",
     "Retain",
     "Revolve",
@@ -54,16 +71,24 @@ __all__ = [
     "ScheduleError",
     "Simulation",
     "SnapshotError",
+    "Snapshots",
     "Source",
     "Sqrt",
     "StaleWeightsError",
     "Step",
     "TbpttError",
+    "TbpttWarning",
+    "TensorBoard",
     "TensorSequence",
     "TrainResult",
+    "Trainer",
+    "TrainerResult",
+    "TrainingStopped",
     "Uniform",
+    "UpdateEvent",
     "Verification",
     "Window",
+    "WindowEvent",
     "WindowGradient",
     "WindowResult",
     "evaluate",

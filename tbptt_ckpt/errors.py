@@ -5,6 +5,10 @@ class TbpttError(Exception):
     """Base of every error this package raises on purpose."""
 
 
+class TbpttWarning(UserWarning):
+    """Something went wrong, and what was done about it."""
+
+
 class ArgumentError(TbpttError, ValueError):
     """An argument that cannot work; the message names it, its value and what would work."""
 
@@ -44,3 +48,7 @@ class SnapshotError(TbpttError):
 
 class NonFiniteError(TbpttError):
     """A loss, gradient or state that is NaN or infinite."""
+
+
+class OutOfMemoryError(TbpttError, MemoryError):
+    """A window that did not fit into memory under any plan that was tried."""

@@ -534,7 +534,7 @@ class TestRefusals:
         path = tmp_path / "weights"
         words = [*small, "--model", f"{factories}:Exploding", "--lr", "100"]
         message = refusal_of(capsys, [*words, "--save", str(path)])
-        assert "the loss is nan after 8 steps; a lower --lr may help" in message
+        assert "window 1, steps 8 to 16: the loss is nan; nothing was updated" in message
         assert not path.exists()
 
     def test_an_interrupt_is_one_line_and_exit_code_130(self, small, factories, tmp_path):

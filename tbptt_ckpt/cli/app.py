@@ -5,21 +5,25 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-import torch
 import typer
 
+from tbptt_ckpt.cli.snapshots import snapshots
 from tbptt_ckpt.cli.train import train
-from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.errors import TbpttError, TbpttWarning
+from tbptt_ckpt.memory import is_out_of_memory
+from tbptt_ckpt.trainer import TrainingStopped
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(name="tbptt-ckpt", add_completion=False)
 app.command("train")(train)
+app.command("snapshots")(snapshots)
 
 
 @app.callback()
@@ -30,14 +34,17 @@ def commands() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; 2: an error the user can mend, in one line on the standard error;
-    130: interrupted.
+    0: done; 1: `snapshots` found a broken one; 2: an error the user can mend, in one line on
+    the standard error; 130 and 143: stopped by SIGINT or SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with interruptible():
+        with interruptible(), warnings_in_one_line():
             command = typer.main.get_command(app)
             code = command.main(given or ["--help"], prog_name="tbptt-ckpt", standalone_mode=False)
+    except TrainingStopped as stopped:
+        print(f"tbptt-ckpt: {stopped}", file=sys.stderr)
+        return int(stopped.code or 0)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
@@ -49,6 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("tbptt-ckpt: interrupted", file=sys.stderr)
     return int(code or 0)
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print warnings as the command's own messages."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def print_line(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if isinstance(message, TbpttWarning):
+                print(f"tbptt-ckpt: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = print_line
+        yield
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,9 +122,3 @@ def describe(error: Exception) -> str | None:
     # Typer's errors about options: which package defines them depends on its version.
     format_message = getattr(error, "format_message", None)
     return None if format_message is None else str(format_message())
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device or the host had no memory left; torch has no type for the CPU's."""
-    is_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_host or isinstance(error, MemoryError | torch.OutOfMemoryError)

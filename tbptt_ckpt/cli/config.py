@@ -37,6 +37,11 @@ class TrainingConfig:
         dtype: `float32`, `float64`, or `bfloat16` for autocast over float32 weights.
         save: File for the weights.
         force: Whether `save` may replace a file.
+        snapshot_dir: Directory for snapshots of the training state; None takes none.
+        snapshot_every: Time steps between snapshots; None for none by steps.
+        snapshot_minutes: Minutes between snapshots; None for none by time.
+        keep: Snapshots that stay, the newest.
+        resume: Go on from the newest valid snapshot, if there is one.
     """
 
     data: Path | None = None
@@ -56,6 +61,11 @@ class TrainingConfig:
     dtype: str = "float32"
     save: Path | None = None
     force: bool = False
+    snapshot_dir: Path | None = None
+    snapshot_every: int | None = None
+    snapshot_minutes: float | None = None
+    keep: int = 3
+    resume: bool = False
 
     def check(self) -> None:
         """Raise `ArgumentError` for options that cannot work, before anything is started."""
@@ -72,6 +82,28 @@ class TrainingConfig:
         _check_choice("--dtype", self.dtype, tuple(DTYPES))
         _check_strategy(self.strategy)
         self._check_save()
+        self._check_snapshots()
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed run must have in common with the one that was saved."""
+        names = ("model", "hidden", "layers", "lanes", "lr", "seed", "dtype")
+        data = None if self.data is None else str(self.data.resolve())
+        return {"data": data, **{name: getattr(self, name) for name in names}}
+
+    def _check_snapshots(self) -> None:
+        options = {
+            "--snapshot-every": self.snapshot_every,
+            "--snapshot-minutes": self.snapshot_minutes,
+            "--resume": self.resume or None,
+        }
+        for option, value in options.items():
+            if value is not None and self.snapshot_dir is None:
+                raise ArgumentError(f"{option} needs --snapshot-dir")
+        check_positive_int("--keep", self.keep)
+        if self.snapshot_every is not None:
+            check_positive_int("--snapshot-every", self.snapshot_every)
+        if self.snapshot_minutes is not None and not self.snapshot_minutes > 0:
+            raise ArgumentError(f"--snapshot-minutes {self.snapshot_minutes} must be above 0")
 
     def _check_save(self) -> None:
         if self.save is None:

@@ -54,6 +54,20 @@ def train(
     ] = _DEFAULT.dtype,
     save: Annotated[Path | None, typer.Option(help="Write the weights to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --save replace a file.")] = False,
+    snapshot_dir: Annotated[
+        Path | None, typer.Option(help="Directory for snapshots of the training state.")
+    ] = None,
+    snapshot_every: Annotated[
+        int | None, typer.Option(help="Time steps between snapshots.", show_default="none")
+    ] = None,
+    snapshot_minutes: Annotated[
+        float | None, typer.Option(help="Minutes between snapshots.", show_default="none")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="Snapshots that stay, the newest.")] = _DEFAULT.keep,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest valid snapshot, if there is one."),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the outcome as one JSON object.")
     ] = False,
@@ -82,6 +96,11 @@ def train(
         dtype=dtype,
         save=save,
         force=force,
+        snapshot_dir=snapshot_dir,
+        snapshot_every=snapshot_every,
+        snapshot_minutes=snapshot_minutes,
+        keep=keep,
+        resume=resume,
     )
     with progress_bar() as watch:
         outcome = run_training_job(config, watch)

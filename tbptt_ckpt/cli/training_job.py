@@ -68,12 +68,14 @@ class _Job:
         self._check_model()
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
-            before = self._score("scoring the untrained model")
+            if not (self.config.resume and self.loop.resume()):
+                self.loop.tally.untrained_bits = self._score("scoring the untrained model")
             self.loop.run(self.watch)
             after = self._score("scoring the trained model")
         self._save()
         bigram = bigram_bits(self.corpus.train, self.held_out)
         num_bytes = len(self.held_out) * self.config.lanes
+        before = self.loop.tally.untrained_bits
         scores = Scores(before=before, after=after, bigram=bigram, num_bytes=num_bytes)
         return self._outcome(scores, self._memory_use(rss_before_bytes, rss.peak_bytes))
 

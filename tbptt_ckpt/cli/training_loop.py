@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from tbptt_ckpt import NonFiniteError, Window, WindowResult, tbptt_windows
+from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, Window, WindowResult, tbptt_windows
 from tbptt_ckpt.cli.assembly import build_engine
 from tbptt_ckpt.cli.byte_model import initial_state
 from tbptt_ckpt.cli.config import TrainingConfig
@@ -34,8 +35,10 @@ class Tally:
         recomputed_steps: Steps run again.
         drift: Sum of the windows' drifts.
         bits: Running mean of the loss, bits per byte.
-        peak_bytes: Peak tensor memory of the metered window.
-        seconds: Time since the loop began.
+        peak_bytes: Peak tensor memory of the metered window; 0 before it has run.
+        metered: Index, start, new_start and stop of that window.
+        seconds: Time spent training, in all processes.
+        untrained_bits: How well the model predicted before it was trained, bits per byte.
     """
 
     num_windows: int = 0
@@ -45,17 +48,25 @@ class Tally:
     drift: float = 0.0
     bits: float = math.nan
     peak_bytes: int = 0
+    metered: tuple[int, ...] = ()
     seconds: float = 0.0
+    untrained_bits: float = math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, for a snapshot."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def add(self, window: WindowResult) -> None:
         """Count one more window."""
         assert window.loss is not None, "every byte has a next byte"
         bits = float(window.loss) / NATS_PER_BIT
-        if not math.isfinite(bits):
-            raise NonFiniteError(
-                f"the loss is {bits} after {self.num_steps} steps; a lower --lr may help"
-            )
         self.num_windows += 1
+        self.num_passes += window.index == 0
         self.num_steps += window.stop - window.new_start
         self.recomputed_steps += window.recomputed_steps
         self.drift += window.drift
@@ -95,34 +106,46 @@ class TrainingLoop:
         train: ByteArray,
         device: torch.device,
     ) -> None:
-        self.config, self.module, self.optimizer = config, module, optimizer
-        self._train, self._device = train, device
-        self._engine = build_engine(config, module, optimizer)
-        self.first_pass = self._lanes(config.max_steps)
+        self.config, self.module, self.tally = config, module, Tally()
+        self._device = device
+        self.first_pass = ByteLanes(train, config.lanes, device=device, max_steps=config.max_steps)
         windows = tbptt_windows(len(self.first_pass), config.k1, config.k2)
         self._metered = fullest_window(windows)
-        self.metered_window: Window = windows[self._metered]
-        self.tally = Tally()
+        self.trainer = Trainer(
+            build_engine(config, module, optimizer),
+            ByteLanes(train, config.lanes, device=device),
+            init_state=lambda: initial_state(module, config.lanes),
+            epochs=None,
+            max_steps=config.max_steps,
+            snapshots=snapshots_of(config),
+            # The copy it takes may be what the memory of the run is judged by.
+            out_of_memory=OutOfMemory(protect_update=config.snapshot_dir is not None),
+            extra={"tally": self.tally},
+            identity=config.identity(),
+        )
+
+    @property
+    def metered_window(self) -> Window:
+        """The window whose memory was measured."""
+        return Window(*self.tally.metered)
+
+    def resume(self) -> bool:
+        """Go on from the newest valid snapshot; False where there is none."""
+        if not self.trainer.resume():
+            return False
+        if not self.tally.peak_bytes:  # the metered window is still to come, whichever it is
+            self._metered = max(self._metered, self.tally.num_windows)
+        return True
 
     def run(self, watch: Watch) -> Tally:
         """Train for `max_steps` steps, telling `watch` after every window."""
-        began = time.perf_counter()
-        windows = self._windows()
+        began = time.perf_counter() - self.tally.seconds
+        windows = self.trainer.windows()
         while (window := self._next(windows)) is not None:
             self.tally.add(window)
             self.tally.seconds = time.perf_counter() - began
             watch(self._progress())
         return self.tally
-
-    def _windows(self) -> Iterator[WindowResult]:
-        """The windows of all passes; each pass begins with a first state of its own."""
-        while (remaining := self.config.max_steps - self.tally.num_steps) > 0:
-            self.tally.num_passes += 1
-            state = initial_state(self.module, self.config.lanes)
-            yield from self._engine.windows(self._lanes(remaining), state)
-
-    def _lanes(self, max_steps: int) -> ByteLanes:
-        return ByteLanes(self._train, self.config.lanes, device=self._device, max_steps=max_steps)
 
     def _next(self, windows: Iterator[WindowResult]) -> WindowResult | None:
         """The next window; it runs inside this call, under the meter if its turn has come."""
@@ -131,7 +154,9 @@ class TrainingLoop:
         live = live_bytes(self._device)
         with metered(self._device, self.module) as meter:
             window = next(windows, None)
-        self.tally.peak_bytes = live + meter.peak_bytes
+        if window is not None:
+            self.tally.peak_bytes = live + meter.peak_bytes
+            self.tally.metered = (window.index, window.start, window.new_start, window.stop)
         return window
 
     def _progress(self) -> Progress:
@@ -144,6 +169,18 @@ class TrainingLoop:
             tally.num_steps / tally.seconds,
             memory_in_use(self._device),
         )
+
+
+def snapshots_of(config: TrainingConfig) -> Snapshots | None:
+    """When and where the options ask for snapshots."""
+    if config.snapshot_dir is None:
+        return None
+    return Snapshots(
+        directory=config.snapshot_dir,
+        every_steps=config.snapshot_every,
+        every_minutes=config.snapshot_minutes,
+        keep=config.keep,
+    )
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.events.protocol import Notice, UpdateEvent, WindowEvent
 
 _FLUSH_SECONDS = 5.0
@@ -93,7 +94,9 @@ class JsonLines:
         if not self._failed:
             self._failed = True
             warnings.warn(
-                f"the log {self.path} cannot be written, so it ends here: {error}", stacklevel=3
+                f"the log {self.path} cannot be written, so it ends here: {error}",
+                TbpttWarning,
+                stacklevel=3,
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tbptt_ckpt.errors import ArgumentError, SnapshotError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttWarning
 from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.manifest import Manifest
 from tbptt_ckpt.snapshot.plain import to_plain
@@ -25,7 +25,7 @@ _NAME = re.compile(r"step-(0|[1-9]\d*)")
 _TEMPORARY = re.compile(r"\.(step-\d+)\.(part|old|replaced)")
 
 
-class SnapshotWarning(UserWarning):
+class SnapshotWarning(TbpttWarning):
     """A snapshot was passed over, or something about the directory needs attention."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.errors import NonFiniteError, TbpttError
+from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError
 from tbptt_ckpt.memory import (
     format_bytes,
     free_memory,
@@ -28,10 +28,6 @@ from tbptt_ckpt.windows import Window
 
 # Called with one word for what happened, the same for people, and figures.
 Tell = Callable[[str, str, dict[str, Any]], None]
-
-
-class OutOfMemoryError(TbpttError, MemoryError):
-    """A window did not fit under any plan that was tried."""
 
 
 class Recovery:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tbptt_ckpt.engine import TBPTT
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.events import EventSink, JsonLines, Notice, UpdateEvent, WindowEvent
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.randomness import random_state, set_random_state
@@ -349,11 +350,17 @@ class Trainer:
     def _between_windows(self, signals: StopSignals) -> None:
         if signals.received is not None:
             self._save_unless_saved()
-            message = f"stopped by signal {signals.received} after {self.steps} steps"
+            message = self._stop_message(signals.received)
             self._tell("stopped", message, {})
             raise TrainingStopped(signals.received, message)
         if self._saving is not None and self._saving.is_due(self.steps):
             self.save()
+
+    def _stop_message(self, signum: int) -> str:
+        word = "interrupted" if signum == signal.SIGINT else "terminated"
+        if self._saving is None:
+            return word
+        return f"{word} after {self.steps} steps; resume from {self._saving.store.directory}"
 
     def _save_unless_saved(self) -> None:
         if self._saving is not None and not self._saving.is_saved(self.steps):
@@ -361,7 +368,7 @@ class Trainer:
 
     def _tell(self, kind: str, message: str, figures: dict[str, Any]) -> None:
         if kind in ("out_of_memory", "non_finite", "replanned"):
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, TbpttWarning, stacklevel=2)
         notice = Notice(steps=self.steps, kind=kind, message=message, figures=figures)
         for sink in self._sinks:
             sink.on_notice(notice)

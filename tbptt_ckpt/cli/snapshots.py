@@ -1,0 +1,61 @@
+"""`tbptt-ckpt snapshots`."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.memory import format_bytes
+from tbptt_ckpt.snapshot import SnapshotReport, SnapshotStore
+
+
+def snapshots(
+    directory: Annotated[Path, typer.Argument(help="Directory that --snapshot-dir named.")],
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the list as one JSON object.")
+    ] = False,
+) -> None:
+    """List the snapshots in a directory and verify every byte of them.
+
+    Nothing in them is loaded. The exit code is 1 if one is broken.
+    """
+    if not directory.is_dir():
+        raise ArgumentError(f"there is no directory {directory}")
+    reports = list(SnapshotStore(directory).reports())
+    if json:
+        typer.echo(reports_json(directory, reports))
+    else:
+        print_reports(directory, reports)
+    if any(report.problem for report in reports):
+        raise typer.Exit(1)
+
+
+def print_reports(directory: Path, reports: list[SnapshotReport]) -> None:
+    """Print a table on the standard output."""
+    table = Table(title=Text(f"snapshots in {directory}"), box=box.SIMPLE_HEAD)
+    for heading, justify in (("steps", "right"), ("taken", "left"), ("size", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("state", overflow="fold")
+    for report in reports:
+        table.add_row(
+            f"{report.step:,}",
+            report.created or "",
+            format_bytes(report.num_bytes),
+            Text(report.problem or "valid"),
+        )
+    Console().print(table)
+
+
+def reports_json(directory: Path, reports: list[SnapshotReport]) -> str:
+    """The list as one JSON object on one line; `problem` is null for a valid snapshot."""
+    items = [{**asdict(report), "path": str(report.path)} for report in reports]
+    return json_format.dumps({"directory": str(directory), "snapshots": items})
