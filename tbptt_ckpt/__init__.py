@@ -14,10 +14,10 @@ from tbptt_ckpt.errors import (
     TbpttWarning,
 )
 from tbptt_ckpt.evaluation import Evaluation, evaluate
+from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateEvent, WindowEvent
 from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.planning import plan
 from tbptt_ckpt.plans import Plan
-from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateEvent, WindowEvent
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.simulator import Simulation, simulate

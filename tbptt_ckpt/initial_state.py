@@ -62,26 +62,14 @@ class InitialState:
             else:
                 self._add(tensor, grad)
 
-    def collected(self) -> dict[str, dict[int, Tensor]]:
-        """Copies of the gradients for tensors with a graph, by their place in the state."""
+    def collected(self) -> dict[int, Tensor]:
+        """The gradients summed for tensors with a graph, by their place in the state."""
         places = {id(tensor): place for place, tensor in enumerate(self._tensors)}
-        return {
-            "first": {places[key]: grad.clone() for key, grad in self._sums.items()},
-            "resets": {
-                places[key]: stand_in.grad.clone()
-                for key, stand_in in self._stand_ins.items()
-                if stand_in.grad is not None
-            },
-        }
+        return {places[key]: grad for key, grad in self._sums.items()}
 
-    def set_collected(self, collected: dict[str, dict[int, Tensor]]) -> None:
+    def set_collected(self, collected: dict[int, Tensor]) -> None:
         """Put back what `collected` gave."""
-        first, resets = collected["first"], collected["resets"]
-        self._sums = {id(self._tensors[place]): grad.clone() for place, grad in first.items()}
-        for place, tensor in enumerate(self._tensors):
-            if id(tensor) in self._stand_ins:
-                grad = resets.get(place)
-                self._stand_ins[id(tensor)].grad = None if grad is None else grad.clone()
+        self._sums = {id(self._tensors[place]): grad for place, grad in collected.items()}
 
     def backward(self) -> None:
         """Differentiate what the state was computed from."""

@@ -166,12 +166,13 @@ class SequenceRun:
 
         Where gradients accumulate they are copied, since a window adds to them.
         """
+        ambient = self._present_ambient()
         return Mark(
             index=self.index,
             records=self.records.copy(),
             totals=copy.copy(self.totals),
-            ambient=None if self._ambient is None else self._ambient.capture(),
-            random=torch.get_rng_state(),
+            ambient=ambient,
+            random=torch.get_rng_state() if ambient is None else None,
             weights_before=self._weights_before,
             state_grads=self.state_grads,
             grads=self.settings.updater.mark(self.initial.leaves()),
@@ -193,7 +194,8 @@ class SequenceRun:
         ambient = mark.ambient or self._first_ambient
         if self._ambient is not None and ambient is not None:
             self._ambient.restore(ambient)
-        torch.set_rng_state(mark.random)
+        if mark.random is not None:
+            torch.set_rng_state(mark.random)
 
     def skip(self, window: Window) -> None:
         """Go on after `window`, which is next, from the state before it and without an update."""
@@ -207,7 +209,7 @@ class SequenceRun:
 
         The tensors are the run's own; write them out before the next window.
         """
-        present = self._present if self._ambient is None else self._ambient.capture()
+        present = self._present_ambient()
         stored = None if present is None else store_records(self.records, present)
         before = self._weights_before
         changed = before is not None and before != self._weights()
@@ -238,8 +240,15 @@ class SequenceRun:
         known = {"unknown": None, "changed": "changed", "unchanged": self._weights()}
         self._weights_before = known[state["weights"]]
 
+    def _present_ambient(self) -> AmbientState | None:
+        """Generators and buffers now; None before devices are known."""
+        if self._ambient is None:
+            return self._present
+        self._ambient.about_to_run()  # whoever got the last window may have run the module
+        return self._ambient.capture()
+
     def _weights(self) -> object:
-        return WeightGuard(self.settings.parameters).fingerprint()
+        return WeightGuard(self.settings.weights()).fingerprint()
 
 
 def _accept(window: Window, loss: Tensor | None, states: list[Tree]) -> None:
@@ -258,11 +267,11 @@ class Mark:
     records: Records
     totals: Totals
     ambient: AmbientState | None
-    random: Tensor
+    random: Tensor | None
     weights_before: object
     state_grads: StateGrads | None
     grads: list[tuple[Tensor, Tensor | None]]
-    collected: dict[str, dict[int, Tensor]]
+    collected: dict[int, Tensor]
 
 
 class Totals:

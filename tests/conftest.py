@@ -1,7 +1,54 @@
-"""One thread per process: tests are tiny, and threads of several processes wait for each other."""
+"""One thread per process, and an account of the faults that were injected."""
+
+from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; child processes inherit it
+import pytest
+
+# Tests are tiny, and threads of several processes wait for each other. Before torch is
+# imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def injected(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Counts one fault that was injected and did fire, under its row of the fault table.
+
+    A test that asks for this and injects nothing fails.
+    """
+    counts: Counter[str] = Counter()
+
+    def count(row: str, number: int = 1) -> None:
+        counts[row] += number
+
+    yield count
+    assert sum(counts.values()), "no fault fired"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield
+    count = getattr(item, "funcargs", {}).get("injected")
+    if count is not None:
+        counts = count.__closure__[0].cell_contents
+        item.user_properties.append(("faults", dict(counts)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many faults the tests injected, row by row of the fault table."""
+    rows: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "faults":
+                rows.update(value)
+        if "test_bad_inputs.py" in report.nodeid:
+            rows["bad input"] += 1
+    if rows:
+        terminalreporter.section("faults injected")
+        for row, number in sorted(rows.items()):
+            terminalreporter.write_line(f"{number:7,}  {row}")
+        terminalreporter.write_line(f"{sum(rows.values()):7,}  in all")

@@ -3,7 +3,6 @@
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, can_measure, peak_memory
-from tbptt_ckpt.memory.meter import PeakMeter, can_measure, peak_memory
 from tbptt_ckpt.memory.resident import RssBytes, RssSampler, rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +22,9 @@ from tbptt_ckpt.sequence_run import Mark, SequenceRun
 from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.shrinking import smaller_strategy
 from tbptt_ckpt.state import Tree, is_differentiable, iterate_tensors
+from tbptt_ckpt.trainer.announcing import Announcer
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
 from tbptt_ckpt.windows import Window
-
-# Called with one word for what happened, the same for people, and figures.
-Tell = Callable[[str, str, dict[str, Any]], None]
 
 
 class Recovery:
@@ -37,13 +34,17 @@ class Recovery:
         settings: Of the engine; its strategy is replaced when a smaller one is needed.
         non_finite: What to do about NaN and infinity.
         out_of_memory: What to do about missing memory.
-        tell: Told of every fault.
+        announcer: Told of every fault.
     """
 
     def __init__(
-        self, settings: Settings, non_finite: NonFinite, out_of_memory: OutOfMemory, tell: Tell
+        self,
+        settings: Settings,
+        non_finite: NonFinite,
+        out_of_memory: OutOfMemory,
+        announcer: Announcer,
     ) -> None:
-        self._settings, self._tell = settings, tell
+        self._settings, self._announcer = settings, announcer
         self._non_finite, self._out_of_memory = non_finite, out_of_memory
         self._skipped_in_a_row = 0
         self._window: Window | None = None
@@ -125,7 +126,7 @@ class Recovery:
         where = f"window {window.index}, steps {window.new_start} to {window.stop}: {problem}"
         if self._non_finite.policy != "go on":
             raise NonFiniteError(where)
-        self._tell("non_finite", f"{where}; going on", {"window": window.index})
+        self._announcer.notice("non_finite", f"{where}; going on", window=window.index)
 
     def _skip_or_stop(self, run: SequenceRun, window: Window, problem: str) -> None:
         if self._non_finite.policy == "stop":
@@ -138,7 +139,7 @@ class Recovery:
         if self._skipped_in_a_row > most:
             raise NonFiniteError(f"{problem}; {most} windows before it were skipped already")
         run.skip(window)
-        self._tell("non_finite", f"{problem}; skipped", {"window": window.index})
+        self._announcer.notice("non_finite", f"{problem}; skipped", window=window.index)
 
     def _shrink_or_stop(self, window: Window, attempt: int, failure: str) -> None:
         settings = self._settings
@@ -159,8 +160,8 @@ class Recovery:
         )
 
     def _note_exhausted(self, message: str, attempt: int) -> None:
-        figures = {"attempt": attempt, "rss_bytes": rss_bytes().total}
-        self._tell("out_of_memory", message, figures)
+        resident = rss_bytes().total
+        self._announcer.notice("out_of_memory", message, attempt=attempt, rss_bytes=resident)
 
     def _memory_in_words(self) -> str:
         device = torch.device(self._settings.device_type)

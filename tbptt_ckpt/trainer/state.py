@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.modules import owner_of
 from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.state import Tree, replace_tensors, tensors_of
 
 
 def modules_of(settings: Settings) -> dict[str, nn.Module]:
     """The modules whose weights are trained or whose buffers change."""
-    owners = {"module": settings.recurrence.module, "loss": settings.loss_function.loss_fn}
+    owners = {
+        "module": settings.recurrence.module,
+        "loss": owner_of(settings.loss_function.loss_fn),
+    }
     return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tbptt_ckpt.engine import TBPTT
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning
-from tbptt_ckpt.events import EventSink, JsonLines, Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.events import EventSink, JsonLines, UpdateEvent, WindowEvent
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.randomness import random_state, set_random_state
 from tbptt_ckpt.results import WindowResult
@@ -21,6 +20,7 @@ from tbptt_ckpt.sequence_run import SequenceRun
 from tbptt_ckpt.sources import Source
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.trainer.announcing import Announcer
 from tbptt_ckpt.trainer.limits import limited
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
 from tbptt_ckpt.trainer.recovery import Recovery
@@ -127,11 +127,13 @@ class Trainer:
         self._source, self._init_state = source, init_state
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = None if snapshots is None else Saving(snapshots)
-        self._sinks = list(events)
-        if self._saving is not None:
-            self._sinks.insert(0, JsonLines(self._saving.store.directory / LOG))
+        log = () if self._saving is None else (JsonLines(self._saving.store.directory / LOG),)
+        self._announcer = Announcer((*log, *events))
         self._recovery = Recovery(
-            self._settings, non_finite or NonFinite(), out_of_memory or OutOfMemory(), self._tell
+            self._settings,
+            non_finite or NonFinite(),
+            out_of_memory or OutOfMemory(),
+            self._announcer,
         )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
         self._asked = str(self._settings.strategy)
@@ -200,9 +202,9 @@ class Trainer:
         if loaded is None:
             return False
         self.load_state_dict(loaded.state)
-        for sink in self._sinks:
-            sink.resume_at(self.steps)
-        self._tell("resumed", f"from {loaded.path}", {"versions": loaded.manifest.versions})
+        self._announcer.resume_at(self.steps)
+        versions = loaded.manifest.versions
+        self._announcer.notice("resumed", f"from {loaded.path}", versions=versions)
         return True
 
     def save(self) -> Path | None:
@@ -210,11 +212,11 @@ class Trainer:
         if self._saving is None:
             raise ArgumentError("save() needs snapshots=Snapshots(directory=...)")
         begun = time.perf_counter()
-        for sink in self._sinks:
-            sink.flush()
+        self._announcer.flush()
         path = self._saving.save(self.steps, self.state_dict())
         if path is not None:
-            self._tell("snapshot", str(path), {"seconds": time.perf_counter() - begun})
+            seconds = time.perf_counter() - begun
+            self._announcer.notice("snapshot", str(path), seconds=seconds)
         return path
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,7 +276,7 @@ class Trainer:
             f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "
             "other to rounding"
         )
-        self._tell("replanned", message, {})
+        self._announcer.notice("replanned", message)
 
     def _is_done(self) -> bool:
         if self._max_steps is not None and self.steps >= self._max_steps:
@@ -289,6 +291,7 @@ class Trainer:
             rate = self._learning_rate()
             result = self._recovery.run(run, window)
             self._progress.windows += 1
+            self._announcer.steps = self.steps
             if result is not None:
                 self._note(run, result, rate)
                 yield result
@@ -324,8 +327,7 @@ class Trainer:
                 grad_norm=float(updater.grad_norm),
                 learning_rate=rate,
             )
-            for sink in self._sinks:
-                sink.on_update(update)
+            self._announcer.update(update)
         event = WindowEvent(
             steps=self.steps,
             epoch=progress.epoch,
@@ -340,8 +342,7 @@ class Trainer:
             seconds=result.seconds,
             updated=result.updated,
         )
-        for sink in self._sinks:
-            sink.on_window(event)
+        self._announcer.window(event)
 
     def _learning_rate(self) -> float:
         optimizer = self._settings.updater.optimizer
@@ -351,7 +352,7 @@ class Trainer:
         if signals.received is not None:
             self._save_unless_saved()
             message = self._stop_message(signals.received)
-            self._tell("stopped", message, {})
+            self._announcer.notice("stopped", message)
             raise TrainingStopped(signals.received, message)
         if self._saving is not None and self._saving.is_due(self.steps):
             self.save()
@@ -366,18 +367,10 @@ class Trainer:
         if self._saving is not None and not self._saving.is_saved(self.steps):
             self.save()
 
-    def _tell(self, kind: str, message: str, figures: dict[str, Any]) -> None:
-        if kind in ("out_of_memory", "non_finite", "replanned"):
-            warnings.warn(message, TbpttWarning, stacklevel=2)
-        notice = Notice(steps=self.steps, kind=kind, message=message, figures=figures)
-        for sink in self._sinks:
-            sink.on_notice(notice)
-
     def _close(self) -> None:
         if self._saving is not None:
             self._saving.store.wait()
-        for sink in self._sinks:
-            sink.close()
+        self._announcer.close()
 
 
 def _check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
