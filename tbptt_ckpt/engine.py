@@ -15,6 +15,7 @@ from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sequence_run import SequenceRun
 from tbptt_ckpt.settings import Settings, check_memory_budget, make_settings
+from tbptt_ckpt.time_batching import BatchedOperation
 from tbptt_ckpt.windows import check_reach
 
 
@@ -47,6 +48,9 @@ class TBPTT:
         memory_budget: Not supported yet; must be None.
         executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
             of nested `torch.utils.checkpoint` calls.
+        time_batching: Whether weight gradients and products of the inputs are made over all
+            steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
+            gains time. Gradients agree to rounding.
         per_step: Whether an unrecognised module takes one step (the default) or a segment.
         time_dim: Where a segment module wants time; `batch_first` sets it.
         clip_grad_norm: Largest gradient norm of an update.
@@ -77,6 +81,7 @@ class TBPTT:
         strategy: object = "auto",
         memory_budget: object = None,
         executor: str = "replay",
+        time_batching: object = "auto",
         per_step: bool | None = None,
         time_dim: int = 0,
         clip_grad_norm: float | None = None,
@@ -105,6 +110,7 @@ class TBPTT:
             scaler=scaler,
             scheduler=scheduler,
             lane_dim=lane_dim,
+            time_batching=time_batching,
         )
 
     @property
@@ -129,6 +135,11 @@ class TBPTT:
     @observer.setter
     def observer(self, observer: Observer) -> None:
         self._settings.observer = observer
+
+    @property
+    def batched_operations(self) -> list[BatchedOperation]:
+        """What time batching has done so far, and what it left to the plain operation and why."""
+        return self._settings.runner.time_batching.report()
 
     def train(self, sequence: object, init_state: Any = None) -> TrainResult:
         """Run a whole sequence, one update per window.

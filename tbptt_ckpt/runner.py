@@ -26,6 +26,7 @@ from tbptt_ckpt.state import (
     tensors_of,
 )
 from tbptt_ckpt.task import WindowTask
+from tbptt_ckpt.time_batching import TimeBatching
 
 
 class Runner:
@@ -35,12 +36,17 @@ class Runner:
         recurrence: The module.
         device_type: Where it runs, for autocast.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
+
+    Attributes:
+        time_batching: Whether products are made over all steps of a run; may be changed
+            between windows.
     """
 
     def __init__(
         self, recurrence: Recurrence, device_type: str, autocast_dtype: torch.dtype | None = None
     ) -> None:
         self.recurrence = recurrence
+        self.time_batching = TimeBatching(False)
         self._device_type, self._autocast_dtype = device_type, autocast_dtype
 
     def run(
@@ -63,7 +69,7 @@ class Runner:
             longest: Most steps of a segment module's call; None sets no bound.
         """
         run_piece = self._run_steps if self.recurrence.per_step else self._run_segment
-        with self._autocast():
+        with self._autocast(), self.time_batching.region(stop - start):
             for begin, end in task.pieces(start, stop, longest):
                 if begin != start:
                     state = rejoin(task, begin, state)
@@ -81,7 +87,7 @@ class Runner:
         for low, high in task.resets.stretches(begin, quiet_until):
             state = task.resets.apply(low, state)
             for block in task.steps(low, high):
-                for inputs in block.step_inputs():
+                for inputs in self.time_batching.step_inputs(block):
                     _, state = self._call_step(inputs, state)
         for low, high in task.resets.stretches(quiet_until, end):
             state = task.resets.apply(low, state)
@@ -92,7 +98,7 @@ class Runner:
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
         weights = block.step_weights()
         steps = zip(
-            block.step_inputs(),
+            self.time_batching.step_inputs(block),
             block.step_targets(),
             repeat(1.0) if weights is None else weights,
             strict=False,

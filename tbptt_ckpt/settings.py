@@ -23,6 +23,7 @@ from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sources import check_time_dim
 from tbptt_ckpt.strategies import Strategy, parse_strategy
+from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.updates import Updater
 
 _EXECUTORS: dict[str, Callable[[], Executor]] = {
@@ -133,12 +134,14 @@ def make_settings(
     scaler: Any,
     scheduler: Any,
     lane_dim: int | None = None,
+    time_batching: object = "auto",
 ) -> Settings:
     """Check every argument and build what runs."""
     check_choice("loss", loss, ("new", "last"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_choice("overlap", overlap, ("refresh", "stale"))
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
+    runner.time_batching = TimeBatching(time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     return Settings(

@@ -54,6 +54,7 @@ def run_window(
     weight: Tensor | None = None,
     strategy: object = "auto",
     executor: str = "replay",
+    time_batching: object = "auto",
     reduction: str = "mean",
     per_step: bool | None = None,
     time_dim: int | None = None,
@@ -71,6 +72,7 @@ def run_window(
         weight: [T] or [T, B], as for `TensorSequence`.
         strategy: As for `TBPTT`.
         executor: As for `TBPTT`.
+        time_batching: As for `TBPTT`.
         reduction: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
@@ -99,6 +101,7 @@ def run_window(
         autocast_dtype=autocast_dtype,
         scaler=None,
         scheduler=None,
+        time_batching=time_batching,
     )
     settings.record = record
     run = SequenceRun(settings, sequence, init_state)

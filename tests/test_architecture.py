@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plans", "packing", "task", "stored_blocks"),
     ("planning", "shrinking", "events"),
     ("results", "readers", "records", "sinks"),
+    ("time_batching",),
     ("runner", "reading", "record_storage"),
     ("executor",),
     ("initial_state", "settings", "calibration"),

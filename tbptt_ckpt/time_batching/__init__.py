@@ -1,0 +1,6 @@
+"""Products over all steps of a segment instead of one per step, for modules that take steps."""
+
+from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.time_batching.report import BatchedOperation
+
+__all__ = ["BatchedOperation", "TimeBatching"]

@@ -1,0 +1,98 @@
+"""Matrix products with a weight, by the faster of the kernels that torch brings along.
+
+NOTE [Two kernels]
+For float32 on a CPU torch's own `addmm` calls MKL, and oneDNN is reached only through the
+operator that the compiler emits for a linear layer. On processors with AVX-512 the latter is
+up to 2.7 times as fast at the shapes of a recurrent step and twice as fast at those of a whole
+segment, and slower at small ones (`docs/time_batching.md` has the table). The choice depends
+on shapes alone, so that equal runs have equal bits. Where the operator is missing, `addmm`
+does everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where oneDNN begins to win, measured: multiply-adds, and elements of the weight.
+_FORWARD_WORK, _FORWARD_ELEMENTS = 4_000_000, 1_000_000
+_BACKWARD_WORK, _BACKWARD_ROWS = 1_000_000, 4
+_WEIGHT_WORK = 4_000_000
+
+
+def _find_onednn() -> Callable[..., Tensor] | None:
+    """The operator `(x, weight, bias, "none", [], "") -> x @ weight.T + bias`, if it works here."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not wide or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    try:
+        operator: Any = torch.ops.mkldnn._linear_pointwise.default
+        x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        works = torch.equal(operator(x, weight, None, "none", [], ""), x @ weight.t())
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return operator if works else None
+
+
+_onednn = _find_onednn()
+
+
+def _is_for_onednn(x: Tensor) -> bool:
+    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for x: [N, K], weight: [M, K]."""
+    elements = weight.numel()
+    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
+    if large and _is_for_onednn(x):
+        assert _onednn is not None
+        return _onednn(x, weight, bias, "none", [], "")
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias, x, weight.t())
+
+
+def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """`total += x @ weight.T` in place."""
+    elements = weight.numel()
+    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
+    if large and _is_for_onednn(x):
+        assert _onednn is not None
+        total.add_(_onednn(x, weight, None, "none", [], ""))
+    else:
+        total.addmm_(x, weight.t())
+
+
+def write_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`total = x @ weight.T + bias` in place."""
+    elements = weight.numel()
+    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
+    if large and _is_for_onednn(x):
+        assert _onednn is not None
+        total.copy_(_onednn(x, weight, bias, "none", [], ""))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=total)
+    else:
+        torch.addmm(bias, x, weight.t(), out=total)
+
+
+def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad @ weight` for grad: [N, M], weight: [M, K]."""
+    rows = grad.shape[0]
+    large = rows >= _BACKWARD_ROWS and rows * weight.numel() >= _BACKWARD_WORK
+    if large and _is_for_onednn(grad):
+        assert _onednn is not None
+        return _onednn(grad, weight.t(), None, "none", [], "")
+    return torch.mm(grad, weight)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad.T @ x` for grad: [N, M], x: [N, K]: the sum over all rows, that is, over time."""
+    if grad.numel() * x.shape[1] >= _WEIGHT_WORK and _is_for_onednn(grad):
+        assert _onednn is not None
+        return _onednn(grad.t(), x.t(), None, "none", [], "")
+    return torch.mm(grad.t(), x)

@@ -1,0 +1,170 @@
+"""One run of steps with time batching: which operations take part, and what they share.
+
+NOTE [What is proved for an operation]
+The weight is a leaf tensor of the plain type that learns, or an `nn.Parameter`: it cannot
+have been computed in the step. Its version is looked at in every call. An input counts as a
+row of the segment's inputs if it is the very tensor that the step was given and nobody wrote
+into it. Whatever else comes is left to the plain operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.blocks import Column, StepBlock
+from tbptt_ckpt.state import replace_tensors, tensors_of
+from tbptt_ckpt.time_batching.cell_calls import CellCalls
+from tbptt_ckpt.time_batching.linear import TappedLinear, whole_linear
+from tbptt_ckpt.time_batching.products import multiply
+from tbptt_ckpt.time_batching.report import Tally
+from tbptt_ckpt.time_batching.rows import Row, Rows
+from tbptt_ckpt.time_batching.taps import Versions
+
+# Rows of one product over time: more gain little and take memory.
+_ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
+_FEWEST_STEPS = 8
+
+
+class Region:
+    """Operations of one run of steps.
+
+    Args:
+        num_steps: Of the run.
+        tally: Counts what was batched and what not.
+        smallest_work: Multiply-adds of a call from which on it is worth a record.
+    """
+
+    def __init__(self, num_steps: int, tally: Tally, smallest_work: int) -> None:
+        self.tally, self.smallest_work = tally, smallest_work
+        self._rows: dict[int, Row] = {}
+        self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
+        self.cells = CellCalls(num_steps, smallest_work, tally, self.row)
+
+    def step_inputs(self, block: StepBlock) -> Iterator[Any]:
+        """The input of each step of a block, known as rows of the whole while its step runs."""
+        if isinstance(block.inputs, Column) or not tensors_of(block.inputs):
+            yield from block.step_inputs()
+            return
+        length = self._chunk_steps(block)
+        for begin in range(block.start, block.stop, length):
+            part = block.part(begin, min(begin + length, block.stop))
+            yield from self._chunk_inputs(part)
+        self._rows.clear()
+
+    def _chunk_steps(self, block: StepBlock) -> int:
+        first = tensors_of(block.inputs)[0]
+        lanes = first.shape[1 - min(block.time_dim, 1)] if first.dim() > 1 else 1
+        rows = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
+        return max(_FEWEST_STEPS, rows // max(lanes, 1))
+
+    def _chunk_inputs(self, block: StepBlock) -> Iterator[Any]:
+        tensors = tensors_of(block.inputs)
+        wholes = [Rows(t.movedim(block.time_dim, 0) if t.dim() else t) for t in tensors]
+        columns = [whole.whole.unbind(0) for whole in wholes]
+        is_tensor = isinstance(block.inputs, Tensor)
+        for index, leaves in enumerate(zip(*columns, strict=True)):
+            self._rows = {
+                id(leaf): Row(rows, index, leaf, rows.version)
+                for leaf, rows in zip(leaves, wholes, strict=True)
+            }
+            yield leaves[0] if is_tensor else replace_tensors(block.inputs, list(leaves))
+
+    def row(self, x: Tensor) -> Row | None:
+        """The row that x is, if it is one."""
+        row = self._rows.get(id(x))
+        return row if row is not None and row.is_untouched() else None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`F.linear`, or None where the plain operation is to do it."""
+        if not is_plain(x) or not is_stable(weight) or (bias is not None and not is_stable(bias)):
+            self.tally.left("linear", "a weight or input that is computed in the step")
+            return None
+        if x.dim() == 0 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
+            self.tally.left("linear", "dtypes or shapes that differ")
+            return None
+        row = self.row(x)
+        if row is not None:
+            output = self._linear_of_row(row, weight, bias)
+            if output is not None:
+                return output
+        work = x.numel() * weight.shape[0]
+        if work < self.smallest_work:
+            self.tally.left("linear", "too small to pay")
+            return None
+        if not torch.is_grad_enabled():
+            return multiply(x, weight, bias) if x.dim() == 2 else None
+        if not weight.requires_grad:
+            self.tally.left("linear", "a frozen weight")
+            return None
+        return self._recorded_linear(x, weight, bias)
+
+    def _recorded_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        key = (id(weight), id(bias))
+        found = self._linears.get(key)
+        if found is None:
+            linear = TappedLinear(weight, bias)
+            found = self._linears[key] = (linear, linear.record.versions, weight)
+            self.tally.batched("linear", tuple(weight.shape))
+        linear, versions, _ = found
+        if versions.moved():
+            self.tally.left("linear", "a weight that changed within the segment")
+            return None
+        return linear(x)
+
+    def _linear_of_row(self, row: Row, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        key = ("linear", id(weight), id(bias), torch.is_grad_enabled())
+        made = row.rows.made.get(key)
+        if made is None:
+            if row.rows.whole.numel() * weight.shape[0] < self.smallest_work:
+                return None
+            made = row.rows.made[key] = _MadeRows(
+                whole_linear(row.rows.whole, weight, bias), weight, bias
+            )
+            self.tally.batched("linear of inputs", tuple(weight.shape))
+        return self._take(made, row)
+
+    def _take(self, made: _MadeRows, row: Row) -> Tensor | None:
+        output = made.take(row.index)
+        if output is not None:
+            self._rows[id(output)] = Row(made.rows, row.index, output, output._version)
+        return output
+
+    def close(self) -> None:
+        """The steps are done."""
+        self._rows.clear()
+        self.cells.close()
+
+
+class _MadeRows:
+    """What an operation made of the inputs of all steps; each entry is given out once."""
+
+    def __init__(self, whole: Tensor, *weights: Tensor | None) -> None:
+        self.rows = Rows(whole)
+        self._versions, self._weights = Versions(*weights), weights
+        self._entries: list[Tensor | None] = list(whole.unbind(0))
+
+    def take(self, index: int) -> Tensor | None:
+        """One step's entry, to do with as the module likes; None if there is none."""
+        entry = self._entries[index]
+        if entry is None or self._versions.moved():
+            return None
+        self._entries[index] = None
+        # An entry is one of several views, which autograd lets nobody write into.
+        return entry.clone() if entry.requires_grad else entry.data
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of the plain type."""
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
+
+
+def is_stable(weight: Tensor) -> bool:
+    """Whether a weight cannot have been computed within the step."""
+    kind = type(weight)
+    if kind is nn.Parameter:
+        return True
+    return kind is Tensor and weight.requires_grad and weight.is_leaf

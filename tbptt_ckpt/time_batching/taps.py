@@ -1,0 +1,96 @@
+"""The tap: one gradient per weight and leaf, made when the last step has left its part.
+
+NOTE [Order]
+Every operation of a leaf that uses a tapped weight has an edge to the tap's token. Autograd
+runs a node once all nodes with an edge to it have run, so the tap's backward comes after the
+backward of every step, and makes one product over all of them.
+
+NOTE [Which backward]
+A module may differentiate within a step, through a part of the leaf. What a step leaves to
+the tap carries the number of the backward that left it, and a tap takes its own only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import TbpttError
+
+
+class Record(Protocol):
+    """What the steps of a leaf leave to the tap of their weights."""
+
+    def collect(self, whole: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """The gradients of `whole` and of the weights, in the order they were tapped."""
+        ...
+
+
+class Tap(torch.autograd.Function):
+    """From weights to a token without elements."""
+
+    @staticmethod
+    def forward(ctx: Any, record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
+        """Tap the weights, and the inputs of all steps where these have a gradient."""
+        ctx.set_materialize_grads(False)
+        ctx.record = record
+        ctx.save_for_backward(whole)
+        (first, *_) = (weight for weight in weights if weight is not None)
+        return first.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        """Make the products."""
+        (whole,) = ctx.saved_tensors
+        return (None, *ctx.record.collect(whole, ctx.needs_input_grad[1:]))
+
+
+def tap(record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
+    """The token of a record's weights."""
+    token: Tensor = Tap.apply(record, whole, *weights)  # type: ignore[no-untyped-call]
+    return token
+
+
+def begin_backward() -> int:
+    """The number of the backward that runs, which must not be differentiated itself.
+
+    Raises:
+        TbpttError: The gradient is to be differentiated again.
+    """
+    if torch.is_grad_enabled():
+        raise TbpttError(
+            "a gradient that passes through a time-batched operation cannot be differentiated "
+            "again (create_graph=True within a step); use time_batching=False"
+        )
+    return torch._C._current_graph_task_id()
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that runs leaves its graph to another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class Versions:
+    """Notices weights that are written to between a leaf's steps and its backward."""
+
+    def __init__(self, *weights: Tensor | None) -> None:
+        self._weights = [weight for weight in weights if weight is not None]
+        self._expected = [weight._version for weight in self._weights]
+
+    def moved(self) -> bool:
+        """Whether a weight has been written to."""
+        for weight, version in zip(self._weights, self._expected, strict=True):
+            if weight._version != version:
+                return True
+        return False
+
+    def check(self) -> None:
+        """Raise as autograd does for a saved tensor."""
+        if self.moved():
+            raise RuntimeError(
+                "one of the weights needed for gradient computation has been modified by an "
+                "inplace operation"
+            )
