@@ -69,7 +69,8 @@ class Runner:
             longest: Most steps of a segment module's call; None sets no bound.
         """
         run_piece = self._run_steps if self.recurrence.per_step else self._run_segment
-        with self._autocast(), self.time_batching.region(stop - start):
+        per_step = self.recurrence.per_step
+        with self._autocast(), self.time_batching.region(stop - start, per_step):
             for begin, end in task.pieces(start, stop, longest):
                 if begin != start:
                     state = rejoin(task, begin, state)

@@ -37,10 +37,17 @@ class TimeBatching:
         self._region: Region | None = None
 
     @contextmanager
-    def region(self, num_steps: int) -> Iterator[None]:
-        """While entered, one run of steps is batched."""
+    def region(self, num_steps: int, per_step: bool) -> Iterator[None]:
+        """While entered, one run of steps is batched.
+
+        Args:
+            num_steps: How many.
+            per_step: Whether the module takes one step at a time. One that takes segments is
+                batched by its own make, and loops over cells only if it says so.
+        """
+        chosen = self.choice is True or (self.choice == "auto" and per_step)
         # Modes want to see, or decide about, each operation of the user's module.
-        if self.choice is False or torch._C._len_torch_dispatch_stack():
+        if not chosen or torch._C._len_torch_dispatch_stack():
             yield
             return
         before = self._region

@@ -83,6 +83,8 @@ class Region:
         if not is_plain(x) or not is_stable(weight) or (bias is not None and not is_stable(bias)):
             self.tally.left("linear", "a weight or input that is computed in the step")
             return None
+        if torch.is_autocast_enabled(x.device.type):
+            return self._linear_under_autocast(x, weight, bias)
         if x.dim() == 0 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
             self.tally.left("linear", "dtypes or shapes that differ")
             return None
@@ -102,12 +104,32 @@ class Region:
             return None
         return self._recorded_linear(x, weight, bias)
 
-    def _recorded_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        key = (id(weight), id(bias))
+    def _linear_under_autocast(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [x, weight] if bias is None else [x, weight, bias]
+        if not all(t.dtype in (torch.float32, dtype) for t in tensors):
+            self.tally.left("linear", "dtypes that autocast leaves alone")
+            return None
+        if not torch.is_grad_enabled() or not weight.requires_grad:
+            return None
+        if x.numel() * weight.shape[0] < self.smallest_work:
+            self.tally.left("linear", "too small to pay")
+            return None
+        return self._recorded_linear(x.to(dtype), weight, bias, dtype)
+
+    def _recorded_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        key = (id(weight), id(bias), dtype)
         found = self._linears.get(key)
         if found is None:
-            linear = TappedLinear(weight, bias)
-            found = self._linears[key] = (linear, linear.record.versions, weight)
+            # Cast once per leaf; the gradient passes the cast back once, too.
+            low = [w if w is None or dtype is None else w.to(dtype) for w in (weight, bias)]
+            assert low[0] is not None
+            linear = TappedLinear(low[0], low[1])
+            found = self._linears[key] = (linear, Versions(weight, bias), weight)
             self.tally.batched("linear", tuple(weight.shape))
         linear, versions, _ = found
         if versions.moved():

@@ -1,0 +1,206 @@
+"""Is recomputing with products over time faster than plain BPTT, in a twentieth of its memory?
+
+One window over all steps (k1 = k2 = T, no optimizer) with time batching, against plain BPTT
+written by hand in eager PyTorch: run everything, then one backward. Once in segments that
+are recomputed, once with nothing recomputed.
+
+Peaks are tensor-allocator bytes above those at the start, where weights, inputs and `.grad`
+exist. From each the transient gradient of the largest weight is taken off, which
+accumulating into `.grad` needs on both sides.
+
+    python -m benchmarks.time_batching
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.paired import time_pairs
+from benchmarks.recomputation import gradients_of, peak_bytes_of
+from benchmarks.report import Figure, add_output_arguments, publish
+from tbptt_ckpt import TBPTT, TensorSequence
+
+NUM_BYTES = 64
+MOST_PEAK_PERCENT = 5.0
+
+
+class DeepTransition(nn.Module):
+    """A state that passes two layers from step to step (Pascanu et al., arXiv:1312.6026)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inputs, self.state = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.transition = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.transition(torch.tanh(self.inputs(x) + self.state(h))))
+
+
+class Step(nn.Module):
+    """One step: a cell, and a readout of its first state."""
+
+    def __init__(self, cell: str, width: int) -> None:
+        super().__init__()
+        self.cell = DeepTransition(width) if cell == "deep" else CELLS[cell](width, width)
+        self.readout = nn.Linear(width, NUM_BYTES)
+
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+        state = self.cell(x, state)
+        return self.readout(state[0] if isinstance(state, tuple) else state), state
+
+
+CELLS = {"LSTMCell": nn.LSTMCell, "GRUCell": nn.GRUCell, "RNNCell": nn.RNNCell}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of the table.
+
+    Attributes:
+        cell: A name of `CELLS`, or "deep".
+        segment: Steps recomputed as one piece.
+        limit: Most time with recomputation, in baselines.
+        limit_kept: The same with nothing recomputed.
+    """
+
+    cell: str
+    lanes: int
+    width: int
+    num_steps: int
+    segment: int
+    limit: float
+    limit_kept: float
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.lanes} x {self.width}, {self.num_steps} steps"
+
+
+SIZES = (
+    Size("LSTMCell", 8, 512, 1000, 32, 0.75, 0.55),
+    Size("LSTMCell", 16, 1024, 400, 16, 0.85, 0.60),
+    Size("LSTMCell", 32, 256, 1000, 32, 1.10, 0.90),
+    Size("GRUCell", 8, 512, 1000, 32, 0.90, 0.75),
+    Size("deep", 8, 512, 1000, 32, 0.90, 0.75),
+)
+
+
+class Case:
+    """A module, the sequence it reads, and both ways to run it."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        self.module = Step(size.cell, size.width)
+        self.inputs = torch.randn(size.num_steps, size.lanes, size.width)
+        self.targets = torch.randint(0, NUM_BYTES, self.inputs.shape[:2])
+        zeros = torch.zeros(size.lanes, size.width)
+        self.state = (zeros, zeros.clone()) if size.cell == "LSTMCell" else zeros
+
+    @property
+    def transient_bytes(self) -> int:
+        return max(parameter.nbytes for parameter in self.module.parameters())
+
+    def plain(self) -> float:
+        """Plain BPTT by hand."""
+        state, total = self.state, torch.zeros(())
+        for x, target in zip(self.inputs.unbind(), self.targets.unbind(), strict=True):
+            logits, state = self.module(x, state)
+            total = total + nn.functional.cross_entropy(logits, target)
+        loss = total / len(self.inputs)
+        loss.backward()
+        return float(loss.detach())
+
+    def treated(self, strategy: str, time_batching: object) -> Callable[[], float]:
+        """The package."""
+
+        def run() -> float:
+            num_steps = len(self.inputs)
+            tbptt = TBPTT(
+                self.module,
+                nn.functional.cross_entropy,
+                num_steps,
+                num_steps,
+                strategy=strategy,
+                time_batching=time_batching,
+            )
+            loss = tbptt.train(TensorSequence(self.inputs, self.targets), self.state).loss
+            assert loss is not None, "every step has a target"
+            return loss
+
+        return run
+
+
+def compare(
+    what: str,
+    case: Case,
+    treated: Callable[[], float],
+    limits: tuple[float | None, float | None],
+    num_pairs: int,
+) -> list[Figure]:
+    """Time and peak of the package over those of plain BPTT."""
+    expected, found = gradients_of(case, case.plain), gradients_of(case, treated)  # type: ignore[arg-type]
+    error = float((found - expected).norm() / expected.norm())
+    if error > 1e-5:
+        raise SystemExit(f"{what}: gradients differ by {error:.1e}, so times mean nothing")
+    times = time_pairs(case.plain, treated, num_pairs=num_pairs)
+    plain_bytes = peak_bytes_of(case.plain) - case.transient_bytes
+    treated_bytes = peak_bytes_of(treated) - case.transient_bytes
+    further = {**times.seconds(), "gradient error": error}
+    sizes = {"baseline MiB": plain_bytes / 2**20, "treated MiB": treated_bytes / 2**20}
+    figures = [
+        Figure(f"{what}: time", times.ratio, "x", limits[0], times.interval, further),
+        Figure(f"{what}: peak", 100 * treated_bytes / plain_bytes, "%", limits[1], None, sizes),
+    ]
+    for figure in figures:
+        print(figure.line(), flush=True)
+    return figures
+
+
+def figures_of(size: Size, arguments: argparse.Namespace) -> list[Figure]:
+    """One size with recomputation, with nothing recomputed, and without time batching."""
+    case, pairs = Case(size), arguments.pairs
+    segments = f"uniform:{arguments.segment or size.segment}"
+    recomputed = compare(
+        f"{size}, {segments}",
+        case,
+        case.treated(segments, True),
+        (size.limit, MOST_PEAK_PERCENT),
+        pairs,
+    )
+    kept = compare(
+        f"{size}, retain", case, case.treated("retain", True), (size.limit_kept, None), pairs
+    )
+    if not arguments.unbatched:
+        return recomputed + kept
+    unbatched = case.treated(segments, False)
+    what = f"{size}, {segments}, unbatched"
+    return recomputed + kept + compare(what, case, unbatched, (None, None), pairs)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", default="", help="sizes whose name contains this")
+    parser.add_argument("--segment", type=int, help="steps recomputed as one piece")
+    parser.add_argument("--unbatched", action="store_true", help="also without time batching")
+    add_output_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    sizes = [size for size in SIZES if arguments.only in str(size)]
+    if arguments.quick:
+        arguments.pairs = 2
+        sizes = [Size(cell, 2, 16, 40, 8, 9.0, 9.0) for cell in (*CELLS, "deep")]
+    figures = [figure for size in sizes for figure in figures_of(size, arguments)]
+    publish("time_batching", figures, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""Time batching: the same gradients as plain BPTT by hand, whatever the module does in a step.
+
+The reference is a plain loop with one graph and one backward, without the package.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import bitwise, clear_gradients, gradients, relative_error
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+
+from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
+from tbptt_ckpt.memory import peak_memory
+
+STEPS, LANES, INPUTS, WIDTH, OUTPUTS, WORDS = 7, 3, 4, 5, 2, 6
+STRATEGIES = ("retain", "uniform:3", "step", "revolve:2")
+EXECUTORS = ("replay", "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class WithCell(nn.Module):
+    """A cell between two layers; `before` says what the cell is given."""
+
+    def __init__(self, cell: nn.RNNCellBase, before: str = "inputs") -> None:
+        super().__init__()
+        self.cell, self.before = cell, before
+        self.first = nn.Linear(INPUTS, INPUTS)
+        self.words = nn.Embedding(WORDS, INPUTS)
+        self.readout = nn.Linear(WIDTH, OUTPUTS)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if self.before == "words":
+            x = self.words((x[:, 0].abs() * 2).long() % WORDS)
+        elif self.before != "inputs":
+            x = self.first(x)
+        if self.before == "tanh":
+            x = torch.tanh(x)
+        state = self.cell(x, state)
+        return self.readout(state[0] if isinstance(state, tuple) else state), state
+
+
+class OfLinears(nn.Module):
+    """A recurrence written with whatever `step` does; its weights are Wx, Wh and Wy."""
+
+    def __init__(
+        self, step: Callable[[OfLinears, Tensor, Tensor], tuple[Tensor, Tensor]], bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.step = step
+        self.wx, self.wh = nn.Linear(INPUTS, WIDTH, bias), nn.Linear(WIDTH, WIDTH, bias)
+        self.wy = nn.Linear(WIDTH, OUTPUTS, bias)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step(self, x, h)
+
+
+def elman(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.wx(x) + m.wh(h))
+    return m.wy(h), h
+
+
+def used_twice(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.wx(x) + m.wh(h))
+    h = torch.tanh(m.wh(h) + 0.3 * m.wx(x) + m.wx(x).square())
+    return m.wy(h) + m.wy(h * h), h
+
+
+def other_ranks(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    lifted = m.wx(torch.stack([x, x * x, x + 1], 1)[:, None]).sum((1, 2))  # [N, 1, 3, K]
+    one_by_one = torch.stack([m.wh(row) for row in h])  # [H]
+    h = torch.tanh(lifted + one_by_one)
+    return m.wy(h), h
+
+
+def written_into(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    projected = m.wx(x)
+    projected += 0.5
+    h = m.wh(h).add_(F.relu(projected, inplace=True)).tanh_()
+    return m.wy(h.clone()).mul_(2), h
+
+
+def functions(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(F.linear(input=x, weight=m.wx.weight) + F.linear(h, m.wh.weight, m.wh.bias))
+    return F.linear(h, m.wy.weight, bias=m.wy.bias), h
+
+
+def computed_weight(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(F.linear(x, m.wx.weight * 2) + F.linear(h, m.wh.weight.tanh(), m.wh.bias))
+    return m.wy(h), h
+
+
+def tied(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.wx(x) + m.wh(h))
+    return m.wy(h) + h @ m.wh.weight[:, :OUTPUTS] + F.linear(h, m.wh.weight)[:, :OUTPUTS], h
+
+
+def through_functional_call(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = functional_call(m.wh, {"weight": m.wh.weight, "bias": m.wh.bias}, (h,))
+    scaled = functional_call(m.wx, {"weight": m.wx.weight * 0.5, "bias": m.wx.bias}, (x,))
+    h = torch.tanh(leaf + scaled)
+    return m.wy(h), h
+
+
+def depends_on_data(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.wh(h) + (m.wx(x) if x[0, 0] > 0 else 0.1))
+    return m.wy(h), h
+
+
+def differentiates_inside(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(m.wx(x) + m.wh(h))
+    if torch.is_grad_enabled():
+        (inner,) = torch.autograd.grad(m.wh(h).square().sum(), h, retain_graph=True)
+    else:
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            (inner,) = torch.autograd.grad(m.wh(leaf).square().sum(), leaf)
+    h = torch.tanh(h + 0.1 * inner)
+    return m.wy(h), h
+
+
+LINEAR_STEPS = (
+    elman,
+    used_twice,
+    other_ranks,
+    written_into,
+    functions,
+    computed_weight,
+    tied,
+    through_functional_call,
+    depends_on_data,
+    differentiates_inside,
+)
+CELLS: dict[str, Callable[..., nn.RNNCellBase]] = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "tanh": nn.RNNCell,
+    "relu": lambda *sizes, bias: nn.RNNCell(*sizes, bias=bias, nonlinearity="relu"),
+}
+
+
+def make_cell(name: str, bias: bool = True, before: str = "inputs") -> WithCell:
+    torch.manual_seed(0)
+    return WithCell(CELLS[name](INPUTS, WIDTH, bias=bias), before).double()
+
+
+def make_linears(step: Any, bias: bool = True) -> OfLinears:
+    torch.manual_seed(0)
+    return OfLinears(step, bias).double()
+
+
+def make_data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(STEPS, LANES, INPUTS, generator=generator, dtype=dtype)
+    return inputs, torch.randn(STEPS, LANES, OUTPUTS, generator=generator, dtype=dtype)
+
+
+def make_state(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    h, c = torch.randn(2, LANES, WIDTH, generator=generator, dtype=dtype)
+    return (h, c) if isinstance(getattr(module, "cell", None), nn.LSTMCell) else h
+
+
+def by_hand(
+    module: Callable[..., Any], parameters: list[nn.Parameter], data: Any, init_state: Any
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and gradients of the weights and of the initial state."""
+    clear_gradients(parameters)
+    state = naive.mapped(lambda t: t.detach().clone().requires_grad_(), init_state)
+    leaves, losses = naive.tensors(state), []
+    for x, target in zip(*data, strict=True):
+        y, state = module(x, state)
+        losses.append(F.mse_loss(y, target))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.detach(), gradients([*parameters, *leaves])
+
+
+def by_window(
+    module: Callable[..., Any],
+    parameters: list[nn.Parameter],
+    data: Any,
+    init_state: Any,
+    **how: Any,
+) -> tuple[Tensor, list[Tensor | None]]:
+    clear_gradients(parameters)
+    result = run_window(module, F.mse_loss, *data, init_state, **{"time_batching": True, **how})
+    assert result.loss is not None
+    return result.loss, gradients(parameters) + naive.tensors(result.init_state_grad)
+
+
+def present(result: tuple[Tensor, list[Tensor | None]]) -> list[Tensor]:
+    return [result[0], *(grad for grad in result[1] if grad is not None)]
+
+
+def check(module: nn.Module, tolerance: float = 1e-12, **how: Any) -> None:
+    """Hold a window against plain BPTT, gradient by gradient."""
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    loss, expected = by_hand(module, parameters, data, state)
+    found_loss, found = by_window(module, parameters, data, state, **how)
+    assert relative_error([found_loss], [loss]) <= tolerance
+    assert [g is None for g in found] == [g is None for g in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error([ours], [theirs]) <= tolerance, (how, ours, theirs)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("before", ["inputs", "linear", "tanh", "words"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells_have_the_gradients_of_plain_bptt(
+    cell: str, bias: bool, before: str, strategy: str, executor: str
+) -> None:
+    check(make_cell(cell, bias, before), strategy=strategy, executor=executor)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("step", LINEAR_STEPS)
+def test_linear_maps_have_the_gradients_of_plain_bptt(
+    step: Any, bias: bool, strategy: str, executor: str
+) -> None:
+    check(make_linears(step, bias), strategy=strategy, executor=executor)
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "all"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_frozen_weights_of_cells_stay_without_gradient(cell: str, frozen: str) -> None:
+    module = make_cell(cell, before="tanh")
+    for name, parameter in module.cell.named_parameters():
+        parameter.requires_grad_(frozen not in (name, "all"))
+    check(module, strategy="uniform:3")
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_frozen_linear_maps_stay_without_gradient(frozen: str) -> None:
+    module = make_linears(elman)
+    for layer in (module.wx, module.wh, module.wy):
+        getattr(layer, frozen).requires_grad_(False)
+    check(module, strategy="uniform:3")
+
+
+class Stacked(nn.Module):
+    """Two cells, the second called twice a step, and a cell that shares the first's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GRUCell(INPUTS, WIDTH), nn.LSTMCell(WIDTH, WIDTH)
+        self.shared = nn.GRUCell(INPUTS, WIDTH)
+        self.shared.weight_ih, self.shared.weight_hh = self.first.weight_ih, self.first.weight_hh
+        self.readout = nn.Linear(WIDTH, OUTPUTS)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        g = self.shared(x, self.first(x, state["g"]))
+        h, c = self.second(g, state["s"])
+        h, c = self.second(torch.tanh(g), (h * 0.9, c))
+        return self.readout(h), {"g": g, "s": (h, c)}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stacked_shared_and_repeated_cells(strategy: str, executor: str) -> None:
+    torch.manual_seed(0)
+    module, data = Stacked().double(), make_data()
+    g, h, c = torch.randn(3, LANES, WIDTH, dtype=torch.float64)
+    state, parameters = {"g": g, "s": (h, c)}, list(module.parameters())
+    _, expected = by_hand(module, parameters, data, state)
+    _, found = by_window(module, parameters, data, state, strategy=strategy, executor=executor)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error([ours], [theirs]) <= 1e-12
+
+
+def test_parametrised_weights_are_left_to_the_plain_operation() -> None:
+    module = make_linears(elman)
+    parametrizations.weight_norm(module.wh)
+    parametrizations.orthogonal(module.wy)
+    check(module, strategy="uniform:3")
+
+
+def test_a_module_behind_functional_call() -> None:
+    module = make_cell("lstm")
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    named = dict(module.named_parameters())
+
+    def call(x: Tensor, state: Any) -> Any:
+        return functional_call(module, named, (x, state))
+
+    _, expected = by_hand(module, parameters, data, state)
+    _, found = by_window(call, parameters, data, state, strategy="uniform:3")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error([ours], [theirs]) <= 1e-12
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
+def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str) -> None:
+    module = make().float()
+    parameters = list(module.parameters())
+    data, state = make_data(torch.float32), make_state(module, torch.float32)
+
+    def autocast(x: Tensor, state: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x, state)
+
+    exact = by_hand(module, parameters, data, state)[1]
+    expected = by_hand(autocast, parameters, data, state)[1]
+    how = {"strategy": "uniform:3", "executor": executor, "autocast_dtype": torch.bfloat16}
+    found = by_window(module, parameters, data, state, **how)[1]
+    assert all(g is None or g.dtype == torch.float32 for g in found)
+    # As near to the exact gradient as plain autocast is, whose error is that of bfloat16.
+    assert relative_error(found, exact) <= 1.5 * relative_error(expected, exact) + 1e-3
+    assert relative_error(expected, exact) > 1e-5
+
+
+@pytest.mark.parametrize(("strategy", "leaves"), [("retain", 1), ("uniform:3", 3), ("step", 7)])
+@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(used_twice)])
+def test_gradient_hooks_fire_once_per_weight_and_leaf(
+    make: Any, strategy: str, leaves: int
+) -> None:
+    module = make()
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    grads = by_hand(module, parameters, data, state)[1]
+    used = [p for p, grad in zip(parameters, grads, strict=False) if grad is not None]
+    seen: dict[int, list[Tensor]] = {id(p): [] for p in used}
+    accumulated: list[int] = []
+    for parameter in used:
+        parameter.register_hook(lambda grad, p=parameter: seen[id(p)].append(grad.clone()))
+        parameter.register_post_accumulate_grad_hook(lambda p: accumulated.append(id(p)))
+    by_window(module, parameters, data, state, strategy=strategy)
+    for parameter in used:
+        assert len(seen[id(parameter)]) == leaves
+        assert accumulated.count(id(parameter)) == leaves
+        total = torch.stack(seen[id(parameter)]).sum(0)
+        assert relative_error([total], [parameter.grad]) <= 1e-12
+
+
+def test_a_hook_may_change_the_gradient_of_a_leaf() -> None:
+    module = make_cell("gru")
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    module.cell.weight_hh.register_hook(lambda grad: 2 * grad)
+    expected = by_hand(module, parameters, data, state)[1]
+    found = by_window(module, parameters, data, state, strategy="uniform:3")[1]
+    assert relative_error(found, expected) <= 1e-12
+
+
+def test_a_second_derivative_within_a_step_is_refused_with_the_remedy() -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            h = h if h.requires_grad else h.detach().requires_grad_()
+            energy = torch.tanh(m.wh(h)).square().sum()
+            (slope,) = torch.autograd.grad(energy, h, create_graph=True)
+        h = torch.tanh(m.wx(x) - slope)
+        return m.wy(h), h
+
+    check(make_linears(step), time_batching=False, strategy="uniform:3")
+    check(make_linears(step), time_batching="auto", strategy="uniform:3")
+    with pytest.raises(TbpttError, match="time_batching=False"):
+        check(make_linears(step), strategy="uniform:3")
+
+
+@pytest.mark.parametrize("make", [lambda s: make_linears(s)])
+def test_a_weight_that_is_written_to_within_the_segment_is_an_error_as_without(make: Any) -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(m.wx(x) + m.wh(h))
+        with torch.no_grad():
+            m.wh.weight.mul_(1.01)
+        return m.wy(h), h
+
+    for time_batching in (False, True):
+        module = make(step)
+        with pytest.raises(TbpttError):
+            by_window(module, [], make_data(), make_state(module), time_batching=time_batching)
+
+
+def test_a_state_that_is_written_to_is_an_error_as_without() -> None:
+    def step(m: WithCell, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new_h = m.cell(x, h)
+        if h.grad_fn is not None:
+            h.mul_(2)
+        return m.readout(new_h), new_h
+
+    module = make_cell("gru")
+    for time_batching in (False, True):
+        with pytest.raises(TbpttError, match="modified in place"):
+            by_window(
+                lambda x, h: step(module, x, h),
+                [],
+                make_data(),
+                make_state(module),
+                time_batching=time_batching,
+                strategy="retain",
+            )
+
+
+def test_fast_weights_that_change_in_place_are_left_to_the_plain_operation() -> None:
+    class FastWeights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = nn.Linear(INPUTS, WIDTH)
+            self.readout = nn.Linear(WIDTH, OUTPUTS)
+            self.register_buffer("fast", torch.zeros(WIDTH, INPUTS))
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            new_h = torch.tanh(self.slow(x) + F.linear(x, self.fast.clone()) + h)
+            with torch.no_grad():
+                self.fast.add_(new_h.detach().t() @ x, alpha=0.1)
+            return self.readout(new_h), new_h
+
+    torch.manual_seed(0)
+    module = FastWeights().double()
+    fast = module.fast.clone()
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    expected = by_hand(module, parameters, data, state)[1]
+    module.fast = fast
+    found = by_window(module, parameters, data, state, strategy="uniform:3")[1]
+    assert relative_error(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_run_twice_has_the_same_bits(cell: str, executor: str) -> None:
+    module = make_cell(cell)
+    arguments = (module, list(module.parameters()), make_data(), make_state(module))
+    how = {"strategy": "uniform:3", "executor": executor}
+    one, other = by_window(*arguments, **how), by_window(*arguments, **how)
+    assert bitwise(present(one), present(other))
+
+
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("k1", "k2"), [(2, 5), (3, 2), (4, None)])
+def test_overlapping_windows(k1: int, k2: int | None, executor: str, overlap: str) -> None:
+    module = make_cell("lstm")
+    parameters, (inputs, targets) = list(module.parameters()), make_data()
+    state = make_state(module)
+    problem = naive.Problem(
+        step=module,
+        loss_fn=F.mse_loss,
+        inputs=list(inputs),
+        targets=list(targets),
+        init_state=state,
+        parameters=parameters,
+        module=module,
+    )
+    loop = naive.refresh if overlap == "refresh" else naive.stale
+    expected = [window.grads for window in loop(problem, k1, k2)]
+    tbptt = TBPTT(
+        module,
+        F.mse_loss,
+        k1,
+        k2,
+        overlap=overlap,
+        strategy="uniform:2",
+        executor=executor,
+        time_batching=True,
+    )
+    clear_gradients(parameters)
+    for grads, window in zip(
+        expected, tbptt.windows(TensorSequence(inputs, targets), state), strict=True
+    ):
+        assert window.loss is not None
+        assert relative_error(gradients(parameters), grads) <= 1e-12
+        clear_gradients(parameters)
+
+
+@pytest.mark.parametrize("lanes", [1, 8, 64])
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_of_large_shapes_in_single_precision(cell: str, lanes: int) -> None:
+    """Shapes at which other kernels multiply."""
+    torch.manual_seed(0)
+    width = 512
+    module = WithCell(CELLS[cell](width, width, bias=True))
+    module.readout = nn.Linear(width, OUTPUTS)
+    data = torch.randn(6, lanes, width), torch.randn(6, lanes, OUTPUTS)
+    h, c = torch.randn(2, lanes, width)
+    state = (h, c) if cell == "lstm" else h
+    parameters = list(module.parameters())
+    expected = by_hand(module, parameters, data, state)[1]
+    found = by_window(module, parameters, data, state, strategy="uniform:3")[1]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error([ours], [theirs]) <= 2e-6
+
+
+def test_checkpoints_drop_what_cells_keep() -> None:
+    """The gates of a segment are not held until it is differentiated."""
+    torch.manual_seed(0)
+    steps, lanes, width = 64, 4, 32
+    module = WithCell(nn.LSTMCell(width, width))
+    module.readout = nn.Linear(width, OUTPUTS)
+    data = torch.randn(steps, lanes, width), torch.randn(steps, lanes, OUTPUTS)
+    state = (torch.zeros(lanes, width), torch.zeros(lanes, width))
+    peaks = {}
+    for strategy in ("retain", "uniform:8"):
+        with peak_memory(rss=False) as memory:
+            by_window(module, [], data, state, strategy=strategy, executor="checkpoint")
+        peaks[strategy] = memory.peak_bytes
+    gates = steps * lanes * 4 * width * 4
+    assert peaks["retain"] - peaks["uniform:8"] > 0.5 * gates
+
+
+def test_other_threads_meet_plain_functions() -> None:
+    module, seen = make_linears(elman), []
+    plain = torch._C._nn.linear
+
+    class Elsewhere(nn.Module):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            def work() -> None:
+                y = F.linear(h.detach(), module.wh.weight)
+                seen.append(y.grad_fn.name())
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return module(x, h)
+
+    expected = plain(torch.ones(1, WIDTH, dtype=torch.float64), module.wh.weight).grad_fn.name()
+    by_window(Elsewhere(), [], make_data(), make_state(module))
+    assert len(seen) >= STEPS
+    assert set(seen) == {expected}
+    assert F.linear is plain
+
+
+def test_functions_are_torchs_own_again_after_an_error() -> None:
+    def fail(x: Tensor, h: Tensor) -> Any:
+        raise KeyError("from the module")
+
+    forward = nn.LSTMCell.forward
+    with pytest.raises(KeyError):
+        by_window(fail, [], make_data(), torch.zeros(1))
+    assert F.linear is torch._C._nn.linear
+    assert nn.LSTMCell.forward is forward
+
+
+def test_what_was_batched_and_what_not_is_reported() -> None:
+    module, (inputs, targets) = make_linears(computed_weight), make_data()
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, strategy="uniform:3", time_batching=True)
+    assert tbptt.batched_operations == []
+    tbptt.train(TensorSequence(inputs, targets), make_state(module))
+    batched = [o for o in tbptt.batched_operations if not o.reason]
+    left = [o for o in tbptt.batched_operations if o.reason]
+    assert [(o.operation, o.shape, o.count) for o in batched] == [("linear", (OUTPUTS, WIDTH), 3)]
+    assert [o.operation for o in left] == ["linear"]
+    assert "computed in the step" in left[0].reason
+
+
+def test_auto_leaves_small_operations_alone_bit_for_bit() -> None:
+    module = make_cell("lstm")
+    arguments = (module, list(module.parameters()), make_data(), make_state(module))
+    one = by_window(*arguments, time_batching="auto", strategy="uniform:3")
+    other = by_window(*arguments, time_batching=False, strategy="uniform:3")
+    assert bitwise(present(one), present(other))
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1, 0, "True"])
+def test_a_choice_that_is_none_is_refused(value: object) -> None:
+    module, (inputs, targets) = make_cell("gru"), make_data()
+    with pytest.raises(ArgumentError, match=r"time_batching=.*'auto', True or False"):
+        run_window(module, F.mse_loss, inputs, targets, make_state(module), time_batching=value)
