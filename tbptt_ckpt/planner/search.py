@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import count
 
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
-from tbptt_ckpt.planner.levels import DEEPEST, LevelBuilder, LevelTable, Rooms
-from tbptt_ckpt.predictions import Prediction, predict, usual_advance_steps
+from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels
+from tbptt_ckpt.planner.short import SHORT_STEPS, short_table
+from tbptt_ckpt.predictions import ADVANCE_STEPS, Prediction, predict, usual_advance_steps
 
-_MORE_LEVELS = 2  # levels tried beyond the fewest that reach: fewer calls, more steps
+_MORE_LEVELS = 2  # levels allowed beyond the fewest that reach: fewer calls, more steps
+DEEPEST = 1 << 14  # states; more levels are taken rather than more states
+DEEPEST_TRIED = 1 << 10  # where one level reaches, more are tried with so many states at most
 
 
 def fastest_nestings(lengths: Sequence[int], free_bytes: int, costs: Costs) -> list[Nesting]:
@@ -65,14 +66,20 @@ def _fitting_prediction(
 
 
 def _candidates(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Iterator[Nesting]:
+    if steps <= SHORT_STEPS:
+        short = short_table(free_bytes, costs, is_last=is_last).nesting(steps)
+        if short is not None:
+            yield short
     for longest in _leaf_limits(steps, costs):
         room = LeafRoom(steps, free_bytes, costs, is_last, longest)
+        if longest < steps and longest >= room.leaf(0):
+            continue  # no limit at all
         row = room.row()
-        builder = NestingBuilder()
         if row is not None:
+            builder = NestingBuilder()
             yield builder.build(builder.chain(row))
-        if row is None or (_calls_cost(costs) and len(row) > 1):
-            yield from _with_levels(room, costs)
+        if row is None or (steps > SHORT_STEPS and len(row) > 1 and _calls_cost(costs)):
+            yield from _with_levels(room, is_needed=row is None)
 
 
 def _leaf_limits(steps: int, costs: Costs) -> list[int]:
@@ -95,45 +102,35 @@ def _calls_cost(costs: Costs) -> bool:
     return costs.advance_seconds(0) > 0 or costs.leaf_seconds(0) > 0
 
 
-def _with_levels(room: LeafRoom, costs: Costs) -> Iterator[Nesting]:
-    """Nestings of several levels; where calls cost time, with rooms of several least sizes."""
-    shortest = 1
-    while True:
-        limited = LeafRoom(room.steps, room.bytes, room.costs, room.is_last, room.longest, shortest)
-        rooms = _rooms(limited)
-        if rooms is not None:
-            yield from _levels_in(rooms, room.steps, is_last=room.is_last)
-        shortest *= 2
-        if not _calls_cost(costs) or rooms is None or shortest > rooms.leaves[0]:
-            return
+def _with_levels(room: LeafRoom, *, is_needed: bool) -> Iterator[Nesting]:
+    """A nesting of several levels, where a state fits beside a leaf."""
+    rooms = _rooms(room, DEEPEST if is_needed else DEEPEST_TRIED)
+    if rooms is None:
+        return
+    fewest = fewest_levels(rooms, room.steps)
+    builder, node = PriceBuilder(rooms, room.steps, fewest, fewest + _MORE_LEVELS).build()
+    yield builder.build(node)
 
 
-def _rooms(room: LeafRoom) -> Rooms | None:
-    """Leaves by depth, or None where no state fits beside a leaf."""
-    leaves = room.lengths(min(DEEPEST, room.steps))
-    if len(leaves) < 2 or room.deepest_last < 1:
+def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
+    """Leaves by depth, or None where no state fits beside a leaf or too many do."""
+    leaves = room.lengths(min(deepest, room.steps))
+    if (
+        len(leaves) < 2
+        or room.deepest_last < 1
+        or deepest < min(room.steps, DEEPEST, room.deepest_leaf)
+    ):
         return None
-    deepest = int(min(room.deepest_last, len(leaves)))
-    return Rooms(leaves, [room.last(depth) for depth in range(deepest + 1)])
-
-
-def _levels_in(rooms: Rooms, steps: int, *, is_last: bool) -> Iterator[Nesting]:
-    """One nesting for the fewest levels that reach, and for some more."""
-    deepest = len(rooms.leaves) - 1
-    full = LevelTable(rooms, deepest)
-    fewest = next(n for n in count(2) if full.reach(n, 0, is_last=is_last) >= steps)
-    tables = {deepest: full}
-
-    def reach(row_end: int, levels: int) -> int:
-        if row_end not in tables:
-            tables[row_end] = LevelTable(rooms, row_end)
-        return tables[row_end].reach(levels, 0, is_last=is_last)
-
-    for levels in range(fewest, fewest + 1 + _MORE_LEVELS):
-        row_end = bisect_left(range(deepest), steps, key=partial(reach, levels=levels))
-        if row_end == 0:
-            return  # rows of one leaf: as good as one level less
-        reach(row_end - 1, levels)
-        builder = NestingBuilder()
-        split = LevelBuilder(builder, tables[row_end], tables[row_end - 1])
-        yield builder.build(split.build(steps, levels, is_last=is_last))
+    lasts = []
+    if room.is_last:
+        lasts = [room.last(d) for d in range(int(min(room.deepest_last, len(leaves))) + 1)]
+    seconds = room.costs.leaf_seconds
+    call_steps = ADVANCE_STEPS
+    return Rooms(
+        leaves,
+        lasts,
+        [seconds(steps) for steps in leaves],
+        [seconds(steps) for steps in lasts],
+        room.costs.advance_seconds(call_steps) / call_steps,
+        room.costs.advance_seconds(0),
+    )
