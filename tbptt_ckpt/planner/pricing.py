@@ -16,15 +16,22 @@ what the window lies below it is taken from segments about which the price is un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import inf
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tbptt_ckpt.nesting import NestingBuilder
 
-_HALVINGS = 40
-_MANY_SEGMENTS = 20_000  # kinds of segments up to which a price is looked for
+_ROUNDS = 60  # prices tried at most; about ten are needed
+_MANY_SEGMENTS = 200_000  # kinds of segments up to which a price is looked for
+
+_BEYOND = 1 << 45  # reaches are cut here, so that sums of them are numbers of 64 bits
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ class Rooms:
     """What a stretch of several levels is made of.
 
     Attributes:
+        steps: Steps of the stretch, more than one leaf's.
         leaves: Steps of the longest leaf, by depth.
         lasts: The same for the leaf at the window's end; empty for other stretches.
         leaf_seconds, last_seconds: Their times.
@@ -39,29 +47,31 @@ class Rooms:
         call_seconds: Each advance in addition.
     """
 
-    leaves: list[int]
-    lasts: list[int]
-    leaf_seconds: list[float]
-    last_seconds: list[float]
+    steps: int
+    leaves: Ints
+    lasts: Ints
+    leaf_seconds: Floats
+    last_seconds: Floats
     step_seconds: float
     call_seconds: float
 
 
-def fewest_levels(rooms: Rooms, steps: int) -> int:
+def fewest_levels(rooms: Rooms) -> int:
     """The fewest levels that reach so far; there are leaves at two depths at least."""
-    reaches, ends = rooms.leaves, rooms.lasts or rooms.leaves
+    reaches, ends = rooms.leaves, rooms.lasts if len(rooms.lasts) else rooms.leaves
     for levels in count(1):
-        if ends[-1] + sum(reaches[: len(ends) - 1]) >= steps:
+        if ends[-1] + reaches[: len(ends) - 1].sum() >= rooms.steps:
             return levels
-        sums = rooms.leaves[-1:]
-        for left in reaches[-2::-1]:
-            sums.append(sums[-1] + left)
-        reaches = sums[::-1]
+        parts = np.append(reaches[:-1], rooms.leaves[-1])
+        reaches = np.minimum(np.cumsum(parts[::-1])[::-1], _BEYOND)
     raise AssertionError("reaches grow with every level")
 
 
 class PriceTable:
     """The best segment at every number of advances and depth, for one price.
+
+    A segment at depth d is a row: it is split at every depth from d on until one where a
+    leaf is worth more, and a left part of one advance more hangs off each split.
 
     Args:
         rooms: Leaves by depth.
@@ -72,56 +82,63 @@ class PriceTable:
         steps: Steps of the best segment, by advances and depth. Segments that were never
             advanced end the stretch.
         is_leaf: Whether it is a leaf.
+        value: What the stretch is worth.
     """
 
     def __init__(self, rooms: Rooms, levels: int, price: float) -> None:
-        self.steps: list[list[int]] = []
-        self.is_leaf: list[list[bool]] = []
-        self._rooms, self._price = rooms, price
-        values: list[float] = []
-        steps: list[int] = []
+        self.price = price
+        self._rows: list[tuple[Ints, NDArray[np.bool_]]] = []
+        values, steps = np.empty(0), np.empty(0, np.int64)
         for advances in range(levels, -1, -1):
-            at_end = advances == 0 and bool(rooms.lasts)
+            at_end = advances == 0 and len(rooms.lasts) > 0
             lengths = rooms.lasts if at_end else rooms.leaves
-            values, steps, is_leaf = self._row(
-                self._leaf_values(advances, at_end=at_end), lengths, values, steps
-            )
-            self.steps.append(steps)
-            self.is_leaf.append(is_leaf)
-        self.steps.reverse()
-        self.is_leaf.reverse()
-
-    def _leaf_values(self, advances: int, *, at_end: bool) -> list[float]:
-        rooms, price = self._rooms, self._price
-        if price == inf:
-            return [0.0] * len(rooms.lasts if at_end else rooms.leaves)
-        worth = price - advances * rooms.step_seconds
-        lengths = rooms.lasts if at_end else rooms.leaves
-        seconds = rooms.last_seconds if at_end else rooms.leaf_seconds
-        return [n * worth - time for n, time in zip(lengths, seconds, strict=True)]
-
-    def _row(
-        self,
-        leaf_values: Sequence[float],
-        lengths: Sequence[int],
-        left_values: Sequence[float],
-        left_steps: Sequence[int],
-    ) -> tuple[list[float], list[int], list[bool]]:
-        """Values, steps and whether a leaf, by depth, given the segments advanced once more."""
-        call = -1.0 if self._price == inf else self._rooms.call_seconds
-        value, covered = leaf_values[-1], lengths[-1]
-        values, steps, is_leaf = [value], [covered], [True]
-        for depth in range(len(lengths) - 2, -1, -1):
-            leaf = leaf_values[depth]
-            split = left_values[depth] + value - call if left_values else -inf
-            if split > leaf:
-                value, covered = split, left_steps[depth] + covered
+            seconds = rooms.last_seconds if at_end else rooms.leaf_seconds
+            if price == inf:
+                leaf_values, call = np.zeros(len(lengths)), -1.0
             else:
-                value, covered = leaf, lengths[depth]
-            values.append(value)
-            steps.append(covered)
-            is_leaf.append(split <= leaf)
-        return values[::-1], steps[::-1], is_leaf[::-1]
+                worth = price - advances * rooms.step_seconds
+                leaf_values, call = lengths * worth - seconds, rooms.call_seconds
+            if advances == levels:
+                is_leaf = np.ones(len(lengths), bool)
+                values, steps = leaf_values, lengths
+            else:
+                values, steps, is_leaf = _row(leaf_values, lengths, values - call, steps)
+                steps = np.minimum(steps, _BEYOND)
+            self._rows.append((steps, is_leaf))
+        self.value = float(values[0])
+        self.covered = int(steps[0])
+
+    @property
+    def seconds(self) -> float:
+        """Time of the best segment that covers `covered` steps."""
+        return self.covered * self.price - self.value
+
+    def as_good_as(self, other: PriceTable) -> float:
+        """The price at which the segments of both tables are worth the same."""
+        return (other.seconds - self.seconds) / (other.covered - self.covered)
+
+    def by_advances(self) -> tuple[list[list[int]], list[list[bool]]]:
+        """Steps, and whether a leaf, by advances and depth."""
+        rows = self._rows[::-1]
+        return [steps.tolist() for steps, _ in rows], [leaf.tolist() for _, leaf in rows]
+
+
+def _row(
+    leaf_values: Floats, lengths: Ints, left_values: Floats, left_steps: Ints
+) -> tuple[Floats, Ints, NDArray[np.bool_]]:
+    """Values, steps and whether a leaf, by depth, given the left parts of the splits.
+
+    The segment at depth d that ends with the leaf at depth e is worth `leaf[e] + sum of
+    left[d..e-1]`; the best e of all from d on is found by a running maximum from the deepest.
+    """
+    depths = len(lengths)
+    worth = np.concatenate([[0.0], np.cumsum(left_values[: depths - 1])])
+    covered = np.concatenate([[0], np.cumsum(left_steps[: depths - 1])])
+    backwards = (leaf_values + worth)[::-1]
+    best = np.maximum.accumulate(backwards)
+    is_end = backwards >= best
+    ends = (depths - 1) - np.maximum.accumulate(np.where(is_end, np.arange(depths), 0))[::-1]
+    return best[::-1] - worth, lengths[ends] + covered[ends] - covered, is_end[::-1]
 
 
 class PriceBuilder:
@@ -129,44 +146,25 @@ class PriceBuilder:
 
     Args:
         rooms: Leaves by depth.
-        steps: Steps to cover, more than a leaf.
         fewest: The fewest levels that reach so far.
         levels: The most often that a step may be advanced.
     """
 
-    def __init__(self, rooms: Rooms, steps: int, fewest: int, levels: int) -> None:
-        self._rooms, self._steps = rooms, steps
+    def __init__(self, rooms: Rooms, fewest: int, levels: int) -> None:
+        self._leaves: list[int] = rooms.leaves.tolist()
+        self._lasts: list[int] = rooms.lasts.tolist()
+        self._steps = rooms.steps
         self._builder = NestingBuilder()
-        if levels * len(rooms.leaves) <= _MANY_SEGMENTS:
-            self._low, self._high = self._tables(levels)
+        if levels * len(self._leaves) <= _MANY_SEGMENTS:
+            low, high = _neighbouring_tables(rooms, levels)
         else:  # few states and many levels: any plan is slow
-            self._high = PriceTable(rooms, fewest, inf)
-            self._low = PriceTable(rooms, fewest - 1, inf)
-            self._low.steps.append(rooms.leaves)
-            self._low.is_leaf.append([True] * len(rooms.leaves))
+            low, high = PriceTable(rooms, fewest - 1, inf), PriceTable(rooms, fewest, inf)
+        self._low, self._low_is_leaf = low.by_advances()
+        self._high, self._high_is_leaf = high.by_advances()
+        if len(self._low) < len(self._high):
+            self._low.append(self._leaves)
+            self._low_is_leaf.append([True] * len(self._leaves))
         self._full: dict[tuple[bool, int, int], int] = {}
-
-    def _tables(self, levels: int) -> tuple[PriceTable, PriceTable]:
-        """Tables of neighbouring prices; only the second one reaches."""
-        least, most = 0.0, 0.0
-        low = high = PriceTable(self._rooms, levels, most)
-        while high.steps[0][0] < self._steps:
-            least, low = most, high
-            most = 2 * most if most else self._first_price()
-            high = PriceTable(self._rooms, levels, most)
-        for _ in range(_HALVINGS):
-            middle = (least + most) / 2
-            if high.steps[0][0] == self._steps or not least < middle < most:
-                break
-            found = PriceTable(self._rooms, levels, middle)
-            if found.steps[0][0] < self._steps:
-                least, low = middle, found
-            else:
-                most, high = middle, found
-        return low, high
-
-    def _first_price(self) -> float:
-        return self._rooms.leaf_seconds[0] / self._rooms.leaves[0] + self._rooms.step_seconds + 1e-9
 
     def build(self) -> tuple[NestingBuilder, int]:
         """The node of the stretch.
@@ -179,9 +177,9 @@ class PriceBuilder:
         known: list[tuple[int, bool]] = []  # (node, whether it is the left side)
         steps, advances, depth = self._steps, 0, 0
         while (node := self._undivided(steps, advances, depth)) is None:
-            most_left = self._high.steps[advances + 1][depth]
-            least_left = self._low.steps[advances + 1][depth]
-            least_right = self._low.steps[advances][depth + 1]
+            most_left = self._high[advances + 1][depth]
+            least_left = self._low[advances + 1][depth]
+            least_right = self._low[advances][depth + 1]
             if steps - most_left >= least_right:
                 known.append((self._full_node(False, advances + 1, depth), True))
                 steps, depth = steps - most_left, depth + 1
@@ -191,9 +189,9 @@ class PriceBuilder:
             elif (row := self._row_of_leaves(steps, advances, depth)) is not None:
                 node = row
                 break
-            elif steps - self._rooms.leaves[depth] <= self._high.steps[advances][depth + 1]:
-                known.append((self._builder.leaf(self._rooms.leaves[depth]), True))
-                steps, depth = steps - self._rooms.leaves[depth], depth + 1
+            elif steps - self._leaves[depth] <= self._high[advances][depth + 1]:
+                known.append((self._builder.leaf(self._leaves[depth]), True))
+                steps, depth = steps - self._leaves[depth], depth + 1
             else:
                 known.append((self._full_node(True, advances, depth + 1), False))
                 steps, advances = steps - least_right, advances + 1
@@ -216,25 +214,26 @@ class PriceBuilder:
                 last = min(ends[at], steps - len(leaves))
                 leaves[-1] += left - last
                 return self._builder.chain([(length, 1) for length in [*leaves, last]])
-            if at == len(self._rooms.leaves):
+            if at == len(self._leaves):
                 return None
-            leaves.append(self._rooms.leaves[at])
+            leaves.append(self._leaves[at])
             left -= leaves[-1]
         return None
 
     def _lengths(self, advances: int) -> list[int]:
-        return self._rooms.lasts if advances == 0 and self._rooms.lasts else self._rooms.leaves
+        return self._lasts if advances == 0 and self._lasts else self._leaves
 
     def _full_node(self, is_low: bool, advances: int, depth: int) -> int:
         """The node of all that a table covers at a number of advances and a depth."""
-        table = self._low if is_low else self._high
+        steps = self._low if is_low else self._high
+        is_leaf = self._low_is_leaf if is_low else self._high_is_leaf
         todo = [(advances, depth)]
         while todo:
             a, d = todo[-1]
             if (is_low, a, d) in self._full:
                 todo.pop()
-            elif table.is_leaf[a][d]:
-                self._full[is_low, a, d] = self._builder.leaf(table.steps[a][d])
+            elif is_leaf[a][d]:
+                self._full[is_low, a, d] = self._builder.leaf(steps[a][d])
             else:
                 left = self._full.get((is_low, a + 1, d))
                 right = self._full.get((is_low, a, d + 1))
@@ -245,3 +244,28 @@ class PriceBuilder:
                 if left is not None and right is not None:
                     self._full[is_low, a, d] = self._builder.split(left, 1, right)
         return self._full[is_low, advances, depth]
+
+
+def _neighbouring_tables(rooms: Rooms, levels: int) -> tuple[PriceTable, PriceTable]:
+    """The best nestings that just do not reach and that just do.
+
+    The next price is the one at which the two found so far are worth the same; where no
+    third is worth more, nothing lies between them.
+    """
+    price = float(rooms.leaf_seconds[0] / rooms.leaves[0]) + rooms.step_seconds + 1e-9
+    low, high = PriceTable(rooms, levels, 0.0), PriceTable(rooms, levels, price)
+    while high.covered < rooms.steps:
+        price *= 2
+        low, high = high, PriceTable(rooms, levels, price)
+    for _ in range(_ROUNDS):
+        is_cut = high.covered >= _BEYOND
+        price = (low.price + high.price) / 2 if is_cut else low.as_good_as(high)
+        found = PriceTable(rooms, levels, price)
+        known = low.covered * price - low.seconds
+        if not is_cut and found.value <= known + 1e-12 * abs(known):
+            break
+        if found.covered < rooms.steps:
+            low = found
+        else:
+            high = found
+    return low, high

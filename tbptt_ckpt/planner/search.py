@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
@@ -107,8 +109,8 @@ def _with_levels(room: LeafRoom, *, is_needed: bool) -> Iterator[Nesting]:
     rooms = _rooms(room, DEEPEST if is_needed else DEEPEST_TRIED)
     if rooms is None:
         return
-    fewest = fewest_levels(rooms, room.steps)
-    builder, node = PriceBuilder(rooms, room.steps, fewest, fewest + _MORE_LEVELS).build()
+    fewest = fewest_levels(rooms)
+    builder, node = PriceBuilder(rooms, fewest, fewest + _MORE_LEVELS).build()
     yield builder.build(node)
 
 
@@ -125,12 +127,12 @@ def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
     if room.is_last:
         lasts = [room.last(d) for d in range(int(min(room.deepest_last, len(leaves))) + 1)]
     seconds = room.costs.leaf_seconds
-    call_steps = ADVANCE_STEPS
     return Rooms(
-        leaves,
-        lasts,
-        [seconds(steps) for steps in leaves],
-        [seconds(steps) for steps in lasts],
-        room.costs.advance_seconds(call_steps) / call_steps,
-        room.costs.advance_seconds(0),
+        steps=room.steps,
+        leaves=np.array(leaves, np.int64),
+        lasts=np.array(lasts, np.int64),
+        leaf_seconds=np.array([seconds(steps) for steps in leaves], float),
+        last_seconds=np.array([seconds(steps) for steps in lasts], float),
+        step_seconds=room.costs.advance_seconds(ADVANCE_STEPS) / ADVANCE_STEPS,
+        call_seconds=room.costs.advance_seconds(0),
     )
