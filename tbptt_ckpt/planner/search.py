@@ -37,8 +37,11 @@ def fastest_nestings(lengths: Sequence[int], free_bytes: int, costs: Costs) -> l
 
 def _fastest(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nesting:
     """The nesting of one block whose first state is given."""
+    candidates = list(_candidates(steps, free_bytes, costs, is_last=is_last))
+    if len(candidates) == 1:
+        return candidates[0]
     best: tuple[tuple[float, int], Nesting] | None = None
-    for nesting in _candidates(steps, free_bytes, costs, is_last=is_last):
+    for nesting in candidates:
         prediction = _fitting_prediction(nesting, costs, free_bytes, is_last=is_last)
         if prediction is None:
             continue
@@ -72,10 +75,11 @@ def _candidates(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> 
         short = short_table(free_bytes, costs, is_last=is_last).nesting(steps)
         if short is not None:
             yield short
+    fitting = LeafRoom(steps, free_bytes, costs, is_last, steps).leaf(0)
     for longest in _leaf_limits(steps, costs):
-        room = LeafRoom(steps, free_bytes, costs, is_last, longest)
-        if longest < steps and longest >= room.leaf(0):
+        if fitting <= longest < steps:
             continue  # no limit at all
+        room = LeafRoom(steps, free_bytes, costs, is_last, longest)
         row = room.row()
         if row is not None:
             builder = NestingBuilder()

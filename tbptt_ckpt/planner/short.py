@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
@@ -11,7 +14,20 @@ from tbptt_ckpt.planner.leaves import LeafRoom
 
 SHORT_STEPS = 64
 
-Row = list[tuple[float, int]]  # by steps: least seconds, and steps of the left part or 0
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """The fastest segments by depth and steps.
+
+    Attributes:
+        seconds: Their times; infinity where none fits. One depth more than fits anything.
+        lefts: Steps of the left part where they are split, 0 where they are leaves.
+    """
+
+    seconds: Floats
+    lefts: NDArray[np.int64]
 
 
 class ShortTable:
@@ -26,48 +42,58 @@ class ShortTable:
     def __init__(self, free_bytes: int, costs: Costs, *, is_last: bool) -> None:
         room = LeafRoom(SHORT_STEPS, free_bytes, costs, is_last, SHORT_STEPS)
         lengths = range(SHORT_STEPS + 1)
-        self._leaf = [costs.leaf_seconds(steps) for steps in lengths]
-        self._advance = [costs.advance_seconds(steps) for steps in lengths]
-        self._inner = self._rows(room.lengths(SHORT_STEPS), None)
+        self._leaf = np.array([costs.leaf_seconds(steps) for steps in lengths])
+        self._advance = np.array([costs.advance_seconds(steps) for steps in lengths])
+        longest = room.lengths(SHORT_STEPS)
+        self._inner = self._segments(longest, None)
         self._ending = self._inner
         if is_last:
-            deepest = int(min(room.deepest_last, SHORT_STEPS - 1))
-            self._ending = self._rows([room.last(d) for d in range(deepest + 1)], self._inner)
+            deepest = int(min(room.deepest_last, len(longest), SHORT_STEPS - 1))
+            self._ending = self._segments(
+                [room.last(depth) for depth in range(deepest + 1)], self._inner.seconds
+            )
 
     def nesting(self, steps: int) -> Nesting | None:
         """The fastest nesting of a stretch, None where none fits."""
-        if not self._ending or self._ending[0][steps][0] == inf:
+        if np.isinf(self._ending.seconds[0, steps]):
             return None
         builder = NestingBuilder()
         return builder.build(self._node(builder, self._ending, 0, steps))
 
-    def _node(self, builder: NestingBuilder, rows: list[Row], depth: int, steps: int) -> int:
-        left = rows[depth][steps][1]
+    def _node(self, builder: NestingBuilder, segments: _Segments, depth: int, steps: int) -> int:
+        left = int(segments.lefts[depth, steps])
         if not left:
             return builder.leaf(steps)
         head = self._node(builder, self._inner, depth, left)
-        return builder.split(head, 1, self._node(builder, rows, depth + 1, steps - left))
+        tail = self._node(builder, segments, depth + 1, steps - left)
+        return builder.split(head, 1, tail)
 
-    def _rows(self, longest: list[int], inner: list[Row] | None) -> list[Row]:
-        """Rows by depth; `inner` has the left parts where they are not of the same kind."""
-        rows: list[Row] = []
-        for depth in range(len(longest) - 1, -1, -1):
-            lefts = inner[depth] if inner and depth < len(inner) else None
-            rights = rows[-1] if rows and (lefts or inner is None) else []
-            rows.append(self._row(longest[depth], lefts, rights, SHORT_STEPS - depth))
-        return rows[::-1]
+    def _segments(self, longest: list[int], inner: Floats | None) -> _Segments:
+        """All lengths in order, each at all depths at once.
 
-    def _row(self, longest: int, lefts: Row | None, rights: Row, most: int) -> Row:
-        row: Row = [(inf, 0)]
-        left_row = row if lefts is None else lefts
-        for steps in range(1, most + 1):
-            best = (self._leaf[steps] if steps <= longest else inf, 0)
-            for left in range(max(1, steps + 1 - len(rights)), steps):
-                seconds = self._advance[left] + left_row[left][0] + rights[steps - left][0]
-                if seconds < best[0]:
-                    best = (seconds, left)
-            row.append(best)
-        return row
+        Args:
+            longest: Steps of the longest leaf that ends such a segment, by depth.
+            inner: Times of left parts, where they are of another kind.
+        """
+        depths = len(longest)
+        seconds = np.full((depths + 1, SHORT_STEPS + 1), np.inf)
+        lefts = np.zeros((depths + 1, SHORT_STEPS + 1), np.int64)
+        parts = seconds
+        if inner is not None:
+            parts = np.full_like(seconds, np.inf)
+            parts[: len(inner)] = inner[: depths + 1]
+        limits = np.array(longest)
+        for steps in range(1, SHORT_STEPS + 1):
+            best = np.where(limits >= steps, self._leaf[steps], np.inf)
+            if steps > 1:
+                splits = self._advance[1:steps] + parts[:-1, 1:steps]
+                splits = splits + seconds[1:, steps - 1 : 0 : -1]
+                shortest = splits.argmin(axis=1)
+                split = splits[np.arange(depths), shortest]
+                lefts[:-1, steps] = np.where(split < best, shortest + 1, 0)
+                best = np.minimum(best, split)
+            seconds[:-1, steps] = best
+        return _Segments(seconds, lefts)
 
 
 @lru_cache(maxsize=64)
