@@ -21,8 +21,10 @@ from tbptt_ckpt.schedule import (
     check_schedule,
     executed_steps,
     longest_leaf,
+    most_advances,
     most_states,
     moved,
+    num_leaves,
 )
 from tbptt_ckpt.strategies import NestedStrategy, Retain, Strategy
 
@@ -61,6 +63,16 @@ class Block:
     def num_boundaries(self) -> int:
         """The most states at once; see `Plan.num_boundaries`."""
         return _of(self.how, "num_boundaries", most_states)
+
+    @property
+    def num_leaves(self) -> int:
+        """Leaves of one of them."""
+        return _of(self.how, "num_leaves", num_leaves)
+
+    @property
+    def num_levels(self) -> int:
+        """The most often that a step is advanced."""
+        return _of(self.how, "num_levels", most_advances)
 
     @property
     def num_actions(self) -> int:
@@ -126,6 +138,16 @@ class Plan:
         The window's first state and recorded ones exist anyway and are not counted.
         """
         return bool(self.lead_steps) + max(block.num_boundaries for block in self.blocks)
+
+    @cached_property
+    def num_leaves(self) -> int:
+        """Leaves of the window."""
+        return sum(block.count * block.num_leaves for block in self.blocks)
+
+    @cached_property
+    def num_levels(self) -> int:
+        """The most often that a step is advanced; leads are not counted."""
+        return max(block.num_levels for block in self.blocks)
 
     @property
     def schedule(self) -> Schedule:

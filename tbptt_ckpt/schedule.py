@@ -8,9 +8,10 @@ recorded ones) are *given* and need no `Keep`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import overload
 
 from tbptt_ckpt.errors import ScheduleError
@@ -115,6 +116,21 @@ def executed_steps(schedule: Iterable[Action]) -> int:
 def longest_leaf(schedule: Iterable[Action]) -> int:
     """Steps of the longest leaf."""
     return max((a.stop - a.start for a in schedule if isinstance(a, Differentiate)), default=0)
+
+
+def num_leaves(schedule: Iterable[Action]) -> int:
+    """Leaves."""
+    return sum(isinstance(action, Differentiate) for action in schedule)
+
+
+def most_advances(schedule: Iterable[Action]) -> int:
+    """The most often that a step is advanced."""
+    changes: Counter[int] = Counter()
+    for action in schedule:
+        if isinstance(action, Advance):
+            changes[action.start] += 1
+            changes[action.stop] -= 1
+    return max(accumulate(change for _, change in sorted(changes.items())), default=0)
 
 
 def most_states(schedule: Iterable[Action]) -> int:

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("resets",),
     ("plans", "packing", "task", "stored_blocks"),
     ("planning", "shrinking", "events"),
+    ("budget_ladder",),
     ("results", "readers", "records", "sinks"),
     ("time_batching",),
     ("runner", "reading", "record_storage"),
@@ -52,7 +53,7 @@ LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Integers and floats in, plain data out.
 PURE = (
     *("errors", "windows", "schedule", "fixed_schedules", "strategies", "plans"),
-    *("nesting", "predictions", "planner", "simulator", "planning", "costs"),
+    *("nesting", "predictions", "planner", "simulator", "planning", "budget_ladder", "costs"),
 )
 # Rooms that give two independent accounts of one thing.
 STRANGERS = (("planner", "simulator"), ("predictions", "simulator"))

@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO
 
 import typer
 
+from tbptt_ckpt.cli.plan import plan
 from tbptt_ckpt.cli.snapshots import snapshots
 from tbptt_ckpt.cli.train import train
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
@@ -23,6 +24,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(name="tbptt-ckpt", add_completion=False)
 app.command("train")(train)
+app.command("plan")(plan)
 app.command("snapshots")(snapshots)
 
 

@@ -1,0 +1,164 @@
+"""`tbptt-ckpt plan`: what it takes, what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tbptt_ckpt import Costs, Plan, plan, simulate
+from tbptt_ckpt.budget_ladder import budget_ladder
+from tbptt_ckpt.cli.app import main
+from tbptt_ckpt.cli.plan_drawing import COLUMNS, LABEL, draw_plan, format_seconds
+
+BY_HAND = ["--state-bytes", "64KiB", "--step-bytes", "230KB"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["plan", *options, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_json_holds_the_plan_and_the_costs_it_was_made_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = run_json(capsys, "--steps", "500", "--budget", "3MiB", *BY_HAND)
+    costs = Costs.from_dict(found["costs"])
+    expected = plan(500, costs, budget_bytes=3 << 20)
+    fields = {"strategy", "first", "lead_steps", "blocks", "advance_steps"}
+    fields |= {"predicted_peak_bytes", "predicted_seconds"}
+    assert Plan.from_dict({key: found["plan"][key] for key in fields}) == expected
+    simulation = simulate(expected.schedule, costs, advance_steps=expected.advance_steps)
+    assert found["plan"]["predicted_peak_bytes"] == simulation.peak_bytes <= 3 << 20
+    assert found["plan"]["executed_steps"] == simulation.executed_steps
+    assert found["plan"]["num_leaves"] == simulation.num_leaves
+    assert found["retained"]["predicted_peak_bytes"] == 500 * 230_000
+
+
+def test_the_table_of_budgets_runs_from_the_smallest_to_keeping_everything(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = run_json(capsys, "--steps", "500", *BY_HAND)["budgets"]
+    budgets = [row["budget_bytes"] for row in rows]
+    assert budgets == sorted(budgets)
+    assert budgets[0] == (64 << 10) + 230_000
+    assert budgets[-1] == 500 * 230_000
+    assert rows[-1]["over_retained"] == 1.0
+    assert rows[-1]["executed_steps_per_step"] == 1.0
+    for before, row in pairwise(rows):
+        saved = before["predicted_seconds"] - row["predicted_seconds"]
+        mib = (row["budget_bytes"] - before["budget_bytes"]) / 2**20
+        assert saved >= 0
+        assert row["saved_seconds_per_mib"] == pytest.approx(saved / mib)
+        assert row["predicted_peak_bytes"] <= row["budget_bytes"]
+
+
+def test_the_ladder_has_as_many_rungs_as_asked_for() -> None:
+    costs = Costs.linear(state_bytes=5, step_bytes=10)
+    assert len(budget_ladder(300, costs, count=6)) == 6
+    assert len(budget_ladder(1, costs, count=6)) == 1  # one step: nothing to choose
+
+
+@pytest.mark.parametrize("budget", ["400KB", "1MiB", "3MiB", "40MiB", "1GiB"])
+@pytest.mark.parametrize("steps", ["1", "40", "1000"])
+def test_tables_and_drawing_fit_a_terminal_of_80_columns(
+    steps: str, budget: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--steps", steps, "--budget", budget, *BY_HAND]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for name in ("predicted peak", "executed steps per step", "over everything retained"):
+        assert name in text
+    assert "From the smallest budget" in text
+
+
+def test_the_drawing_shows_leaves_from_the_last_to_the_first() -> None:
+    costs = Costs.linear(state_bytes=10, step_bytes=10)
+    drawn = draw_plan(plan(66, costs, strategy="uniform:11"), costs)
+    text = [line[LABEL:].ljust(COLUMNS) for line in drawn]
+    assert text[1] == ("=" * 55).ljust(COLUMNS)  # all but the last leaf are advanced once
+    assert text[2] == ("|" + "_" * 10) * 6
+    rows = text[3:]
+    assert all(row[55:] == " " * 11 for row in rows if "-" in row and "#" not in row)
+    ends = [row.rindex("#") for row in rows if "#" in row]
+    assert ends == sorted(ends, reverse=True)
+    assert ends[0] == 65
+    assert ends[-1] == 10
+
+
+def test_a_plan_of_too_many_actions_is_not_drawn() -> None:
+    costs = Costs.linear(state_bytes=1, step_bytes=1)
+    assert draw_plan(plan(1_000_000, costs, strategy="step"), costs) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.000012, "12.0 us"), (0.0999, "99.9 ms"), (4.567, "4.57 s"), (7200, "2.00 h")],
+)
+def test_seconds_are_written_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_costs_are_read_back_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run_json(capsys, "--steps", "300", "--budget", "2MiB", *BY_HAND)
+    whole, alone = tmp_path / "whole.json", tmp_path / "alone.json"
+    whole.write_text(json.dumps(first))
+    alone.write_text(json.dumps(first["costs"]))
+    for path in (whole, alone):
+        again = run_json(capsys, "--steps", "300", "--budget", "2MiB", "--costs", str(path))
+        assert again["plan"] == first["plan"]
+
+
+@pytest.mark.parametrize("model", ["lstm", "lstmcell"])
+def test_a_model_is_measured(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", model, "--hidden", "16", "--lanes", "2", "--steps", "200"]
+    found = run_json(capsys, *options, "--budget", "4MiB")
+    assert found["plan"]["predicted_peak_bytes"] <= 4 << 20
+    # Two tensors of 2 lanes x 16 units in float32.
+    assert found["costs"]["state_bytes"] == 2 * 2 * 16 * 4
+    assert found["costs"]["fixed"]["optimizer"] > 0
+    assert "measured on" in found["what"]
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["--steps", "0"], "--steps"),
+    (["--steps", "ten"], "--steps"),
+    (["--budget", "much", *BY_HAND], "--budget='much'"),
+    (["--budget", "200KB", *BY_HAND], "295,536 bytes"),
+    (["--budget", "0", *BY_HAND], "budget_bytes=0"),
+    (["--state-bytes", "5"], "--step-bytes"),
+    (["--model", "lstm", *BY_HAND], "--model and --state-bytes"),
+    (["--model", "nothing"], "--model nothing"),
+    (["--costs", "no/such/file"], "no/such/file"),
+    (["--strategy", "fastest", *BY_HAND], "fastest"),
+    (["--step-seconds", "-1", *BY_HAND], "--step-seconds"),
+    (["--dtype", "int8"], "--dtype"),
+    (["--strategy", "retain", "--budget", "1MiB", *BY_HAND], "'retain' takes"),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(
+    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"costs": {"colour": 1}}'])
+def test_a_file_without_costs_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(text)
+    assert main(["plan", "--costs", str(path)]) == 2
+    assert "costs" in capsys.readouterr().err
