@@ -48,8 +48,9 @@ class ExactSteps:
 
     def __call__(self, num_bytes: int) -> np.ndarray:
         """By steps; infinity where nothing fits."""
-        if num_bytes not in self._known:
-            self._known[num_bytes] = self._row(num_bytes)
+        for fewer in range(num_bytes % self.state, num_bytes + 1, self.state):
+            if fewer not in self._known:
+                self._known[fewer] = self._row(fewer)
         return self._known[num_bytes]
 
     def _row(self, num_bytes: int) -> np.ndarray:
@@ -57,7 +58,7 @@ class ExactSteps:
         fitting = max(0, min(self.longest, (num_bytes - self.leaf) // self.step))
         row[: fitting + 1] = np.arange(fitting + 1)
         if fitting >= 1 and num_bytes - self.state >= self.leaf + self.step:
-            below = self(num_bytes - self.state)
+            below = self._known[num_bytes - self.state]
             for n in range(fitting + 1, self.longest + 1):
                 cuts = np.arange(1, n)
                 row[n] = (cuts + row[cuts] + below[n - cuts]).min()
@@ -84,23 +85,23 @@ def test_executed_steps_equal_exact_dynamic_programming(ratio: tuple[int, int, i
             assert executed(num_steps, costs, budget) == wanted[num_steps], (budget, num_steps)
 
 
-# Above 64 steps prices decide. What they execute above the optimum, at most: leaves that shrink
-# by 20 steps with every state leave no more than two or three depths to choose from.
-LARGEST_EXCESS = {(20, 1, 0): 0.045, (5, 1, 0): 0.01, (3, 2, 0): 0.005, (2, 3, 4): 0.01}
+# Above 256 steps prices decide. What they execute above the optimum, at most: leaves that shrink
+# by 20 steps with every state leave few depths to choose from.
+LARGEST_EXCESS = {(20, 1, 0): 0.01, (5, 1, 0): 0.005, (3, 2, 0): 0.002, (2, 3, 4): 0.002}
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_longer_windows_are_close_to_the_optimum(ratio: tuple[int, int, int]) -> None:
     state, step, leaf = ratio
-    exact, costs = ExactSteps(*ratio, 200), line_costs(*ratio)
-    least, most = state + step + leaf, step * 200 + leaf
+    exact, costs = ExactSteps(*ratio, 300), line_costs(*ratio)
+    least, most = state + step + leaf, step * 300 + leaf
     excesses = []
-    for part in range(12):
-        budget = int(least + (most - least) * (part / 12) ** 3)
-        for num_steps in (100, 125, 200):
+    for part in range(10):
+        budget = int(least + (most - least) * (part / 10) ** 3)
+        for num_steps in (200, 257, 299, 300):
             excesses.append(executed(num_steps, costs, budget) / exact(budget)[num_steps] - 1)
     assert max(excesses) <= LARGEST_EXCESS.get(ratio, 0.0)
-    assert np.mean(excesses) <= 0.002
+    assert np.mean(excesses) <= 0.001
 
 
 def revolve_steps(num_steps: int, num_states: int) -> int:
@@ -219,6 +220,29 @@ def test_more_budget_never_costs_more_time(
     costs = line_costs(*ratio, call_seconds)
     for num_steps in (7, 23, 40):
         check_never_slower(num_steps, costs, range(1, ratio[1] * num_steps + ratio[2] + 9))
+
+
+def test_more_budget_never_costs_more_time_where_leaves_are_slow() -> None:
+    for call_seconds in (0.1, 5.0):
+        costs = slow_long_leaves(call_seconds)
+        check_never_slower(60, costs, range(5, 130))
+        check_never_slower(230, costs, range(5, 480, 25))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_budget_never_costs_more_time_in_long_windows(seed: int) -> None:
+    """Where seconds are steps; a thousandth more is allowed where calls cost time as well."""
+    rng = random.Random(seed)
+    for call_seconds, rise in ((0.0, 1e-12), (2.0, 1e-3)):
+        state, step = rng.choice([1, 3, 10, 100]), rng.choice([1, 5, 50])
+        costs, num_steps = line_costs(state, step, 0, call_seconds), rng.choice([300, 3000, 20_000])
+        budget = int((state + step) * rng.uniform(2, 20))
+        before = math.inf
+        for _ in range(12):
+            seconds = plan(num_steps, costs, budget_bytes=budget).predicted_seconds
+            assert seconds <= before * (1 + rise)
+            before = seconds
+            budget += rng.choice([1, 1, state, 1 + budget // 100, 1 + budget // 9])
 
 
 def check_never_slower(num_steps: int, costs: Costs, budgets: Iterator[int] | range) -> None:
@@ -420,7 +444,7 @@ def random_window(rng: random.Random, num_steps: int) -> dict:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_plans_fit_and_are_as_predicted(seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(12):
+    for _ in range(8):
         costs, num_steps = random_costs(rng), rng.choice([1, 2, 5, 30, 200, 1000])
         window = random_window(rng, num_steps)
         enough = plan(num_steps, costs, **window).predicted_peak_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels
-from tbptt_ckpt.planner.short import SHORT_STEPS, short_table
+from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
 from tbptt_ckpt.predictions import ADVANCE_STEPS, Prediction, predict, usual_advance_steps
 
 _MORE_LEVELS = 2  # levels allowed beyond the fewest that reach: fewer calls, more steps
@@ -37,19 +37,57 @@ def fastest_nestings(lengths: Sequence[int], free_bytes: int, costs: Costs) -> l
 
 def _fastest(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nesting:
     """The nesting of one block whose first state is given."""
-    candidates = list(_candidates(steps, free_bytes, costs, is_last=is_last))
-    if len(candidates) == 1:
-        return candidates[0]
     best: tuple[tuple[float, int], Nesting] | None = None
-    for nesting in candidates:
+
+    def consider(nesting: Nesting) -> None:
+        nonlocal best
         prediction = _fitting_prediction(nesting, costs, free_bytes, is_last=is_last)
-        if prediction is None:
-            continue
-        rank = prediction.seconds, prediction.peak_bytes
-        if best is None or rank < best[0]:
-            best = rank, nesting
+        if prediction is not None:
+            rank = prediction.seconds, prediction.peak_bytes
+            if best is None or rank < best[0]:
+                best = rank, nesting
+
+    if steps <= SHORT_STEPS:
+        short = short_nesting(steps, free_bytes, costs, is_last=is_last)
+        if short is not None:
+            consider(short)
+    fitting = LeafRoom(steps, free_bytes, costs, is_last, steps).leaf(0)
+    for longest in _leaf_limits(steps, costs):
+        if fitting <= longest < steps:
+            continue  # no limit at all
+        room = LeafRoom(steps, free_bytes, costs, is_last, longest)
+        row = room.row()
+        if row is not None:
+            builder = NestingBuilder()
+            consider(builder.build(builder.chain(row)))
+        if steps > SHORT_STEPS and (row is None or len(row) > 1):
+            hopeful = best is None or _least_seconds(room) < best[0][0]
+            levels = _with_levels(room, is_needed=row is None) if hopeful else None
+            if levels is not None:
+                consider(levels)
     assert best is not None, "the block fits"
     return best[1]
+
+
+def _least_seconds(room: LeafRoom) -> float:
+    """A bound on the time of several levels: no plan of them is faster.
+
+    At most one leaf is never advanced, and of those advanced once there is at most one at
+    every depth.
+    """
+    costs = room.costs
+    once, depths = 0, 0
+    for depth, after, steps in room.runs():
+        count = min(after - depth, room.steps)
+        once, depths = once + int(count) * steps, depths + int(count)
+        if once >= room.steps:
+            break
+    advanced = max(0, room.steps - room.last(0))
+    advanced += max(0, room.steps - room.last(0) - once)
+    longest = min(room.longest, room.last(0))
+    points = [p for p, _ in costs.leaf_seconds.points if 0 < p < longest]
+    leaf_rate = min(costs.leaf_seconds(n) / n for n in [*points, longest])
+    return leaf_rate * room.steps + costs.advance_seconds.slope * advanced
 
 
 def _fitting_prediction(
@@ -70,24 +108,6 @@ def _fitting_prediction(
     return prediction(longest) if longest else None
 
 
-def _candidates(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Iterator[Nesting]:
-    if steps <= SHORT_STEPS:
-        short = short_table(free_bytes, costs, is_last=is_last).nesting(steps)
-        if short is not None:
-            yield short
-    fitting = LeafRoom(steps, free_bytes, costs, is_last, steps).leaf(0)
-    for longest in _leaf_limits(steps, costs):
-        if fitting <= longest < steps:
-            continue  # no limit at all
-        room = LeafRoom(steps, free_bytes, costs, is_last, longest)
-        row = room.row()
-        if row is not None:
-            builder = NestingBuilder()
-            yield builder.build(builder.chain(row))
-        if row is None or (steps > SHORT_STEPS and len(row) > 1 and _calls_cost(costs)):
-            yield from _with_levels(room, is_needed=row is None)
-
-
 def _leaf_limits(steps: int, costs: Costs) -> list[int]:
     """Lengths beyond which a leaf's step takes more time: points of the measured curve."""
 
@@ -104,18 +124,14 @@ def _leaf_limits(steps: int, costs: Costs) -> list[int]:
     return [steps, *slower]
 
 
-def _calls_cost(costs: Costs) -> bool:
-    return costs.advance_seconds(0) > 0 or costs.leaf_seconds(0) > 0
-
-
-def _with_levels(room: LeafRoom, *, is_needed: bool) -> Iterator[Nesting]:
+def _with_levels(room: LeafRoom, *, is_needed: bool) -> Nesting | None:
     """A nesting of several levels, where a state fits beside a leaf."""
     rooms = _rooms(room, DEEPEST if is_needed else DEEPEST_TRIED)
     if rooms is None:
-        return
+        return None
     fewest = fewest_levels(rooms)
     builder, node = PriceBuilder(rooms, fewest, fewest + _MORE_LEVELS).build()
-    yield builder.build(node)
+    return builder.build(node)
 
 
 def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:

@@ -12,7 +12,8 @@ from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
 
-SHORT_STEPS = 64
+SHORT_STEPS = 256
+_SIZES = (64, 128, SHORT_STEPS)
 
 Floats = NDArray[np.float64]
 
@@ -31,24 +32,25 @@ class _Segments:
 
 
 class ShortTable:
-    """The fastest segments of up to `SHORT_STEPS` steps that start at every depth.
+    """The fastest segments of up to `most` steps that start at every depth.
 
     Args:
+        most: Steps.
         free_bytes: For the states and one leaf.
         costs: What steps take.
         is_last: Whether the window ends with the segment.
     """
 
-    def __init__(self, free_bytes: int, costs: Costs, *, is_last: bool) -> None:
-        room = LeafRoom(SHORT_STEPS, free_bytes, costs, is_last, SHORT_STEPS)
-        lengths = range(SHORT_STEPS + 1)
+    def __init__(self, most: int, free_bytes: int, costs: Costs, *, is_last: bool) -> None:
+        room = LeafRoom(most, free_bytes, costs, is_last, most)
+        self._most, lengths = most, range(most + 1)
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in lengths])
         self._advance = np.array([costs.advance_seconds(steps) for steps in lengths])
-        longest = room.lengths(SHORT_STEPS)
+        longest = room.lengths(most)
         self._inner = self._segments(longest, None)
         self._ending = self._inner
         if is_last:
-            deepest = int(min(room.deepest_last, len(longest), SHORT_STEPS - 1))
+            deepest = int(min(room.deepest_last, len(longest), most - 1))
             self._ending = self._segments(
                 [room.last(depth) for depth in range(deepest + 1)], self._inner.seconds
             )
@@ -76,14 +78,14 @@ class ShortTable:
             inner: Times of left parts, where they are of another kind.
         """
         depths = len(longest)
-        seconds = np.full((depths + 1, SHORT_STEPS + 1), np.inf)
-        lefts = np.zeros((depths + 1, SHORT_STEPS + 1), np.int64)
+        seconds = np.full((depths + 1, self._most + 1), np.inf)
+        lefts = np.zeros((depths + 1, self._most + 1), np.int64)
         parts = seconds
         if inner is not None:
             parts = np.full_like(seconds, np.inf)
             parts[: len(inner)] = inner[: depths + 1]
         limits = np.array(longest)
-        for steps in range(1, SHORT_STEPS + 1):
+        for steps in range(1, self._most + 1):
             best = np.where(limits >= steps, self._leaf[steps], np.inf)
             if steps > 1:
                 splits = self._advance[1:steps] + parts[:-1, 1:steps]
@@ -96,7 +98,13 @@ class ShortTable:
         return _Segments(seconds, lefts)
 
 
+def short_nesting(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nesting | None:
+    """The fastest nesting of at most `SHORT_STEPS` steps; None where none fits."""
+    most = next(size for size in _SIZES if size >= steps)
+    return _short_table(most, free_bytes, costs, is_last).nesting(steps)
+
+
 @lru_cache(maxsize=64)
-def short_table(free_bytes: int, costs: Costs, *, is_last: bool) -> ShortTable:
-    """The table, made once for windows of all short lengths."""
-    return ShortTable(free_bytes, costs, is_last=is_last)
+def _short_table(most: int, free_bytes: int, costs: Costs, is_last: bool) -> ShortTable:
+    """The table, made once for all lengths."""
+    return ShortTable(most, free_bytes, costs, is_last=is_last)
