@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tbptt_ckpt import (
     TBPTT,
     Advance,
+    Costs,
     Differentiate,
     Drop,
     Keep,
@@ -34,6 +35,7 @@ from tbptt_ckpt import (
     Schedule,
     ScheduleError,
     TensorSequence,
+    plan,
     run_window,
     tbptt_windows,
 )
@@ -306,6 +308,34 @@ def test_a_user_schedule_gives_the_same_gradient(executor: str) -> None:
         )
         assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
         assert record == VALID
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("budget", [8, 9, 11, 14, 20, 26])
+def test_planned_schedules_run_as_planned_and_give_the_same_gradient(
+    budget: int, executor: str
+) -> None:
+    """A state takes three bytes and a leaf's step two: from one leaf down to several levels."""
+    inputs, targets = random_data(13)
+    module, init = tanh_cell(), random_state()
+    run_window(module, mean_loss, inputs, targets, init, strategy="retain")
+    expected = gradients(list(module.parameters()))
+    planned = plan(13, Costs.linear(state_bytes=3, step_bytes=2), budget_bytes=budget)
+    clear_gradients(list(module.parameters()))
+    record: list[Any] = []
+    run = run_window(
+        module,
+        mean_loss,
+        inputs,
+        targets,
+        init,
+        strategy=planned.schedule,
+        executor=executor,
+        record=record,
+    )
+    assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
+    assert record == planned.schedule
+    assert run.executed_steps == planned.executed_steps
 
 
 INVALID: dict[str, list[Any]] = {
