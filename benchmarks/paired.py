@@ -67,11 +67,11 @@ def time_pairs(
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in range(num_pairs):
         for way in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[way].append(_timed(ways[way]))
+            seconds[way].append(timed(ways[way]))
     return PairedTimes(np.array(seconds[0]), np.array(seconds[1]))
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], Any]) -> float:
     gc.collect()
     gc.disable()
     try:
