@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ import psutil
 import torch
 
 
-def describe_environment() -> dict[str, object]:
-    """Versions, processor, cores and threads in use, and how busy the machine was."""
+def describe_environment(*further: str) -> dict[str, object]:
+    """Versions, processor, cores and threads in use, and how busy the machine was.
+
+    Args:
+        further: Distributions whose versions matter too; absent ones are left out.
+    """
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tbptt_ckpt": version("tbptt-ckpt"),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **installed_versions(*further),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
@@ -29,6 +35,15 @@ def describe_environment() -> dict[str, object]:
         "accelerator": _accelerator(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def installed_versions(*distributions: str) -> dict[str, object]:
+    """Versions of those distributions that are installed."""
+    found: dict[str, object] = {}
+    for name in distributions:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _processor() -> str:

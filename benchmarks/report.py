@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,33 +69,59 @@ def publish(
     """Print the figures with where they were measured; write them to `--json FILE`."""
     environment = describe_environment()
     print()
-    print(_table(figures, interval_is))
+    print(_figure_table(figures, interval_is))
     print()
+    print_origin(environment, arguments)
+    if arguments.json is None:
+        return
+    payload = {"interval_is": interval_is, "figures": [asdict(figure) for figure in figures]}
+    write_result(name, environment, arguments, payload)
+
+
+def print_origin(environment: Mapping[str, object], arguments: argparse.Namespace) -> None:
+    """Where the figures above are from, and whether they mean anything."""
     print("; ".join(f"{key} {value}" for key, value in environment.items()))
     if arguments.quick:
         print("--quick: tiny sizes, figures without meaning")
-    if arguments.json is None:
-        return
+
+
+def write_result(
+    name: str,
+    environment: Mapping[str, object],
+    arguments: argparse.Namespace,
+    payload: Mapping[str, object],
+) -> None:
+    """Write a result to `--json FILE`, which must be new."""
     result = {
         "benchmark": name,
         "environment": environment,
         "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
-        "interval_is": interval_is,
-        "figures": [asdict(figure) for figure in figures],
+        **payload,
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with arguments.json.open("x") as file:  # a dated result is never overwritten
-        json.dump(result, file, indent=2)
+        json.dump(result, file, indent=2, default=str)
         file.write("\n")
     print(f"written to {arguments.json}")
 
 
-def _table(figures: Sequence[Figure], interval_is: str) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, to be read as it is or pasted into a page."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    texts = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts)
+
+
+def _figure_table(figures: Sequence[Figure], interval_is: str) -> str:
+    """The columns that some figure fills."""
     header = ("what", "measured", interval_is, "limit", "further")
-    rows = [header, *(figure.cells() for figure in figures)]
-    used = [i for i in range(len(header)) if i < 2 or any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in used}
-    lines = ["| " + " | ".join(row[i].ljust(widths[i]) for i in used) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (widths[i] + 2) for i in used) + "|")
-    return "\n".join(lines)
+    rows = [figure.cells() for figure in figures]
+    used = [i for i in range(len(header)) if i < 2 or any(row[i] for row in rows)]
+    return markdown_table([header[i] for i in used], [[row[i] for i in used] for row in rows])

@@ -98,8 +98,12 @@ FIXED = (
     _ours("ours-cell-32", "LSTMCell, uniform:32", strategy="uniform:32"),
     _ours("ours-cell-8", "LSTMCell, uniform:8", strategy="uniform:8"),
     _ours("ours-cell-revolve", "LSTMCell, revolve:40", strategy="revolve:40"),
-    _ours("ours-cell-32-ckpt", "LSTMCell, uniform:32, one graph", strategy="uniform:32",
-          executor="checkpoint"),
+    _ours(
+        "ours-cell-32-ckpt",
+        "LSTMCell, uniform:32, one graph",
+        strategy="uniform:32",
+        executor="checkpoint",
+    ),
     _ours("ours-lstm-32", "nn.LSTM, uniform:32", fused=True, strategy="uniform:32"),
     _ours("ours-lstm-8", "nn.LSTM, uniform:8", fused=True, strategy="uniform:8"),
 )

@@ -36,7 +36,9 @@ class OursPeer(TorchPeer):
             options["memory_budget"] = there + int(budget_mib * MIB)
         num_steps = work.size.num_steps
         per_step = not fused
-        self.tbptt = TBPTT(self.model, byte_loss, num_steps, num_steps, per_step=per_step, **options)
+        self.tbptt = TBPTT(
+            self.model, byte_loss, num_steps, num_steps, per_step=per_step, **options
+        )
 
     def accumulate(self, inputs: Tensor, targets: Tensor) -> float:
         loss = self.tbptt.train(TensorSequence(inputs, targets)).loss

@@ -74,8 +74,10 @@ def make_work(size: Size) -> Work:
 def relative_error(found: Arrays, expected: Arrays) -> float:
     """Norm of the difference over the norm, of all gradients together."""
     squares = [
-        (np.square(found[name] - expected[name], dtype=np.float64).sum(),
-         np.square(expected[name], dtype=np.float64).sum())
+        (
+            np.square(found[name] - expected[name], dtype=np.float64).sum(),
+            np.square(expected[name], dtype=np.float64).sum(),
+        )
         for name in expected
     ]
     difference, norm = np.sum(squares, axis=0)

@@ -1,0 +1,135 @@
+"""Runs entries in fresh processes, interleaved, and remembers what is done.
+
+Every measurement is a process of its own and a line in a file, so that a run which was cut
+off, or which should not hold a machine for long, goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.entries import BASELINE, Entry
+from benchmarks.peers.work import Size
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to be measured.
+
+    Attributes:
+        entry: Key of what runs.
+        size: The work.
+        what: "memory" (and gradients) or "time".
+        number: Round, for "time".
+    """
+
+    entry: str
+    size: Size
+    what: str
+    number: int = 0
+
+
+class Records:
+    """What was measured so far: one line of JSON for each job, in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = folder / "records.jsonl"
+        self.results: dict[Job, dict[str, Any]] = {}
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        for line in lines:
+            record = json.loads(line)
+            size = Size(**record["job"].pop("size"))
+            self.results[Job(size=size, **record["job"])] = record["result"]
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        self.results[job] = result
+        with self._file.open("a") as file:
+            file.write(json.dumps({"job": asdict(job), "result": result}) + "\n")
+
+    def save(self, name: str, results: list[dict[str, Any]]) -> None:
+        """Keep further results under a name."""
+        (self.folder / f"{name}.json").write_text(json.dumps(results))
+
+    def load(self, name: str) -> list[dict[str, Any]]:
+        """What was kept under a name; empty if nothing."""
+        file = self.folder / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else []
+
+    def reference(self, size: Size) -> Path:
+        """Where the baseline's gradients are."""
+        return self.folder / f"gradient-{size.width}-{size.num_lanes}-{size.num_steps}.npz"
+
+
+class Clock:
+    """Says when it is too late to start anything."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.perf_counter() + 60 * minutes
+
+    @property
+    def is_over(self) -> bool:
+        return self._end is not None and time.perf_counter() > self._end
+
+
+def memory_jobs(entries: Sequence[Entry], sizes: Sequence[Size]) -> Iterator[Job]:
+    """Peaks and gradients do not vary: once each, the baseline first."""
+    first = [entry for entry in entries if entry == BASELINE]
+    for size in sizes:
+        for entry in first + [entry for entry in entries if entry != BASELINE]:
+            yield Job(entry.key, size, "memory")
+
+
+def time_jobs(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> Iterator[Job]:
+    """All entries in turn, then all again, backwards: a slow stretch hits neighbours alike."""
+    for size in sizes:
+        for number in range(num_rounds):
+            for entry in entries if number % 2 == 0 else reversed(entries):
+                yield Job(entry.key, size, "time", number)
+
+
+def run(
+    jobs: Sequence[Job], records: Records, *, num_runs: int, threads: int, clock: Clock
+) -> bool:
+    """Do the jobs that are not done yet; False where the time ran out before the last."""
+    for job in jobs:
+        if job in records.results:
+            continue
+        if clock.is_over:
+            return False
+        result = _measured(job, records, num_runs, threads)
+        records.add(job, result)
+        print(f"{job.size}: {job.entry}: {_brief(result)}", flush=True)
+    return True
+
+
+def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[str, Any]:
+    """What a fresh process reports; a peer that fails says why, and the others go on."""
+    size = job.size
+    command = [sys.executable, "-m", "benchmarks.peers.measured_peer", job.entry]
+    command += ["--width", str(size.width), "--lanes", str(size.num_lanes)]
+    command += ["--steps", str(size.num_steps), "--what", job.what, "--runs", str(num_runs)]
+    command += ["--reference", str(records.reference(size)), "--threads", str(threads)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _brief(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"FAILED: {result['error']}"
+    if "seconds" in result:
+        return " ".join(f"{seconds:.3f} s" for seconds in result["seconds"])
+    return f"{result['peak_bytes'] / 2**20:.2f} MiB, error {result['gradient_error']:.1e}"
