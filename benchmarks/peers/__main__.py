@@ -7,7 +7,7 @@ in fresh processes, interleaved; and the planner alone against checkpoint_schedu
     python -m benchmarks.peers --json benchmarks/results/$(date +%F)-peers.json
 
 A full run takes about half an hour. `--records FOLDER --minutes 3` does a piece of it; the same
-command again goes on from there. `memory` and `planners` need no quiet machine, `time` does.
+command again goes on from there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LENGTHS, QUICK_LENGTHS = (1_000, 10_000), (48,)
 PLANNED_LENGTHS, QUICK_PLANNED_LENGTHS = (1_000, 10_000, 100_000, 1_000_000), (100,)
 SLOTS = (20, 100)
 PLANNER_LIMIT_SECONDS = 60.0
-PARTS = ("memory", "time", "planners")
+PARTS = ("runs", "planners")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,21 +76,19 @@ def chosen_sizes(arguments: argparse.Namespace) -> list[Size]:
 
 
 def measure(arguments: argparse.Namespace, entries: list[Entry], records: campaign.Records) -> bool:
-    """Do what is left of memory and time; False if there was not enough time."""
+    """Do the runs that are left; False if there was not enough time."""
     sizes = chosen_sizes(arguments)
     short = [size for size in sizes if size.num_steps <= min(LENGTHS)]
     long = [size for size in sizes if size not in short]
     rounds, runs = (1, 1) if arguments.quick else (arguments.rounds, arguments.runs)
-    jobs: list[tuple[list[campaign.Job], int]] = []
-    if "memory" in arguments.parts:
-        jobs.append((list(campaign.memory_jobs(entries, sizes)), 1))
-    if "time" in arguments.parts:
-        jobs.append((list(campaign.time_jobs(entries, short, rounds)), runs))
-        jobs.append((list(campaign.time_jobs(entries, long, arguments.long_rounds)), 1))
     clock = campaign.Clock(arguments.minutes)
+    parts = (
+        (campaign.rounds(entries, short, rounds), runs),
+        (campaign.rounds(entries, long, arguments.long_rounds), 1),
+    )
     return all(
-        campaign.run(some, records, num_runs=num_runs, threads=arguments.threads, clock=clock)
-        for some, num_runs in jobs
+        campaign.run(jobs, records, num_runs=num_runs, threads=arguments.threads, clock=clock)
+        for jobs, num_runs in parts
     )
 
 
@@ -99,7 +97,7 @@ def main() -> None:
     entries = chosen_entries(arguments.only)
     with tempfile.TemporaryDirectory() as folder:
         records = campaign.Records(arguments.records or Path(folder))
-        if not measure(arguments, entries, records):
+        if "runs" in arguments.parts and not measure(arguments, entries, records):
             raise SystemExit("unfinished: the same command goes on from here")
         planned = planned_results(arguments, records)
         publish(arguments, entries, records, planned)

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,12 @@ class Job:
     Attributes:
         entry: Key of what runs.
         size: The work.
-        what: "memory" (and gradients) or "time".
-        number: Round, for "time".
+        number: Round; peaks do not vary and are measured in the first.
     """
 
     entry: str
     size: Size
-    what: str
-    number: int = 0
+    number: int
 
 
 class Records:
@@ -82,24 +80,20 @@ class Clock:
         return self._end is not None and time.perf_counter() > self._end
 
 
-def memory_jobs(entries: Sequence[Entry], sizes: Sequence[Size]) -> Iterator[Job]:
-    """Peaks and gradients do not vary: once each, the baseline first."""
-    first = [entry for entry in entries if entry == BASELINE]
-    for size in sizes:
-        for entry in first + [entry for entry in entries if entry != BASELINE]:
-            yield Job(entry.key, size, "memory")
+def rounds(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> Iterator[Job]:
+    """All entries in turn, then all again, backwards: a slow stretch hits neighbours alike.
 
-
-def time_jobs(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> Iterator[Job]:
-    """All entries in turn, then all again, backwards: a slow stretch hits neighbours alike."""
+    The baseline is the first to run: its gradient is what the others are held against.
+    """
+    order = sorted(entries, key=lambda entry: entry != BASELINE)
     for size in sizes:
         for number in range(num_rounds):
-            for entry in entries if number % 2 == 0 else reversed(entries):
-                yield Job(entry.key, size, "time", number)
+            for entry in order if number % 2 == 0 else reversed(order):
+                yield Job(entry.key, size, number)
 
 
 def run(
-    jobs: Sequence[Job], records: Records, *, num_runs: int, threads: int, clock: Clock
+    jobs: Iterable[Job], records: Records, *, num_runs: int, threads: int, clock: Clock
 ) -> bool:
     """Do the jobs that are not done yet; False where the time ran out before the last."""
     for job in jobs:
@@ -118,7 +112,8 @@ def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[s
     size = job.size
     command = [sys.executable, "-m", "benchmarks.peers.measured_peer", job.entry]
     command += ["--width", str(size.width), "--lanes", str(size.num_lanes)]
-    command += ["--steps", str(size.num_steps), "--what", job.what, "--runs", str(num_runs)]
+    command += ["--steps", str(size.num_steps), "--runs", str(num_runs)]
+    command += ["--peak"] if job.number == 0 else []
     command += ["--reference", str(records.reference(size)), "--threads", str(threads)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -130,6 +125,6 @@ def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[s
 def _brief(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAILED: {result['error']}"
-    if "seconds" in result:
-        return " ".join(f"{seconds:.3f} s" for seconds in result["seconds"])
-    return f"{result['peak_bytes'] / 2**20:.2f} MiB, error {result['gradient_error']:.1e}"
+    seconds = " ".join(f"{seconds:.3f} s" for seconds in result["seconds"])
+    peak = f", {result['peak_bytes'] / 2**20:.2f} MiB" if "peak_bytes" in result else ""
+    return f"{seconds}, error {result['gradient_error']:.0e}{peak}"

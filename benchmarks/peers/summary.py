@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,21 +66,19 @@ def rows_of(
             errors = [result["error"] for result in done.values() if "error" in result]
             if errors:
                 failures.append(f"{entry.label}, {size}: {errors[0]}")
-            elif {job.what for job in done} == {"memory", "time"}:
+            elif done:
                 rows.append(_row(entry, size, list(done.values())))
     return rows, failures
 
 
-def _row(entry: Entry, size: Size, results: Sequence[dict]) -> Row:
-    timed = [result for result in results if "seconds" in result]
-    memory = next(result for result in results if "peak_bytes" in result)
+def _row(entry: Entry, size: Size, results: Sequence[dict[str, Any]]) -> Row:
     return Row(
         entry,
         size,
-        np.array([s for result in timed for s in result["seconds"]]),
-        memory["peak_bytes"],
-        float(np.median([result["rss_rise_bytes"] for result in timed])),
-        memory["gradient_error"],
+        np.array([seconds for result in results for seconds in result["seconds"]]),
+        next(result["peak_bytes"] for result in results if "peak_bytes" in result),
+        float(np.median([result["rss_rise_bytes"] for result in results])),
+        max(result["gradient_error"] for result in results),
     )
 
 
