@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.environment import describe_environment
@@ -136,7 +137,9 @@ def publish(
     write_result("peers", environment, arguments, payload)
     where = "; ".join(f"{key} {value}" for key, value in environment.items())
     arguments.json.with_suffix(".md").write_text(f"# Peers\n\n{where}\n\n{page}")
-    if rows:
+    if not find_spec("matplotlib"):
+        print("no plot: matplotlib is not installed")
+    elif rows:
         plot.draw(rows, arguments.json.with_suffix(".png"))
 
 

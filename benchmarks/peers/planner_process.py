@@ -41,8 +41,9 @@ def checkpoint_schedules_planner(name: str) -> Planner:
 def our_planner(strategy: str) -> Planner:
     """`tbptt_ckpt.plan`, with a state and a step of a leaf taking one slot each.
 
-    Their slots hold the window's first state and not the working step, the package's budget
-    the other way round: the number of slots is the same.
+    Their slots hold the window's first state; the state and the step that the current leaf
+    works on come on top. The package's budget counts those two and not the window's first
+    state, which makes one more for the same memory.
     """
 
     def forward_steps(num_steps: int, num_states: int) -> Iterator[int]:
@@ -51,7 +52,7 @@ def our_planner(strategy: str) -> Planner:
 
         costs = Costs.linear(state_bytes=1, step_bytes=1, backward_ratio=0)
         if strategy == "optimal":
-            planned = plan(num_steps, costs, budget_bytes=num_states)
+            planned = plan(num_steps, costs, budget_bytes=num_states + 1)
         else:
             planned = plan(num_steps, costs, strategy=f"{strategy}:{num_states}")
         for action in planned.schedule:

@@ -108,8 +108,7 @@ class Verdict:
         if self.ours is None or self.times is None:
             return (self.peer.entry.label, level, "none needs so little", "", "", "no")
         mine = f"{self.ours.peak_mib:.1f} MiB, {self.ours.median_seconds:.2f} s"
-        low, high = self.times.interval
-        ratio, interval = f"{self.times.ratio:.2f} x", f"{low:.2f} to {high:.2f}"
+        ratio, interval = _ratio_cells(self.times)
         kept = "yes" if self.kept else "no"
         return (
             self.peer.entry.label,
@@ -164,9 +163,7 @@ def size_tables(rows: Sequence[Row]) -> str:
 def _cells(row: Row, baseline: Row | None) -> tuple[str, ...]:
     ratio = interval = ""
     if baseline is not None:
-        times = over(baseline, row)
-        low, high = times.interval
-        ratio, interval = f"{times.ratio:.2f} x", f"{low:.2f} to {high:.2f}"
+        ratio, interval = _ratio_cells(over(baseline, row))
     return (
         row.entry.label,
         f"{row.median_seconds:.2f} s",
@@ -176,3 +173,11 @@ def _cells(row: Row, baseline: Row | None) -> tuple[str, ...]:
         f"{row.rss_rise_bytes / MIB:.0f} MiB",
         f"{row.gradient_error:.0e}",
     )
+
+
+def _ratio_cells(times: PairedTimes) -> tuple[str, str]:
+    """The median ratio and its interval, which a single pair does not have."""
+    if len(times.baseline) == 1:
+        return f"{times.ratio:.2f} x", "one run"
+    low, high = times.interval
+    return f"{times.ratio:.2f} x", f"{low:.2f} to {high:.2f}"
