@@ -20,6 +20,8 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from benchmarks.environment import describe_environment
 from benchmarks.peers import campaign, planners, plot, summary
 from benchmarks.peers.entries import BASELINE, ENTRIES, Entry
@@ -95,6 +97,7 @@ def measure(arguments: argparse.Namespace, entries: list[Entry], records: campai
 
 def main() -> None:
     arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)  # as in the measured processes, for the report
     entries = chosen_entries(arguments.only)
     with tempfile.TemporaryDirectory() as folder:
         records = campaign.Records(arguments.records or Path(folder))
