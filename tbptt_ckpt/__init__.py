@@ -18,6 +18,8 @@ from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateE
 from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.planning import plan
 from tbptt_ckpt.plans import Plan
+from tbptt_ckpt.profiling import profile_strategies, profile_window
+from tbptt_ckpt.report import MemoryReport, StrategyReport
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.simulator import Simulation, simulate
@@ -59,6 +61,7 @@ __all__ = [
     "JsonLines",
     "Keep",
     "LaneSource",
+    "MemoryReport",
     "NonFinite",
     "NonFiniteError",
     "Notice",
@@ -76,6 +79,7 @@ __all__ = [
     "Sqrt",
     "StaleWeightsError",
     "Step",
+    "StrategyReport",
     "TbpttError",
     "TbpttWarning",
     "TensorBoard",
@@ -95,6 +99,8 @@ __all__ = [
     "map_file",
     "measure_costs",
     "plan",
+    "profile_strategies",
+    "profile_window",
     "run_window",
     "simulate",
     "tbptt_windows",

@@ -24,8 +24,8 @@ PACKAGE = Path(tbptt_ckpt.__file__).parent
 # be built.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("windows", "schedule", "costs", "state", "hooks"),
-    ("nesting", "simulator"),
+    ("windows", "schedule", "costs", "state", "hooks", "report", "environment"),
+    ("nesting", "simulator", "trace", "plots"),
     ("fixed_schedules", "predictions"),
     ("planner", "snapshot", "randomness"),
     ("undo",),
@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passage", "evaluation"),
     ("sequence_run",),
     ("engine", "single_window", "measured_costs"),
-    ("verification", "trainer"),
+    ("verification", "trainer", "profiling"),
     ("tbptt_ckpt",),  # the package itself: its public names
     ("cli",),
     ("__main__",),
@@ -54,6 +54,7 @@ LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PURE = (
     *("errors", "windows", "schedule", "fixed_schedules", "strategies", "plans"),
     *("nesting", "predictions", "planner", "simulator", "planning", "budget_ladder", "costs"),
+    *("report", "trace"),
 )
 # Rooms that give two independent accounts of one thing.
 STRANGERS = (("planner", "simulator"), ("predictions", "simulator"))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import describe_environment
+from tbptt_ckpt.environment import describe_environment
 from benchmarks.peers import campaign, planners, plot, summary
 from benchmarks.peers.entries import BASELINE, ENTRIES, Entry
 from benchmarks.peers.work import Size

@@ -13,6 +13,7 @@ from typing import NoReturn, TextIO
 import typer
 
 from tbptt_ckpt.cli.plan import plan
+from tbptt_ckpt.cli.profile import profile
 from tbptt_ckpt.cli.snapshots import snapshots
 from tbptt_ckpt.cli.train import train
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
@@ -26,6 +27,7 @@ app = typer.Typer(name="tbptt-ckpt", add_completion=False)
 app.command("train")(train)
 app.command("plan")(plan)
 app.command("snapshots")(snapshots)
+app.command("profile")(profile)
 
 
 @app.callback()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbptt_ckpt.cli.devices import DTYPES
-from tbptt_ckpt.cli.weights import check_target
+from tbptt_ckpt.cli.targets import check_target
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.strategies import parse_strategy
 from tbptt_ckpt.windows import check_positive_int
@@ -77,10 +77,10 @@ class TrainingConfig:
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
-        _check_choice("--overlap", self.overlap, ("refresh", "stale"))
-        _check_choice("--executor", self.executor, ("replay", "checkpoint"))
-        _check_choice("--dtype", self.dtype, tuple(DTYPES))
-        _check_strategy(self.strategy)
+        check_choice("--overlap", self.overlap, ("refresh", "stale"))
+        check_choice("--executor", self.executor, ("replay", "checkpoint"))
+        check_choice("--dtype", self.dtype, tuple(DTYPES))
+        check_strategy(self.strategy)
         self._check_save()
         self._check_snapshots()
 
@@ -108,18 +108,20 @@ class TrainingConfig:
     def _check_save(self) -> None:
         if self.save is None:
             return
-        check_target(self.save, force=self.force)
+        check_target("--save", self.save, force=self.force)
         replaced = self.save if self.save.exists() else None
         if replaced and self.data and self.data.exists() and replaced.samefile(self.data):
             raise ArgumentError(f"--save {self.save} would replace the text of --data")
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ArgumentError` unless an option is one of the choices."""
     if value not in choices:
         raise ArgumentError(f"{option} {value} is not one of {', '.join(choices)}")
 
 
-def _check_strategy(text: str) -> None:
+def check_strategy(text: str) -> None:
+    """Raise `ArgumentError` unless `--strategy` names one."""
     try:
         parse_strategy(text)
     except ArgumentError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -19,7 +21,8 @@ def call_factory(name: str, offered: dict[str, int]) -> nn.Module:
     """The module that the factory makes; it gets those of the offered arguments that it takes.
 
     Args:
-        name: `package.module:factory`; the current directory can be imported from.
+        name: `package.module:factory`, where the current directory can be imported from, or
+            `path/to/file.py:factory`.
         offered: Keyword arguments.
 
     Raises:
@@ -39,12 +42,12 @@ def call_factory(name: str, offered: dict[str, int]) -> nn.Module:
 
 
 def _find_factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # an installed script's path begins elsewhere
         sys.path.insert(0, here)
     try:
-        factory: Any = importlib.import_module(module_name)
+        factory: Any = _import(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
     except Exception as error:
@@ -53,6 +56,19 @@ def _find_factory(name: str) -> Callable[..., Any]:
         raise ArgumentError(f"--model {name} is {type(factory).__name__}, not a factory to call")
     found: Callable[..., Any] = factory
     return found
+
+
+def _import(name: str) -> ModuleType:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _accepted(name: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:

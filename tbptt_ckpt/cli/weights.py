@@ -8,24 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tbptt_ckpt.cli.targets import check_target
 from tbptt_ckpt.errors import ArgumentError
-
-
-def check_target(path: Path, *, force: bool) -> None:
-    """Raise `ArgumentError` unless a file can be written at `path`.
-
-    Args:
-        path: Where weights will go.
-        force: Whether a file that is there may be replaced.
-    """
-    if path.is_dir():
-        raise ArgumentError(f"--save {path} is a directory; name a file")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"--save {path}: there is no directory {path.parent}")
-    if path.exists() and not force:
-        raise ArgumentError(f"--save {path} exists; add --force to replace it")
-    if not os.access(path.parent, os.W_OK):
-        raise ArgumentError(f"--save {path}: {path.parent} is not writable")
 
 
 def save_weights(module: nn.Module, path: Path, *, force: bool) -> None:
@@ -36,7 +20,7 @@ def save_weights(module: nn.Module, path: Path, *, force: bool) -> None:
     Raises:
         ArgumentError: The file cannot be written.
     """
-    check_target(path, force=force)
+    check_target("--save", path, force=force)
     weights = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -8,13 +8,14 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
 
-def describe_environment(*further: str) -> dict[str, object]:
+def describe_environment(*further: str) -> dict[str, Any]:
     """Versions, processor, cores and threads in use, and how busy the machine was.
 
     Args:
@@ -29,17 +30,17 @@ def describe_environment(*further: str) -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": _accelerator(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": round(psutil.getloadavg()[0], 2),
     }
 
 
-def installed_versions(*distributions: str) -> dict[str, object]:
+def installed_versions(*distributions: str) -> dict[str, Any]:
     """Versions of those distributions that are installed."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for name in distributions:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
@@ -47,9 +48,20 @@ def installed_versions(*distributions: str) -> dict[str, object]:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    unnamed = platform.processor() or "unknown"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return unnamed
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    return next(names, unnamed)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _accelerator() -> str:

@@ -1,0 +1,225 @@
+"""Runs warm windows of one configuration: plain ones to time, and one under the meter."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.engine import TBPTT
+from tbptt_ckpt.executor import UNOBSERVED
+from tbptt_ckpt.memory import PeakMeter, RssSampler, peak_memory, rss_bytes, tensor_bytes
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.endless import EndlessSource
+from tbptt_ckpt.profiling.foretelling import Foretold, costs_of, foretell
+from tbptt_ckpt.profiling.stopwatch import ActionWatch
+from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.report import MemoryReport, WindowTrace
+from tbptt_ckpt.results import WindowResult
+
+# The first update makes the optimizer's state and the second finds it warm.
+_WARM_UPDATES = 2
+_CALLS_PER_FLUSH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Resident bytes of a process before and while windows run."""
+
+    before_bytes: int
+    peak_bytes: int
+
+
+class WindowBench:
+    """Runs warm windows of one configuration, one at a time.
+
+    Windows without targets lead up to the first one that reaches back all of `k2` steps and
+    does not touch the start of the sequence, so that it is like those in the middle of a run.
+
+    Args:
+        work: What to run; weights and optimizer change as in training.
+        configuration: How.
+        alone: Whether nothing else has tensors on the device, so that its own count of
+            live bytes can be trusted.
+    """
+
+    def __init__(self, work: Work, configuration: Configuration, *, alone: bool = False) -> None:
+        self._work, self._configuration, self._alone = work, configuration, alone
+        self._device = work.device
+        k1, k2 = configuration.k1, configuration.k2
+        self._silent_windows = max(0, k2 // k1)
+        self._source = EndlessSource(work.source, self._silent_windows * k1)
+        self._engine = TBPTT(
+            work.module,
+            work.loss_fn,
+            k1,
+            k2,
+            work.optimizer,
+            strategy=configuration.strategy,
+            memory_budget=configuration.budget_bytes,
+            overlap=configuration.overlap,
+            executor=configuration.executor,
+            **work.options,
+        )
+        self._running: Iterator[WindowResult] | None = None
+
+    def warm_up(self) -> Resident:
+        """Run the first windows, with resident memory sampled beside them."""
+        before = rss_bytes().total
+        with RssSampler() as sampler:
+            self.time_window()
+        return Resident(before, sampler.peak_bytes)
+
+    def time_window(self) -> float:
+        """Seconds of one more window and its update; warm ones run first if none has."""
+        if self._running is None:
+            self._running = self._warm_windows()
+        gc.collect()
+        gc.disable()
+        try:
+            self._synchronize()
+            begun = time.perf_counter()
+            next(self._running)
+            self._synchronize()
+            return time.perf_counter() - begun
+        finally:
+            gc.enable()
+
+    def costs(self) -> Costs:
+        """What the module takes, measured on a few segments."""
+        return costs_of(self._work, self._configuration.k2)
+
+    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
+        """One warm window under the meter.
+
+        Args:
+            costs: To predict from; None predicts nothing.
+            trace: Whether the report shall hold the window in time.
+        """
+        self._running = None
+        gc.collect()
+        metered = self._metered_window()
+        foretold = None if costs is None else foretell(metered.window, self._configuration, costs)
+        return self._report(metered, foretold, trace=trace)
+
+    def write_history(self, path: Path) -> None:
+        """Run one warm window on CUDA and write PyTorch's memory history of it.
+
+        Args:
+            path: File to write, a pickle for pytorch.org/memory_viz.
+        """
+        windows = self._warm_windows()
+        torch.cuda.memory._record_memory_history()
+        try:
+            next(windows)
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _metered_window(self) -> _Metered:
+        base = self._live_bytes_before()
+        with peak_memory(self._device, held=self._work.held(), rss=False) as outer:
+            with self._each_call(_every(_CALLS_PER_FLUSH, outer.flush)):
+                windows = self._warm_windows()
+            outer.flush()
+            before = base + outer.net_bytes
+            with peak_memory(self._device, held=(), rss=False) as meter:
+                watch = ActionWatch(meter, self._device, before)
+                with self._each_call(_every(_CALLS_PER_FLUSH, watch.read)):
+                    self._engine.observer = watch
+                    window = next(windows)
+                    self._engine.observer = UNOBSERVED
+        return _Metered(window, watch, meter, before)
+
+    def _warm_windows(self) -> Iterator[WindowResult]:
+        """An iterator over windows whose next one is warm."""
+        windows = iter(self._engine.windows(self._source, self._work.init_state))
+        for _ in range(self._silent_windows + _WARM_UPDATES):
+            next(windows)
+        return windows
+
+    def _live_bytes_before(self) -> int:
+        if self._alone and self._device.type != "cpu":
+            return torch.accelerator.memory_allocated(self._device)
+        return tensor_bytes(*self._work.held(), grads=True)
+
+    @contextmanager
+    def _each_call(self, hook: Callable[..., None]) -> Iterator[None]:
+        """Have a function called before each call of the module."""
+        module = self._work.module
+        if not isinstance(module, nn.Module):
+            yield
+            return
+        handle = module.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def _report(self, metered: _Metered, foretold: Foretold | None, *, trace: bool) -> MemoryReport:
+        window, watch, meter = metered.window, metered.watch, metered.meter
+        first = min(window.start, window.new_start)
+        data = self._source.read(first, window.stop)  # read when the window begins
+        return self._configuration.report(
+            device=str(self._device),
+            peak_bytes=metered.before_bytes + meter.peak_bytes,
+            fixed_bytes=metered.before_bytes + tensor_bytes(data),
+            predicted_peak_bytes=None if foretold is None else foretold.peak_bytes,
+            reserved_peak_bytes=meter.reserved_peak_bytes,
+            allocation_retries=meter.allocation_retries,
+            window_steps=window.stop - first,
+            executed_steps=window.recomputed_steps + window.stop - window.new_start,
+            held_states=watch.held_states,
+            longest_leaf=window.plan.longest_leaf if window.plan else None,
+            trace=metered.trace(foretold) if trace else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Metered:
+    """A window that was run under the meter.
+
+    Attributes:
+        window: Its result.
+        watch: Its actions.
+        meter: Its memory.
+        before_bytes: Tensor bytes live before it.
+    """
+
+    window: WindowResult
+    watch: ActionWatch
+    meter: PeakMeter
+    before_bytes: int
+
+    def trace(self, foretold: Foretold | None) -> WindowTrace:
+        """The window in time."""
+        clock, spans = self.watch.clock, self.watch.spans
+        timeline = tuple(
+            (clock.without_pauses(seconds), self.before_bytes + live)
+            for seconds, live in self.meter.timeline
+        )
+        actions = tuple(spans) if foretold is None else foretold.fill_in(spans)
+        return WindowTrace(timeline[-1][0], timeline, actions)
+
+
+def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:
+    """A hook that acts at every so many calls."""
+    calls = count(1)
+
+    def hook(*_: object) -> None:
+        if next(calls) % num_calls == 0:
+            act()
+
+    return hook

@@ -1,0 +1,74 @@
+"""What a measured window is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.report import MemoryReport
+from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.windows import check_positive_int
+
+BASELINE = "retain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One row of a profile.
+
+    Attributes:
+        strategy: As for `TBPTT`.
+        k1: Steps between updates.
+        k2: Steps the gradient reaches back.
+        overlap: "refresh" or "stale".
+        executor: "replay" or "checkpoint".
+        budget_bytes: A memory budget; None gives none.
+    """
+
+    strategy: Any
+    k1: int
+    k2: int
+    overlap: str = "refresh"
+    executor: str = "replay"
+    budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.strategy, Sequence) and not isinstance(self.strategy, str):
+            object.__setattr__(self, "strategy", tuple(self.strategy))  # so that it has a hash
+
+    def check(self) -> None:
+        """Raise `ArgumentError` for what cannot work, before anything is started."""
+        check_positive_int("k1", self.k1)
+        if self.k2 is None:
+            raise ArgumentError("k2=None has no end; a profile measures one window: give a number")
+        check_positive_int("k2", self.k2)
+        parse_strategy(self.strategy)
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy in words."""
+        given = self.strategy
+        return given if isinstance(given, str) else str(parse_strategy(given))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is plain BPTT: one leaf, no budget."""
+        return self.budget_bytes is None and str(parse_strategy(self.strategy)) == BASELINE
+
+    def baseline(self) -> Configuration:
+        """Plain BPTT of the same windows."""
+        return replace(self, strategy=BASELINE, budget_bytes=None)
+
+    def report(self, **figures: Any) -> MemoryReport:
+        """A report about this configuration with those figures."""
+        return MemoryReport(
+            strategy=self.strategy_name,
+            k1=self.k1,
+            k2=self.k2,
+            overlap=self.overlap,
+            executor=self.executor,
+            budget_bytes=self.budget_bytes,
+            **figures,
+        )

@@ -1,0 +1,119 @@
+"""A bench in a fresh process of its own, so that no figure is polluted by another."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.profiling.bench import Resident
+from tbptt_ckpt.profiling.child import serve
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.outcome import BenchError, Failure
+from tbptt_ckpt.profiling.work import Workload
+from tbptt_ckpt.report import FAILED, OUT_OF_MEMORY, MemoryReport
+
+_PATIENCE_SECONDS = 10.0
+
+
+class ProcessBench:
+    """Has a `WindowBench` made in a fresh process, and asks it.
+
+    Args:
+        workload: Made in that process.
+        configuration: The row.
+
+    Raises:
+        ArgumentError: A workload that cannot be sent to another process.
+    """
+
+    def __init__(self, workload: Workload, configuration: Configuration) -> None:
+        # Pickled here: torch's own way through a pipe would put tensors in shared memory,
+        # which the tensor allocator does not count.
+        pickled = _pickled(workload)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, configuration), daemon=True)
+        self._process.start()
+        theirs.close()
+        # Sent once it runs: large arguments of a process that dies in its first moments,
+        # as in a script without its `if __name__ == "__main__":`, would block for ever.
+        with contextlib.suppress(ConnectionError):
+            self._pipe.send_bytes(pickled)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def warm_up(self) -> Resident:
+        """As `WindowBench.warm_up`."""
+        resident: Resident = self._ask("warm_up")
+        return resident
+
+    def time_window(self) -> float:
+        """As `WindowBench.time_window`."""
+        seconds: float = self._ask("time_window")
+        return seconds
+
+    def measure(self, **keywords: Any) -> MemoryReport:
+        """As `WindowBench.measure`."""
+        report: MemoryReport = self._ask("measure", **keywords)
+        return report
+
+    def costs(self) -> Costs:
+        """As `WindowBench.costs`."""
+        costs: Costs = self._ask("costs")
+        return costs
+
+    def write_history(self, path: Path) -> None:
+        """As `WindowBench.write_history`."""
+        self._ask("write_history", path=path)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(_PATIENCE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, name: str, **keywords: Any) -> Any:
+        try:
+            self._pipe.send((name, keywords))
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            answer = self._obituary()
+        if isinstance(answer, Failure):
+            raise BenchError(answer)
+        return answer
+
+    def _obituary(self) -> Failure:
+        self._process.join(_PATIENCE_SECONDS)
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return Failure(OUT_OF_MEMORY, "the system killed the process, as it does for memory")
+        return Failure(FAILED, f"the measured process ended by itself with exit code {code}")
+
+
+def _pickled(workload: Workload) -> bytes:
+    try:
+        return pickle.dumps(workload)
+    except Exception as error:  # whatever the user's __reduce__ raises
+        raise ArgumentError(
+            f"the module, its loss, data or optimizer cannot be sent to a fresh process "
+            f"({type(error).__name__}: {error}); define classes and functions at the top of a "
+            "file, or measure in this process"
+        ) from error

@@ -1,0 +1,315 @@
+"""Profiles from code: what one window takes, and what several strategies take."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tbptt_ckpt.ambient import Ambient
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.environment import describe_environment
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.memory import parse_bytes
+from tbptt_ckpt.modules import parameters_of, recognise
+from tbptt_ckpt.profiling.bench import Resident, WindowBench
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.outcome import BenchError, describe_failure
+from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
+from tbptt_ckpt.profiling.work import GivenWork, Work
+from tbptt_ckpt.report import FAILED, MemoryReport, StrategyReport
+from tbptt_ckpt.sources import TensorSequence
+from tbptt_ckpt.state import tensors_of
+from tbptt_ckpt.windows import check_positive_int
+
+DEFAULT_STRATEGIES = ("retain", "step", "uniform:32", "sqrt", "revolve:20")
+_OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
+
+
+def profile_window(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    init_state: Any = None,
+    *,
+    k1: int,
+    k2: int,
+    optimizer: Any = None,
+    strategy: object = "auto",
+    memory_budget: int | str | None = None,
+    overlap: str = "refresh",
+    executor: str = "replay",
+    per_step: bool | None = None,
+    time_dim: int | None = None,
+    repeats: int = 3,
+    trace: bool = True,
+    **options: Any,
+) -> MemoryReport:
+    """What one warm window takes in memory and time: measured here, in this process.
+
+    Tensor peaks are exact and repeat on the CPU to the byte. Resident memory includes
+    whatever the process did before; `profile_strategies(..., fresh_processes=True)` and the
+    command `tbptt-ckpt profile` measure in processes of their own.
+
+    Windows run on copies of module and optimizer; yours, their gradients and the random
+    generators stay as they are. The steps are read over and over as those of a stream, so
+    that a few hundred serve any `k2`; they count for the window that is being run only.
+
+    Args:
+        module: As for `TBPTT`.
+        loss_fn: As for `TBPTT`.
+        inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
+        targets: The same, such as [T, B].
+        init_state: The state at the first step.
+        k1: Steps between updates.
+        k2: Steps the gradient reaches back.
+        optimizer: Its state counts, and its step is timed; None leaves both out.
+        strategy: As for `TBPTT`.
+        memory_budget: As for `TBPTT`; one that does not fit gives a report that says so.
+        overlap: As for `TBPTT`.
+        executor: As for `TBPTT`.
+        per_step: As for `TBPTT`.
+        time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
+        repeats: Windows to time, without the meter, which runs for one more.
+        trace: Whether the report shall hold the window in time.
+        **options: `loss`, `reduction`, `clip_grad_norm`, `autocast_dtype`, as for `TBPTT`.
+
+    Returns:
+        A report, also where memory or the budget did not suffice: see its `status`.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+    check_positive_int("repeats", repeats)
+    configuration = Configuration(
+        strategy=strategy,
+        k1=k1,
+        k2=k2,
+        overlap=overlap,
+        executor=executor,
+        budget_bytes=_budget(memory_budget),
+    )
+    configuration.check()
+    work = make_work(
+        module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
+    )
+    try:
+        with BenchHere(work, configuration) as bench:
+            return measured(bench, repeats, trace=trace, costs=bench.costs())
+    except BenchError as error:
+        failure = error.failure
+        if failure.status == FAILED and error.__cause__ is not None:
+            raise error.__cause__ from None
+        return configuration.report(status=failure.status, message=failure.message)
+
+
+def profile_strategies(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    init_state: Any = None,
+    *,
+    k1: int | Sequence[int],
+    k2: int | Sequence[int],
+    optimizer: Any = None,
+    strategies: Sequence[object] = DEFAULT_STRATEGIES,
+    memory_budgets: Sequence[int | str | None] = (None,),
+    overlap: str = "refresh",
+    executor: str = "replay",
+    per_step: bool | None = None,
+    time_dim: int | None = None,
+    repeats: int = 3,
+    traces: bool = False,
+    fresh_processes: bool = False,
+    watch: Watch = unwatched,
+    **options: Any,
+) -> StrategyReport:
+    """What several strategies take for the same windows; plain BPTT is always a row.
+
+    Every combination of `k1`, `k2`, strategy and budget is a row. Rows are timed in turns
+    with plain BPTT, and `ratio` is the median of the ratios of neighbours.
+
+    Args:
+        module: As for `profile_window`, like all arguments that are not named here.
+        loss_fn: As for `profile_window`.
+        inputs: As for `profile_window`.
+        targets: As for `profile_window`.
+        init_state: As for `profile_window`.
+        k1: One or several.
+        k2: One or several.
+        optimizer: As for `profile_window`.
+        strategies: As for `TBPTT`.
+        memory_budgets: Bytes, sizes such as "512MiB", or None for no budget.
+        overlap: As for `TBPTT`.
+        executor: As for `TBPTT`.
+        per_step: As for `TBPTT`.
+        time_dim: As for `profile_window`.
+        repeats: Windows to time for each row.
+        traces: Whether rows shall hold their window in time.
+        fresh_processes: Measure each row in a process of its own, so that its resident
+            memory is its own too. Everything is pickled then, and a script needs its
+            `if __name__ == "__main__":`.
+        watch: Told before every stage.
+        **options: As for `profile_window`.
+
+    Returns:
+        A report with a row for each configuration, also for those that could not run.
+
+    Raises:
+        ArgumentError: An argument that cannot work; a module that fails in plain BPTT.
+    """
+    check_positive_int("repeats", repeats)
+    configurations = [
+        Configuration(
+            strategy=strategy,
+            k1=one_k1,
+            k2=one_k2,
+            overlap=overlap,
+            executor=executor,
+            budget_bytes=_budget(budget),
+        )
+        for one_k1, one_k2, strategy, budget in product(
+            _several(k1), _several(k2), strategies, memory_budgets
+        )
+    ]
+    if not configurations:
+        raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
+    for configuration in configurations:
+        configuration.check()
+    work = make_work(
+        module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
+    )
+
+    def open_bench(configuration: Configuration) -> AbstractContextManager[Bench]:
+        if fresh_processes:
+            return ProcessBench(GivenWork(work), configuration)
+        return BenchHere(work, configuration)
+
+    rows = sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
+    return StrategyReport(tuple(rows), describe_environment())
+
+
+def make_work(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    init_state: Any,
+    optimizer: Any,
+    per_step: bool | None,
+    time_dim: int | None,
+    options: dict[str, Any],
+) -> Work:
+    """The work that these arguments describe."""
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise ArgumentError(f"{unknown[0]}={options[unknown[0]]!r} is not an argument of a profile")
+    time_dim = recognise(module, per_step, 0).time_dim if time_dim is None else time_dim
+    if targets is None:
+        raise ArgumentError("targets=None leaves nothing to differentiate")
+    return Work(
+        module=module,
+        loss_fn=loss_fn,
+        source=TensorSequence(inputs, targets, time_dim),
+        init_state=init_state,
+        optimizer=optimizer,
+        options={**options, "per_step": per_step, "time_dim": time_dim},
+    )
+
+
+class BenchHere:
+    """A `WindowBench` in this process, on copies; what is copied stays as it is.
+
+    Args:
+        work: What to copy.
+        configuration: The row.
+    """
+
+    def __init__(self, work: Work, configuration: Configuration) -> None:
+        self._work, self._configuration = work, configuration
+        self._bench: WindowBench | None = None
+
+    def __enter__(self) -> BenchHere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bench = None
+
+    def warm_up(self) -> Resident:
+        """As `WindowBench.warm_up`."""
+        with self._translated() as bench:
+            return bench.warm_up()
+
+    def time_window(self) -> float:
+        """As `WindowBench.time_window`."""
+        with self._translated() as bench:
+            return bench.time_window()
+
+    def costs(self) -> Costs:
+        """As `WindowBench.costs`."""
+        with self._translated() as bench:
+            return bench.costs()
+
+    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
+        """As `WindowBench.measure`."""
+        with self._translated() as bench:
+            return bench.measure(costs=costs, trace=trace)
+
+    def write_history(self, path: Path) -> None:
+        """As `WindowBench.write_history`."""
+        with self._translated() as bench:
+            bench.write_history(path)
+
+    @contextmanager
+    def _translated(self) -> Iterator[WindowBench]:
+        """The bench, made when it is first needed; its errors as `BenchError`."""
+        tensors = [*parameters_of(self._work.module), *tensors_of(self._work.init_state)]
+        ambient = Ambient([self._work.module], tensors)
+        found = ambient.capture()
+        try:
+            if self._bench is None:
+                self._bench = WindowBench(copied(self._work), self._configuration)
+            yield self._bench
+        except Exception as error:
+            failure = describe_failure(error, traceback.format_exc())
+            raise BenchError(failure) from error
+        finally:
+            ambient.restore(found)
+
+
+def copied(work: Work) -> Work:
+    """The same work with copies of what training changes.
+
+    Raises:
+        ArgumentError: It cannot be copied.
+    """
+    try:
+        module, loss_fn, optimizer, state = copy.deepcopy(work.held())
+    except Exception as error:  # whatever the user's own __deepcopy__ raises
+        raise ArgumentError(
+            f"module, loss_fn, optimizer and init_state must be copied, so that yours stay as "
+            f"they are, and cannot be ({type(error).__name__}: {error})"
+        ) from error
+    return Work(
+        module=module,
+        loss_fn=loss_fn,
+        source=work.source,
+        init_state=state,
+        optimizer=optimizer,
+        options=work.options,
+    )
+
+
+def _budget(given: int | str | None) -> int | None:
+    return None if given is None else parse_bytes(given, "memory_budget")
+
+
+def _several(given: int | Sequence[int]) -> Sequence[int]:
+    return given if isinstance(given, Sequence) else (given,)

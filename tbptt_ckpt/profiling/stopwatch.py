@@ -1,0 +1,85 @@
+"""Watches the actions of one window: when each began and ended, and what it held in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from tbptt_ckpt.memory import PeakMeter
+from tbptt_ckpt.profiling.clock import PausedClock
+from tbptt_ckpt.report import ActionSpan
+from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep
+
+
+class ActionWatch:
+    """An observer that measures every action of a window.
+
+    Args:
+        meter: Of the window.
+        device: Where it runs.
+        before_bytes: Tensor bytes live when the meter began.
+
+    Attributes:
+        clock: Stands still while the meter is read.
+        held_states: Most boundary states kept at once.
+        spans: The actions so far.
+    """
+
+    def __init__(self, meter: PeakMeter, device: torch.device, before_bytes: int) -> None:
+        self._meter, self._device, self._before_bytes = meter, device, before_bytes
+        self.clock = PausedClock()
+        self._action: Action | None = None
+        self._began_seconds, self._live_bytes = 0.0, before_bytes
+        self._gradient_seconds: float | None = None
+        self._held = 0
+        self.held_states = 0
+        self.spans: list[ActionSpan] = []
+
+    def begins(self, action: Action) -> None:
+        """Close the action before and open this one."""
+        self.ends()
+        if isinstance(action, Keep | Drop):
+            self._held += 1 if isinstance(action, Keep) else -1
+            self.held_states = max(self.held_states, self._held)
+        self._action, self._gradient_seconds = action, None
+        self._began_seconds = self._now()
+
+    def differentiates(self) -> None:
+        """Note when a leaf's gradient begins."""
+        self._gradient_seconds = self._now()
+
+    def ends(self) -> None:
+        """Close the last action."""
+        ended = self._now()
+        with self.clock.paused():
+            lap = self._meter.lap()
+        if self._action is not None:
+            start, stop = _steps(self._action)
+            self.spans.append(
+                ActionSpan(
+                    kind=type(self._action).__name__.lower(),
+                    start=start,
+                    stop=stop,
+                    began_seconds=self._began_seconds,
+                    ended_seconds=ended,
+                    gradient_seconds=self._gradient_seconds,
+                    live_bytes=self._live_bytes,
+                    peak_bytes=self._before_bytes + lap.peak_bytes,
+                )
+            )
+        self._action, self._live_bytes = None, self._before_bytes + lap.now_bytes
+
+    def read(self) -> None:
+        """Take in what the meter recorded, off the clock."""
+        with self.clock.paused():
+            self._meter.flush()
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return self.clock.now()
+
+
+def _steps(action: Action) -> tuple[int, int]:
+    if isinstance(action, Advance | Differentiate):
+        return action.start, action.stop
+    return action.step, action.step

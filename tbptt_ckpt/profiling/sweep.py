@@ -1,0 +1,244 @@
+"""Measures configuration after configuration, each against plain BPTT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+from tbptt_ckpt.costs import Costs
+from tbptt_ckpt.memory import free_memory
+from tbptt_ckpt.profiling.bench import Resident
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.outcome import BenchError, Failure, ProfileError
+from tbptt_ckpt.report import FAILED, MemoryReport
+
+# Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
+_KEPT_PART_OF_FREE = 0.25
+
+
+class Bench(Protocol):
+    """Measures one configuration; raises `BenchError` where it cannot."""
+
+    def warm_up(self) -> Resident:
+        """Run the first windows."""
+
+    def time_window(self) -> float:
+        """Seconds of one warm window."""
+
+    def costs(self) -> Costs:
+        """What the module takes."""
+
+    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
+        """One warm window under the meter."""
+
+    def write_history(self, path: Path) -> None:
+        """Write PyTorch's memory history of one warm window on CUDA."""
+
+
+OpenBench = Callable[[Configuration], AbstractContextManager[Bench]]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a sweep stands.
+
+    Attributes:
+        stage: What is being done.
+        num_rows: Rows that are done.
+        total_rows: Rows there will be.
+    """
+
+    stage: str
+    num_rows: int
+    total_rows: int
+
+
+Watch = Callable[[Progress], None]
+
+
+def unwatched(progress: Progress) -> None:
+    """Shows nothing."""
+
+
+def with_baselines(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """The configurations, each once, plain BPTT of the same windows before the first of them."""
+    ordered: list[Configuration] = []
+    for configuration in configurations:
+        baseline = configuration.baseline()
+        if baseline not in ordered:
+            ordered.append(baseline)
+        if not configuration.is_baseline and configuration not in ordered:
+            ordered.append(configuration)
+    return ordered
+
+
+def sweep(
+    configurations: Sequence[Configuration],
+    open_bench: OpenBench,
+    *,
+    repeats: int,
+    traces: bool = False,
+    history: Callable[[Configuration], Path | None] = lambda _: None,
+    watch: Watch = unwatched,
+) -> list[MemoryReport]:
+    """One report for each configuration and for plain BPTT of its windows.
+
+    Args:
+        configurations: The rows wanted.
+        open_bench: Makes a bench; it is closed when its row is done.
+        repeats: Windows to time for each row.
+        traces: Whether reports shall hold the window in time.
+        history: Names a file for PyTorch's memory history of a row; None writes none.
+        watch: Told before every stage.
+
+    Raises:
+        ProfileError: Plain BPTT fails for another reason than memory, so that nothing else
+            would work either.
+    """
+    ordered = with_baselines(configurations)
+    groups = {c.baseline(): [o for o in ordered if o.baseline() == c.baseline()] for c in ordered}
+    reports: dict[Configuration, MemoryReport] = {}
+
+    def tell(stage: str) -> None:
+        watch(Progress(stage, len(reports), len(ordered)))
+
+    for baseline, rows in groups.items():
+        with _Group(baseline, open_bench, repeats, traces, history, tell) as group:
+            for row in rows:
+                reports[row] = group.report(row)
+    return [reports[configuration] for configuration in ordered]
+
+
+class _Group:
+    """Configurations with the same windows, timed in turns with plain BPTT of these."""
+
+    def __init__(
+        self,
+        baseline: Configuration,
+        open_bench: OpenBench,
+        repeats: int,
+        traces: bool,
+        history: Callable[[Configuration], Path | None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._baseline, self._open_bench = baseline, open_bench
+        self._repeats, self._traces, self._tell = repeats, traces, tell
+        self._history = history
+        self._stack = ExitStack()
+        self._rival: Bench | None = None
+        self._rival_seconds: float | None = None
+        self._costs: Costs | None = None
+
+    def __enter__(self) -> _Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def report(self, row: Configuration) -> MemoryReport:
+        """Measure a row; plain BPTT has to come first."""
+        try:
+            if row == self._baseline:
+                return self._measure_baseline()
+            with self._open_bench(row) as bench:
+                return self._measure(row, bench)
+        except BenchError as error:
+            if row == self._baseline and error.failure.status == FAILED:
+                failure = error.failure
+                raise ProfileError(failure.message, failure.traceback) from error.__cause__
+            return _failed(row, error.failure)
+
+    def _measure_baseline(self) -> MemoryReport:
+        with ExitStack() as stack:
+            bench = stack.enter_context(self._open_bench(self._baseline))
+            report = self._measure(self._baseline, bench)
+            self._rival_seconds = report.seconds
+            if _may_stay(report):
+                self._rival, self._stack = bench, stack.pop_all()
+        return replace(report, ratio=1.0)
+
+    def _measure(self, row: Configuration, bench: Bench) -> MemoryReport:
+        def say(stage: str) -> None:
+            self._tell(f"{stage}: {row.strategy_name}, k1={row.k1}, k2={row.k2}")
+
+        if self._costs is None:
+            say("measuring costs")
+            self._costs = bench.costs()
+        report = measured(
+            bench,
+            self._repeats,
+            costs=self._costs,
+            trace=self._traces,
+            rival=self._time_rival,
+            say=say,
+        )
+        history = self._history(row)
+        if history is not None:
+            say("writing memory history")
+            bench.write_history(history)
+        if report.ratio is None and self._rival_seconds is not None:
+            assert report.seconds is not None, "it was timed"
+            return replace(report, ratio=report.seconds / self._rival_seconds)
+        return report
+
+    def _time_rival(self) -> float | None:
+        try:
+            return None if self._rival is None else self._rival.time_window()
+        except BenchError:  # gone, for memory perhaps; what it took before still serves
+            self._rival = None
+            return None
+
+
+def measured(
+    bench: Bench,
+    repeats: int,
+    *,
+    costs: Costs | None = None,
+    trace: bool = False,
+    rival: Callable[[], float | None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> MemoryReport:
+    """All figures of a bench.
+
+    Args:
+        bench: Measures one configuration.
+        repeats: Windows to time.
+        costs: To predict from.
+        trace: Whether the report shall hold the window in time.
+        rival: Seconds of a window to compare with, run when it is called; None where there
+            is nothing to compare with.
+        say: Told before every stage.
+    """
+    say("warming up")
+    resident = bench.warm_up()
+    say("timing")
+    seconds, ratios = [], []
+    for turn in range(repeats):
+        theirs = rival() if turn % 2 else None
+        seconds.append(bench.time_window())
+        theirs = theirs if turn % 2 else rival()
+        if theirs is not None:
+            ratios.append(seconds[-1] / theirs)
+    say("measuring memory")
+    return replace(
+        bench.measure(costs=costs, trace=trace),
+        rss_before_bytes=resident.before_bytes,
+        rss_peak_bytes=resident.peak_bytes,
+        seconds=median(seconds),
+        ratio=median(ratios) if ratios else None,
+    )
+
+
+def _may_stay(report: MemoryReport) -> bool:
+    """Whether plain BPTT leaves enough memory to be kept at hand beside another process."""
+    if report.device != "cpu" or report.rss_peak_bytes is None:
+        return False
+    return report.rss_peak_bytes < _KEPT_PART_OF_FREE * free_memory()
+
+
+def _failed(row: Configuration, failure: Failure) -> MemoryReport:
+    return row.report(status=failure.status, message=failure.message)

@@ -1,0 +1,66 @@
+"""What is profiled: a module, its loss, its data, and how to make them in a fresh process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tbptt_ckpt.modules import parameters_of
+from tbptt_ckpt.state import tensors_of
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Work:
+    """What `TBPTT` is given, without the choices that are profiled.
+
+    Attributes:
+        module: As for `TBPTT`.
+        loss_fn: As for `TBPTT`.
+        source: Where steps come from; it has a length, and is read over and over.
+        init_state: The state at the first step.
+        optimizer: Of the module's parameters; None measures windows without an update.
+        options: Further keywords of `TBPTT`.
+    """
+
+    module: Callable[..., Any]
+    loss_fn: Callable[[Any, Any], Any]
+    source: Any
+    init_state: Any = None
+    optimizer: Any = None
+    options: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, or else the first state; the CPU where there is neither."""
+        tensors = [*parameters_of(self.module), *tensors_of(self.init_state)]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def held(self) -> tuple[Any, ...]:
+        """The trees of tensors that are there before anything runs."""
+        return (self.module, self.loss_fn, self.optimizer, self.init_state)
+
+
+class Workload(Protocol):
+    """Makes the work, in whatever process it is called; it can be pickled."""
+
+    def build(self) -> Work:
+        """The work, the same every time.
+
+        Raises:
+            ArgumentError: Work that cannot be made, for reasons the user can mend.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GivenWork:
+    """Work that exists already."""
+
+    work: Work
+
+    def build(self) -> Work:
+        """The work."""
+        return self.work

@@ -1,0 +1,190 @@
+"""Profiles from code: exact, repeatable, and without a trace in what is profiled."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tbptt_ckpt import ArgumentError, profile_strategies, profile_window
+from tbptt_ckpt.memory import peak_memory, tensor_bytes
+
+MSE = nn.functional.mse_loss
+STRATEGIES = ("retain", "step", "uniform:5", "sqrt", "revolve:3")
+
+
+def make(kind=nn.LSTM, width=8, num_steps=23, lanes=2):
+    torch.manual_seed(0)
+    module = kind(3, width)
+    data = torch.randn(num_steps, lanes, 3), torch.randn(num_steps, lanes, width)
+    return module, MSE, *data
+
+
+def profile(*work, strategy="sqrt", k1=4, k2=12, **options):
+    return profile_window(*work, strategy=strategy, k1=k1, k2=k2, repeats=1, **options)
+
+
+def peaks(report):
+    return {(row.strategy, row.k1, row.k2): row.peak_bytes for row in report.rows}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+def test_peaks_repeat_to_the_byte_in_any_order_and_any_process(kind):
+    work = make(kind)
+    optimizer = torch.optim.Adam(work[0].parameters())
+    options = {"k1": 4, "k2": (12, 3), "optimizer": optimizer, "repeats": 1}
+    first = profile_strategies(*work, strategies=STRATEGIES, **options)
+    second = profile_strategies(*work, strategies=STRATEGIES[::-1], **options)
+    assert len(first.rows) == 10
+    assert peaks(first) == peaks(second)
+    fresh = profile_strategies(
+        *work, strategies=("sqrt",), **{**options, "k2": 12}, fresh_processes=True
+    )
+    assert peaks(fresh) == {key: peaks(first)[key] for key in peaks(fresh)}
+    assert [row.strategy for row in fresh.rows] == ["retain", "sqrt"]
+    assert fresh.rows[1].ratio is not None
+    assert fresh.rows[0].ratio == 1.0
+
+
+def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
+    """Everything a hand-written window holds: weights, gradients, Adam, data, graph."""
+    module, _, inputs, targets = make(nn.GRU, width=64, num_steps=24, lanes=16)
+    optimizer = torch.optim.Adam(module.parameters())
+    state = None
+    for _ in range(3):
+        base = tensor_bytes(module, optimizer, state, grads=True)
+        with peak_memory(held=(module, optimizer, state), rss=False) as meter:
+            x, y = inputs.clone(), targets.clone()
+            optimizer.zero_grad()
+            outputs, state = module(x, state)
+            MSE(outputs, y).backward()
+            state = state.detach()
+            optimizer.step()
+            del outputs, x, y
+    report = profile(
+        module, MSE, inputs, targets, k1=24, k2=24, strategy="retain", optimizer=optimizer
+    )
+    assert report.peak_bytes == pytest.approx(base + meter.peak_bytes, rel=0.03)
+    data = tensor_bytes(inputs, targets)
+    assert report.fixed_bytes == pytest.approx(base + data, rel=0.03)
+
+
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+def test_figures_of_a_schedule(overlap, executor):
+    options = {"overlap": overlap, "executor": executor}
+    report = profile(*make(), strategy="uniform:5", **options)
+    kinds = [action.kind for action in report.trace.actions]
+    leaves = [a for a in report.trace.actions if a.kind == "differentiate"]
+    executed = sum(a.stop - a.start for a in report.trace.actions if a.stop > a.start)
+    assert (report.window_steps, report.executed_steps) == (12, executed)
+    assert kinds.count("keep") == kinds.count("drop")
+    assert report.longest_leaf == max(leaf.stop - leaf.start for leaf in leaves)
+    assert all(leaf.began_seconds <= leaf.gradient_seconds <= leaf.ended_seconds for leaf in leaves)
+    assert sorted((a.start, a.stop) for a in leaves)[-1][1] - min(a.start for a in leaves) == 12
+    ends = [(a.began_seconds, a.ended_seconds) for a in report.trace.actions]
+    assert ends == sorted(ends)
+    assert all(begin <= end for begin, end in ends)
+    assert report.peak_bytes == max(live for _, live in report.trace.timeline)
+    assert max(a.peak_bytes for a in report.trace.actions) <= report.peak_bytes
+
+
+def test_more_states_are_held_where_leaves_are_shorter():
+    held = {s: profile(*make(), strategy=s).held_states for s in STRATEGIES}
+    assert held["retain"] == 0 < held["uniform:5"] < held["step"]
+
+
+def test_what_is_profiled_stays_as_it_is():
+    module, (_, _, inputs, targets) = Noisy(), make()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for weight in module.parameters():
+        weight.grad = torch.randn_like(weight)
+    before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    grads = [weight.grad.clone() for weight in module.parameters()]
+    generator = torch.get_rng_state()
+    report = profile(module, MSE, inputs, targets[..., :3], optimizer=optimizer)
+    assert report.is_ok
+    assert torch.equal(torch.get_rng_state(), generator)
+    after = (module.state_dict(), optimizer.state_dict())
+    assert str(before) == str(after)
+    assert all(torch.equal(w.grad, g) for w, g in zip(module.parameters(), grads, strict=True))
+
+
+class Noisy(nn.Module):
+    """One step with dropout, and a buffer that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 3)
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, state):
+        self.count += 1
+        state = self.cell(self.dropout(x), state)
+        return state, state
+
+
+def test_memory_that_does_not_suffice_is_a_report_that_says_so():
+    class Greedy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(3, 8)
+            self.calls = 0
+
+        def forward(self, x, state):
+            self.calls += 1
+            if self.calls > 30:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TiB")
+            state = self.cell(x, state)
+            return state, state
+
+    _, _, inputs, targets = make()
+    report = profile(Greedy(), MSE, inputs, targets)
+    assert (report.status, report.peak_bytes) == ("out of memory", None)
+    assert "can't allocate memory" in report.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k1": 0}, "k1=0 must be"),
+        ({"k2": None}, "k2=None has no end"),
+        ({"strategy": "quick"}, "strategy='quick' is not"),
+        ({"executor": "fast"}, "executor='fast' must be"),
+        ({"memory_budget": "lots"}, "memory_budget='lots' is not a size"),
+        ({"colour": 1}, "colour=1 is not an argument"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        profile(*make(), **options)
+
+
+def test_no_repeats_and_no_targets_are_refused():
+    module, loss_fn, inputs, targets = make()
+    with pytest.raises(ArgumentError, match="repeats=0 must be"):
+        profile_window(module, loss_fn, inputs, targets, k1=4, k2=8, repeats=0)
+    with pytest.raises(ArgumentError, match="targets=None leaves nothing"):
+        profile_window(module, loss_fn, inputs, None, k1=4, k2=8)
+
+
+def test_what_cannot_be_sent_to_another_process_is_refused():
+    module, _, inputs, targets = make()
+    with pytest.raises(ArgumentError, match="cannot be sent to a fresh process"):
+        profile_strategies(
+            module, lambda y, t: MSE(y, t), inputs, targets, k1=4, k2=8, fresh_processes=True
+        )
+
+
+def test_a_module_that_fails_in_plain_bptt_fails_the_profile():
+    class Broken(Noisy):
+        def forward(self, x, state):
+            raise KeyError("weights")
+
+    _, _, inputs, targets = make()
+    with pytest.raises(ArgumentError, match="raised KeyError: 'weights'") as caught:
+        profile_strategies(Broken(), MSE, inputs, targets, k1=4, k2=8, repeats=1)
+    assert 'raise KeyError("weights")' in caught.value.remote_traceback

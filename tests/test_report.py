@@ -1,0 +1,107 @@
+"""Reports of profiles: plain data that survives JSON, and which rows no other row beats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from tbptt_ckpt import ArgumentError, MemoryReport, StrategyReport
+from tbptt_ckpt.report import ActionSpan, WindowTrace, pareto_front
+
+TRACE = WindowTrace(
+    0.5,
+    ((0.0, 100), (0.25, 300), (0.5, 100)),
+    (
+        ActionSpan("advance", 0, 4, 0.0, 0.1, None, 100, 150, 140),
+        ActionSpan("keep", 4, 4, 0.1, 0.1, None, 110, 110),
+        ActionSpan("differentiate", 4, 8, 0.1, 0.4, 0.3, 110, 300, 310),
+    ),
+)
+FULL = MemoryReport(
+    strategy="uniform:4",
+    k1=4,
+    k2=8,
+    budget_bytes=400,
+    peak_bytes=300,
+    fixed_bytes=100,
+    predicted_peak_bytes=309,
+    rss_peak_bytes=10_000,
+    rss_before_bytes=9_000,
+    seconds=0.5,
+    ratio=1.25,
+    window_steps=8,
+    executed_steps=12,
+    held_states=1,
+    longest_leaf=4,
+    trace=TRACE,
+)
+LOST = MemoryReport(strategy="retain", k1=4, k2=8, status="out of memory", message="no room")
+
+
+@pytest.mark.parametrize("report", [FULL, LOST, replace(FULL, trace=None)])
+def test_a_report_survives_json(report):
+    assert MemoryReport.from_json(report.to_json()) == report
+    assert MemoryReport.from_json(report.to_json(trace=False)) == replace(report, trace=None)
+
+
+def test_rows_and_environment_survive_json():
+    report = StrategyReport((FULL, LOST), {"torch": "2.13.0", "threads": 2})
+    assert StrategyReport.from_json(report.to_json()) == report
+    plain = json.loads(report.to_json(traces=False))
+    assert set(plain) == {"rows", "environment"}
+    promised = {
+        *("strategy", "k1", "k2", "budget_bytes", "peak_bytes", "predicted_peak_bytes"),
+        *("rss_peak_bytes", "seconds", "ratio", "executed_steps_per_step"),
+    }
+    assert all(promised <= row.keys() and "trace" not in row for row in plain["rows"])
+
+
+def test_derived_figures():
+    assert FULL.executed_steps_per_step == 1.5
+    assert FULL.prediction_error == pytest.approx(0.03)
+    assert (LOST.executed_steps_per_step, LOST.prediction_error) == (None, None)
+
+
+def test_csv_has_a_line_for_each_row_and_nothing_where_nothing_was_measured():
+    rows = list(csv.DictReader(io.StringIO(StrategyReport((FULL, LOST)).to_csv())))
+    assert [row["strategy"] for row in rows] == ["uniform:4", "retain"]
+    assert (rows[0]["peak_bytes"], rows[1]["peak_bytes"]) == ("300", "")
+    assert rows[1]["status"] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope", "this is no JSON"),
+        ("[1]", "a report is a JSON object, not list"),
+        ('{"strategy": "retain"}', "this is no memory report"),
+        ('{"strategy": "retain", "k1": 1, "k2": 1, "weight": 3}', "weight"),
+        ('{"strategy": "retain", "k1": 1, "k2": 1, "status": "fine"}', "status='fine' is not"),
+        ('{"strategy": "x", "k1": 1, "k2": 1, "trace": {"seconds": 1}}', "no memory report"),
+    ],
+)
+def test_what_is_no_report_is_refused(text, message):
+    with pytest.raises(ArgumentError, match=message):
+        MemoryReport.from_json(text)
+
+
+def test_what_has_no_rows_is_refused():
+    with pytest.raises(ArgumentError, match="it has no list of rows"):
+        StrategyReport.from_json("{}")
+
+
+def test_the_front_is_what_no_other_row_beats():
+    """All ways to give three rows sizes and times of 1, 2 and 3, against the definition."""
+    for figures in itertools.product(itertools.product((1, 2, 3), repeat=2), repeat=3):
+        rows = [
+            MemoryReport(strategy=str(i), k1=1, k2=1, peak_bytes=peak, seconds=float(seconds))
+            for i, (peak, seconds) in enumerate(figures)
+        ]
+        front = [(row.peak_bytes, row.seconds) for row in pareto_front([*rows, LOST])]
+        beaten = {a for a in figures for b in figures if a != b and b[0] <= a[0] and b[1] <= a[1]}
+        assert front == sorted({(a, float(s)) for a, s in figures if (a, s) not in beaten})
