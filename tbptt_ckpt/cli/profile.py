@@ -96,7 +96,7 @@ def profile(
         k1=parse_list("--k1", k1, int),
         k2=parse_list("--k2", k2, int),
         strategies=parse_list("--strategy", strategy, str),
-        budgets=parse_list("--budget", budget or "", lambda text: parse_bytes(text, "--budget")),
+        budgets=() if budget is None else parse_list("--budget", budget, parse_budget),
         overlap=overlap,
         executor=executor,
         device=device,
@@ -121,6 +121,11 @@ def profile(
         print_profile(report, config)
 
 
+def parse_budget(text: str) -> int:
+    """Bytes of one `--budget`."""
+    return parse_bytes(text, "--budget")
+
+
 def parse_list(option: str, text: str, parse: Callable[[str], _T]) -> tuple[_T, ...]:
     """The items of a list separated by commas.
 
@@ -128,6 +133,8 @@ def parse_list(option: str, text: str, parse: Callable[[str], _T]) -> tuple[_T, 
         ArgumentError: An item that cannot be read.
     """
     items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise ArgumentError(f"{option} names nothing; write one or several, such as 16,64")
     try:
         return tuple(parse(item) for item in items)
     except ArgumentError:
