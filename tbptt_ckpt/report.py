@@ -75,6 +75,7 @@ class MemoryReport:
         k2: Steps the gradient reaches back.
         overlap: "refresh" or "stale".
         executor: "replay" or "checkpoint".
+        time_batching: "true", "false" or "auto"; plain BPTT has "false".
         device: Where it ran.
         budget_bytes: The memory budget it was given, if any.
         status: "ok", "out of memory", "over budget" or "failed".
@@ -101,6 +102,7 @@ class MemoryReport:
     k2: int
     overlap: str = "refresh"
     executor: str = "replay"
+    time_batching: str = "auto"
     device: str = "cpu"
     budget_bytes: int | None = None
     status: str = OK

@@ -27,6 +27,7 @@ from tbptt_ckpt.profiling.outcome import BenchError, Failure
 from tbptt_ckpt.strategies import parse_strategy
 
 SMALL = ["--hidden", "8", "--lanes", "2", "--k1", "4", "--k2", "12", "--repeats", "1"]
+PLAIN = ["--strategy", "retain", "--time-batching", "false"]  # one row: plain BPTT
 MIB = 2**20
 
 
@@ -240,7 +241,7 @@ def models(tmp_path_factory):
 
 
 def test_a_model_from_a_file_of_ones_own(models, tmp_path):
-    done = command(*SMALL, "--model", f"{models}:Counter", "--strategy", "retain", "--json")
+    done = command(*SMALL, "--model", f"{models}:Counter", *PLAIN, "--json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]  # nothing else was printed there
     assert row["peak_bytes"] > 0
@@ -256,7 +257,7 @@ def test_a_model_from_a_file_of_ones_own(models, tmp_path):
     ],
 )
 def test_mistakes_of_a_model_are_one_line_and_a_traceback_on_request(models, name, message, where):
-    options = [*SMALL, "--model", f"my_models:{name}", "--strategy", "retain", "--traceback"]
+    options = [*SMALL, "--model", f"my_models:{name}", *PLAIN, "--traceback"]
     done = command(*options, folder=models.parent)
     assert done.returncode == 2
     assert not done.stdout
@@ -269,7 +270,7 @@ def test_mistakes_of_a_model_are_one_line_and_a_traceback_on_request(models, nam
 
 
 def test_without_asking_there_is_no_traceback(models):
-    options = [*SMALL, "--model", f"{models}:NoState", "--strategy", "retain"]
+    options = [*SMALL, "--model", f"{models}:NoState", *PLAIN]
     done = command(*options)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("this must not")]
     assert len(lines) == 1

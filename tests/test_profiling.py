@@ -23,6 +23,7 @@ def make(kind=nn.LSTM, width=8, num_steps=23, lanes=2):
 
 
 def profile(*work, strategy="sqrt", k1=4, k2=12, **options):
+    options = {"time_batching": False, **options}
     return profile_window(*work, strategy=strategy, k1=k1, k2=k2, repeats=1, **options)
 
 
@@ -35,6 +36,7 @@ def test_peaks_repeat_to_the_byte_in_any_order_and_any_process(kind):
     work = make(kind)
     optimizer = torch.optim.Adam(work[0].parameters())
     options = {"k1": 4, "k2": (12, 3), "optimizer": optimizer, "repeats": 1}
+    options["time_batching"] = False
     first = profile_strategies(*work, strategies=STRATEGIES, **options)
     second = profile_strategies(*work, strategies=STRATEGIES[::-1], **options)
     assert len(first.rows) == 10

@@ -47,6 +47,9 @@ def profile(
     ] = None,
     overlap: Annotated[str, typer.Option(help="refresh or stale.")] = _DEFAULT.overlap,
     executor: Annotated[str, typer.Option(help="replay or checkpoint.")] = _DEFAULT.executor,
+    time_batching: Annotated[
+        str, typer.Option(help="auto, true or false; plain BPTT is measured without.")
+    ] = _DEFAULT.time_batching,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the accelerator, or else cpu"),
@@ -99,6 +102,7 @@ def profile(
         budgets=() if budget is None else parse_list("--budget", budget, parse_budget),
         overlap=overlap,
         executor=executor,
+        time_batching=time_batching,
         device=device,
         dtype=dtype,
         repeats=repeats,

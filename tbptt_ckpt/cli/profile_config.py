@@ -15,7 +15,9 @@ from tbptt_ckpt.plots import check_plots
 from tbptt_ckpt.profiling import Configuration, with_baselines
 from tbptt_ckpt.windows import check_positive_int
 
-STRATEGIES = ("retain", "step", "uniform:32", "sqrt", "revolve:20")
+STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
+
+_TIME_BATCHING: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class ProfileConfig:
         budgets: Memory budgets in bytes; none measures without.
         overlap: `refresh` or `stale`.
         executor: `replay` or `checkpoint`.
+        time_batching: `auto`, `true` or `false`.
         device: Where to run; None takes the accelerator there is, or else the CPU.
         dtype: As for `tbptt-ckpt train`.
         repeats: Windows to time for each row.
@@ -55,6 +58,7 @@ class ProfileConfig:
     budgets: tuple[int, ...] = ()
     overlap: str = "refresh"
     executor: str = "replay"
+    time_batching: str = "auto"
     device: str | None = None
     dtype: str = "float32"
     repeats: int = 5
@@ -75,6 +79,7 @@ class ProfileConfig:
             check_strategy(strategy)
         check_choice("--overlap", self.overlap, ("refresh", "stale"))
         check_choice("--executor", self.executor, ("replay", "checkpoint"))
+        check_choice("--time-batching", self.time_batching, tuple(_TIME_BATCHING))
         check_choice("--dtype", self.dtype, tuple(DTYPES))
         for option, path in self._targets():
             check_target(option, path, force=self.force)
@@ -134,6 +139,7 @@ class ProfileConfig:
                 k2=k2,
                 overlap=self.overlap,
                 executor=self.executor,
+                time_batching=_TIME_BATCHING[self.time_batching],
                 budget_bytes=budget,
             )
             for k1, k2, strategy, budget in product(self.k1, self.k2, self.strategies, budgets)

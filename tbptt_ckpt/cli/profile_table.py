@@ -15,6 +15,7 @@ from tbptt_ckpt.cli.profile_config import ProfileConfig
 from tbptt_ckpt.memory import format_bytes
 from tbptt_ckpt.report import MemoryReport, StrategyReport
 
+_BATCHING = "time\nbatching"
 _WIDTH = 120  # where there is no terminal to ask
 
 
@@ -50,9 +51,14 @@ def print_profile(report: StrategyReport, config: ProfileConfig) -> None:
 
 
 def _tells(column: _Column, rows: Sequence[MemoryReport]) -> bool:
-    """Whether a column has anything in it, and k1 or k2 more than one value."""
+    """Whether a column has anything in it, and some more than one value."""
     cells = {column.cell(row) for row in rows}
-    return len(cells) > 1 if column.title in ("k1", "k2") else cells != {""}
+    if column.title in ("k1", "k2"):
+        return len(cells) > 1
+    if column.title == _BATCHING:  # rows that differ in nothing else need it
+        others = {(row.strategy, row.k1, row.k2, row.budget_bytes) for row in rows}
+        return len(others) < len(rows)
+    return cells != {""}
 
 
 def _columns(device: str) -> list[_Column]:
@@ -62,6 +68,7 @@ def _columns(device: str) -> list[_Column]:
         _Column("k1", lambda row: str(row.k1)),
         _Column("k2", lambda row: str(row.k2)),
         _Column("budget", lambda row: _size(row.budget_bytes)),
+        _Column(_BATCHING, lambda row: row.time_batching),
         _Column(peak, _peak),
         _Column("predicted", lambda row: _size(row.predicted_peak_bytes)),
         _Column("error", lambda row: _percent(row.prediction_error)),

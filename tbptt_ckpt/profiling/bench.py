@@ -67,6 +67,7 @@ class WindowBench:
             memory_budget=configuration.budget_bytes,
             overlap=configuration.overlap,
             executor=configuration.executor,
+            time_batching=configuration.time_batching,
             **work.options,
         )
         self._running: Iterator[WindowResult] | None = None

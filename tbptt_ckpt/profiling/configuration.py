@@ -24,6 +24,7 @@ class Configuration:
         k2: Steps the gradient reaches back.
         overlap: "refresh" or "stale".
         executor: "replay" or "checkpoint".
+        time_batching: True, False or "auto".
         budget_bytes: A memory budget; None gives none.
     """
 
@@ -32,6 +33,7 @@ class Configuration:
     k2: int
     overlap: str = "refresh"
     executor: str = "replay"
+    time_batching: bool | str = "auto"
     budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,12 +56,12 @@ class Configuration:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is plain BPTT: one leaf, no budget."""
-        return self.budget_bytes is None and str(parse_strategy(self.strategy)) == BASELINE
+        """Whether this is plain BPTT: one leaf, no budget, step by step."""
+        return replace(self, strategy=self.strategy_name) == self.baseline()
 
     def baseline(self) -> Configuration:
         """Plain BPTT of the same windows."""
-        return replace(self, strategy=BASELINE, budget_bytes=None)
+        return replace(self, strategy=BASELINE, budget_bytes=None, time_batching=False)
 
     def report(self, **figures: Any) -> MemoryReport:
         """A report about this configuration with those figures."""
@@ -69,6 +71,7 @@ class Configuration:
             k2=self.k2,
             overlap=self.overlap,
             executor=self.executor,
+            time_batching=str(self.time_batching).lower(),
             budget_bytes=self.budget_bytes,
             **figures,
         )

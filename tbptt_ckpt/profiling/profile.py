@@ -27,7 +27,7 @@ from tbptt_ckpt.sources import TensorSequence
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.windows import check_positive_int
 
-DEFAULT_STRATEGIES = ("retain", "step", "uniform:32", "sqrt", "revolve:20")
+DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
 
 
@@ -45,6 +45,7 @@ def profile_window(
     memory_budget: int | str | None = None,
     overlap: str = "refresh",
     executor: str = "replay",
+    time_batching: bool | str = "auto",
     per_step: bool | None = None,
     time_dim: int | None = None,
     repeats: int = 3,
@@ -74,6 +75,7 @@ def profile_window(
         memory_budget: As for `TBPTT`; one that does not fit gives a report that says so.
         overlap: As for `TBPTT`.
         executor: As for `TBPTT`.
+        time_batching: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         repeats: Windows to time, without the meter, which runs for one more.
@@ -93,6 +95,7 @@ def profile_window(
         k2=k2,
         overlap=overlap,
         executor=executor,
+        time_batching=time_batching,
         budget_bytes=_budget(memory_budget),
     )
     configuration.check()
@@ -123,6 +126,7 @@ def profile_strategies(
     memory_budgets: Sequence[int | str | None] = (None,),
     overlap: str = "refresh",
     executor: str = "replay",
+    time_batching: bool | str = "auto",
     per_step: bool | None = None,
     time_dim: int | None = None,
     repeats: int = 3,
@@ -134,7 +138,8 @@ def profile_strategies(
     """What several strategies take for the same windows; plain BPTT is always a row.
 
     Every combination of `k1`, `k2`, strategy and budget is a row. Rows are timed in turns
-    with plain BPTT, and `ratio` is the median of the ratios of neighbours.
+    with plain BPTT, which retains everything and batches nothing over time, and `ratio` is
+    the median of the ratios of neighbours.
 
     Args:
         module: As for `profile_window`, like all arguments that are not named here.
@@ -149,6 +154,7 @@ def profile_strategies(
         memory_budgets: Bytes, sizes such as "512MiB", or None for no budget.
         overlap: As for `TBPTT`.
         executor: As for `TBPTT`.
+        time_batching: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: As for `profile_window`.
         repeats: Windows to time for each row.
@@ -173,6 +179,7 @@ def profile_strategies(
             k2=one_k2,
             overlap=overlap,
             executor=executor,
+            time_batching=time_batching,
             budget_bytes=_budget(budget),
         )
         for one_k1, one_k2, strategy, budget in product(
