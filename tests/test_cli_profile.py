@@ -250,7 +250,7 @@ def test_a_model_from_a_file_of_ones_own(models, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message", "where"),
     [
-        ("Signature", "raised TypeError", "in forward"),
+        ("Signature", "raised TypeError", "takes 2 positional arguments but 3 were given"),
         ("NoState", "returned Tensor, not (logits, state)", None),
         ("Raising", "raised KeyError: 'a weight'", 'raise KeyError("a weight")'),
         ("Missing", "cannot be found: AttributeError", None),
@@ -265,7 +265,7 @@ def test_mistakes_of_a_model_are_one_line_and_a_traceback_on_request(models, nam
     assert line.startswith("tbptt-ckpt: ")
     assert message in line
     if where is not None:
-        assert any(where in each or "my_models.py" in each for each in traceback)
+        assert any(where in each for each in traceback)
     assert traceback[0].startswith(("Traceback", "this must not"))
 
 
@@ -346,30 +346,32 @@ REGION = """
     from tbptt_ckpt.profiling import Configuration, Work
     from tbptt_ckpt.profiling.bench import WindowBench
 
+    torch.manual_seed(0)
+    data = TensorSequence(torch.randn(16, 192, 64), torch.randn(16, 192, 128))
+
     def bench(strategy):
-        torch.manual_seed(0)
         module = nn.LSTMCell(64, 128)
         work = Work(
             module=module,
             loss_fn=nn.functional.mse_loss,
-            source=TensorSequence(torch.randn(16, 256, 64), torch.randn(16, 256, 128)),
+            source=data,
             optimizer=torch.optim.Adam(module.parameters()),
             options={},
         )
-        return WindowBench(work, Configuration(strategy=strategy, k1=32, k2=96))
+        return WindowBench(work, Configuration(strategy=strategy, k1=16, k2=64))
 
     figures = {}
     bench("retain").time_window()  # what libraries take once is no matter here
 """
 OURS = """
-    for strategy in ("retain", "uniform:32", "step"):
+    for strategy in ("retain", "uniform:16", "step"):
         report = bench(strategy).measure()
         figures[strategy] = report.peak_bytes, report.fixed_bytes
     print(json.dumps(figures))
 """
 MEMRAYS = """
     import memray
-    for strategy in ("retain", "uniform:32", "step"):
+    for strategy in ("retain", "uniform:16", "step"):
         file = f"{sys.argv[1]}/{strategy}"
         with memray.Tracker(file):
             measured = bench(strategy)
@@ -386,7 +388,7 @@ def test_peaks_agree_with_memray_within_five_percent(tmp_path):
     """memray counts every malloc from the making of the model on, autograd's nodes included."""
     ours, theirs = (figures_of(REGION + part, str(tmp_path)) for part in (OURS, MEMRAYS))
     for strategy, (peak, fixed) in ours.items():
-        assert peak > 15 * MIB > fixed
+        assert peak > 20 * MIB > fixed
         assert theirs[strategy] == pytest.approx(peak, rel=0.05), strategy
 
 

@@ -5,6 +5,7 @@ The reference is a plain loop with one graph and one backward, without the packa
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -573,3 +574,22 @@ def test_a_choice_that_is_none_is_refused(value: object) -> None:
     module, (inputs, targets) = make_cell("gru"), make_data()
     with pytest.raises(ArgumentError, match=r"time_batching=.*'auto', True or False"):
         run_window(module, F.mse_loss, inputs, targets, make_state(module), time_batching=value)
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_a_window_leaves_nothing_to_the_garbage_collector(kind: type[nn.RNNCellBase]) -> None:
+    """Else tensors of a leaf would stay until Python happens to look for circles."""
+    cell = kind(INPUTS, WIDTH)
+    inputs, targets = torch.randn(STEPS, LANES, INPUTS), torch.randn(STEPS, LANES, WIDTH)
+
+    def run() -> None:
+        run_window(cell, F.mse_loss, inputs, targets, strategy="uniform:3", time_batching=True)
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

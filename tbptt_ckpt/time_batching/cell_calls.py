@@ -44,6 +44,10 @@ class _Calls:
         return self.versions != [w._version for w in self.weights if w is not None]
 
 
+def _find_nothing(_: Tensor) -> None:
+    """No tensor is a row any more."""
+
+
 class CellCalls:
     """Runs cells: `RNNCell`, `LSTMCell` and `GRUCell`.
 
@@ -107,6 +111,9 @@ class CellCalls:
         """No call is to come."""
         for record in self._records:
             record.close()
+        # The region, which is known here only by this method of its, would live on with all
+        # that it holds until Python looks for circles.
+        self._find_row = _find_nothing
 
     def _run(
         self, kind: str, calls: _Calls, index: int, x: Tensor | None, states: tuple[Tensor, ...]
