@@ -360,8 +360,8 @@ REGION = """
         )
         return WindowBench(work, Configuration(strategy=strategy, k1=16, k2=64))
 
-    bench("uniform:16").time_window()  # what libraries take once is no matter here
     strategy = sys.argv[1]
+    bench(strategy).time_window()  # what libraries take once is no matter here
 """
 OURS = """
     report = bench(strategy).measure()
