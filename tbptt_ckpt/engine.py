@@ -36,7 +36,8 @@ class TBPTT:
             `(loss_sum, weight)`. It must be a function of its arguments.
         k1: Steps between updates.
         k2: Steps an update reaches back; None reaches back to the start of the sequence.
-        optimizer: Steps once per window. None lets gradients accumulate in `.grad`.
+        optimizer: Steps once per window, or per `accumulate` windows. None lets gradients
+            accumulate in `.grad`.
         loss: "new" takes the losses of a window's new steps, "last" that of its last step.
         reduction: "mean" divides a window's summed loss by its summed weight (the number
             of loss steps, where no weight is given), "sum" does not.
@@ -59,6 +60,9 @@ class TBPTT:
         scheduler: Stepped after each update.
         lane_dim: Where lanes are in the tensors of a state, for sources that reset lanes. By
             default 1 for `nn.RNN/LSTM/GRU` and modules that contain one, 0 for others.
+        accumulate: Windows with a loss per update. With reduction "mean" the update takes the
+            mean of their gradients, with "sum" their sum. A group that the end of the
+            sequence leaves short updates as it is.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -89,6 +93,7 @@ class TBPTT:
         scaler: Any = None,
         scheduler: Any = None,
         lane_dim: int | None = None,
+        accumulate: int = 1,
     ) -> None:
         check_reach(k1, k2)
         check_memory_budget(memory_budget)
@@ -111,6 +116,7 @@ class TBPTT:
             scheduler=scheduler,
             lane_dim=lane_dim,
             time_batching=time_batching,
+            accumulate=accumulate,
         )
 
     @property
@@ -162,7 +168,9 @@ class TBPTT:
         """Run a sequence one window at a time; arguments and errors as for `train`.
 
         When a window is yielded the optimizer has stepped and `.grad` still holds the
-        window's gradient, after clipping. The next window runs when the next one is asked for.
+        window's gradient, after clipping. With `accumulate` it holds the sum of the group so far,
+        and what the optimizer has stepped with where it has. The next window runs when the
+        next one is asked for.
         """
         return iter(self._start(sequence, init_state))
 

@@ -24,6 +24,7 @@ from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.state import Tree, tensors_of
 from tbptt_ckpt.task import Boundary, has_loss
+from tbptt_ckpt.updates import UpdaterMark
 from tbptt_ckpt.windows import Window, update_point, window_at
 
 
@@ -49,6 +50,7 @@ class SequenceRun:
         self.records = Records()
         self.totals = Totals()
         self.state_grads: StateGrads | None = None
+        settings.updater.group.begin()
         self._weights_before: object = None
         self._ambient: Ambient | None = None
         self._begun = time.perf_counter()
@@ -63,7 +65,12 @@ class SequenceRun:
         self.finish()
 
     def finish(self) -> None:
-        """Every window has run: differentiate what the first state was computed from."""
+        """Every window has run: differentiate what the first state was computed from.
+
+        Where the last window was skipped, the group of windows before it updates here.
+        """
+        if self.totals.num_steps == self.reader.num_steps:
+            self.settings.updater.update(True, self.initial.leaves())
         self.initial.backward()
 
     def result(self) -> TrainResult:
@@ -126,7 +133,7 @@ class SequenceRun:
         self._weights_before = guard.fingerprint()
         passage.hand_on()
         self.state_grads = outcome.state_grads
-        updated = outcome.loss is not None and self._update(window, outcome)
+        updated = self._update(window, outcome)
         self.totals.add(window, outcome, passage.num_tokens())
         self.index += 1
         return WindowResult(
@@ -145,11 +152,12 @@ class SequenceRun:
         )
 
     def _update(self, window: Window, outcome: Outcome) -> bool:
-        assert outcome.loss is not None, "a window without a loss makes no update"
-        if window.start == self.records.origin and not self.records.has_origin_state:
-            self.initial.collect(outcome.state_grads)
-        self.settings.updater.unscale_others(outcome.grad_scale, self.initial.leaves())
-        return self.settings.updater.step(outcome.loss)
+        updater = self.settings.updater
+        if outcome.loss is not None:
+            if window.start == self.records.origin and not self.records.has_origin_state:
+                self.initial.collect(outcome.state_grads)
+            updater.add(outcome.loss)
+        return updater.update(window.stop == self.reader.num_steps, self.initial.leaves())
 
     def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
         if self._ambient is None:
@@ -175,7 +183,7 @@ class SequenceRun:
             random=torch.get_rng_state() if ambient is None else None,
             weights_before=self._weights_before,
             state_grads=self.state_grads,
-            grads=self.settings.updater.mark(self.initial.leaves()),
+            updater=self.settings.updater.mark(self.initial.leaves()),
             collected=self.initial.collected(),
         )
 
@@ -186,7 +194,7 @@ class SequenceRun:
             TbpttError: Some weights were updated already, and no copy was taken.
         """
         settings = self.settings
-        settings.updater.rewind(mark.grads, self.initial.leaves(), settings.device_type)
+        settings.updater.rewind(mark.updater, self.initial.leaves(), settings.device_type)
         self.index, self.records = mark.index, mark.records.copy()
         self.totals, self.state_grads = copy.copy(mark.totals), mark.state_grads
         self._weights_before = mark.weights_before
@@ -219,6 +227,7 @@ class SequenceRun:
             "totals": vars(self.totals).copy(),
             "weights": "unknown" if before is None else "changed" if changed else "unchanged",
             "collected": self.initial.collected(),
+            "group": self.settings.updater.group.state_dict(),
             "returns_pairs": self.settings.loss_function.returns_pairs,
             "reader": self.reader.state_dict(),
         }
@@ -234,6 +243,7 @@ class SequenceRun:
         self.index = state["index"]
         vars(self.totals).update(state["totals"])
         self.initial.set_collected(state["collected"])
+        self.settings.updater.group.load_state_dict(state["group"])
         self.settings.loss_function.returns_pairs = state["returns_pairs"]
         if state["records"] is not None:
             self.records, self._present = load_records(state["records"])
@@ -270,7 +280,7 @@ class Mark:
     random: Tensor | None
     weights_before: object
     state_grads: StateGrads | None
-    grads: list[tuple[Tensor, Tensor | None]]
+    updater: UpdaterMark
     collected: dict[int, Tensor]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.accumulation import Accumulation
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import (
     UNOBSERVED,
@@ -135,11 +136,18 @@ def make_settings(
     scheduler: Any,
     lane_dim: int | None = None,
     time_batching: object = "auto",
+    accumulate: int = 1,
 ) -> Settings:
     """Check every argument and build what runs."""
     check_choice("loss", loss, ("new", "last"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_choice("overlap", overlap, ("refresh", "stale"))
+    group = Accumulation(accumulate, averages=reduction == "mean")
+    if optimizer is None and accumulate != 1:
+        raise ArgumentError(
+            f"accumulate={accumulate} needs an optimizer; with optimizer=None the gradients of all "
+            "windows accumulate in .grad"
+        )
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
     runner.time_batching = TimeBatching(time_batching)
     check_differentiable(module)
@@ -156,7 +164,7 @@ def make_settings(
         executor_name=executor,
         executor=make_executor(executor),
         runner=runner,
-        updater=Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler),
+        updater=Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group),
         parameters=parameters,
         device_type=device_type_of(module),
     )

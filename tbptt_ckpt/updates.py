@@ -1,26 +1,37 @@
-"""One update of the weights per window: zero, clip, unscale, step, schedule."""
+"""One update of the weights per window or group of windows: clip, unscale, step, schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.accumulation import Accumulation
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.undo import Update
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdaterMark:
+    """Where an updater stood between two windows."""
+
+    grads: list[tuple[Tensor, Tensor | None]]
+    group: dict[str, Any]
+
+
 class Updater:
-    """Updates the weights after a window; without an optimizer, lets gradients accumulate.
+    """Updates the weights after windows; without an optimizer, lets gradients accumulate.
 
     Args:
-        optimizer: Steps once per window; None leaves gradients and weights alone.
+        optimizer: Steps once per group of windows; None leaves gradients and weights alone.
         parameters: Whose gradients are cleared before a window, besides the optimizer's.
         clip_grad_norm: Largest norm of the optimizer's gradients together.
         scaler: A `torch.amp.GradScaler`.
         scheduler: A learning-rate scheduler, stepped after each update.
+        group: The windows of an update; one by default.
 
     Attributes:
         protects_updates: Whether a copy is taken during each update, so that one that is cut
@@ -37,8 +48,11 @@ class Updater:
         clip_grad_norm: float | None,
         scaler: Any,
         scheduler: Any,
+        group: Accumulation | None = None,
     ) -> None:
         self._check(optimizer, clip_grad_norm, scaler, scheduler)
+        self.group = Accumulation(1, averages=True) if group is None else group
+        self._scale = 1.0
         self.optimizer, self._clip = optimizer, clip_grad_norm
         self._scaler, self._scheduler = scaler, scheduler
         self._cleared = list(parameters)
@@ -68,32 +82,54 @@ class Updater:
 
     def clear(self, init_state_leaves: Iterable[Tensor]) -> None:
         """Forget all gradients, unless they accumulate."""
-        if self.optimizer is None:
+        if self.optimizer is None or self.group.pending:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        for tensor in (*self._cleared, *init_state_leaves):
+        for tensor in self._with_gradients(init_state_leaves):
             tensor.grad = None
 
     def grad_scale(self, device_type: str) -> float:
         """The factor on gradients of this window."""
-        if self._scaler is None:
-            return 1.0
-        # The scaler makes its scale when it first scales a tensor.
-        return float(self._scaler.scale(torch.ones((), device=device_type)))
+        if self._scaler is not None:
+            # The scaler makes its scale when it first scales a tensor.
+            self._scale = float(self._scaler.scale(torch.ones((), device=device_type)))
+        return self._scale
 
-    def unscale_others(self, scale: float, init_state_leaves: Iterable[Tensor]) -> None:
+    def add(self, loss: Tensor) -> None:
+        """A window has added its gradients."""
+        if self.optimizer is not None:
+            self.group.add(loss)
+
+    def update(self, is_last: bool, init_state_leaves: Iterable[Tensor]) -> bool:
+        """Update the weights if a group of windows is complete.
+
+        Args:
+            is_last: Whether the sequence ends, so that the group stays short.
+            init_state_leaves: Learned tensors of the initial state.
+
+        Returns:
+            False where a scaler skipped the update, or none was due.
+        """
+        if self.optimizer is None or not self.group.is_due(is_last):
+            return False
+        tensors = self._with_gradients(init_state_leaves)
+        self.group.average(tensors)
+        self._unscale_others(tensors)
+        loss = self.group.mean_loss()
+        self.group.begin()
+        return self.step(loss)
+
+    def _unscale_others(self, tensors: Iterable[Tensor]) -> None:
         """Take a scaler's factor from gradients that the optimizer does not own."""
-        if self.optimizer is None or scale == 1.0:
+        if self._scale == 1.0:
             return
         owned = {id(tensor) for tensor in self.optimized()}
-        for tensor in (*self._cleared, *init_state_leaves):
+        for tensor in tensors:
             if id(tensor) not in owned and tensor.grad is not None:
-                tensor.grad.div_(scale)
+                tensor.grad.div_(self._scale)
 
     def step(self, loss: Tensor) -> bool:
-        """Update the weights; False where a scaler skipped the update, or nothing updates."""
-        if self.optimizer is None:
-            return False
+        """Update the weights from the gradients at hand; False where a scaler skipped it."""
         self._measure_and_clip()
         self._update = Update(self.optimizer, self._scheduler, self._scaler)
         if self.protects_updates:
@@ -107,31 +143,26 @@ class Updater:
     @property
     def accumulates(self) -> bool:
         """Whether the gradients that a window finds belong to the result."""
-        return self.optimizer is None
+        return self.optimizer is None or self.group.pending > 0
 
-    def mark(self, init_state_leaves: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """Copies of the gradients that a window must not lose, for `rewind`."""
-        if not self.accumulates:
-            return []
-        tensors = [*self._cleared, *init_state_leaves]
-        return [(t, None if t.grad is None else t.grad.clone()) for t in tensors]
+    def mark(self, init_state_leaves: Iterable[Tensor]) -> UpdaterMark:
+        """Where the group stands, with copies of the gradients that a window must not lose."""
+        tensors = self._with_gradients(init_state_leaves) if self.accumulates else []
+        grads = [(t, None if t.grad is None else t.grad.clone()) for t in tensors]
+        return UpdaterMark(grads, self.group.state_dict())
 
     def rewind(
-        self,
-        grads: list[tuple[Tensor, Tensor | None]],
-        init_state_leaves: Iterable[Tensor],
-        device_type: str,
+        self, mark: UpdaterMark, init_state_leaves: Iterable[Tensor], device_type: str
     ) -> None:
         """Forget what a window did that was cut short: its gradients, its unfinished update.
 
         Raises:
             TbpttError: Some weights were updated already, and no copy was taken.
         """
-        for tensor in () if self.accumulates else (*self._cleared, *init_state_leaves):
+        self.group.load_state_dict(mark.group)
+        for tensor in self._with_gradients(init_state_leaves):
             tensor.grad = None
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        for tensor, grad in grads:
+        for tensor, grad in mark.grads:
             tensor.grad = grad
         update, self._update = self._update, None
         if update is not None:
@@ -139,6 +170,11 @@ class Updater:
         if self._scaler is not None and self._scaler.is_enabled():
             # The one public way to forget that gradients were unscaled; the scale stays.
             self._scaler.update(new_scale=self.grad_scale(device_type))
+
+    def _with_gradients(self, init_state_leaves: Iterable[Tensor]) -> list[Tensor]:
+        """All tensors whose gradients a window changes."""
+        tensors = (*self._cleared, *init_state_leaves, *self.optimized())
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
     def _measure_and_clip(self) -> None:
         if self._clip is None and self.watch_norm is None:

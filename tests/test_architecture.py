@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("windows", "schedule", "costs", "state", "hooks", "report", "environment"),
     ("nesting", "simulator", "trace", "plots"),
-    ("fixed_schedules", "predictions"),
+    ("fixed_schedules", "predictions", "accumulation"),
     ("planner", "snapshot", "randomness"),
     ("undo",),
     ("modules", "losses", "sources", "buffers", "updates", "memory"),

@@ -265,7 +265,8 @@ class Trainer:
     def _fixed_settings(self) -> dict[str, Any]:
         settings = self._settings
         names = ("k1", "k2", "loss", "reduction", "overlap")
-        return {name: getattr(settings, name) for name in names}
+        fixed = {name: getattr(settings, name) for name in names}
+        return {**fixed, "accumulate": settings.updater.group.num_windows}
 
     def _resume_plan(self, plan: Mapping[str, str]) -> None:
         if plan["asked"] == self._asked:
