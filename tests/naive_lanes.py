@@ -39,6 +39,7 @@ class LaneProblem:
     initial: Callable[[int], State]
     parameters: Sequence[Tensor]
     burn_in: int = 0
+    label_at_the_end: bool = False  # the only step of a sequence with a target
 
 
 @dataclass(kw_only=True)
@@ -122,7 +123,8 @@ def run_window(
             if overlap == "stale" and begin < t <= new_start and t % k1 == 0:
                 state = rewired(run.states[t], state)
             y, state = problem.step(run.inputs[local : local + 1], state)
-            if t >= first_loss and local >= problem.burn_in:
+            has_target = t + 1 == run.stop or not problem.label_at_the_end
+            if t >= first_loss and local >= problem.burn_in and has_target:
                 terms.append(problem.loss_fn(y, run.targets[local : local + 1]))
         if overlap == "refresh" or t >= new_start:
             run.states[t + 1] = mapped(Tensor.detach, state)

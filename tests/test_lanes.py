@@ -51,6 +51,7 @@ ROTATED_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss": ("new", "new", "last"),
     "reduction": ("mean", "sum"),
     "burn_in": (0, 0, 1, 2),
+    "targets": ("all", "all", "end"),
     "strategy": STRATEGIES,
     "executor": EXECUTORS,
 }
@@ -71,6 +72,7 @@ class Case:
     loss: str
     reduction: str
     burn_in: int
+    targets: str
     strategy: str
     executor: str
 
@@ -97,6 +99,11 @@ def sequences_of(lengths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         )
         for n in lengths
     ]
+
+
+def label_weight(num_steps: int) -> Tensor:
+    """One label at the end."""
+    return torch.tensor([0.0] * (num_steps - 1) + [1.0])
 
 
 def module_of(name: str) -> nn.Module:
@@ -152,6 +159,7 @@ def expected_windows(case: Case) -> Iterator[naive_lanes.LaneWindow]:
         initial=lambda lane: row_of(init, lane, case.module),
         parameters=parameters,
         burn_in=case.burn_in,
+        label_at_the_end=case.targets == "end",
     )
     return naive_lanes.train(
         problem,
@@ -169,7 +177,11 @@ def check(case: Case) -> None:
     module, init = module_of(case.module), initial_state(case)
     learned = tensors(init) if case.init == "learned" else []
     parameters = [*module.parameters(), *learned]
-    source: Any = LaneSource([TensorSequence(*s) for s in sequences_of(case.lengths)], case.lanes)
+    sequences = [
+        TensorSequence(x, y, weight=label_weight(len(x)) if case.targets == "end" else None)
+        for x, y in sequences_of(case.lengths)
+    ]
+    source: Any = LaneSource(sequences, case.lanes)
     if case.burn_in:
         source = BurnIn(source, case.burn_in)
     tbptt = TBPTT(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt import (
+    TBPTT,
     ArgumentError,
     ArraySequence,
     BurnIn,
@@ -351,6 +352,29 @@ def test_steps_that_cannot_be_stored_are_named() -> None:
     reader.look_ahead(2)
     with pytest.raises(ArgumentError, match="hold a PosixPath"):
         reader.state_dict()
+
+
+class Watched(np.ndarray):
+    """An array that remembers which rows it was asked for."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        asked.append(rows)
+        return super().__getitem__(rows)
+
+
+asked: list[Any] = []
+
+
+@pytest.mark.parametrize("next_step", [False, True])
+def test_a_mapped_file_is_read_window_by_window(next_step: bool, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", numbers(200))
+    rows = map_file(tmp_path / "x.npy").view(Watched)
+    source = LaneSource(ArraySequence(rows, next_step=next_step), 3)
+    tbptt = TBPTT(lambda x, h: (x + h, x + h), lambda y, _: y.sum(), 4, 6)
+    asked.clear()
+    tbptt.train(source, torch.zeros(3, 2))
+    assert asked
+    assert all(part.stop - part.start <= 6 + next_step for part in asked)
 
 
 # Lanes
