@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence
+from tbptt_ckpt.trainer import NonFinite, Trainer
 
 NUM_STEPS = 9
 WINDOWS = [(1, 1), (2, 2), (2, 5), (3, 1), (4, None)]
@@ -242,3 +244,75 @@ def test_numbers_of_windows_that_cannot_work_are_named(accumulate: Any) -> None:
 def test_accumulation_without_an_optimizer_is_named() -> None:
     with pytest.raises(ArgumentError, match="accumulate=2 needs an optimizer"):
         TBPTT(tanh_cell(), mean_loss, 1, 1, accumulate=2)
+
+
+# Faults within a group
+
+
+class Fails:
+    """Calls a function; the n-th call runs out of memory, before or after its work."""
+
+    def __init__(self, function: Any, number: int, after: bool = False) -> None:
+        self.function, self.number, self.after, self.calls = function, number, after, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.number and not self.after:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        result = self.function(*args)
+        if self.calls == self.number:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return result
+
+
+def trained(loss_fn: Any, *, failing_step: int = 0, after: bool = False) -> list[Tensor]:
+    module, init = tanh_cell(), random_state().requires_grad_()
+    optimizer = optimizer_of(module, init)
+    optimizer.step = Fails(optimizer.step, failing_step, after)  # type: ignore[method-assign]
+    tbptt = TBPTT(module, loss_fn, 2, 5, optimizer, strategy="uniform:4", accumulate=3)
+    Trainer(tbptt, TensorSequence(*random_data(13)), init_state=init).train()
+    if failing_step:
+        assert optimizer.step.calls > failing_step, "the fault fired, and the step came again"
+    return [*module.parameters(), init]
+
+
+def test_missing_memory_at_every_loss_loses_no_window_of_a_group() -> None:
+    counted = Fails(mean_loss, 0)
+    expected = trained(counted)
+    for number in range(1, counted.calls + 1):
+        with pytest.warns(UserWarning, match="memory"):
+            found = trained(Fails(mean_loss, number))
+        assert relative_error(found, expected) <= 1e-12, number
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_missing_memory_in_every_update_of_a_group_is_made_up_for(after: bool) -> None:
+    expected = trained(mean_loss)
+    for number in (1, 2, 3):  # seven windows: groups of three, three and one
+        with pytest.warns(UserWarning, match="memory"):
+            found = trained(mean_loss, failing_step=number, after=after)
+        assert relative_error(found, expected) <= 1e-12, number
+
+
+@pytest.mark.parametrize("window", range(5))
+def test_a_window_that_is_skipped_leaves_its_group_alone(window: int) -> None:
+    inputs, targets = random_data(10)
+    kept = [t for t in range(10) if t // 2 != window]
+    found = []
+    for x, y in ((inputs[kept], targets[kept]), (inputs, targets)):
+        module = tanh_cell()
+        y = y.clone()
+        if len(y) == 10:
+            y[2 * window] = float("nan")
+        tbptt = TBPTT(module, mean_loss, 2, 2, optimizer_of(module, None), accumulate=3)
+        trainer = Trainer(
+            tbptt,
+            TensorSequence(x, y),
+            init_state=random_state(),
+            non_finite=NonFinite(policy="skip"),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        found.append(list(module.parameters()))
+    assert relative_error(found[1], found[0]) <= 1e-12

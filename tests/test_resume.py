@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, BurnIn, LaneSource, TensorSequence
 from tbptt_ckpt.snapshot import Disk, SnapshotStore
 from tbptt_ckpt.trainer import Trainer
 
@@ -183,6 +183,10 @@ class Case:
             return TensorSequence(inputs, targets, weight=weight)
         if self.source == "stream":
             return Stream()
+        if self.source == "lanes":
+            steps = TensorSequence(*(torch.cat([t[:, 0], t[:, 1]]) for t in (inputs, targets)))
+            lengths = (5, 2, 7, 1, 6, 5)
+            return BurnIn(LaneSource(steps, cases.LANES, lengths=lengths, seed=3), 1)
         return list(zip(inputs, targets, strict=True))
 
 
@@ -211,6 +215,20 @@ CASES = {
     "sequence of schedules": Case(scheduler="sequence"),
     "scaler": Case(scaler=True, engine={"clip_grad_norm": 0.5}),
     "accumulated gradients": Case(Restless, optimizer=None),
+    "groups": Case(Restless, engine={"accumulate": 3}, scheduler="step"),
+    "groups, stale": Case(Restless, engine={"accumulate": 2, "overlap": "stale"}),
+    "groups, plateau": Case(engine={"accumulate": 4}, scheduler="plateau"),
+    "groups, scaler": Case(engine={"accumulate": 2, "clip_grad_norm": 0.5}, scaler=True),
+    "groups, learned": Case(init="learned", k2=None, engine={"accumulate": 3}),
+    "groups, masked": Case(source="masked", engine={"accumulate": 2}),
+    "groups, stream": Case(source="stream", engine={"accumulate": 3}),
+    "lanes": Case(source="lanes", trainer={"epochs": 2}),
+    "lanes, stale": Case(source="lanes", engine={"overlap": "stale"}, trainer={"epochs": 2}),
+    "lanes, learned": Case(source="lanes", init="learned", k2=None),
+    "lanes, accumulated": Case(source="lanes", init="learned", optimizer=None),
+    "lanes, groups": Case(
+        source="lanes", init="learned", engine={"accumulate": 3}, trainer={"epochs": 2}
+    ),
     "masked": Case(Restless, source="masked"),
     "masked, stale": Case(Restless, source="masked", engine={"overlap": "stale"}),
     "iterable": Case(source="list"),

@@ -87,7 +87,7 @@ class Trainer:
         tbptt: The engine, with its optimizer.
         source: A source or an iterable of `(input, target)` steps that can be iterated anew
             for each pass and after a resume; or a function of the pass's number that
-            returns one.
+            returns one. A source with `set_epoch` is told the pass's number.
         init_state: The state at the start of a pass, or a function that returns it.
         epochs: Passes in total; None for as many as `max_steps` takes.
         max_steps: Steps in total, over all passes and processes.
@@ -305,6 +305,8 @@ class Trainer:
         source = self._source
         if callable(source) and not isinstance(source, Source):
             source = source(self._progress.epoch)
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(self._progress.epoch)
         if self._max_steps is not None:
             remaining = self._max_steps - self._progress.steps_before
             if remaining % self._settings.k1:  # elsewhere it is enough to stop in time
