@@ -54,6 +54,7 @@ ROTATED_CHOICES: dict[str, tuple[Any, ...]] = {
     "targets": ("all", "all", "end"),
     "strategy": STRATEGIES,
     "executor": EXECUTORS,
+    "time_batching": (False, True),
 }
 
 
@@ -75,6 +76,7 @@ class Case:
     targets: str
     strategy: str
     executor: str
+    time_batching: bool
 
 
 def layouts() -> Iterator[tuple[tuple[int, ...], int, int, int | None]]:
@@ -195,6 +197,7 @@ def check(case: Case) -> None:
         overlap=case.overlap,
         strategy=case.strategy,
         executor=case.executor,
+        time_batching=case.time_batching,
     )
     found = tbptt.windows(source, init)
     for window, expected in itertools.zip_longest(found, expected_windows(case)):
