@@ -13,29 +13,31 @@ import pytest
 # imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+FAULTS = pytest.StashKey[Counter[str]]()
+
 
 @pytest.fixture
-def injected(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Counts one fault that was injected and did fire, under its row of the fault table.
+def injected(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Counts a fault that was injected and did fire, under its row of the fault table.
 
     A test that asks for this and injects nothing fails.
     """
-    counts: Counter[str] = Counter()
+    counts = request.node.stash[FAULTS] = Counter()
 
     def count(row: str, number: int = 1) -> None:
         counts[row] += number
 
-    yield count
-    assert sum(counts.values()), "no fault fired"
+    return count
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    yield
-    count = getattr(item, "funcargs", {}).get("injected")
-    if count is not None:
-        counts = count.__closure__[0].cell_contents
+    result = yield
+    counts = item.stash.get(FAULTS, None)
+    if counts is not None:
+        assert sum(counts.values()), "no fault fired"
         item.user_properties.append(("faults", dict(counts)))
+    return result
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

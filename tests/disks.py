@@ -180,17 +180,10 @@ def _is_synced(prefix: list[Operation], index: int) -> bool:
     return any(op.name == "sync_directory" and op.target == operation.directory for op in later)
 
 
-def rebuild(
-    base: dict[Path, bytes | None], operations: list[Operation], old_root: Path, root: Path
-) -> None:
-    """Make the directory that the medium holds: `base` changed by some operations.
-
-    Args:
-        base: Paths that were safe before, with their bytes; None for a directory.
-        operations: What survived.
-        old_root: Where paths in `base` and `operations` are.
-        root: Where to make it.
-    """
+def surviving_tree(
+    base: dict[Path, bytes | None], operations: list[Operation]
+) -> dict[Path, bytes | None]:
+    """What the medium holds: `base` changed by some operations; None stands for a directory."""
     tree = dict(base)
     files: dict[int, bytearray] = {}
     places: dict[int, Path] = {}
@@ -209,11 +202,23 @@ def rebuild(
     for key, path in places.items():
         if path in tree:
             tree[path] = bytes(files[key])
+    return {path: tree[path] for path in tree if _is_reachable(path, tree)}
+
+
+def _is_reachable(path: Path, tree: dict[Path, bytes | None]) -> bool:
+    """Whether its directories exist, up to the first that was not journalled."""
+    above = {parent for parent in tree if tree[parent] is None}
+    root = min(above, key=lambda p: len(p.parts))
+    return all(parent in above for parent in path.parents if root in (parent, *parent.parents))
+
+
+def write_tree(tree: dict[Path, bytes | None], old_root: Path, root: Path) -> None:
+    """Make that directory at `root`."""
     for path in sorted(tree):
         content, place = tree[path], root / path.relative_to(old_root)
         if content is None:
             place.mkdir(parents=True, exist_ok=True)
-        elif path.parent in tree:
+        else:
             place.write_bytes(content)
 
 

@@ -117,6 +117,8 @@ def file_digests(path: Path, piece_bytes: int) -> tuple[str, ...]:
             return digest([_read_fully(file.fileno(), piece_bytes)])
 
     count = -(-path.stat().st_size // piece_bytes)
+    if count <= 1:
+        return tuple(map(piece, range(count)))
     with ThreadPoolExecutor(_THREADS, "tbptt-digest") as pool:
         return tuple(pool.map(piece, range(count)))
 

@@ -78,7 +78,7 @@ def _plain_tensor(tensor: Tensor, name: str) -> Tensor | dict[str, Any]:
 
 
 def _array_bytes(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8).clone()
+    return torch.from_numpy(np.frombuffer(array.tobytes(), dtype=np.uint8).copy())
 
 
 def _plain_container(value: Any, name: str) -> Any:

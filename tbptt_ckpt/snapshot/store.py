@@ -180,17 +180,18 @@ class SnapshotStore:
         """The rename makes the snapshot; another of the same step stands aside meanwhile."""
         target = self.path(step)
         aside = self.directory / f".step-{step}.replaced"
-        if target.exists():
+        replaces = target.exists()
+        if replaces:
             self._disk.replace(target, aside)
-            try:
-                self._disk.replace(part, target)
-            except OSError:
-                self._disk.replace(aside, target)
-                raise
-        else:
+        try:
             self._disk.replace(part, target)
+        except OSError:
+            if replaces:
+                self._disk.replace(aside, target)
+            raise
         self._disk.sync_directory(self.directory)
-        self._discard(aside)
+        if replaces:
+            self._discard(aside)
 
     def wait(self) -> None:
         """Wait until old snapshots are removed, and warn if one could not be."""
