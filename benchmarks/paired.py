@@ -58,15 +58,21 @@ def time_pairs(
     treated: Callable[[], Any],
     num_pairs: int,
     num_warmups: int = 2,
+    between: Callable[[], Any] = lambda: None,
 ) -> PairedTimes:
-    """Time both in alternating order; the garbage collector runs between runs, never in one."""
+    """Time both in alternating order; the garbage collector runs between runs, never in one.
+
+    `between` is called before each run, outside of its time.
+    """
     for _ in range(num_warmups):
-        baseline()
-        treated()
+        for way in (baseline, treated):
+            between()
+            way()
     ways = (baseline, treated)
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in range(num_pairs):
         for way in (0, 1) if pair % 2 == 0 else (1, 0):
+            between()
             seconds[way].append(timed(ways[way]))
     return PairedTimes(np.array(seconds[0]), np.array(seconds[1]))
 

@@ -76,13 +76,14 @@ class Buffer:
 
     def restore(self, value: BufferValue) -> None:
         """Put a value back, as another tensor unless it is there."""
-        if self._value is not None and self._holds(self._value):
-            if self._value is value:
-                return
-            self._value.holder = self._tensor
+        known = self._value if self._value is not None and self._holds(self._value) else None
+        if known is value:
+            return
         self._check_alone()
         if value.holder is None:
-            value.holder = value.values.clone()
+            value.holder = value.values.clone()  # may find no memory: before anything changes
+        if known is not None:
+            known.holder = self._tensor
         self._module._buffers[self._name] = value.holder
         value.holder = None
         self._remember(value)
