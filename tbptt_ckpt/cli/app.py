@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def warnings_in_one_line() -> Iterator[None]:
     """Print warnings as the command's own messages."""
     with warnings.catch_warnings():
+        warnings.simplefilter("always", TbpttWarning)
         show = warnings.showwarning
 
         def print_line(
