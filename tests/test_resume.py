@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, BurnIn, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, TensorSequence
 from tbptt_ckpt.snapshot import Disk, SnapshotStore
 from tbptt_ckpt.trainer import Trainer
 
@@ -333,6 +333,35 @@ def test_resuming_at_every_window_is_bitwise_too(name: str, tmp_path: Any) -> No
     trainer, _ = case.build()
     trainer.load_state_dict(store.load(len(windows)).state)
     assert _finish(trainer, windows) == expected
+
+
+@pytest.mark.parametrize("source", ["tensors", "stream", "list"])
+@pytest.mark.parametrize("first", range(1, STEPS + 3))
+def test_a_run_that_is_given_more_steps_goes_on_or_says_why_not(
+    first: int, source: str, tmp_path: Any
+) -> None:
+    """Never are steps left out or trained twice."""
+    last = 2 * STEPS
+
+    def case(max_steps: int) -> Case:
+        return Case(Restless, source=source, trainer={"epochs": None, "max_steps": max_steps})
+
+    if source == "stream":  # gives its steps once: one pass
+        last = STEPS
+        if first >= STEPS:
+            return
+    expected = _finish(case(last).build()[0], [])
+    trainer, _ = case(first).build()
+    windows = _finish(trainer, []).windows
+    store = SnapshotStore(tmp_path, 1, Hasty())
+    store.save(first, trainer.state_dict())
+    resumed, _ = case(last).build()
+    if (first % STEPS) % K1:
+        with pytest.raises(ArgumentError, match="cut between two update points"):
+            resumed.load_state_dict(store.load(first).state)
+        return
+    resumed.load_state_dict(store.load(first).state)
+    assert _finish(resumed, windows) == expected
 
 
 def test_saving_between_windows_changes_nothing() -> None:

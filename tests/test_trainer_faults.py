@@ -239,14 +239,25 @@ class TestOutOfMemory:
 
     @pytest.mark.parametrize("name", OOM_JOBS)
     @pytest.mark.filterwarnings("ignore::tbptt_ckpt.errors.TbpttWarning")
+    def test_at_every_fifth_allocation_no_step_is_lost_or_done_twice(
+        self, name: str, injected: Injected
+    ) -> None:
+        self.exhaust(OOM_JOBS[name], 5, injected)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", OOM_JOBS)
+    @pytest.mark.filterwarnings("ignore::tbptt_ckpt.errors.TbpttWarning")
     def test_at_every_allocation_no_step_is_lost_or_done_twice(
         self, name: str, injected: Injected
     ) -> None:
-        job = OOM_JOBS[name]
+        self.exhaust(OOM_JOBS[name], 1, injected)
+
+    def exhaust(self, job: Job, stride: int, injected: Injected) -> None:
+        """Let every `stride`-th allocation of a run find no memory, one in each run."""
         expected = job.undisturbed()
-        count = 0
+        count = 1 - stride
         while True:
-            count += 1
+            count += stride
             trainer, _, listener = job.build()
             with Scarce(count) as scarce:
                 trainer.train()
@@ -304,7 +315,7 @@ class TestOutOfMemory:
         outcomes = set()
         count = 0
         while True:
-            count += 1
+            count += 7
             trainer, _, listener = job.build(out_of_memory=OutOfMemory(protect_update=False))
             with Scarce(count) as scarce, warnings.catch_warnings():
                 warnings.simplefilter("ignore", TbpttWarning)
@@ -735,85 +746,97 @@ class TestSnapshotsThatFail:
         assert_equal(_learning(trainer), expected["learning"], EXACT)
 
 
-CHILD_WITH_SIGNALS = """
-    import sys, time
-    import torch
-    from torch import nn
-    from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer
+class Slow(nn.Module):
+    """Tells of every step through a pipe, and takes its time."""
 
-    class Slow(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = nn.GRUCell(2, 3)
-            self.drop = nn.Dropout(0.2)
-        def forward(self, x, h):
-            print("step", flush=True)
-            time.sleep(float(sys.argv[2]))
-            h = self.cell(self.drop(x), h)
-            return h, h
+    def __init__(self, pipe: int, pause: float) -> None:
+        super().__init__()
+        self.inner = Noisy()
+        self.pipe, self.pause = pipe, pause
 
-    torch.manual_seed(0)
-    module = Slow().double()
-    inputs = torch.randn(40, 2, 2, dtype=torch.float64)
-    targets = torch.randn(40, 2, 3, dtype=torch.float64)
-    tbptt = TBPTT(module, nn.functional.mse_loss, 4, 8, torch.optim.Adam(module.parameters()))
-    snapshots = Snapshots(directory=sys.argv[1])
-    trainer = Trainer(tbptt, TensorSequence(inputs, targets), snapshots=snapshots)
-    trainer.resume()
-    trainer.train()
-    print("done", [w.detach().sum().item().hex() for w in module.parameters()], flush=True)
-"""
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        os.write(self.pipe, b".")
+        time.sleep(self.pause)
+        return self.inner(x, h)
+
+
+@dataclass
+class Child:
+    """A training run in a forked process."""
+
+    folder: Path
+    pause: float = 0.0
+    job: Job = field(default_factory=lambda: Job(num_steps=40, k1=4, k2=8))
+
+    def __enter__(self) -> Child:
+        self.steps, pipe = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(pipe)
+            return self
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 1
+        try:
+            self.job.module = lambda: Slow(pipe, self.pause)
+            trainer, _, _ = self.job.build(snapshots=Snapshots(directory=self.folder))
+            trainer.resume()
+            trainer.train()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        finally:
+            os._exit(code)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.steps)
+
+    def wait_for_steps(self, count: int) -> None:
+        for _ in range(count):
+            assert os.read(self.steps, 1) == b"."
+
+    def send(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def code(self) -> int:
+        self.rest = 0
+        while part := os.read(self.steps, 4096):
+            self.rest += len(part)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 class TestSignals:
-    @pytest.fixture
-    def start(self, tmp_path: Path) -> Callable[..., Any]:
-        script = tmp_path / "child.py"
-        script.write_text(textwrap.dedent(CHILD_WITH_SIGNALS))
-
-        def start(folder: str, pause: float) -> Any:
-            command = [sys.executable, str(script), str(tmp_path / folder), str(pause)]
-            return subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-
-        return start
-
-    def test_the_window_is_finished_and_saved(
-        self, start: Callable[..., Any], tmp_path: Path, injected: Injected
-    ) -> None:
-        expected = start("undisturbed", 0).communicate(timeout=120)[0].splitlines()[-1]
-        assert expected.startswith("done")
-        for signum, code, steps in ((signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 60)):
-            with start("stopped", 0.005) as process:
-                for _ in range(steps):
-                    process.stdout.readline()
-                process.send_signal(signum)
-                out, err = process.communicate(timeout=120)
-            assert process.returncode == code, err
-            assert "done" not in out
+    def test_the_window_is_finished_and_saved(self, tmp_path: Path, injected: Injected) -> None:
+        with Child(tmp_path / "undisturbed") as child:
+            assert child.code() == 0
+        expected = SnapshotStore(tmp_path / "undisturbed").load(40).state
+        for signum, code, steps in ((signal.SIGTERM, 143, 10), (signal.SIGINT, 130, 30)):
+            with Child(tmp_path / "stopped", 0.003) as child:
+                child.wait_for_steps(steps)
+                child.send(signum)
+                assert child.code() == code
             injected("SIGTERM, SIGINT")
-            store = SnapshotStore(tmp_path / "stopped")
-            newest = store.steps()[-1]
+            newest = SnapshotStore(tmp_path / "stopped").steps()[-1]
             assert 0 < newest < 40
             assert newest % 4 == 0
-        with start("stopped", 0) as process:
-            assert process.communicate(timeout=120)[0].splitlines()[-1] == expected
+        with Child(tmp_path / "stopped") as child:
+            assert child.code() == 0
+        found = SnapshotStore(tmp_path / "stopped").load(40).state
+        for name in ("learning", "random", "progress"):
+            assert_equal(found[name], expected[name], EXACT, name)
 
     def test_a_second_one_ends_the_process_at_once(
-        self, start: Callable[..., Any], tmp_path: Path, injected: Injected
+        self, tmp_path: Path, injected: Injected
     ) -> None:
-        with start("twice", 0.5) as process:  # a window takes seconds
-            process.stdout.readline()
-            process.send_signal(signal.SIGTERM)
+        with Child(tmp_path, 0.5) as child:  # a window takes seconds
+            child.wait_for_steps(1)
+            child.send(signal.SIGTERM)
             time.sleep(0.2)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
+            assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
+            child.send(signal.SIGINT)
+            assert child.code() == 130
         injected("SIGTERM, SIGINT", 2)
-        assert process.returncode == 130
-        assert out.count("step") < 4
-        assert SnapshotStore(tmp_path / "twice").steps() == [0]
+        assert child.rest < 3
+        assert SnapshotStore(tmp_path).steps() == [0]
 
 
 def test_weights_that_change_inside_a_window_are_noticed(injected: Injected) -> None:

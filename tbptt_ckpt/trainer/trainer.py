@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ class _Progress:
     windows: int = 0
     updates: int = 0
     loss: float | None = None
+    cut_at: int = -1  # steps at which `max_steps` cut the last window short
 
 
 class Trainer:
@@ -139,6 +140,7 @@ class Trainer:
         self._asked = str(self._settings.strategy)
         self._progress = _Progress()
         self._run: SequenceRun | None = None
+        self._is_cut = False
 
     @property
     def steps(self) -> int:
@@ -187,6 +189,8 @@ class Trainer:
                     self._between_windows(signals)
             if self._run is not None:
                 self._run.finish()
+                if self._is_cut and self.steps == self._max_steps:
+                    self._progress.cut_at = self.steps
             self._save_unless_saved()
 
     def resume(self) -> bool:
@@ -250,8 +254,11 @@ class Trainer:
         for what in ("settings", "identity"):
             here = self._fixed_settings() if what == "settings" else self._identity
             _check_same(here, state[what])
+        progress = _Progress(**state["progress"])
+        trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
+        self._check_can_go_on(progress, progress.steps_before + trained)
         load_learning_state(self._settings, state["learning"])
-        self._progress = _Progress(**state["progress"])
+        self._progress = progress
         self._run = None
         self._resume_plan(state["plan"])
         if state["run"] is not None:
@@ -278,6 +285,23 @@ class Trainer:
             "other to rounding"
         )
         self._announcer.notice("replanned", message)
+
+    def _is_cut_off_grid(self, source: Any) -> bool:
+        """Whether `max_steps` lies between two update points; else it is enough to stop in time."""
+        if self._max_steps is None:
+            return False
+        remaining = self._max_steps - self._progress.steps_before
+        is_longer = not isinstance(source, Sized) or len(source) > remaining
+        return is_longer and remaining % self._settings.k1 != 0
+
+    def _check_can_go_on(self, progress: _Progress, steps: int) -> None:
+        """Raise where a run ended in a window that was cut short, and more steps are asked for."""
+        if progress.cut_at == steps and (self._max_steps is None or self._max_steps > steps):
+            raise ArgumentError(
+                f"max_steps={self._max_steps} goes on from a run that max_steps={steps} cut "
+                f"between two update points of k1={self._settings.k1}; go on from an earlier "
+                "snapshot (remove the last), and choose multiples of k1 where runs are to go on"
+            )
 
     def _is_done(self) -> bool:
         if self._max_steps is not None and self.steps >= self._max_steps:
@@ -307,10 +331,10 @@ class Trainer:
             source = source(self._progress.epoch)
         if hasattr(source, "set_epoch"):
             source.set_epoch(self._progress.epoch)
-        if self._max_steps is not None:
-            remaining = self._max_steps - self._progress.steps_before
-            if remaining % self._settings.k1:  # elsewhere it is enough to stop in time
-                source = limited(source, remaining)
+        self._is_cut = self._is_cut_off_grid(source)
+        if self._is_cut:
+            assert self._max_steps is not None
+            source = limited(source, self._max_steps - self._progress.steps_before)
         state = self._init_state() if callable(self._init_state) else self._init_state
         if saved is not None:
             state = restored_state(state, saved)
