@@ -63,6 +63,11 @@ class StepBlock:
             None if self.resets is None else self.resets[low:high],
         )
 
+    def num_bytes(self) -> int:
+        """Bytes of inputs and targets, as far as they are these steps'."""
+        tensors = tensors_of((self.inputs, self.targets))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def step_weights(self) -> list[StepWeight] | None:
         """The weight of each step; None where every step has a target and weight one."""
         if self.targets is None:

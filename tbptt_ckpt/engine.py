@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.executor import Observer
 from tbptt_ckpt.losses import LossFunction
@@ -14,7 +15,7 @@ from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.results import TrainResult, WindowResult
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sequence_run import SequenceRun
-from tbptt_ckpt.settings import Settings, check_memory_budget, make_settings
+from tbptt_ckpt.settings import Settings, make_settings
 from tbptt_ckpt.time_batching import BatchedOperation
 from tbptt_ckpt.windows import check_reach
 
@@ -44,9 +45,13 @@ class TBPTT:
         overlap: "refresh" runs the whole window with today's weights; "stale" restarts each
             block of `k1` steps from the state recorded when it was new: cheaper, and not
             the exact gradient once weights have moved.
-        strategy: "auto", "retain", "step", "sqrt", "uniform:LENGTH", "revolve:STATES", the
-            equal object, a list of actions, or a function `(start, stop) -> actions`.
-        memory_budget: Not supported yet; must be None.
+        strategy: "auto" or "optimal": the fastest plan within the memory budget, or, where none
+            is given, within the free memory. "retain", "step", "sqrt", "uniform:LENGTH",
+            "revolve:STATES", the equal object, a list of actions, or a function
+            `(start, stop) -> actions`.
+        memory_budget: Peak of tensor memory on the device, everything included: bytes, text
+            such as "512MiB", or a fraction of what is free. The first window measures what
+            steps take. With a fixed strategy the budget is only checked.
         executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
             of nested `torch.utils.checkpoint` calls.
         time_batching: Whether weight gradients and products of the inputs are made over all
@@ -63,6 +68,9 @@ class TBPTT:
         accumulate: Windows with a loss per update. With reduction "mean" the update takes the
             mean of their gradients, with "sum" their sum. A group that the end of the
             sequence leaves short updates as it is.
+        costs: What the module takes, as `measure_costs` gives it; nothing is measured then.
+        measure_memory: Whether every window's peak is measured; see `peak_memory` for what
+            that costs.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -94,9 +102,10 @@ class TBPTT:
         scheduler: Any = None,
         lane_dim: int | None = None,
         accumulate: int = 1,
+        costs: Costs | None = None,
+        measure_memory: bool = False,
     ) -> None:
         check_reach(k1, k2)
-        check_memory_budget(memory_budget)
         self._settings = make_settings(
             module,
             loss_fn,
@@ -117,6 +126,10 @@ class TBPTT:
             lane_dim=lane_dim,
             time_batching=time_batching,
             accumulate=accumulate,
+            memory_budget=memory_budget,
+            costs=costs,
+            measure_memory=measure_memory,
+            measured=True,
         )
 
     @property
@@ -157,6 +170,7 @@ class TBPTT:
 
         Raises:
             ArgumentError: A sequence, state or module that cannot work.
+            InfeasibleBudgetError: No plan fits the memory budget.
             StaleWeightsError: Weights changed inside a window.
         """
         run = self._start(sequence, init_state)

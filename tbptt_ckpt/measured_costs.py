@@ -36,7 +36,7 @@ def measure_costs(
     time_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     memory: int | str | None = None,
-    max_seconds: float = 1.2,
+    max_seconds: float = 1.6,
 ) -> Costs:
     """Measure what a module takes in bytes and seconds, for `plan`.
 

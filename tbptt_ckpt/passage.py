@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.calibration import SegmentProbe
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads, WeightGuard, WindowRun
 from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.initial_state import InitialState
-from tbptt_ckpt.plans import Plan, plan_window
+from tbptt_ckpt.plans import Plan
+from tbptt_ckpt.predictions import ADVANCE_STEPS
 from tbptt_ckpt.records import Records, changes
 from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.runner import check_same_structure
-from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.settings import Settings, device_of
 from tbptt_ckpt.sinks import WindowLoss
-from tbptt_ckpt.state import Tree, check_no_hidden_tensors, detach_state, relative_change
+from tbptt_ckpt.state import (
+    Tree,
+    check_no_hidden_tensors,
+    detach_state,
+    relative_change,
+    tensors_of,
+)
 from tbptt_ckpt.task import Boundary, WindowTask, counted_weight, has_loss
+from tbptt_ckpt.window_meter import UnmeteredWindow, WindowMeter
+from tbptt_ckpt.window_plans import PlannedWindow, Request, Shape, fullest_shape
 from tbptt_ckpt.windows import Window, later_starts, window_at
 
 
@@ -66,6 +77,7 @@ class Passage:
         self._stale = settings.overlap == "stale"
         k1, k2 = settings.k1, settings.k2
         upcoming = window_at(window.index + 1, num_steps, k1, k2)
+        self._num_steps = num_steps
         self._next_start = max(min(upcoming.start, window.stop), records.origin)
         self._later_starts = later_starts(window, num_steps, k1, k2)
         self._keeps_later_starts = self._stale
@@ -82,24 +94,54 @@ class Passage:
         assert self._final is not None, "the window has run"
         return self._final
 
-    def differentiate(self, loss_start: int, guard: WeightGuard, grad_scale: float) -> Outcome:
+    def request(self, loss_start: int, held: tuple[object, ...]) -> Request:
+        """What a plan of the window has to know."""
+        window, settings, records = self._window, self._settings, self._records
+        # Nested checkpoints are one graph in the order of time: no block can go before another.
+        one_graph = settings.executor_name == "checkpoint"
+        joints = () if one_graph else sorted(self._joints())
+        shape = Shape(
+            num_steps=window.stop - window.start,
+            new_steps=window.num_new_steps,
+            joints=tuple(joint - window.start for joint in joints),
+            recorded_states=len(records.boundaries),
+            coming_states=self._num_coming_states(),
+        )
+        return Request(
+            window=window,
+            shape=shape,
+            fullest=fullest_shape(
+                shape, window, self._num_steps, settings.k1, settings.k2, stale=self._stale
+            ),
+            held=held,
+            recorded=tuple(records.boundaries.values()),
+            makes_first_state=not tensors_of(self._boundary_at(window.first).state),
+            input_bytes=sum(block.num_bytes() for block in self._blocks),
+            make_probe=lambda: self._probe(loss_start),
+        )
+
+    def differentiate(
+        self,
+        loss_start: int,
+        guard: WeightGuard,
+        grad_scale: float,
+        planned: PlannedWindow,
+        meter: WindowMeter | UnmeteredWindow,
+    ) -> Outcome:
         """Run the window with its gradient."""
-        settings, window = self._settings, self._window
-        joints = self._joints()
-        task = self._task(window.first, window.start, loss_start, joints)
+        settings, window, plan = self._settings, self._window, planned.plan
+        task = self._task(window.first, window.start, loss_start, self._joints())
         loss = WindowLoss(
             settings.loss_function,
             counted_weight(self._blocks, loss_start, window.stop),
             settings.reduction,
         )
-        # Nested checkpoints are one graph in the order of time: no block can go before another.
-        blocks = [] if settings.executor_name == "checkpoint" else sorted(joints)
-        plan = plan_window(settings.strategy, window.first, window.start, window.stop, blocks)
-        work = self._work(task, loss, guard, plan.longest_leaf)
+        work = self._work(task, loss, guard, plan.advance_steps)
+        work.runner = meter.runner(work.runner)
         work.grad_scale = grad_scale
-        state_grads = settings.executor.run(
-            work, plan.schedule, self._boundary_at(self._window.first)
-        )
+        schedule = meter.schedule(plan.schedule, planned.pilot)
+        planned.pilot.attach(partial(setattr, work, "longest_advance"))
+        state_grads = settings.executor.run(work, schedule, self._boundary_at(window.first))
         if state_grads is None or loss.total is None:
             return Outcome(task.executed_steps)
         self._check_graph(loss, max(loss_start, window.start))
@@ -110,7 +152,30 @@ class Passage:
             weight=float(loss.weight),
             state_grads=state_grads,
             grad_scale=work.grad_scale,
-            plan=plan,
+            plan=planned.pilot.executed_plan(plan),
+        )
+
+    def _num_coming_states(self) -> int:
+        """States that the window leaves behind, and the gradient of one."""
+        window = self._window
+        noted: set[int] = {self._next_start, *(self._later_starts if self._stale else ())}
+        earliest = window.new_start if self._stale else window.first
+        return 2 + len([step for step in noted if earliest < step < window.stop])
+
+    def _probe(self, loss_start: int) -> SegmentProbe:
+        settings, window = self._settings, self._window
+        return SegmentProbe(
+            runner=settings.runner,
+            loss=settings.loss_function,
+            blocks=self._blocks,
+            ambient=self._ambient,
+            parameters=settings.parameters,
+            device=device_of(settings.parameters),
+            first=window.first,
+            stop=window.stop,
+            loss_start=loss_start,
+            boundary=self._boundary_at(window.first),
+            resets=self._resets,
         )
 
     def _check_graph(self, loss: WindowLoss, start: int) -> None:
@@ -180,7 +245,9 @@ class Passage:
     def _advance(self, boundary: Boundary, first: int, stop: int, guard: WeightGuard) -> int:
         task = self._task(first, stop, stop, {})
         task.stop = stop
-        work = self._work(task, WindowLoss(self._settings.loss_function, 0.0, "sum"), guard, 0)
+        work = self._work(
+            task, WindowLoss(self._settings.loss_function, 0.0, "sum"), guard, ADVANCE_STEPS
+        )
         with hooks_can_be_silent():
             work.advance(boundary, stop)
         return task.executed_steps
@@ -208,11 +275,11 @@ class Passage:
         )
 
     def _work(
-        self, task: WindowTask, loss: WindowLoss, guard: WeightGuard, longest_leaf: int
+        self, task: WindowTask, loss: WindowLoss, guard: WeightGuard, longest_advance: int
     ) -> WindowRun:
         work = WindowRun(task, self._settings.runner, loss, guard, record=self._settings.record)
         work.observer = self._settings.observer
-        work.longest_advance = max(work.longest_advance, longest_leaf)
+        work.longest_advance = longest_advance
         return work
 
     def _joints(self) -> dict[int, Boundary]:

@@ -21,10 +21,12 @@ from tbptt_ckpt.reading import WindowReader
 from tbptt_ckpt.record_storage import load_records, store_records
 from tbptt_ckpt.records import Records
 from tbptt_ckpt.results import TrainResult, WindowResult
-from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.settings import Settings, device_of
 from tbptt_ckpt.state import Tree, tensors_of
 from tbptt_ckpt.task import Boundary, has_loss
 from tbptt_ckpt.updates import UpdaterMark
+from tbptt_ckpt.window_meter import UnmeteredWindow, WindowMeter
+from tbptt_ckpt.window_plans import PlannedWindow
 from tbptt_ckpt.windows import Window, update_point, window_at
 
 
@@ -120,21 +122,29 @@ class SequenceRun:
         )
         loss_start = window.new_start if self.settings.loss == "new" else window.stop - 1
         guard = WeightGuard(self.settings.weights())
+        planned = None
+        if has_loss(blocks, loss_start, window.stop):
+            planned = self.settings.plans.plan(passage.request(loss_start, self._held()))
         self.settings.updater.clear(self.initial.leaves())
-        try:
-            if has_loss(blocks, loss_start, window.stop):
-                scale = self.settings.updater.grad_scale(self.settings.device_type)
-                outcome = passage.differentiate(loss_start, guard, scale)
-            else:
-                outcome = passage.only_advance(guard, self._weights_before)
-        finally:
-            passage.restore_ambient()
-        self.inspect(window, outcome.loss, passage.states())
-        self._weights_before = guard.fingerprint()
-        passage.hand_on()
-        self.state_grads = outcome.state_grads
-        updated = self._update(window, outcome)
+        with self._meter(planned, blocks) as meter:
+            try:
+                if planned is not None:
+                    scale = self.settings.updater.grad_scale(self.settings.device_type)
+                    outcome = passage.differentiate(loss_start, guard, scale, planned, meter)
+                else:
+                    outcome = passage.only_advance(guard, self._weights_before)
+            finally:
+                passage.restore_ambient()
+            self.inspect(window, outcome.loss, passage.states())
+            self._weights_before = guard.fingerprint()
+            passage.hand_on()
+            self.state_grads = outcome.state_grads
+            updated = self._update(window, outcome)
+            lap, peak_bytes = meter.lap(), meter.peak_bytes
+        if planned is not None and lap is not None and peak_bytes is not None:
+            self.settings.plans.learn(planned, lap, peak_bytes)
         self.totals.add(window, outcome, passage.num_tokens())
+        self.totals.add_peak(peak_bytes)
         self.index += 1
         return WindowResult(
             index=window.index,
@@ -144,7 +154,7 @@ class SequenceRun:
             loss=outcome.loss,
             state=passage.final.state,
             recomputed_steps=outcome.executed_steps - window.num_new_steps,
-            peak_bytes=None,
+            peak_bytes=peak_bytes,
             drift=passage.drift,
             seconds=time.perf_counter() - begun,
             plan=outcome.plan,
@@ -158,6 +168,27 @@ class SequenceRun:
                 self.initial.collect(outcome.state_grads)
             updater.add(outcome.loss)
         return updater.update(window.stop == self.reader.num_steps, self.initial.leaves())
+
+    def _held(self) -> tuple[object, ...]:
+        """What is live between windows and belongs to the run: inputs and states aside."""
+        settings, records = self.settings, self.records
+        return (
+            settings.parameters,
+            settings.recurrence.module,
+            settings.loss_function.loss_fn,
+            settings.updater.optimizer,
+            self.initial.state,
+            list(records.ambients.values()),
+        )
+
+    def _meter(
+        self, planned: PlannedWindow | None, blocks: Sequence[StepBlock]
+    ) -> WindowMeter | UnmeteredWindow:
+        if not self.settings.measure_memory and not (planned and planned.metered):
+            return UnmeteredWindow()
+        input_bytes = sum(block.num_bytes() for block in blocks)
+        held = (*self._held(), *self.records.boundaries.values())
+        return WindowMeter(device_of(self.settings.parameters), held, input_bytes)
 
     def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
         if self._ambient is None:
@@ -290,6 +321,7 @@ class Totals:
     def __init__(self) -> None:
         self.loss_sum, self.weight = 0.0, 0.0
         self.num_steps, self.num_windows, self.num_tokens = 0, 0, 0
+        self.peak_bytes: int | None = None
 
     def add(self, window: Window, outcome: Outcome, num_tokens: int) -> None:
         """Add a window."""
@@ -298,6 +330,11 @@ class Totals:
         self.num_steps, self.num_windows = window.stop, window.index + 1
         self.num_tokens += num_tokens
 
+    def add_peak(self, peak_bytes: int | None) -> None:
+        """Take the peak of a window, where it was measured."""
+        if peak_bytes is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, peak_bytes)
+
     def result(self, final: Boundary, seconds: float) -> TrainResult:
         """The run's result."""
         return TrainResult(
@@ -305,7 +342,7 @@ class Totals:
             state=final.state,
             num_steps=self.num_steps,
             num_windows=self.num_windows,
-            peak_bytes=None,
+            peak_bytes=self.peak_bytes,
             seconds=seconds,
             tokens_per_second=self.num_tokens / seconds,
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.accumulation import Accumulation
+from tbptt_ckpt.budget import Budget, parse_budget
+from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import (
     UNOBSERVED,
@@ -23,9 +25,10 @@ from tbptt_ckpt.modules import Recurrence, check_differentiable, parameters_of, 
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sources import check_time_dim
-from tbptt_ckpt.strategies import Strategy, parse_strategy
+from tbptt_ckpt.strategies import Auto, Optimal, Strategy, parse_strategy
 from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.updates import Updater
+from tbptt_ckpt.window_plans import CostedPlans, FixedPlans, WindowPlans
 
 _EXECUTORS: dict[str, Callable[[], Executor]] = {
     "replay": ReplayExecutor,
@@ -44,13 +47,14 @@ class Settings:
     loss: str
     reduction: str
     overlap: str
-    strategy: Strategy
+    plans: WindowPlans
     executor_name: str
     executor: Executor
     runner: Runner
     updater: Updater
     parameters: list[nn.Parameter]
     device_type: str
+    measure_memory: bool = False
     record: list[Action] | None = None
     observer: Observer = UNOBSERVED
 
@@ -58,6 +62,16 @@ class Settings:
         """All that an update changes: a function's weights are known to the optimizer only."""
         found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
         return list(found.values())
+
+    @property
+    def strategy(self) -> Strategy:
+        """How schedules are chosen."""
+        return self.plans.strategy
+
+    @strategy.setter
+    def strategy(self, strategy: Strategy) -> None:
+        """From here on this fixed strategy, whatever was measured."""
+        self.plans = FixedPlans(strategy)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -101,19 +115,43 @@ def device_type_of(module: object) -> str:
     return parameters[0].device.type if parameters else "cpu"
 
 
+def device_of(parameters: list[nn.Parameter]) -> torch.device:
+    """Where the weights are; the CPU where there are none."""
+    return parameters[0].device if parameters else torch.device("cpu")
+
+
 def make_executor(name: object) -> Executor:
     """The executor of that name."""
     check_choice("executor", name, tuple(_EXECUTORS))
     return _EXECUTORS[str(name)]()
 
 
-def check_memory_budget(memory_budget: object) -> None:
-    """A byte budget needs a planner, which this version does not have."""
-    if memory_budget is not None:
-        raise ArgumentError(
-            f"memory_budget={memory_budget!r} is not supported yet; choose a strategy such as "
-            "'uniform:32' or 'revolve:20'"
-        )
+def make_plans(
+    strategy: Strategy,
+    budget: Budget | None,
+    costs: Costs | None,
+    *,
+    executor: str,
+    measured: bool,
+    updater: Updater,
+    parameters: list[nn.Parameter],
+) -> WindowPlans:
+    """Who plans the windows.
+
+    Raises:
+        ArgumentError: A budget, or the best plan within one, for nested checkpoints: they
+            record the graph of a whole window, which no schedule bounds.
+    """
+    finds_fastest = measured and isinstance(strategy, Auto | Optimal)
+    if executor == "checkpoint":
+        if budget is not None or isinstance(strategy, Optimal):
+            raise ArgumentError(
+                "executor='checkpoint' holds the graph of a whole window, which no memory_budget "
+                "and no strategy='optimal' bounds; use executor='replay'"
+            )
+    elif finds_fastest or budget is not None:
+        return CostedPlans(strategy, budget, costs, updater, parameters, device_of(parameters))
+    return FixedPlans(strategy)
 
 
 def make_settings(
@@ -137,8 +175,15 @@ def make_settings(
     lane_dim: int | None = None,
     time_batching: object = "auto",
     accumulate: int = 1,
+    memory_budget: object = None,
+    costs: Costs | None = None,
+    measure_memory: bool = False,
+    measured: bool = False,
 ) -> Settings:
-    """Check every argument and build what runs."""
+    """Check every argument and build what runs.
+
+    `measured` says whether costs may be measured, which a single window is not worth.
+    """
     check_choice("loss", loss, ("new", "last"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_choice("overlap", overlap, ("refresh", "stale"))
@@ -152,6 +197,10 @@ def make_settings(
     runner.time_batching = TimeBatching(time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
+    updater = Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group)
+    chosen, budget = parse_strategy(strategy), parse_budget(memory_budget)
+    if costs is not None and not isinstance(costs, Costs):
+        raise ArgumentError(f"costs={costs!r} must be Costs, as measure_costs gives them")
     return Settings(
         recurrence=runner.recurrence,
         loss_function=LossFunction(loss_fn),
@@ -160,11 +209,20 @@ def make_settings(
         loss=loss,
         reduction=reduction,
         overlap=overlap,
-        strategy=parse_strategy(strategy),
+        plans=make_plans(
+            chosen,
+            budget,
+            costs,
+            executor=executor,
+            measured=measured,
+            updater=updater,
+            parameters=parameters,
+        ),
         executor_name=executor,
         executor=make_executor(executor),
         runner=runner,
-        updater=Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group),
+        updater=updater,
         parameters=parameters,
         device_type=device_type_of(module),
+        measure_memory=measure_memory,
     )

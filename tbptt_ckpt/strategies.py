@@ -95,6 +95,41 @@ class Sqrt(NestedStrategy):
         return "sqrt"
 
 
+# Measuring what a step takes runs as many steps as a window of this length has.
+SHORT_WINDOW_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Auto(NestedStrategy):
+    """The fastest plan for the free memory, from measured costs.
+
+    Where nothing is measured, short windows are retained and others are cut as by `Sqrt`.
+    """
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """What is done without costs."""
+        is_short = window_steps <= SHORT_WINDOW_STEPS
+        return (Retain() if is_short else Sqrt()).nesting(steps, window_steps)
+
+    def __str__(self) -> str:
+        return "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Optimal(NestedStrategy):
+    """The fastest plan within a byte budget, from measured costs."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """There is none without costs."""
+        raise ArgumentError(
+            "strategy='optimal' needs measured costs, which TBPTT makes; elsewhere give the "
+            "strategy that `plan` found, or a fixed one such as 'sqrt'"
+        )
+
+    def __str__(self) -> str:
+        return "optimal"
+
+
 @dataclass(frozen=True, slots=True)
 class Revolve(NestedStrategy):
     """One-step leaves from at most `num_states` kept states, in the fewest executed steps.
@@ -169,7 +204,8 @@ class UserFunction:
 
 
 _NAMED: dict[str, Callable[[], Strategy]] = {
-    "auto": Sqrt,
+    "auto": Auto,
+    "optimal": Optimal,
     "retain": Retain,
     "sqrt": Sqrt,
     "step": Step,
@@ -197,7 +233,7 @@ def parse_strategy(strategy: object) -> Strategy:
 
 
 _WHAT_WORKS = (
-    "one of 'auto', 'retain', 'sqrt', 'step', 'uniform:LENGTH', 'revolve:STATES', "
+    "one of 'auto', 'optimal', 'retain', 'sqrt', 'step', 'uniform:LENGTH', 'revolve:STATES', "
     "an object such as Uniform(32), a list of actions, or a function of (start, stop)"
 )
 

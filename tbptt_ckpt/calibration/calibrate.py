@@ -33,9 +33,12 @@ _SHORT_METERED = 8  # metered whatever the time: bytes become a straight line by
 _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
 _STRAIGHT_FROM = 3  # steps
 _WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
+_BACKWARD_SHARE = 1.5  # bytes a step adds to a peak, over those of its graph, at most
+_METERED_SHARE = 0.5  # of the time, for metering; the rest is for timing
 _LEAST_SLOPE = 0.3  # of the time per step between the longest samples, over the mean
+_TIMED = (1, 3, 8, 21, 55)  # lengths that are timed as well
 _LONGER = 4  # factor between lengths that are only timed
-_TIMED_SHARE = 0.03  # of the time limit, for repeating one length
+_ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
 _NUM_BOUNDARIES = 32
 
@@ -52,7 +55,7 @@ class Limits:
     """
 
     max_steps: int
-    max_seconds: float = 1.2
+    max_seconds: float = 1.6
     room_bytes: float = float("inf")
 
 
@@ -84,7 +87,7 @@ class _Measuring:
     limits: Limits
     begun: float
     bytes: list[SegmentBytes] = field(default_factory=list)
-    seconds: list[SegmentSeconds] = field(default_factory=list)
+    seconds: dict[int, SegmentSeconds] = field(default_factory=dict)
     host: list[tuple[int, int | None]] = field(default_factory=list)
     spent: float = 0.0
 
@@ -97,46 +100,51 @@ class _Measuring:
             self.bytes.append(self.probe.bytes_of(steps))
             if steps in _HOST_STEPS:
                 self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
-            self._time(steps)
             self.spent = time.perf_counter() - began
-        steps = _LONGER * self.seconds[-1].steps
-        while self._may_time(steps := min(steps, self.limits.max_steps)):
-            self._time(steps)
-            steps *= _LONGER
+        lengths = self._timed_lengths()
+        for number in range(_ROUNDS):
+            for steps in lengths:
+                if self._may_time(steps, is_first=number == 0):
+                    self._time(steps)
+
+    def _timed_lengths(self) -> list[int]:
+        """Lengths from one step to the whole window, in rounds of which none depends on luck."""
+        longest = self.bytes[-1].steps
+        lengths = [steps for steps in _TIMED if steps <= longest]
+        while (longest := min(_LONGER * longest, self.limits.max_steps)) > lengths[-1]:
+            lengths.append(longest)
+        return lengths
 
     def _time(self, steps: int) -> None:
         sample = self.probe.seconds_of(steps)
-        share = _TIMED_SHARE * self.limits.max_seconds
-        repeats = min(4, int(share / (sample.leaf + sample.advance)))
-        for _ in range(repeats):
-            sample = sample.least(self.probe.seconds_of(steps))
-        self.seconds.append(sample)
+        known = self.seconds.get(steps)
+        self.seconds[steps] = sample if known is None else sample.least(known)
 
     def _may_meter(self, steps: int) -> bool:
         if steps == 1:
             return True
         ends = self._elapsed() + 1.7 * self.spent
-        in_time = steps <= _SHORT_METERED or ends <= self.limits.max_seconds
+        in_time = steps <= _SHORT_METERED or ends <= _METERED_SHARE * self.limits.max_seconds
         return in_time and self._peak(steps) <= self.limits.room_bytes
 
-    def _may_time(self, steps: int) -> bool:
-        last = self.seconds[-1]
-        if steps <= last.steps:
-            return False
-        seconds = (last.leaf + last.advance) * steps / last.steps
-        in_time = self._elapsed() + 1.3 * seconds <= self.limits.max_seconds
+    def _may_time(self, steps: int, *, is_first: bool) -> bool:
+        if is_first and steps <= _SHORT_METERED:
+            return True
+        known = self.seconds.get(steps) or self.seconds[max(self.seconds)]
+        seconds = (known.leaf + known.advance) * steps / known.steps
+        in_time = self._elapsed() + 1.1 * seconds <= self.limits.max_seconds
         return in_time and self._peak(steps) <= self.limits.room_bytes
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.begun
 
     def _peak(self, steps: int) -> float:
-        """What a longer segment may take."""
-        if len(self.bytes) == 1:
-            return self.bytes[0].peak * float(steps)
-        short, long = self.bytes[-2:]
-        slope = (long.peak - short.peak) / (long.steps - short.steps)
-        return 1.05 * (long.peak + slope * (steps - long.steps))
+        """What a longer segment may take: its graph grows, what a backward adds does not."""
+        last = self.bytes[-1]
+        if last.steps == 1:
+            return last.peak * float(steps)
+        per_step = _BACKWARD_SHARE * last.graph / last.steps
+        return last.peak + per_step * (steps - last.steps)
 
     def costs(self, state_bytes: int, update: UpdateBytes, fixed: FixedBytes) -> Costs:
         """The samples as curves."""
@@ -144,13 +152,11 @@ class _Measuring:
         anew = longest.gradients + longest.state_gradients
         return Costs(
             state_bytes=state_bytes,
-            leaf_bytes=bounding_curve((s.steps, s.leaf) for s in self.bytes),
-            leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds),
-            advance_bytes=bounding_curve((s.steps, s.advance) for s in self.bytes),
-            advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds),
-            last_leaf_bytes=bounding_curve(
-                (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
-            ),
+            leaf_bytes=self._bytes_curve([s.leaf for s in self.bytes]),
+            leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds.values()),
+            advance_bytes=self._bytes_curve([s.advance for s in self.bytes]),
+            advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds.values()),
+            last_leaf_bytes=self._bytes_curve([max(0, s.last_leaf - anew) for s in self.bytes]),
             update_bytes=update.transient,
             fixed=FixedBytes(
                 weights=fixed.weights,
@@ -164,6 +170,13 @@ class _Measuring:
             host_state_bytes=_host_state_bytes(self.probe.boundary),
         )
 
+    def _bytes_curve(self, values: list[int]) -> Curve:
+        samples = [(s.steps, value) for s, value in zip(self.bytes, values, strict=True)]
+        if len(samples) == 1 and self.limits.max_steps > 1:
+            # Two steps would not have fitted, and must not look as if they did.
+            samples.append((2, 2 * max(values[0], self.bytes[0].peak)))
+        return bounding_curve(samples)
+
     def _host_step_bytes(self) -> float:
         known = [(steps, size) for steps, size in self.host if size is not None]
         if not known:
@@ -175,7 +188,7 @@ class _Measuring:
         """What was done, in a line."""
         leaf = costs.leaf_bytes
         return (
-            f"measured segments of 1 to {self.seconds[-1].steps} steps in {self._elapsed():.2f} s: "
+            f"measured segments of 1 to {max(self.seconds)} steps in {self._elapsed():.2f} s: "
             f"a leaf takes {format_bytes(leaf(0))} + {format_bytes(leaf.slope)} per step, "
             f"a boundary state {format_bytes(costs.state_bytes)}, "
             f"a step {1e3 * costs.advance_seconds.slope:.3g} ms, "
@@ -197,7 +210,11 @@ def bounding_curve(samples: Iterable[tuple[int, int]]) -> Curve:
     above = Curve(tuple(hull))
     off = (above(steps) - value for steps, value in exact.points)
     allowed = (max(_WIGGLE_BYTES, _WIGGLE * value) for _, value in exact.points)
-    return above if all(d <= a for d, a in zip(off, allowed, strict=True)) else exact
+    if not all(d <= a for d, a in zip(off, allowed, strict=True)):
+        return exact
+    last, highest = exact.points[-1]
+    beyond = highest + last * max(above.slope, exact.slope)
+    return Curve((*hull, (2 * last, beyond)))
 
 
 def seconds_curve(samples: Iterable[tuple[int, float]]) -> Curve:

@@ -15,6 +15,7 @@ from tbptt_ckpt.calibration.malloc import malloc_bytes
 from tbptt_ckpt.executor import ReplayExecutor, StateGrads, WeightGuard, WindowRun
 from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.memory import PeakMeter, peak_memory, tensor_bytes
+from tbptt_ckpt.resets import Resets
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Schedule
 from tbptt_ckpt.sinks import WindowLoss
@@ -78,6 +79,7 @@ class SegmentProbe:
         stop: End.
         loss_start: First step with a loss.
         boundary: The state that segments start from, whatever step it is of.
+        resets: Lanes that begin a new sequence.
     """
 
     runner: Runner
@@ -90,6 +92,7 @@ class SegmentProbe:
     stop: int
     loss_start: int
     boundary: Boundary
+    resets: Resets = field(default_factory=Resets)
     _arrived: Callable[[], None] = field(default=lambda: None)
 
     def bytes_of(self, steps: int) -> SegmentBytes:
@@ -173,6 +176,7 @@ class SegmentProbe:
             self.stop,
             max(start, self.loss_start),
             self.ambient,
+            resets=self.resets,
             on_arrival=lambda *_: self._arrived(),
         )
         work = self._work(task)

@@ -238,7 +238,11 @@ class Trainer:
             "init_state": [
                 {"value": t.detach(), "grad": t.grad if t.is_leaf else None} for t in first
             ],
-            "plan": {"asked": self._asked, "used": str(self._settings.strategy)},
+            "plan": {
+                "asked": self._asked,
+                "used": str(self._settings.strategy),
+                "measured": self._settings.plans.state_dict(),
+            },
             "settings": self._fixed_settings(),
             "identity": self._identity,
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
@@ -275,10 +279,11 @@ class Trainer:
         fixed = {name: getattr(settings, name) for name in names}
         return {**fixed, "accumulate": settings.updater.group.num_windows}
 
-    def _resume_plan(self, plan: Mapping[str, str]) -> None:
+    def _resume_plan(self, plan: Mapping[str, Any]) -> None:
         if plan["asked"] == self._asked:
             if plan["used"] != str(self._settings.strategy):
                 self._settings.strategy = parse_strategy(plan["used"])
+            self._settings.plans.load_state_dict(plan.get("measured", {}))
             return
         message = (
             f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "

@@ -1,0 +1,283 @@
+"""Is a memory budget kept, and how close is the predicted peak to the measured one?
+
+For each module, reach and precision: budgets from the smallest possible to "keep all", each in
+a run of its own that measures its costs within the budget and updates the weights with Adam.
+Held against the exact peak of every window: the prediction, to 3 % of the peak less its fixed
+part (weights, gradients, optimizer, inputs) or 64 KiB, and the budget itself. A budget a tenth
+below the smallest has to raise.
+
+    python -m benchmarks.budget_accuracy --json benchmarks/results/DATE-budget-accuracy.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import describe_environment
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, WindowResult, measure_costs
+from tbptt_ckpt.memory import format_bytes, tensor_bytes
+
+LANES, WIDTH, CLASSES, READOUT = 8, 64, 32, 2048
+TOLERANCE, ROUNDING_BYTES = 0.03, 64 * 1024
+DTYPES = {"float32": None, "bfloat16 autocast": torch.bfloat16}
+
+
+class CellLoop(nn.Module):
+    """A cell and a readout, one step at a time."""
+
+    def __init__(self, classes: int = CLASSES, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.cell, self.readout = nn.LSTMCell(WIDTH, WIDTH), nn.Linear(WIDTH, classes)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+        h, c = self.cell(x, state)
+        return self.readout(self.dropout(h)), (h, c)
+
+
+class DeepTransition(nn.Module):
+    """A step of several layers between one state and the next."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * WIDTH, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.readout = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = torch.zeros_like(x) if h is None else h
+        z = torch.relu(self.first(torch.cat([x, h], -1)))
+        for layer in self.layers:
+            z = z + torch.relu(layer(z))
+        h = torch.tanh(z)
+        return self.readout(h), h
+
+
+class Fused(nn.Module):
+    """A fused layer and a readout, a segment at a time."""
+
+    def __init__(self, kind: type[nn.RNNBase], layers: int) -> None:
+        super().__init__()
+        self.rnn, self.readout = kind(WIDTH, WIDTH, layers), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+        h, state = self.rnn(x, state)
+        return self.readout(h), state
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "LSTMCell loop": (CellLoop, True),
+    "nn.LSTM, 1 layer": (lambda: Fused(nn.LSTM, 1), False),
+    "nn.LSTM, 3 layers": (lambda: Fused(nn.LSTM, 3), False),
+    "nn.GRU": (lambda: Fused(nn.GRU, 1), False),
+    "deep transition": (DeepTransition, True),
+    "large readout": (lambda: CellLoop(READOUT), True),
+    "dropout": (lambda: CellLoop(dropout=0.3), True),
+}
+
+
+def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), targets.flatten()
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One window under one budget; sizes in bytes.
+
+    Attributes:
+        error: Predicted less measured, over the measured peak less its fixed part.
+        accurate: Whether the prediction is within the tolerance.
+        kept: Whether the measured peak is within the budget.
+    """
+
+    module: str
+    k2: int
+    dtype: str
+    budget: int
+    window: int
+    predicted: int
+    measured: int
+    fixed: int
+    error: float
+    accurate: bool
+    kept: bool
+    executed_per_step: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A module, a reach and a precision."""
+
+    module: str
+    k2: int
+    dtype: str
+    num_windows: int
+
+    def data(self) -> TensorSequence:
+        torch.manual_seed(0)
+        num_steps = self.num_windows * self.k2
+        inputs = torch.randn(num_steps, LANES, WIDTH)
+        return TensorSequence(inputs, torch.randint(0, CLASSES, (num_steps, LANES)))
+
+    def run(self, budget: int) -> Iterator[tuple[WindowResult, int]]:
+        """Windows under a budget, each with the fixed part of its peak."""
+        torch.manual_seed(0)
+        make, per_step = MODULES[self.module]
+        module, data = make(), self.data()
+        optimizer = torch.optim.Adam(module.parameters())
+        tbptt = TBPTT(
+            module,
+            loss_fn,
+            self.k2,
+            self.k2,
+            optimizer,
+            memory_budget=budget,
+            measure_memory=True,
+            per_step=per_step,
+            autocast_dtype=DTYPES[self.dtype],
+        )
+        inputs = tensor_bytes(data.inputs, data.targets) // self.num_windows
+        state = tensor_bytes(optimizer)
+        for window in tbptt.windows(data):
+            yield window, 2 * tensor_bytes(module) + state + inputs
+            state = tensor_bytes(optimizer)
+
+    def smallest(self) -> int:
+        """The smallest budget, as the error for an impossible one names it."""
+        try:
+            next(self.run(1))
+        except InfeasibleBudgetError as error:
+            return error.smallest_budget_bytes or 0
+        raise SystemExit(f"{self}: a budget of one byte was accepted")
+
+    def refuses(self, budget: int) -> bool:
+        """Whether a budget raises before its first window."""
+        try:
+            next(self.run(budget))
+        except InfeasibleBudgetError:
+            return True
+        return False
+
+    def keep_all(self, smallest: int) -> int:
+        """A budget that holds the graph of a whole window."""
+        make, per_step = MODULES[self.module]
+        data = self.data().read(0, min(64, self.k2))
+        costs = measure_costs(
+            make(), loss_fn, *data, per_step=per_step, autocast_dtype=DTYPES[self.dtype]
+        )
+        return smallest + int(1.25 * costs.leaf_bytes(self.k2))
+
+
+def budgets(smallest: int, largest: int, count: int) -> list[int]:
+    """From the smallest to the largest, each further above the smallest by a fixed factor."""
+    least = max(16 * 1024, (largest - smallest) // 2**count)
+    ratio = ((largest - smallest) / least) ** (1 / (count - 2))
+    return [smallest, *(smallest + int(least * ratio**i) for i in range(count - 1))]
+
+
+def rows_of(setting: Setting, count: int) -> Iterator[Row]:
+    """All windows under all budgets."""
+    smallest = setting.smallest()
+    if not setting.refuses(int(0.9 * smallest)):
+        raise SystemExit(f"{setting}: a budget a tenth below the smallest was accepted")
+    for budget in budgets(smallest, setting.keep_all(smallest), count):
+        for window, fixed in setting.run(budget):
+            assert window.plan is not None
+            assert window.plan.predicted_peak_bytes is not None
+            assert window.peak_bytes is not None
+            predicted, measured = window.plan.predicted_peak_bytes, window.peak_bytes
+            off, above = predicted - measured, measured - fixed
+            yield Row(
+                module=setting.module,
+                k2=setting.k2,
+                dtype=setting.dtype,
+                budget=budget,
+                window=window.index,
+                predicted=predicted,
+                measured=measured,
+                fixed=fixed,
+                error=off / above,
+                accurate=abs(off) <= max(TOLERANCE * above, ROUNDING_BYTES),
+                kept=measured <= budget,
+                executed_per_step=window.plan.executed_steps / setting.k2,
+                seconds=window.seconds,
+            )
+
+
+def summary(rows: list[Row]) -> str:
+    """A line for each setting, in Markdown."""
+    lines = [
+        "| module | k2 | precision | budgets | windows | largest error | in bytes | above budget |"
+        " executed steps per step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row.module, row.k2, row.dtype) for row in rows):
+        mine = [row for row in rows if (row.module, row.k2, row.dtype) == key]
+        sizes = sorted({row.budget for row in mine})
+        worst = max(mine, key=lambda row: abs(row.error))
+        executed = [row.executed_per_step for row in mine]
+        most_off = max(abs(row.predicted - row.measured) for row in mine)
+        lines.append(
+            f"| {key[0]} | {key[1]} | {key[2]} | {len(sizes)}: {format_bytes(sizes[0])} to "
+            f"{format_bytes(sizes[-1])} | {len(mine)} | {100 * worst.error:+.2f} % | "
+            f"{most_off} | {sum(not row.kept for row in mine)} | "
+            f"{min(executed):.2f} to {max(executed):.2f} |"
+        )
+    misses = [row for row in rows if not row.accurate]
+    lines += ["", f"{len(rows)} windows, {len(misses)} predictions outside the tolerance."]
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--k2", type=int, nargs="+", default=[100, 1000, 5000])
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=list(MODULES))
+    parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table; must be new")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.k2, arguments.budgets, arguments.modules = [30], 3, ["LSTMCell loop", "nn.GRU"]
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rows: list[Row] = []
+    began = time.perf_counter()
+    for k2 in arguments.k2:
+        for module in arguments.modules:
+            for dtype in DTYPES:
+                found = list(
+                    rows_of(Setting(module, k2, dtype, arguments.windows), arguments.budgets)
+                )
+                rows += found
+                print(summary(found).splitlines()[2], flush=True)
+    print()
+    print(summary(rows))
+    print(f"{time.perf_counter() - began:.0f} s")
+    if arguments.json is not None:
+        result = {
+            "benchmark": "budget_accuracy",
+            "environment": describe_environment(),
+            "rows": [asdict(row) for row in rows],
+        }
+        with arguments.json.open("x") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

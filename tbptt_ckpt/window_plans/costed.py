@@ -1,0 +1,328 @@
+"""Windows planned from measured costs within a byte budget."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tbptt_ckpt.budget import AUTO_BUDGET, Budget
+from tbptt_ckpt.calibration import Limits, calibrate, update_bytes
+from tbptt_ckpt.costs import Costs, FixedBytes
+from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.memory import Lap, can_measure, format_bytes, tensor_bytes
+from tbptt_ckpt.planning import OPTIMAL, plan
+from tbptt_ckpt.plans import Plan
+from tbptt_ckpt.simulator import simulate
+from tbptt_ckpt.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
+from tbptt_ckpt.updates import Updater
+from tbptt_ckpt.window_plans.corrections import ROUNDING_BYTES, Corrections
+from tbptt_ckpt.window_plans.fixed import FixedPlans
+from tbptt_ckpt.window_plans.requests import PlannedWindow, Request, Shape
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_RESERVE = 0.1  # of what the first plan may use, until its leaves are measured
+_MARGIN = 0.02  # the same ever after: kernels round sizes up, some lengths more than others
+_MOST_METERED = 8  # windows; overlaps that grow make a new plan for each
+_MOST_CACHED = 64
+
+
+class CostedPlans:
+    """Plans each shape of window once, within a budget, from costs that are measured first.
+
+    Args:
+        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
+            checked.
+        budget: Bytes; None plans for the free memory and holds nothing against it.
+        costs: What the module takes; None to have it measured at the first window.
+        updater: Whose state and transients count.
+        parameters: The weights.
+        device: Where memory counts.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        budget: Budget | None,
+        costs: Costs | None,
+        updater: Updater,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+    ) -> None:
+        self.strategy, self._promised = strategy, budget is not None
+        self._budget = budget or AUTO_BUDGET
+        self._updater, self._parameters, self._device = updater, parameters, device
+        self.costs = costs
+        self.budget_bytes: int | None = None
+        self._reserve = _RESERVE if self._promised else 0.0
+        self._finds_fastest = isinstance(strategy, Auto | Optimal)
+        self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
+        self._confirmed: set[Shape] = set()
+        self._seen: set[Shape] = set()
+        self._num_metered = 0
+
+    def plan(self, request: Request) -> PlannedWindow:
+        """The window's plan; measures costs if there are none yet."""
+        if self.costs is None and not self._promised and not self._is_worth_measuring(request):
+            return FixedPlans(Auto()).plan(request)
+        held_bytes = tensor_bytes(*request.held)
+        self._prepare(request, held_bytes)
+        shape = request.shape
+        costs = self._costs_of(shape, request, held_bytes)
+        chosen = self._chosen(shape, costs).at(request.window.first)
+        is_known = shape in self._confirmed or self._num_metered >= _MOST_METERED
+        if is_known or not self._promised:
+            return PlannedWindow(chosen)
+        return self._watched(request, chosen, costs)
+
+    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+        """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
+        pilot = planned.pilot
+        if not isinstance(pilot, _Watched) or self.costs is None:
+            return
+        self._num_metered += 1
+        costs = pilot.corrected(self.costs)
+        fixed = pilot.costs.fixed.total(pilot.shape.run_steps)
+        if update.peak_bytes > fixed + costs.update_bytes:
+            costs = replace(costs, update_bytes=update.peak_bytes - fixed)
+        is_right = costs == self.costs
+        _log.info(
+            "predicted %s, measured %s%s",
+            format_bytes(planned.plan.predicted_peak_bytes or 0),
+            format_bytes(peak_bytes),
+            "" if is_right else "; costs corrected",
+        )
+        if is_right and self._reserve == _MARGIN:
+            self._confirmed.add(pilot.shape)
+            return
+        self.costs, self._reserve = costs, _MARGIN
+        self._plans.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Costs and plans as plain data; empty before the first window."""
+        if self.costs is None:
+            return {}
+        return {
+            "costs": self.costs.to_dict(),
+            "budget_bytes": self.budget_bytes,
+            "reserve": self._reserve,
+            "num_metered": self._num_metered,
+            "plans": [
+                {
+                    "shape": asdict(shape),
+                    "fixed_bytes": known.fixed_bytes,
+                    "plan": known.plan.to_dict(),
+                    "confirmed": shape in self._confirmed,
+                }
+                for shape, known in self._plans.items()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the same costs and plans; a budget in bytes stays as it is given now."""
+        if not state:
+            return
+        self.costs = Costs.from_dict(state["costs"])
+        self.budget_bytes = self._budget.num_bytes or state["budget_bytes"]
+        self._reserve, self._num_metered = state["reserve"], state["num_metered"]
+        for entry in state["plans"]:
+            shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
+            self._plans[shape] = _Planned(entry["fixed_bytes"], Plan.from_dict(entry["plan"]))
+            if entry["confirmed"]:
+                self._confirmed.add(shape)
+
+    def _chosen(self, shape: Shape, costs: Costs) -> Plan:
+        """The plan of a shape; the known one as long as it fits, so that runs repeat."""
+        assert self.budget_bytes is not None
+        fixed, known = costs.fixed.total(shape.run_steps), self._plans.get(shape)
+        if known is not None:
+            peak = (known.plan.predicted_peak_bytes or 0) + fixed - known.fixed_bytes
+            if peak <= self.budget_bytes or not self._promised:
+                return replace(known.plan, predicted_peak_bytes=peak)
+        chosen = self._within_budget(shape, costs)
+        self._seen.add(shape)
+        self._plans[shape] = _Planned(fixed, chosen)
+        while len(self._plans) > _MOST_CACHED:
+            self._plans.popitem(last=False)
+        return chosen
+
+    def _is_worth_measuring(self, request: Request) -> bool:
+        if request.shape.run_steps <= SHORT_WINDOW_STEPS:
+            return False
+        if not can_measure(self._device):
+            _log.warning("a profiler is active on this thread, so no plan can be measured")
+            return False
+        return True
+
+    def _prepare(self, request: Request, held_bytes: int) -> None:
+        """Fix the budget, measure the costs, and make sure that larger windows will fit."""
+        if self.budget_bytes is None:
+            now_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
+            self.budget_bytes = self._budget.bytes_beside(now_bytes, self._device)
+        if self.costs is None:
+            self.costs = self._measured(request, held_bytes)
+        fullest = request.fullest
+        if self._promised and fullest != request.shape and fullest not in self._seen:
+            self._within_budget(fullest, self._costs_of(fullest, request, held_bytes))
+            self._seen.add(fullest)
+
+    def _measured(self, request: Request, held_bytes: int) -> Costs:
+        assert self.budget_bytes is not None
+        room = self.budget_bytes - held_bytes - request.input_bytes
+        return calibrate(
+            request.make_probe(),
+            Limits(request.shape.run_steps, room_bytes=room),
+            update_bytes(self._updater),
+            FixedBytes(),
+        )
+
+    def _costs_of(self, shape: Shape, request: Request, held_bytes: int) -> Costs:
+        """The costs with the fixed part as it is in a window of some shape."""
+        assert self.costs is not None
+        costs, fixed = self.costs, self.costs.fixed
+        exists = self._optimizer_bytes()
+        trained = [p for p in self._parameters if p.requires_grad]
+        states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
+        states += request.makes_first_state
+        return replace(
+            costs,
+            last_leaf_bytes=None if self._updater.optimizer is None else costs.last_leaf_bytes,
+            fixed=FixedBytes(
+                weights=held_bytes - exists,
+                gradients=fixed.gradients or tensor_bytes(trained),
+                optimizer=max(exists, fixed.optimizer),
+                states=states * costs.state_bytes,
+                step_inputs=request.input_bytes / request.shape.run_steps,
+                other=fixed.other + 2 * ROUNDING_BYTES,
+            ),
+        )
+
+    def _optimizer_bytes(self) -> int:
+        optimizer = self._updater.optimizer
+        return 0 if optimizer is None else tensor_bytes(optimizer)
+
+    def _within_budget(self, shape: Shape, costs: Costs) -> Plan:
+        assert self.budget_bytes is not None
+        free = max(0, self.budget_bytes - costs.fixed.total(shape.run_steps))
+        reserved = int(self._reserve * free)
+        try:
+            return self._planned(shape, costs, self.budget_bytes - reserved)
+        except InfeasibleBudgetError as error:
+            if not reserved and shape not in self._seen:
+                raise self._explained(error, shape) from None
+        try:  # it may fit without a reserve
+            return self._planned(shape, costs, self.budget_bytes)
+        except InfeasibleBudgetError as error:
+            if shape not in self._seen:
+                raise self._explained(error, shape) from None
+            _log.warning("windows take slightly more than was measured before: %s", error)
+            return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+
+    def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> Plan:
+        return plan(
+            shape.num_steps,
+            costs,
+            budget_bytes=max(1, budget_bytes),
+            strategy=OPTIMAL if self._finds_fastest else self.strategy,
+            new_steps=shape.new_steps,
+            joints=shape.joints,
+        )
+
+    def _explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
+        smallest, most = error.smallest_budget_bytes, error.largest_steps
+        assert smallest is not None
+        assert self.budget_bytes is not None
+        given = format_bytes(self.budget_bytes)
+        if self._budget.num_bytes is None:
+            given = f"{self._budget.given} ({given})"
+        choices = [f"raise it to {smallest} bytes"]
+        if most:
+            choices.append(f"lower k2 to {most}")
+        if not self._finds_fastest:
+            choices.append("use strategy='optimal'")
+        need = "needs" if self._finds_fastest else f"and strategy={self.strategy} need"
+        return InfeasibleBudgetError(
+            f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
+            f"{shape.num_steps} steps {need}; {', or '.join(choices)}",
+            smallest_budget_bytes=smallest,
+            largest_steps=most,
+        )
+
+    def _watched(self, request: Request, chosen: Plan, costs: Costs) -> PlannedWindow:
+        missing = costs.fixed.optimizer - self._optimizer_bytes()
+        made = request.makes_first_state * costs.state_bytes
+        recorded = costs.fixed.states - request.shape.coming_states * costs.state_bytes - made
+        absent = max(0, recorded - tensor_bytes(*request.recorded))
+        if missing or absent:
+            chosen = self._as_measured_now(request, chosen, costs, missing, absent)
+        given = {*request.absolute_joints}
+        if not chosen.lead_steps:
+            given.add(request.window.start)
+        pilot = _Watched(
+            plan=chosen,
+            costs=costs,
+            stop=request.window.stop,
+            given=frozenset(given),
+            budget_bytes=self.budget_bytes or 0,
+            missing_bytes=missing + absent,
+            first_state_bytes=made,
+            gradient_bytes=costs.fixed.gradients + costs.state_bytes,
+            replan=self._replan,
+            shape=request.shape,
+        )
+        return PlannedWindow(chosen, pilot, metered=True)
+
+    def _as_measured_now(
+        self, request: Request, chosen: Plan, costs: Costs, missing: int, absent: int
+    ) -> Plan:
+        """The plan with the prediction of an early window, where not all exists yet.
+
+        Args:
+            request: The window.
+            chosen: Its plan.
+            costs: Its costs.
+            missing: Bytes of the optimizer's state that the update makes.
+            absent: Bytes of states that only later windows have.
+        """
+        fixed = costs.fixed
+        now = replace(fixed, optimizer=fixed.optimizer - missing, states=fixed.states - absent)
+        leaves = simulate(
+            chosen.schedule,
+            replace(costs, fixed=now, update_bytes=0),
+            given=request.absolute_joints,
+            advance_steps=chosen.advance_steps,
+        )
+        update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
+        return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))
+
+    def _replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
+        """A plan of some steps of a window, with what else is there at the time."""
+        assert self.budget_bytes is not None
+        steps, budget = stop - start, self.budget_bytes
+        costs = replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes))
+        try:
+            return plan(steps, costs, budget_bytes=budget, first=start)
+        except InfeasibleBudgetError as error:
+            _log.warning("the rest of a window takes more than its budget: %s", error)
+            return plan(steps, costs, budget_bytes=error.smallest_budget_bytes, first=start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A plan, and the fixed part it was made beside."""
+
+    fixed_bytes: int
+    plan: Plan
+
+
+@dataclass(slots=True)
+class _Watched(Corrections):
+    """Corrections of a window whose shape is known."""
+
+    shape: Shape = Shape(1, 1, (), 0, 0)  # noqa: RUF009

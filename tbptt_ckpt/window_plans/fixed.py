@@ -1,0 +1,38 @@
+"""Windows whose plans need no costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tbptt_ckpt.memory import Lap
+from tbptt_ckpt.plans import plan_window
+from tbptt_ckpt.strategies import Strategy
+from tbptt_ckpt.window_plans.requests import PlannedWindow, Request
+
+
+@dataclass(slots=True)
+class FixedPlans:
+    """Follows a fixed strategy; its memory is what it is."""
+
+    strategy: Strategy
+
+    def plan(self, request: Request) -> PlannedWindow:
+        """The strategy's plan."""
+        window = request.window
+        return PlannedWindow(
+            plan_window(
+                self.strategy, window.first, window.start, window.stop, request.absolute_joints
+            )
+        )
+
+    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+        """There is nothing to correct."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is measured."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to go on with."""

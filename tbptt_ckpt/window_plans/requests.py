@@ -1,0 +1,131 @@
+"""What is asked of a planner of windows, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tbptt_ckpt.calibration import SegmentProbe
+from tbptt_ckpt.memory import Lap
+from tbptt_ckpt.plans import Plan
+from tbptt_ckpt.strategies import Strategy
+from tbptt_ckpt.window_meter import Bystander, Pilot
+from tbptt_ckpt.windows import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a window looks like to a planner, wherever it lies.
+
+    Attributes:
+        num_steps: Steps to differentiate.
+        new_steps: Steps that no window before has run.
+        joints: Steps inside whose states are given, counted from the first differentiated.
+        recorded_states: States that exist before it for it and later ones to start from.
+        coming_states: States that it notes, and the gradient of one.
+    """
+
+    num_steps: int
+    new_steps: int
+    joints: tuple[int, ...]
+    recorded_states: int
+    coming_states: int
+
+    @property
+    def run_steps(self) -> int:
+        """Steps that run at all."""
+        return max(self.num_steps, self.new_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A window to plan.
+
+    Attributes:
+        window: Its steps.
+        shape: The same as seen by a planner.
+        fullest: The shape of the window that takes most, this one or a later one.
+        held: Trees of what is live before it and belongs to the run, gradients and recorded
+            states aside.
+        recorded: Trees of recorded states.
+        makes_first_state: Whether the module makes the first state for itself, from None.
+        input_bytes: Its inputs and targets.
+        make_probe: Makes what measures segments of it.
+    """
+
+    window: Window
+    shape: Shape
+    fullest: Shape
+    held: tuple[object, ...]
+    recorded: tuple[object, ...]
+    makes_first_state: bool
+    input_bytes: int
+    make_probe: Callable[[], SegmentProbe]
+
+    @property
+    def absolute_joints(self) -> tuple[int, ...]:
+        """The joints as steps of the sequence."""
+        return tuple(self.window.start + joint for joint in self.shape.joints)
+
+
+def fullest_shape(
+    shape: Shape, window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
+) -> Shape:
+    """The shape of the largest window from this one on, as far as it can be known."""
+    if window.stop == num_steps:
+        return shape
+    reach = num_steps if k2 is None else k2 if num_steps is None else min(k2, num_steps)
+    steps = max(shape.num_steps, reach or 0)
+    overlap = max(0, steps - k1)
+    if not stale or not overlap:
+        return Shape(steps, k1, (), 1 + bool(overlap), 2 + bool(overlap))
+    first = steps % k1 or k1  # blocks are cut at update points, counted back from the end
+    joints = tuple(range(first, overlap + 1, k1))
+    starts = 0 if k2 is None or steps % k1 == 0 else -(-overlap // k1)
+    return Shape(steps, k1, joints, 1 + len(joints) + starts, 3)
+
+
+@dataclass(slots=True)
+class PlannedWindow:
+    """A window that is ready to run.
+
+    Attributes:
+        plan: How.
+        pilot: Follows it where it is metered.
+        metered: Whether its plan has to be held against a measurement.
+    """
+
+    plan: Plan
+    pilot: Pilot = field(default_factory=Bystander)
+    metered: bool = False
+
+
+class WindowPlans(Protocol):
+    """Plans the windows of a run, and learns from those that were measured.
+
+    Attributes:
+        strategy: What was asked for.
+    """
+
+    strategy: Strategy
+
+    def plan(self, request: Request) -> PlannedWindow:
+        """The plan of one window.
+
+        Raises:
+            InfeasibleBudgetError: It does not fit the budget.
+        """
+        ...
+
+    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+        """A window was measured, its update included."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and planned, as plain data; empty where nothing is."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` returned, instead of measuring anew."""
+        ...
