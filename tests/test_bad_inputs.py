@@ -449,9 +449,28 @@ TABLE: dict[str, Bad] = {
     "schedule_function_returns_words": schedule(
         lambda start, stop: ["go"], r"go .*none of Advance, Keep, Differentiate, Drop"
     ),
-    "memory_budget": argument(
-        r"^memory_budget='512MiB' is not supported yet; .*'uniform:32'", memory_budget="512MiB"
+    "memory_budget_of_nothing": argument(
+        r"^memory_budget=0 must be at least one byte", memory_budget=0
     ),
+    "memory_budget_negative": argument(r"^memory_budget=-1 is not a size", memory_budget=-1),
+    "memory_budget_above_all": argument(
+        r"^memory_budget=2\.0 must be above 0 and at most 1, a fraction", memory_budget=2.0
+    ),
+    "memory_budget_nan": argument(
+        r"^memory_budget=nan must be above 0 and at most 1", memory_budget=float("nan")
+    ),
+    "memory_budget_in_words": argument(
+        r"^memory_budget='much' is not a size.*512MiB", memory_budget="much"
+    ),
+    "memory_budget_of_another_type": argument(
+        r"^memory_budget=\[1\] must be bytes .*512MiB.* fraction", memory_budget=[1]
+    ),
+    "memory_budget_of_nested_checkpoints": argument(
+        r"^executor='checkpoint' holds the graph .*executor='replay'",
+        memory_budget="512MiB",
+        executor="checkpoint",
+    ),
+    "costs_of_another_type": argument(r"^costs=3 must be Costs.*measure_costs", costs=3),
     # modules
     "module_not_callable": argument(
         r"^module=3 is not callable; pass an nn\.Module or a function", module=3

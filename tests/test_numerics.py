@@ -173,7 +173,6 @@ def test_the_same_plan_twice_is_bitwise_equal_in_everything(
         ("sqrt", Sqrt()),
         ("uniform:3", Uniform(3)),
         ("revolve:2", Revolve(2)),
-        ("auto", Sqrt()),
     ],
 )
 def test_a_name_and_the_equal_object_are_the_same_strategy(name: str, strategy: Any) -> None:

@@ -30,6 +30,7 @@ _log = logging.getLogger("tbptt_ckpt")
 # Lengths that are metered, odd ones among them, since kernels round some sizes up.
 _METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
 _SHORT_METERED = 8  # metered whatever the time: bytes become a straight line by then
+_LONG_ADVANCE = 64  # what most advances are cut into
 _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
 _STRAIGHT_FROM = 3  # steps
 _WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
@@ -90,6 +91,7 @@ class _Measuring:
     seconds: dict[int, SegmentSeconds] = field(default_factory=dict)
     host: list[tuple[int, int | None]] = field(default_factory=list)
     spent: float = 0.0
+    long_advance: tuple[int, int] | None = None
 
     def run(self) -> None:
         """Meter growing lengths, and time longer ones too."""
@@ -101,11 +103,22 @@ class _Measuring:
             if steps in _HOST_STEPS:
                 self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
             self.spent = time.perf_counter() - began
+        self._meter_long_advance()
         lengths = self._timed_lengths()
         for number in range(_ROUNDS):
             for steps in lengths:
                 if self._may_time(steps, is_first=number == 0):
                     self._time(steps)
+
+    def _meter_long_advance(self) -> None:
+        """An advance may batch what short ones do not, and must not take more than foreseen."""
+        steps, longest = min(_LONG_ADVANCE, self.limits.max_steps), self.bytes[-1]
+        per_step = (longest.advance + longest.graph) / longest.steps
+        in_time = self._elapsed() + self.spent * steps / longest.steps / 2
+        if steps <= longest.steps or in_time > self.limits.max_seconds:
+            return
+        if per_step * steps <= self.limits.room_bytes:
+            self.long_advance = (steps, self.probe.advance_bytes_of(steps))
 
     def _timed_lengths(self) -> list[int]:
         """Lengths from one step to the whole window, in rounds of which none depends on luck."""
@@ -154,7 +167,7 @@ class _Measuring:
             state_bytes=state_bytes,
             leaf_bytes=self._bytes_curve([s.leaf for s in self.bytes]),
             leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds.values()),
-            advance_bytes=self._bytes_curve([s.advance for s in self.bytes]),
+            advance_bytes=self._advance_curve(),
             advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds.values()),
             last_leaf_bytes=self._bytes_curve([max(0, s.last_leaf - anew) for s in self.bytes]),
             update_bytes=update.transient,
@@ -176,6 +189,13 @@ class _Measuring:
             # Two steps would not have fitted, and must not look as if they did.
             samples.append((2, 2 * max(values[0], self.bytes[0].peak)))
         return bounding_curve(samples)
+
+    def _advance_curve(self) -> Curve:
+        curve = self._bytes_curve([s.advance for s in self.bytes])
+        if self.long_advance is None:
+            return curve
+        known = [p for p in curve.points if p[0] < self.long_advance[0]]
+        return Curve.through([*known, self.long_advance])
 
     def _host_step_bytes(self) -> float:
         known = [(steps, size) for steps, size in self.host if size is not None]

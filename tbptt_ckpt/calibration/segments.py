@@ -118,6 +118,12 @@ class SegmentProbe:
             peak=meter.peak_bytes,
         )
 
+    def advance_bytes_of(self, steps: int) -> int:
+        """Peak of an advance, which may be longer than any leaf that fits."""
+        with peak_memory(self.device, held=(), rss=False) as meter:
+            self._run(steps, (self._advance(steps),), lambda: None)
+        return meter.peak_bytes
+
     def seconds_of(self, steps: int) -> SegmentSeconds:
         """Time a leaf and an advance."""
         times = [self._now()]

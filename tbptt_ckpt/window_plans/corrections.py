@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
@@ -82,7 +82,7 @@ class Corrections:
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
     last_leaf: Ratios = field(default_factory=Ratios)
-    advance: Ratios = field(default_factory=Ratios)
+    advances: dict[int, int] = field(default_factory=dict)
     excess_bytes: int = 0
     _kept: list[int] = field(default_factory=list)
     _num_done: int = 0
@@ -105,7 +105,8 @@ class Corrections:
             case Advance(start, stop):
                 steps = min(stop - start, self.plan.advance_steps)
                 taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
-                self.advance.add(taken, self.costs.advance_bytes, steps)
+                if taken > self.costs.advance_bytes(steps) + ROUNDING_BYTES:
+                    self.advances[steps] = max(taken, self.advances.get(steps, 0))
             case Differentiate(start, stop):
                 self._compare_leaf(start, stop, begun, ended)
                 if start > self._begin and self._must_replan(start):
@@ -119,7 +120,7 @@ class Corrections:
             costs,
             leaf_bytes=scaled(costs.leaf_bytes, self.leaf.factor_either_way),
             last_leaf_bytes=last and scaled(last, self.last_leaf.factor),
-            advance_bytes=scaled(costs.advance_bytes, self.advance.factor),
+            advance_bytes=raised(costs.advance_bytes, self.advances),
             fixed=replace(costs.fixed, other=costs.fixed.other + self.excess_bytes),
         )
 
@@ -143,9 +144,8 @@ class Corrections:
         """Whether the leaves to come would take more than there is."""
         predicted = self.plan.predicted_peak_bytes
         assert predicted is not None, "it was made from costs"
-        factor = max(self.leaf.factor, self.advance.factor)
         longest = min(self.plan.longest_leaf, stop - self._begin)
-        more = (factor - 1) * self.costs.leaf_bytes(longest) + self.excess_bytes
+        more = (self.leaf.factor - 1) * self.costs.leaf_bytes(longest) + self.excess_bytes
         return not self.rest and more > ROUNDING_BYTES and predicted + more > self.budget_bytes
 
     def _replanned(self, stop: int) -> Iterator[Action]:
@@ -197,3 +197,10 @@ def scaled(curve: Curve, factor: float) -> Curve:
     if factor == 1.0:
         return curve
     return Curve(tuple((steps, factor * value) for steps, value in curve.points))
+
+
+def raised(curve: Curve, samples: Mapping[int, int]) -> Curve:
+    """A curve that also goes through samples above it."""
+    if not samples:
+        return curve
+    return Curve.through({**dict(curve.points), **samples}.items())
