@@ -187,7 +187,7 @@ def test_nothing_has_changed_when_a_budget_is_refused():
 
 
 def test_the_largest_reach_that_is_named_works_and_one_more_step_does_not():
-    costs = Costs.linear(state_bytes=40_000, step_bytes=30_000)
+    costs = Costs.linear(state_bytes=500_000, step_bytes=400_000)
 
     def run(k2, budget):
         make("LSTMCell loop", 1, k2, memory_budget=budget, costs=costs).train(data(70))

@@ -113,7 +113,7 @@ class _Measuring:
     def _meter_long_advance(self) -> None:
         """An advance may batch what short ones do not, and must not take more than foreseen."""
         steps, longest = min(_LONG_ADVANCE, self.limits.max_steps), self.bytes[-1]
-        per_step = (longest.advance + longest.graph) / longest.steps
+        per_step = (longest.advance + 3 * longest.graph) / longest.steps
         in_time = self._elapsed() + self.spent * steps / longest.steps / 2
         if steps <= longest.steps or in_time > self.limits.max_seconds:
             return
@@ -141,12 +141,13 @@ class _Measuring:
         return in_time and self._peak(steps) <= self.limits.room_bytes
 
     def _may_time(self, steps: int, *, is_first: bool) -> bool:
+        if steps > 1 and self._peak(steps) > self.limits.room_bytes:
+            return False
         if is_first and steps <= _SHORT_METERED:
             return True
         known = self.seconds.get(steps) or self.seconds[max(self.seconds)]
         seconds = (known.leaf + known.advance) * steps / known.steps
-        in_time = self._elapsed() + 1.1 * seconds <= self.limits.max_seconds
-        return in_time and self._peak(steps) <= self.limits.room_bytes
+        return self._elapsed() + 1.1 * seconds <= self.limits.max_seconds
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.begun

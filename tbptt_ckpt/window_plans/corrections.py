@@ -21,6 +21,7 @@ from tbptt_ckpt.schedule import (
 
 # Predictions above a measurement by less than this are left alone; none may be below it.
 TOLERANCE = 0.03
+_LEAST_RATIO = 0.1
 ROUNDING_BYTES = 1024  # losses and other numbers
 
 Replan = Callable[[int, int, int, Costs], Plan]
@@ -35,7 +36,7 @@ class Ratios:
     def add(self, measured: float, curve: Curve, steps: int) -> None:
         """One more measurement; what allocators round is no deviation."""
         predicted = max(curve(steps), 1.0)
-        ratio = measured / predicted
+        ratio = max(measured / predicted, _LEAST_RATIO)
         if abs(measured - predicted) <= ROUNDING_BYTES:
             ratio = 1.0
         self.largest = ratio if self.largest is None else max(self.largest, ratio)

@@ -64,7 +64,7 @@ class CostedPlans:
         self._finds_fastest = isinstance(strategy, Auto | Optimal)
         self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
         self._confirmed: set[Shape] = set()
-        self._seen: set[Shape] = set()
+        self._longest_seen = 0  # windows up to this reach were found to fit
         self._num_metered = 0
 
     def plan(self, request: Request) -> PlannedWindow:
@@ -146,7 +146,6 @@ class CostedPlans:
             if peak <= self.budget_bytes or not self._promised:
                 return replace(known.plan, predicted_peak_bytes=peak)
         chosen = self._within_budget(shape, costs)
-        self._seen.add(shape)
         self._plans[shape] = _Planned(fixed, chosen)
         while len(self._plans) > _MOST_CACHED:
             self._plans.popitem(last=False)
@@ -168,9 +167,8 @@ class CostedPlans:
         if self.costs is None:
             self.costs = self._measured(request, held_bytes)
         fullest = request.fullest
-        if self._promised and fullest != request.shape and fullest not in self._seen:
+        if self._promised and fullest.num_steps > self._longest_seen:
             self._within_budget(fullest, self._costs_of(fullest, request, held_bytes))
-            self._seen.add(fullest)
 
     def _measured(self, request: Request, held_bytes: int) -> Costs:
         assert self.budget_bytes is not None
@@ -208,18 +206,23 @@ class CostedPlans:
         return 0 if optimizer is None else tensor_bytes(optimizer)
 
     def _within_budget(self, shape: Shape, costs: Costs) -> Plan:
+        chosen = self._fitting(shape, costs)
+        self._longest_seen = max(self._longest_seen, shape.num_steps)
+        return chosen
+
+    def _fitting(self, shape: Shape, costs: Costs) -> Plan:
         assert self.budget_bytes is not None
         free = max(0, self.budget_bytes - costs.fixed.total(shape.run_steps))
         reserved = int(self._reserve * free)
         try:
             return self._planned(shape, costs, self.budget_bytes - reserved)
         except InfeasibleBudgetError as error:
-            if not reserved and shape not in self._seen:
+            if not reserved and shape.num_steps > self._longest_seen:
                 raise self._explained(error, shape) from None
         try:  # it may fit without a reserve
             return self._planned(shape, costs, self.budget_bytes)
         except InfeasibleBudgetError as error:
-            if shape not in self._seen:
+            if shape.num_steps > self._longest_seen:
                 raise self._explained(error, shape) from None
             _log.warning("windows take slightly more than was measured before: %s", error)
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
