@@ -71,6 +71,11 @@ class Updater:
         """The `torch.amp.GradScaler`, or None."""
         return self._scaler
 
+    @property
+    def clears_gradients(self) -> bool:
+        """Whether every window begins without gradients."""
+        return self.optimizer is not None and self.group.num_windows == 1
+
     def like(self, optimizer: Any) -> Updater:
         """Updates other weights in the same way; no scaler, no schedule."""
         return Updater(optimizer, (), self._clip, None, None)

@@ -46,7 +46,9 @@ def update_bytes(updater: Updater) -> UpdateBytes:
         size = tensor_bytes(trained)
         found = UpdateBytes(_ASSUMED_STATES * size, _ASSUMED_TRANSIENTS * size)
     if trained and all(p in updater.optimizer.state for p in trained):
-        return UpdateBytes(tensor_bytes(updater.optimizer), found.transient)
+        found = UpdateBytes(tensor_bytes(updater.optimizer), found.transient)
+    if updater.protects_updates:  # copies of weights and state, until the step is done
+        return UpdateBytes(found.state, found.transient + tensor_bytes(trained) + found.state)
     return found
 
 

@@ -190,7 +190,7 @@ class CostedPlans:
         states += request.makes_first_state
         return replace(
             costs,
-            last_leaf_bytes=None if self._updater.optimizer is None else costs.last_leaf_bytes,
+            last_leaf_bytes=costs.last_leaf_bytes if self._updater.clears_gradients else None,
             fixed=FixedBytes(
                 weights=held_bytes - exists,
                 gradients=fixed.gradients or tensor_bytes(trained),
