@@ -593,3 +593,103 @@ def test_a_window_leaves_nothing_to_the_garbage_collector(kind: type[nn.RNNCellB
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+def products(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    square = m.wh.weight
+    lifted = torch.matmul(x, m.wx.weight.t()) + torch.mm(x, m.wx.weight.T)
+    mixed = h @ square + h.matmul(square) + h.mm(square.t()) + torch.addmm(m.wx.bias, h, square)
+    added = torch.addmm(m.wx.bias, h, square.t()) + torch.addmm(lifted, h, square, beta=0.5)
+    h = torch.tanh(lifted + 0.3 * mixed + 0.2 * added + torch.mm(h, mat2=square))
+    return torch.matmul(h[:, None], m.wy.weight.t())[:, 0], h
+
+
+class OfOperations(nn.Module):
+    """Embeddings of data and of states, a bilinear map, and convolutions in a step."""
+
+    def __init__(self, tie: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=2)
+        self.bilinear = nn.Bilinear(WIDTH, INPUTS, WIDTH)
+        self.along = nn.Conv1d(1, 2, 3, padding=1, bias=False)
+        self.plane = nn.Conv2d(2, 1, (1, 3), stride=(1, 1), padding=(0, 1))
+        self.readout = nn.Linear(WIDTH, WORDS if tie else OUTPUTS)
+        if tie:
+            self.readout.weight = self.words.weight
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = (h.detach().abs().sum(1) * 2).long() % WORDS
+        rows = self.plane(self.along(h[:, None])[:, :, None])[:, 0, 0]
+        h = torch.tanh(self.words(chosen) + rows + self.bilinear(h, x))
+        return self.readout(h)[:, :OUTPUTS], h
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_products_with_a_weight(strategy: str, executor: str) -> None:
+    check(make_linears(products), strategy=strategy, executor=executor)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tie", [False, True])
+def test_embeddings_bilinear_maps_and_convolutions(tie: bool, strategy: str, executor: str) -> None:
+    torch.manual_seed(0)
+    module = OfOperations(tie).double()
+    check(module, strategy=strategy, executor=executor)
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
+    tbptt.train(TensorSequence(*make_data()), make_state(module))
+    batched = {o.operation for o in tbptt.batched_operations if not o.reason}
+    assert {"embedding", "bilinear", "conv1d", "conv2d", "linear"} <= batched
+
+
+def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.cell = nn.Embedding(WORDS, INPUTS), nn.GRUCell(INPUTS, WIDTH)
+
+        def forward(self, token: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.cell(self.words(token), h)
+            return h, h
+
+    torch.manual_seed(0)
+    module = Words().double()
+    tokens = torch.randint(WORDS, (STEPS, LANES))
+    targets = torch.randn(STEPS, LANES, WIDTH, dtype=torch.float64)
+    parameters, state = list(module.parameters()), make_state(module)
+    expected = by_hand(module, parameters, (tokens, targets), state)[1]
+    found = by_window(module, parameters, (tokens, targets), state, strategy="uniform:3")[1]
+    assert relative_error(found, expected) <= 1e-12
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
+    tbptt.train(TensorSequence(tokens, targets), state)
+    batched = {o.operation for o in tbptt.batched_operations if not o.reason}
+    assert batched == {"embedding of inputs", "GRUCell of inputs"}
+
+
+def test_gradients_add_up_in_grad() -> None:
+    module = make_cell("gru", before="tanh")
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    once = by_window(module, parameters, data, state, strategy="uniform:3")[1]
+    for _ in range(2):
+        run_window(module, F.mse_loss, *data, state, time_batching=True, strategy="uniform:2")
+    for parameter, grad in zip(parameters, once, strict=False):
+        if grad is not None:
+            assert relative_error([parameter.grad], [3 * grad]) <= 1e-12
+
+
+def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
+    """Of a weight, too, whose `.grad` exists by then."""
+
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(m.wx(x) + m.wh(h))
+        if torch.is_grad_enabled():
+            before = m.wh.weight.grad
+            before = None if before is None else before.clone()
+            size = m.wh(h).square().sum()
+            (inner,) = torch.autograd.grad(size, m.wh.weight, retain_graph=True)
+            assert float(inner.abs().sum()) > 0
+            assert before is None or torch.equal(before, m.wh.weight.grad)
+        return m.wy(h), h
+
+    check(make_linears(step), strategy="uniform:3")

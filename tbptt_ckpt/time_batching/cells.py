@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.time_batching.products import (
+    add_sum,
+    add_weight_gradient,
     multiply_back,
-    weight_gradient,
     write_product,
 )
 from tbptt_ckpt.time_batching.slots import cut, joined
@@ -87,29 +88,41 @@ class CellRecord:
         """Leave one call's part to the tap."""
         self._notes.append(note)
 
-    def collect(self, whole: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    def collect(
+        self, whole: Tensor | None, needs: Sequence[bool], totals: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs of all steps and of the weights."""
         task = torch._C._current_graph_task_id()
         notes = sorted((n for n in self._notes if n.task == task), key=lambda n: n.call)
         self._notes = []
         if not notes:
             return (None,) * 5
+        calls = [n.call for n in notes]
         grad = joined([n.slot for n in notes])
-        whole_grad = None
-        if whole is None:
-            x = torch.cat([n.x for n in notes if n.x is not None]) if needs[1] else None
-        else:
-            calls = [n.call for n in notes]
-            x = whole if len(calls) == len(whole) else whole[calls]
-            x = x.reshape(-1, x.shape[-1])
-            if needs[0]:
-                whole_grad = _spread(multiply_back(grad, self.input), calls, whole)
         reset_grads = [n.reset_slot for n in notes if n.reset_slot is not None]
+        reset_grad = joined(reset_grads) if reset_grads else None
+        x = _inputs_of(notes, whole) if needs[1] else None
         h = torch.cat([n.h for n in notes]) if needs[2] else None
         notes.clear()
-        input_grad = weight_gradient(grad, x) if needs[1] and x is not None else None
-        hidden_grad, bias_grads = _hidden_gradients(grad, reset_grads, h, needs)
-        return whole_grad, input_grad, hidden_grad, *bias_grads
+        whole_grad = None
+        if whole is not None and needs[0]:
+            whole_grad = _spread(multiply_back(grad, self.input), calls, whole)
+        input_grad = None if x is None else add_weight_gradient(totals[0], grad, x)
+        hidden_grad = None if h is None else _hidden_gradient(totals[1], grad, reset_grad, h)
+        input_bias = add_sum(totals[2], grad) if needs[3] else None
+        if not needs[4]:
+            return whole_grad, input_grad, hidden_grad, input_bias, None
+        if reset_grad is not None:
+            grad = torch.cat([grad[:, : -reset_grad.shape[1]], reset_grad], 1)
+        return whole_grad, input_grad, hidden_grad, input_bias, add_sum(totals[3], grad)
+
+
+def _inputs_of(notes: Sequence[Note], whole: Tensor | None) -> Tensor:
+    """The inputs of calls as one matrix."""
+    if whole is None:
+        return torch.cat([n.x for n in notes if n.x is not None])
+    x = whole if len(notes) == len(whole) else whole[[n.call for n in notes]]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _spread(grad: Tensor, calls: list[int], whole: Tensor) -> Tensor:
@@ -121,27 +134,19 @@ def _spread(grad: Tensor, calls: list[int], whole: Tensor) -> Tensor:
     return spread
 
 
-def _hidden_gradients(
-    grad: Tensor, reset_grads: list[Tensor], h: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
-    """Gradients of the hidden weight and of both biases."""
-    if not reset_grads:
-        bias_grad = grad.sum(0) if needs[3] or needs[4] else None
-        hidden = None if h is None else weight_gradient(grad, h)
-        second = bias_grad.clone() if needs[3] and needs[4] and bias_grad is not None else bias_grad
-        return hidden, (bias_grad if needs[3] else None, second if needs[4] else None)
-    last = joined(reset_grads)
-    width = last.shape[1]
-    hidden = None
-    if h is not None:
-        hidden = torch.empty(grad.shape[1], width, dtype=grad.dtype, device=grad.device)
-        hidden[:-width] = weight_gradient(grad[:, :-width], h)
-        hidden[-width:] = weight_gradient(last, h)
-    input_bias = grad.sum(0) if needs[3] else None
-    hidden_bias = None
-    if needs[4]:
-        hidden_bias = torch.cat([grad[:, :-width].sum(0), last.sum(0)])
-    return hidden, (input_bias, hidden_bias)
+def _hidden_gradient(
+    total: Tensor | None, grad: Tensor, reset_grad: Tensor | None, h: Tensor
+) -> Tensor | None:
+    """The gradient of the hidden weight, added to a total if there is one."""
+    if reset_grad is None:
+        return add_weight_gradient(total, grad, h)
+    width = reset_grad.shape[1]
+    given_back = None
+    if total is None:
+        total = given_back = grad.new_zeros(grad.shape[1], width)
+    add_weight_gradient(total[:-width], grad[:, :-width], h)
+    add_weight_gradient(total[-width:], reset_grad, h)
+    return given_back
 
 
 def begin_cell_backward(ctx: Any) -> tuple[int, CellRecord]:

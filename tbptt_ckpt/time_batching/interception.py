@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tbptt_ckpt.time_batching.cells import CellWeights
+from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region, is_plain, is_stable
 
 _lock = threading.Lock()
@@ -37,16 +39,10 @@ def _region() -> Region | None:
     return None if torch._C._len_torch_function_stack() else region
 
 
-_plain_linear = F.linear
-_plain_forwards: dict[type[nn.RNNCellBase], Callable[..., Any]] = {
-    cell: cell.forward for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-}
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
     region = _region()
     output = None if region is None else region.linear(input, weight, bias)
-    return _plain_linear(input, weight, bias) if output is None else output
+    return _plain[F, "linear"](input, weight, bias) if output is None else output
 
 
 def _lstm_forward(cell: nn.LSTMCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
@@ -55,13 +51,13 @@ def _lstm_forward(cell: nn.LSTMCell, input: Tensor, hx: Any = None) -> Any:  # n
         result = _call_cell(region, cell, "LSTMCell", input, hx)
         if result is not None:
             return result
-    return _plain_forwards[nn.LSTMCell](cell, input, hx)
+    return _plain[nn.LSTMCell, "forward"](cell, input, hx)
 
 
 def _gru_forward(cell: nn.GRUCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
     region = _region()
     result = None if region is None else _call_cell(region, cell, "GRUCell", input, (hx,))
-    return _plain_forwards[nn.GRUCell](cell, input, hx) if result is None else result
+    return _plain[nn.GRUCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _rnn_forward(cell: nn.RNNCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
@@ -70,7 +66,7 @@ def _rnn_forward(cell: nn.RNNCell, input: Tensor, hx: Any = None) -> Any:  # noq
         result = _call_cell(region, cell, f"RNNCell {cell.nonlinearity}", input, (hx,))
         if result is not None:
             return result
-    return _plain_forwards[nn.RNNCell](cell, input, hx)
+    return _plain[nn.RNNCell, "forward"](cell, input, hx)
 
 
 def _call_cell(
@@ -109,6 +105,108 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
     return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
 
 
+def _product(owner: Any, name: str) -> Callable[..., Any]:
+    """`torch.matmul`, `torch.mm`, or a method of tensors that is one of them."""
+
+    def multiply(*args: Any, **kwargs: Any) -> Any:
+        region = None if kwargs or len(args) != 2 else _region()
+        output = None if region is None else region.product(*args)
+        return _plain[owner, name](*args, **kwargs) if output is None else output
+
+    return multiply
+
+
+def _addmm(*args: Any, **kwargs: Any) -> Any:
+    region = None if kwargs or len(args) != 3 else _region()
+    output = None
+    if region is not None and isinstance(args[0], Tensor) and args[0].dim() == 1:
+        bias, x, weight = args
+        output = region.product(x, weight, bias)
+    return _plain[torch, "addmm"](*args, **kwargs) if output is None else output
+
+
+def _embedding(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    region = None if max_norm is not None or scale_grad_by_freq or sparse else _region()
+    if region is not None and (padding_idx is None or -len(weight) <= padding_idx < len(weight)):
+        row = -1 if padding_idx is None else padding_idx % len(weight)
+        output = region.embedding(input, weight, row)
+        if output is not None:
+            return output
+    return _plain[F, "embedding"](
+        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+    )
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    region = _region()
+    output = None
+    if region is not None and input1.dim() == input2.dim() == 2 and not region.is_auto:
+        output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
+    return _plain[F, "bilinear"](input1, input2, weight, bias) if output is None else output
+
+
+def _convolution(dims: int) -> Callable[..., Any]:
+    """`F.conv1d` or `F.conv2d`."""
+
+    def convolve(
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        region, output = _region(), None
+        if region is not None and input.dim() == dims + 2 and not isinstance(padding, str):
+            sizes = [_each(size, dims) for size in (stride, padding, dilation)]
+            make = partial(
+                Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
+            )
+            if not region.is_auto:
+                options = (*sizes, groups)
+                output = region.recorded(f"conv{dims}d", make, (input,), weight, bias, *options)
+        if output is not None:
+            return output
+        plain = _plain[F, f"conv{dims}d"]
+        return plain(input, weight, bias, stride, padding, dilation, groups)
+
+    return convolve
+
+
+def _each(size: Any, dims: int) -> tuple[int, ...]:
+    return (size,) * dims if isinstance(size, int) else tuple(size) * (dims // len(size))
+
+
+_replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+    (F, "linear"): _linear,
+    (F, "embedding"): _embedding,
+    (F, "bilinear"): _bilinear,
+    (F, "conv1d"): _convolution(1),
+    (F, "conv2d"): _convolution(2),
+    (torch, "matmul"): _product(torch, "matmul"),
+    (torch, "mm"): _product(torch, "mm"),
+    (torch, "addmm"): _addmm,
+    (Tensor, "__matmul__"): _product(Tensor, "__matmul__"),
+    (Tensor, "matmul"): _product(Tensor, "matmul"),
+    (Tensor, "mm"): _product(Tensor, "mm"),
+    (nn.LSTMCell, "forward"): _lstm_forward,
+    (nn.GRUCell, "forward"): _gru_forward,
+    (nn.RNNCell, "forward"): _rnn_forward,
+}
+_plain: dict[tuple[Any, str], Callable[..., Any]] = {
+    (owner, name): getattr(owner, name) for owner, name in _replacements
+}
+
+
 @contextmanager
 def opened(region: Region) -> Iterator[None]:
     """While entered, this thread's operations meet the region."""
@@ -124,19 +222,15 @@ def opened(region: Region) -> Iterator[None]:
 
 
 def _change_open_regions(change: int) -> None:
-    global _open_regions
+    global _open_regions  # one count for the process: torch's functions are shared by its threads
     with _lock:
         if _open_regions == 0:
-            _install(
-                _linear,
-                {nn.LSTMCell: _lstm_forward, nn.GRUCell: _gru_forward, nn.RNNCell: _rnn_forward},
-            )
+            _install(_replacements)
         _open_regions += change
         if _open_regions == 0:
-            _install(_plain_linear, _plain_forwards)
+            _install(_plain)
 
 
-def _install(linear: Callable[..., Any], forwards: Any) -> None:
-    F.linear = linear
-    for cell, forward in forwards.items():
-        cell.forward = forward
+def _install(functions: dict[tuple[Any, str], Callable[..., Any]]) -> None:
+    for (owner, name), function in functions.items():
+        setattr(owner, name, function)

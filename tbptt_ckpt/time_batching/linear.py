@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.products import multiply, multiply_back, weight_gradient
+from tbptt_ckpt.time_batching.products import (
+    add_sum,
+    add_weight_gradient,
+    multiply,
+    multiply_back,
+    weight_gradient,
+)
 from tbptt_ckpt.time_batching.taps import Versions, begin_backward, tap
 
 
@@ -30,7 +36,9 @@ class LinearRecord:
         """Leave one call's part to the tap."""
         self._notes.append((call, task, x, grad))
 
-    def collect(self, whole: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    def collect(
+        self, whole: Tensor | None, needs: Sequence[bool], totals: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
         """The gradients of weight and bias."""
         task = torch._C._current_graph_task_id()
         notes = sorted((n for n in self._notes if n[1] == task), key=lambda n: n[0])
@@ -42,8 +50,8 @@ class LinearRecord:
         notes.clear()
         return (
             None,
-            None if x is None else weight_gradient(grad, x),
-            grad.sum(0) if needs[2] else None,
+            None if x is None else add_weight_gradient(totals[0], grad, x),
+            add_sum(totals[1], grad) if needs[2] else None,
         )
 
 

@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Bound here: while a region is open, torch's names lead to it.
+multiply_matrices, _addmm = torch.mm, torch.addmm
+
 # Where oneDNN begins to win, measured: multiply-adds, and elements of the weight.
 _FORWARD_WORK, _FORWARD_ELEMENTS = 4_000_000, 1_000_000
 _BACKWARD_WORK, _BACKWARD_ROWS = 1_000_000, 4
 _WEIGHT_WORK = 4_000_000
+# A weight gradient that is added to a total is made in blocks of rows of about this size.
+_BLOCK_ELEMENTS = 262_144
 
 
 def _find_onednn() -> Callable[..., Tensor] | None:
@@ -52,8 +57,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         assert _onednn is not None
         return _onednn(x, weight, bias, "none", [], "")
     if bias is None:
-        return torch.mm(x, weight.t())
-    return torch.addmm(bias, x, weight.t())
+        return multiply_matrices(x, weight.t())
+    return _addmm(bias, x, weight.t())
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -75,9 +80,9 @@ def write_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
         assert _onednn is not None
         total.copy_(_onednn(x, weight, bias, "none", [], ""))
     elif bias is None:
-        torch.mm(x, weight.t(), out=total)
+        multiply_matrices(x, weight.t(), out=total)
     else:
-        torch.addmm(bias, x, weight.t(), out=total)
+        _addmm(bias, x, weight.t(), out=total)
 
 
 def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
     if large and _is_for_onednn(grad):
         assert _onednn is not None
         return _onednn(grad, weight.t(), None, "none", [], "")
-    return torch.mm(grad, weight)
+    return multiply_matrices(grad, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -95,4 +100,28 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     if grad.numel() * x.shape[1] >= _WEIGHT_WORK and _is_for_onednn(grad):
         assert _onednn is not None
         return _onednn(grad.t(), x.t(), None, "none", [], "")
-    return torch.mm(grad.t(), x)
+    return multiply_matrices(grad.t(), x)
+
+
+def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
+    """Add `grad.T @ x` to a total, if there is one to add to; else give it back."""
+    if total is None:
+        return weight_gradient(grad, x)
+    if grad.numel() * x.shape[1] < _WEIGHT_WORK or not _is_for_onednn(grad):
+        total.addmm_(grad.t(), x)
+        return None
+    assert _onednn is not None
+    transposed = x.t().contiguous()
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    for begin in range(0, grad.shape[1], step):
+        part = grad[:, begin : begin + step].t()
+        total[begin : begin + step].add_(_onednn(part, transposed, None, "none", [], ""))
+    return None
+
+
+def add_sum(total: Tensor | None, grad: Tensor) -> Tensor | None:
+    """Add the sum over the rows to a total, if there is one to add to; else give it back."""
+    if total is None:
+        return grad.sum(0)
+    total.add_(grad.sum(0))
+    return None

@@ -9,7 +9,7 @@ into it. Whatever else comes is left to the plain operation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tbptt_ckpt.blocks import Column, StepBlock
 from tbptt_ckpt.state import replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.linear import TappedLinear, whole_linear
+from tbptt_ckpt.time_batching.operations import Embedding, Operation, Product, TappedOperation
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import Tally
 from tbptt_ckpt.time_batching.rows import Row, Rows
@@ -40,7 +41,9 @@ class Region:
 
     def __init__(self, num_steps: int, tally: Tally, smallest_work: int) -> None:
         self.tally, self.smallest_work = tally, smallest_work
+        self.is_auto = smallest_work > 0
         self._rows: dict[int, Row] = {}
+        self._operations: dict[Any, tuple[TappedOperation, Tensor]] = {}
         self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
         self.cells = CellCalls(num_steps, smallest_work, tally, self.row)
 
@@ -137,6 +140,106 @@ class Region:
             return None
         return linear(x)
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """`x @ weight + bias`, or None where the plain operation is to do it.
+
+        Args:
+            x: [..., K].
+            weight: [K, M], a weight or the transpose of one.
+            bias: [M], or None.
+        """
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() != 2:
+            return None
+        transposed = transposed_weight(weight)
+        if transposed is not None:
+            return self.linear(x, transposed, bias)
+        if not self._may_record("matmul", (x,), weight, bias) or x.dim() < 2:
+            return None
+        if x.shape[-1] != weight.shape[0] or x.numel() * weight.shape[1] < self.smallest_work:
+            return None
+        flat = self.recorded("matmul", Product, (x.reshape(-1, x.shape[-1]),), weight, bias)
+        return None if flat is None else flat.view(*x.shape[:-1], weight.shape[1])
+
+    def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
+        """`F.embedding`, or None where the plain operation is to do it."""
+        row = self.row(indices)
+        if row is not None and is_stable(weight) and is_plain(indices):
+            return self._embedding_of_row(row, weight, padding_idx)
+        if not self._may_record("embedding", (indices,), weight, None) or not indices.dim():
+            return None
+        if weight.numel() < self.smallest_work // 8:
+            self.tally.left("embedding", "too small to pay")
+            return None
+
+        def make(weight: Tensor, _bias: Tensor | None) -> Embedding:
+            return Embedding(weight, padding_idx)
+
+        flat = self.recorded("embedding", make, (indices.reshape(-1),), weight, None, padding_idx)
+        return None if flat is None else flat.view(*indices.shape, weight.shape[1])
+
+    def _embedding_of_row(self, row: Row, weight: Tensor, padding_idx: int) -> Tensor | None:
+        key = ("embedding", id(weight), padding_idx, torch.is_grad_enabled())
+        made = row.rows.made.get(key)
+        if made is None:
+            whole = torch.embedding(weight, row.rows.whole, padding_idx, False, False)
+            made = row.rows.made[key] = _MadeRows(whole, weight)
+            self.tally.batched("embedding of inputs", tuple(weight.shape))
+        return self._take(made, row)
+
+    def recorded(
+        self,
+        name: str,
+        make: Callable[[Tensor, Tensor | None], Operation],
+        inputs: tuple[Tensor, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> Tensor | None:
+        """An operation that leaves its weight gradient to the tap; None if it must not.
+
+        Args:
+            name: For the report.
+            make: Makes the operation of a weight and bias without a graph.
+            inputs: Its inputs; calls may differ in their first dimension only.
+            weight: Its weight.
+            bias: Its bias, or None.
+            options: What else tells it from others of the same weight.
+        """
+        if not self._may_record(name, inputs, weight, bias):
+            return None
+        shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        key = (name, id(weight), id(bias), options, shapes)
+        found = self._operations.get(key)
+        if found is None:
+            operation = make(weight.detach(), None if bias is None else bias.detach())
+            # The weight is held, so that its id stays its own.
+            found = self._operations[key] = (TappedOperation(operation, weight, bias), weight)
+            self.tally.batched(name, tuple(weight.shape))
+        tapped, _ = found
+        if tapped.record.versions.moved():
+            self.tally.left(name, "a weight that changed within the segment")
+            return None
+        return tapped(*inputs)
+
+    def _may_record(
+        self, name: str, inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
+    ) -> bool:
+        """Whether a call may leave its weight gradient to a tap."""
+        if not torch.is_grad_enabled():
+            return False
+        if not is_stable(weight) or (bias is not None and not is_stable(bias)):
+            self.tally.left(name, "a weight that is computed in the step")
+            return False
+        if not weight.requires_grad:
+            self.tally.left(name, "a frozen weight")
+            return False
+        fit = all(is_plain(x) and x.dim() for x in inputs)
+        same = all(x.dtype == weight.dtype for x in inputs if x.is_floating_point())
+        if not fit or not same or torch.is_autocast_enabled(weight.device.type):
+            self.tally.left(name, "autocast, or types or dtypes that differ")
+            return False
+        return True
+
     def _linear_of_row(self, row: Row, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         key = ("linear", id(weight), id(bias), torch.is_grad_enabled())
         made = row.rows.made.get(key)
@@ -182,6 +285,16 @@ class _MadeRows:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is of the plain type."""
     return type(tensor) is Tensor or type(tensor) is nn.Parameter
+
+
+def transposed_weight(weight: Tensor) -> Tensor | None:
+    """The weight whose transpose this is, if it is one."""
+    base = weight._base
+    if base is None or not is_stable(base) or base.dim() != 2:
+        return None
+    swapped = (base.stride(1), base.stride(0)) == weight.stride()
+    alike = weight.shape == (base.shape[1], base.shape[0]) and swapped
+    return base if alike and base.data_ptr() == weight.data_ptr() else None
 
 
 def is_stable(weight: Tensor) -> bool:

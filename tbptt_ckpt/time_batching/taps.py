@@ -24,8 +24,17 @@ from tbptt_ckpt.errors import TbpttError
 class Record(Protocol):
     """What the steps of a leaf leave to the tap of their weights."""
 
-    def collect(self, whole: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """The gradients of `whole` and of the weights, in the order they were tapped."""
+    def collect(
+        self, whole: Tensor | None, needs: Sequence[bool], totals: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `whole` and of the weights, in the order they were tapped.
+
+        Args:
+            whole: What was tapped with the weights.
+            needs: Which of `whole` and the weights want a gradient.
+            totals: For each weight the tensor its gradient may be added to instead of being
+                given back, or None.
+        """
         ...
 
 
@@ -36,7 +45,7 @@ class Tap(torch.autograd.Function):
     def forward(ctx: Any, record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
         """Tap the weights, and the inputs of all steps where these have a gradient."""
         ctx.set_materialize_grads(False)
-        ctx.record = record
+        ctx.record, ctx.weights = record, weights
         ctx.save_for_backward(whole)
         (first, *_) = (weight for weight in weights if weight is not None)
         return first.new_empty(0)
@@ -45,7 +54,31 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *_grads: Any) -> Any:
         """Make the products."""
         (whole,) = ctx.saved_tensors
-        return (None, *ctx.record.collect(whole, ctx.needs_input_grad[1:]))
+        totals = [_total(weight) for weight in ctx.weights]
+        return (None, *ctx.record.collect(whole, ctx.needs_input_grad[1:], totals))
+
+
+def _total(weight: Tensor | None) -> Tensor | None:
+    """`weight.grad`, if nobody can tell whether autograd or the tap adds to it.
+
+    This spares a temporary as large as the weight. The backward must be one that accumulates,
+    with no hook on the weight and no other process that waits for its gradient.
+    """
+    if weight is None or not weight.requires_grad or not weight.is_leaf or weight.grad is None:
+        return None
+    grad = weight.grad
+    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    alike = grad.dtype == weight.dtype and grad.layout == torch.strided and grad.is_contiguous()
+    if hooks or not alike or grad.requires_grad or type(grad) is not Tensor:
+        return None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None
+    try:
+        node = torch.autograd.graph.get_gradient_edge(weight).node
+        accumulates = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad with respect to the weight
+        return None
+    return grad if accumulates else None
 
 
 def tap(record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
