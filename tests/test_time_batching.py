@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations
 
 from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
 from tbptt_ckpt.memory import peak_memory
+from tbptt_ckpt.time_batching import taps
 
 STEPS, LANES, INPUTS, WIDTH, OUTPUTS, WORDS = 7, 3, 4, 5, 2, 6
 STRATEGIES = ("retain", "uniform:3", "step", "revolve:2")
@@ -33,6 +34,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["given back", "added in place"])
+def _where_gradients_go(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether gradients of small weights are added to `.grad` in place, as those of large ones."""
+    if request.param == "added in place":
+        monkeypatch.setattr(taps, "_SMALLEST_TOTAL", 0)
 
 
 class WithCell(nn.Module):
@@ -231,6 +239,7 @@ def test_cells_have_the_gradients_of_plain_bptt(
     check(make_cell(cell, bias, before), strategy=strategy, executor=executor)
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -241,6 +250,7 @@ def test_linear_maps_have_the_gradients_of_plain_bptt(
     check(make_linears(step, bias), strategy=strategy, executor=executor)
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "all"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_frozen_weights_of_cells_stay_without_gradient(cell: str, frozen: str) -> None:
@@ -275,6 +285,7 @@ class Stacked(nn.Module):
         return self.readout(h), {"g": g, "s": (h, c)}
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stacked_shared_and_repeated_cells(strategy: str, executor: str) -> None:
@@ -309,6 +320,7 @@ def test_a_module_behind_functional_call() -> None:
         assert relative_error([ours], [theirs]) <= 1e-12
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
 def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str) -> None:
@@ -330,6 +342,7 @@ def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str
     assert relative_error(expected, exact) > 1e-5
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize(("strategy", "leaves"), [("retain", 1), ("uniform:3", 3), ("step", 7)])
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(used_twice)])
 def test_gradient_hooks_fire_once_per_weight_and_leaf(
@@ -352,6 +365,7 @@ def test_gradient_hooks_fire_once_per_weight_and_leaf(
         assert relative_error([total], [parameter.grad]) <= 1e-12
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 def test_a_hook_may_change_the_gradient_of_a_leaf() -> None:
     module = make_cell("gru")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -624,12 +638,14 @@ class OfOperations(nn.Module):
         return self.readout(h)[:, :OUTPUTS], h
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_products_with_a_weight(strategy: str, executor: str) -> None:
     check(make_linears(products), strategy=strategy, executor=executor)
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tie", [False, True])
@@ -667,6 +683,7 @@ def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
     assert batched == {"embedding of inputs", "GRUCell of inputs"}
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 def test_gradients_add_up_in_grad() -> None:
     module = make_cell("gru", before="tanh")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -678,6 +695,7 @@ def test_gradients_add_up_in_grad() -> None:
             assert relative_error([parameter.grad], [3 * grad]) <= 1e-12
 
 
+@pytest.mark.usefixtures("_where_gradients_go")
 def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
     """Of a weight, too, whose `.grad` exists by then."""
 

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt_ckpt.time_batching.cells import CellRecord, CellWeights
 from tbptt_ckpt.time_batching.gru import GRUNode, gru_step
 from tbptt_ckpt.time_batching.lstm import LSTMNode, lstm_step
 from tbptt_ckpt.time_batching.products import multiply
-from tbptt_ckpt.time_batching.report import Tally
+from tbptt_ckpt.time_batching.report import SMALL, Tally
 from tbptt_ckpt.time_batching.rnn import RNNNode, rnn_step
 from tbptt_ckpt.time_batching.rows import Row
 from tbptt_ckpt.time_batching.taps import tap
+from tbptt_ckpt.time_batching.weights import is_plain, is_stable
 
 # A buffer for calls that bring their input is made for at most so many bytes at a time.
 _BUFFER_BYTES = 8 << 20
@@ -53,7 +54,7 @@ class CellCalls:
 
     Args:
         num_steps: Of the run of steps.
-        smallest_work: As for `Region`.
+        pays: As for `Region`.
         tally: As for `Region`.
         find_row: The row of the segment's inputs that a tensor is, if it is one.
     """
@@ -61,31 +62,38 @@ class CellCalls:
     def __init__(
         self,
         num_steps: int,
-        smallest_work: int,
+        pays: Callable[[int, int], bool],
         tally: Tally,
         find_row: Callable[[Tensor], Row | None],
     ) -> None:
-        self._num_steps, self._smallest_work = num_steps, smallest_work
+        self._num_steps, self._pays = num_steps, pays
         self._tally, self._find_row = tally, find_row
+        self._weights: dict[int, CellWeights] = {}
+        self._held: list[CellWeights] = []
         self._own: dict[Any, _Calls] = {}
         self._records: list[CellRecord] = []
         self._biases: dict[Any, Tensor | None] = {}
 
-    def call(self, kind: str, x: Tensor, states: tuple[Tensor, ...], weights: CellWeights) -> Any:
+    def call(self, cell: nn.RNNCellBase, kind: str, x: Tensor, states: tuple[Any, ...]) -> Any:
         """The cell's result, or None where the plain operation is to do it.
 
         Args:
+            cell: The module.
             kind: "LSTMCell", "GRUCell", "RNNCell tanh" or "RNNCell relu".
             x: [N, K].
             states: [N, H] each.
-            weights: The cell's.
         """
-        lanes = x.shape[0]
-        if lanes * weights.hidden.numel() < self._smallest_work:
-            self._tally.left(kind, "too small to pay")
+        weights = self._weights_of(cell, kind)
+        if weights is None:
+            return None
+        if not _fits(x, states, weights):
+            self._tally.left(kind, "no batch of lanes, autocast, or dtypes or shapes that differ")
+            return None
+        if not self._pays(x.shape[0], weights.hidden.numel()):
+            self._tally.left(kind, SMALL)
             return None
         grad = torch.is_grad_enabled()
-        key = (kind, id(weights[0]), id(weights[1]), id(weights[2]), id(weights[3]), grad)
+        key = (kind, id(weights), grad)
         row = self._find_row(x)
         if row is not None:
             calls = row.rows.made.get(key)
@@ -95,17 +103,42 @@ class CellCalls:
                 calls.used[row.index] = True
                 return self._run(kind, calls, row.index, None, states)
         if not grad:
-            bias = self._input_bias(kind, weights)
-            slot = multiply(x, weights.input, bias)
+            slot = multiply(x, weights.input, self._input_bias(kind, weights))
             return _advance(kind, slot, states, weights)
-        calls = self._own.get((key, lanes))
+        calls = self._own.get((key, x.shape[0]))
         if calls is None or calls.next == len(calls.slots):
-            calls = self._own[key, lanes] = self._calls_with_inputs(kind, x, weights)
+            calls = self._own[key, x.shape[0]] = self._calls_with_inputs(kind, x, weights)
         if calls.moved():
             self._tally.left(kind, "a weight that changed within the segment")
             return None
         index, calls.next = calls.next, calls.next + 1
         return self._run(kind, calls, index, x, states)
+
+    def _weights_of(self, cell: nn.RNNCellBase, kind: str) -> CellWeights | None:
+        """A cell's weights, the same object as long as they are the same; None if computed."""
+        get = cell._parameters.get
+        known = self._weights.get(id(cell))
+        if (
+            known is not None
+            and known.input is get("weight_ih")
+            and known.hidden is get("weight_hh")
+            and known.input_bias is get("bias_ih")
+            and known.hidden_bias is get("bias_hh")
+        ):
+            return known
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        found = [get(name) for name in names]
+        biases = (found[2] is None) == (found[3] is None)
+        if found[0] is None or found[1] is None or not biases:
+            self._tally.left(kind, "a weight that is computed in the step")
+            return None
+        if not all(weight is None or is_stable(weight) for weight in found):
+            self._tally.left(kind, "a weight that is computed in the step")
+            return None
+        weights = CellWeights(found[0], found[1], found[2], found[3])
+        self._held.append(weights)  # so that its id stays its own
+        self._weights[id(cell)] = weights
+        return weights
 
     def close(self) -> None:
         """No call is to come."""
@@ -165,6 +198,18 @@ class CellCalls:
         if key not in self._biases:
             self._biases[key] = bias.detach() + hidden_bias.detach()
         return self._biases[key]
+
+
+def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
+    """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
+    hidden = weights.hidden
+    dtype = hidden.dtype
+    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or x.device.type != "cpu":
+        return False
+    if x.shape[1] != weights.input.shape[1] or torch.is_autocast_enabled("cpu"):
+        return False
+    shape = (x.shape[0], hidden.shape[1])
+    return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
 
 
 def _advance(kind: str, slot: Tensor, states: tuple[Tensor, ...], weights: CellWeights) -> Any:

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tbptt_ckpt.time_batching.cells import CellWeights
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
-from tbptt_ckpt.time_batching.region import Region, is_plain, is_stable
+from tbptt_ckpt.time_batching.region import Region
 
 _lock = threading.Lock()
 _open_regions = 0
@@ -46,63 +45,23 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _lstm_forward(cell: nn.LSTMCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region = _region()
+    region, result = _region(), None
     if region is not None and type(hx) is tuple and len(hx) == 2:
-        result = _call_cell(region, cell, "LSTMCell", input, hx)
-        if result is not None:
-            return result
-    return _plain[nn.LSTMCell, "forward"](cell, input, hx)
+        result = region.cells.call(cell, "LSTMCell", input, hx)
+    return _plain[nn.LSTMCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _gru_forward(cell: nn.GRUCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
     region = _region()
-    result = None if region is None else _call_cell(region, cell, "GRUCell", input, (hx,))
+    result = None if region is None else region.cells.call(cell, "GRUCell", input, (hx,))
     return _plain[nn.GRUCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _rnn_forward(cell: nn.RNNCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region = _region()
+    region, result = _region(), None
     if region is not None and cell.nonlinearity in ("tanh", "relu"):
-        result = _call_cell(region, cell, f"RNNCell {cell.nonlinearity}", input, (hx,))
-        if result is not None:
-            return result
-    return _plain[nn.RNNCell, "forward"](cell, input, hx)
-
-
-def _call_cell(
-    region: Region, cell: nn.RNNCellBase, kind: str, x: Any, states: tuple[Any, ...]
-) -> Any:
-    parameters = cell._parameters
-    if "weight_ih" not in parameters or "weight_hh" not in parameters:
-        region.tally.left(kind, "a weight that is computed in the step")
-        return None
-    weights = CellWeights(
-        parameters["weight_ih"],  # type: ignore[arg-type]
-        parameters["weight_hh"],  # type: ignore[arg-type]
-        parameters.get("bias_ih"),
-        parameters.get("bias_hh"),
-    )
-    if not all(weight is None or is_stable(weight) for weight in weights):
-        region.tally.left(kind, "a weight that is computed in the step")
-        return None
-    if not _fits(x, states, weights):
-        region.tally.left(kind, "no batch of lanes, or dtypes or shapes that differ")
-        return None
-    return region.cells.call(kind, x, states, weights)
-
-
-def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
-    """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
-    hidden = weights.hidden
-    dtype, width = hidden.dtype, hidden.shape[1]
-    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or x.shape[1] != weights.input.shape[1]:
-        return False
-    if torch.is_autocast_enabled(x.device.type) or x.device.type != "cpu":
-        return False
-    if (weights.input_bias is None) != (weights.hidden_bias is None):
-        return False
-    shape = (x.shape[0], width)
-    return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
+        result = region.cells.call(cell, f"RNNCell {cell.nonlinearity}", input, (hx,))
+    return _plain[nn.RNNCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _product(owner: Any, name: str) -> Callable[..., Any]:
@@ -133,7 +92,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     region = None if max_norm is not None or scale_grad_by_freq or sparse else _region()
     if region is not None and (padding_idx is None or -len(weight) <= padding_idx < len(weight)):
         row = -1 if padding_idx is None else padding_idx % len(weight)
@@ -148,7 +107,7 @@ def _embedding(
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     region = _region()
     output = None
-    if region is not None and input1.dim() == input2.dim() == 2 and not region.is_auto:
+    if region is not None and input1.dim() == input2.dim() == 2:
         output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
     return _plain[F, "bilinear"](input1, input2, weight, bias) if output is None else output
 
@@ -171,9 +130,8 @@ def _convolution(dims: int) -> Callable[..., Any]:
             make = partial(
                 Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
             )
-            if not region.is_auto:
-                options = (*sizes, groups)
-                output = region.recorded(f"conv{dims}d", make, (input,), weight, bias, *options)
+            options = (*sizes, groups)
+            output = region.recorded(f"conv{dims}d", make, (input,), weight, bias, *options)
         if output is not None:
             return output
         plain = _plain[F, f"conv{dims}d"]

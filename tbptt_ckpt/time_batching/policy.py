@@ -14,8 +14,21 @@ from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
 from tbptt_ckpt.time_batching.report import BatchedOperation, Tally
 
-# Multiply-adds of one call from which on "auto" batches it, on the CPU in float32.
-_SMALLEST_WORK = 500_000
+# Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
+# a pass over the weight's gradient in every step.
+_LARGE, _MEDIUM, _MEDIUM_WORK = 250_000, 150_000, 1_000_000
+
+
+def pays(rows: int, elements: int) -> bool:
+    """Whether batching gains time for products of so many rows with a weight of so many elements.
+
+    A rule and no measurement, so that equal runs have equal bits; see `docs/time_batching.md`.
+    """
+    return elements >= _LARGE or (elements >= _MEDIUM and rows * elements >= _MEDIUM_WORK)
+
+
+def _always(_rows: int, _elements: int) -> bool:
+    return True
 
 
 class TimeBatching:
@@ -51,9 +64,7 @@ class TimeBatching:
             yield
             return
         before = self._region
-        self._region = Region(
-            num_steps, self._tally, _SMALLEST_WORK if self.choice == "auto" else 0
-        )
+        self._region = Region(num_steps, self._tally, pays if self.choice == "auto" else _always)
         try:
             with opened(self._region):
                 yield

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbptt_ckpt.blocks import Column, StepBlock
 from tbptt_ckpt.state import replace_tensors, tensors_of
@@ -21,9 +21,10 @@ from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.linear import TappedLinear, whole_linear
 from tbptt_ckpt.time_batching.operations import Embedding, Operation, Product, TappedOperation
 from tbptt_ckpt.time_batching.products import multiply
-from tbptt_ckpt.time_batching.report import Tally
+from tbptt_ckpt.time_batching.report import SMALL, Tally
 from tbptt_ckpt.time_batching.rows import Row, Rows
 from tbptt_ckpt.time_batching.taps import Versions
+from tbptt_ckpt.time_batching.weights import is_plain, is_stable, transposed_weight
 
 # Rows of one product over time: more gain little and take memory.
 _ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
@@ -36,16 +37,15 @@ class Region:
     Args:
         num_steps: Of the run.
         tally: Counts what was batched and what not.
-        smallest_work: Multiply-adds of a call from which on it is worth a record.
+        pays: Whether a call of so many rows with a weight of so many elements gains time.
     """
 
-    def __init__(self, num_steps: int, tally: Tally, smallest_work: int) -> None:
-        self.tally, self.smallest_work = tally, smallest_work
-        self.is_auto = smallest_work > 0
+    def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int, int], bool]) -> None:
+        self.tally, self.pays = tally, pays
         self._rows: dict[int, Row] = {}
         self._operations: dict[Any, tuple[TappedOperation, Tensor]] = {}
         self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
-        self.cells = CellCalls(num_steps, smallest_work, tally, self.row)
+        self.cells = CellCalls(num_steps, pays, tally, self.row)
 
     def step_inputs(self, block: StepBlock) -> Iterator[Any]:
         """The input of each step of a block, known as rows of the whole while its step runs."""
@@ -91,15 +91,14 @@ class Region:
         if x.dim() == 0 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
             self.tally.left("linear", "dtypes or shapes that differ")
             return None
+        if not self.pays(x.numel() // max(x.shape[-1], 1), weight.numel()):
+            self.tally.left("linear", SMALL)
+            return None
         row = self.row(x)
         if row is not None:
             output = self._linear_of_row(row, weight, bias)
             if output is not None:
                 return output
-        work = x.numel() * weight.shape[0]
-        if work < self.smallest_work:
-            self.tally.left("linear", "too small to pay")
-            return None
         if not torch.is_grad_enabled():
             return multiply(x, weight, bias) if x.dim() == 2 else None
         if not weight.requires_grad:
@@ -117,8 +116,8 @@ class Region:
             return None
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return None
-        if x.numel() * weight.shape[0] < self.smallest_work:
-            self.tally.left("linear", "too small to pay")
+        if not self.pays(x.numel() // max(x.shape[-1], 1), weight.numel()):
+            self.tally.left("linear", SMALL)
             return None
         return self._recorded_linear(x.to(dtype), weight, bias, dtype)
 
@@ -155,7 +154,7 @@ class Region:
             return self.linear(x, transposed, bias)
         if not self._may_record("matmul", (x,), weight, bias) or x.dim() < 2:
             return None
-        if x.shape[-1] != weight.shape[0] or x.numel() * weight.shape[1] < self.smallest_work:
+        if x.shape[-1] != weight.shape[0]:
             return None
         flat = self.recorded("matmul", Product, (x.reshape(-1, x.shape[-1]),), weight, bias)
         return None if flat is None else flat.view(*x.shape[:-1], weight.shape[1])
@@ -163,12 +162,10 @@ class Region:
     def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
         row = self.row(indices)
-        if row is not None and is_stable(weight) and is_plain(indices):
+        pays = self.pays(indices.numel(), weight.numel())
+        if pays and row is not None and is_stable(weight) and is_plain(indices):
             return self._embedding_of_row(row, weight, padding_idx)
         if not self._may_record("embedding", (indices,), weight, None) or not indices.dim():
-            return None
-        if weight.numel() < self.smallest_work // 8:
-            self.tally.left("embedding", "too small to pay")
             return None
 
         def make(weight: Tensor, _bias: Tensor | None) -> Embedding:
@@ -238,14 +235,15 @@ class Region:
         if not fit or not same or torch.is_autocast_enabled(weight.device.type):
             self.tally.left(name, "autocast, or types or dtypes that differ")
             return False
+        if not self.pays(inputs[0].shape[0], weight.numel()):
+            self.tally.left(name, SMALL)
+            return False
         return True
 
     def _linear_of_row(self, row: Row, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         key = ("linear", id(weight), id(bias), torch.is_grad_enabled())
         made = row.rows.made.get(key)
         if made is None:
-            if row.rows.whole.numel() * weight.shape[0] < self.smallest_work:
-                return None
             made = row.rows.made[key] = _MadeRows(
                 whole_linear(row.rows.whole, weight, bias), weight, bias
             )
@@ -280,26 +278,3 @@ class _MadeRows:
         self._entries[index] = None
         # An entry is one of several views, which autograd lets nobody write into.
         return entry.clone() if entry.requires_grad else entry.data
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of the plain type."""
-    return type(tensor) is Tensor or type(tensor) is nn.Parameter
-
-
-def transposed_weight(weight: Tensor) -> Tensor | None:
-    """The weight whose transpose this is, if it is one."""
-    base = weight._base
-    if base is None or not is_stable(base) or base.dim() != 2:
-        return None
-    swapped = (base.stride(1), base.stride(0)) == weight.stride()
-    alike = weight.shape == (base.shape[1], base.shape[0]) and swapped
-    return base if alike and base.data_ptr() == weight.data_ptr() else None
-
-
-def is_stable(weight: Tensor) -> bool:
-    """Whether a weight cannot have been computed within the step."""
-    kind = type(weight)
-    if kind is nn.Parameter:
-        return True
-    return kind is Tensor and weight.requires_grad and weight.is_leaf

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SMALL = "too small to pay"  # the reason under "auto"
+
 
 @dataclass(frozen=True, slots=True)
 class BatchedOperation:

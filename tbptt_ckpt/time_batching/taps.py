@@ -20,6 +20,9 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
 
+# Elements of a weight whose gradient is worth finding out whether it may be added in place.
+_SMALLEST_TOTAL = 65_536
+
 
 class Record(Protocol):
     """What the steps of a leaf leave to the tap of their weights."""
@@ -64,7 +67,9 @@ def _total(weight: Tensor | None) -> Tensor | None:
     This spares a temporary as large as the weight. The backward must be one that accumulates,
     with no hook on the weight and no other process that waits for its gradient.
     """
-    if weight is None or not weight.requires_grad or not weight.is_leaf or weight.grad is None:
+    if weight is None or weight.numel() < _SMALLEST_TOTAL:
+        return None
+    if not weight.is_leaf or not weight.requires_grad or weight.grad is None:
         return None
     grad = weight.grad
     hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
