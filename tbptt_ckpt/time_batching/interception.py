@@ -99,9 +99,10 @@ def _embedding(
         output = region.embedding(input, weight, row)
         if output is not None:
             return output
-    return _plain[F, "embedding"](
+    result: Tensor = _plain[F, "embedding"](
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
     )
+    return result
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
