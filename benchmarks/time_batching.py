@@ -150,7 +150,11 @@ def compare(
     plain_bytes = peak_bytes_of(case.plain) - case.transient_bytes
     treated_bytes = peak_bytes_of(treated) - case.transient_bytes
     further = {**times.seconds(), "gradient error": error}
-    sizes = {"baseline MiB": plain_bytes / 2**20, "treated MiB": treated_bytes / 2**20}
+    sizes = {
+        "baseline MiB": plain_bytes / 2**20,
+        "treated MiB": treated_bytes / 2**20,
+        "% with its transient": 100 * (treated_bytes + case.transient_bytes) / plain_bytes,
+    }
     figures = [
         Figure(f"{what}: time", times.ratio, "x", limits[0], times.interval, further),
         Figure(f"{what}: peak", 100 * treated_bytes / plain_bytes, "%", limits[1], None, sizes),

@@ -711,3 +711,14 @@ def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
         return m.wy(h), h
 
     check(make_linears(step), strategy="uniform:3")
+
+
+@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
+def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
+    module, (inputs, targets) = make(), make_data()
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
+    state = make_state(module)
+    expected = tbptt.evaluate(TensorSequence(inputs, targets), state).loss
+    with torch.inference_mode():
+        found = tbptt.evaluate(TensorSequence(inputs, targets), state).loss
+    assert found == pytest.approx(expected, rel=1e-12)

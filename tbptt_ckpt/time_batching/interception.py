@@ -30,6 +30,8 @@ _thread = threading.local()
 
 def _region() -> Region | None:
     """This thread's region, unless a transform or mode wants to see plain operations."""
+    if torch.compiler.is_compiling():  # what is compiled outlives the region
+        return None
     region: Region | None = getattr(_thread, "region", None)
     if region is None:
         return None

@@ -60,7 +60,9 @@ class TimeBatching:
         """
         chosen = self.choice is True or (self.choice == "auto" and per_step)
         # Modes want to see, or decide about, each operation of the user's module.
-        if not chosen or torch._C._len_torch_dispatch_stack():
+        # Inference mode has no versions to look at.
+        watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
+        if not chosen or watched:
             yield
             return
         before = self._region

@@ -28,7 +28,7 @@ from tbptt_ckpt.time_batching.weights import is_plain, is_stable, transposed_wei
 
 # Rows of one product over time: more gain little and take memory.
 _ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
-_FEWEST_STEPS = 8
+_FEWEST_STEPS, _MOST_STEPS = 8, 256  # a view of a step costs host memory
 
 
 class Region:
@@ -49,7 +49,8 @@ class Region:
 
     def step_inputs(self, block: StepBlock) -> Iterator[Any]:
         """The input of each step of a block, known as rows of the whole while its step runs."""
-        if isinstance(block.inputs, Column) or not tensors_of(block.inputs):
+        tensors = [] if isinstance(block.inputs, Column) else tensors_of(block.inputs)
+        if not tensors or any(t.is_inference() for t in tensors):
             yield from block.step_inputs()
             return
         length = self._chunk_steps(block)
@@ -62,7 +63,7 @@ class Region:
         first = tensors_of(block.inputs)[0]
         lanes = first.shape[1 - min(block.time_dim, 1)] if first.dim() > 1 else 1
         rows = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
-        return max(_FEWEST_STEPS, rows // max(lanes, 1))
+        return min(max(_FEWEST_STEPS, rows // max(lanes, 1)), _MOST_STEPS)
 
     def _chunk_inputs(self, block: StepBlock) -> Iterator[Any]:
         tensors = tensors_of(block.inputs)

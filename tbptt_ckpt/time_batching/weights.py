@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,6 +24,8 @@ def transposed_weight(weight: Tensor) -> Tensor | None:
 def is_stable(weight: Tensor) -> bool:
     """Whether a weight cannot have been computed within the step."""
     kind = type(weight)
+    if weight.layout is not torch.strided or weight.is_inference():
+        return False
     if kind is nn.Parameter:
         return True
     return kind is Tensor and weight.requires_grad and weight.is_leaf
