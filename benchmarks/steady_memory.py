@@ -34,13 +34,30 @@ def resident_mib(pid: int) -> dict[str, float]:
     return {name: int(pairs[key].split()[0]) / 1024 for key, name in FIELDS.items()}
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process does not run because of a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def watch(process: subprocess.Popen[bytes], seconds: float) -> list[dict[str, float]]:
-    """A sample a second until the time is up; the process must live that long."""
-    begun, samples = time.monotonic(), []
-    while (elapsed := time.monotonic() - begun) < seconds:
+    """A sample a second until the time is up or SIGTERM arrives; the process must live that long.
+
+    While somebody has stopped the process (SIGSTOP), time does not count.
+    """
+    elapsed, samples = 0.0, []
+    asked_to_end = []
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.append(True))
+    last = time.monotonic()
+    while elapsed < seconds and not asked_to_end:
         if process.poll() is not None:
             raise SystemExit(f"the run ended after {elapsed:.0f} s with {process.returncode}")
-        samples.append({"seconds": round(elapsed, 1), **resident_mib(process.pid)})
+        now = time.monotonic()
+        if not is_stopped(process.pid):
+            elapsed += now - last
+            samples.append({"seconds": round(elapsed, 1), **resident_mib(process.pid)})
+        last = now
+        time.sleep(1.0)
+    while is_stopped(process.pid):
         time.sleep(1.0)
     return samples
 
@@ -56,7 +73,7 @@ def run(folder: Path, seconds: float, minutes: float, threads: int) -> dict[str,
         try:
             samples = watch(process, seconds)
             process.send_signal(signal.SIGTERM)
-            message = process.communicate(timeout=120)[1].decode().strip()
+            message = process.communicate(timeout=600)[1].decode().strip()
         finally:
             process.kill()
     lines = (log / "events.jsonl").read_text().splitlines()
@@ -121,7 +138,7 @@ def main() -> None:
     }
     figures = [
         Figure(
-            f"largest resident memory over that after a minute, {arguments.seconds:,.0f} s",
+            f"largest resident memory over that after a minute, {samples[-1]['seconds']:,.0f} s",
             max(ratios),
             "x",
             LIMIT,
