@@ -60,6 +60,7 @@ class SequenceRun:
         self._first_ambient: AmbientState | None = None
         self.index = 0
         self.inspect: Inspect = _accept
+        self.on_plan: Callable[[], None] = do_nothing
 
     def __iter__(self) -> Iterator[WindowResult]:
         while (window := self.next_window()) is not None:
@@ -107,9 +108,8 @@ class SequenceRun:
         start = self.records.first_at_or_after(window.start)
         return Window(window.index, start, window.new_start, window.stop)
 
-    def run_window(self, window: Window) -> WindowResult:
-        """Run the next window and update the weights."""
-        begun = time.perf_counter()
+    def _begin(self, window: Window) -> tuple[Sequence[StepBlock], Passage, PlannedWindow | None]:
+        """The window's steps, its passage, and its plan; None where it has no loss."""
         blocks = self.reader.window(window.first, window.stop)
         passage = Passage(
             self.settings,
@@ -120,11 +120,22 @@ class SequenceRun:
             self.initial,
             self.records,
         )
-        loss_start = window.new_start if self.settings.loss == "new" else window.stop - 1
+        loss_start = self._loss_start(window)
+        if not has_loss(blocks, loss_start, window.stop):
+            return blocks, passage, None
+        planned = self.settings.plans.plan(passage.request(loss_start, self._held()))
+        self.on_plan()
+        return blocks, passage, planned
+
+    def _loss_start(self, window: Window) -> int:
+        return window.new_start if self.settings.loss == "new" else window.stop - 1
+
+    def run_window(self, window: Window) -> WindowResult:
+        """Run the next window and update the weights."""
+        begun = time.perf_counter()
+        loss_start = self._loss_start(window)
         guard = WeightGuard(self.settings.weights())
-        planned = None
-        if has_loss(blocks, loss_start, window.stop):
-            planned = self.settings.plans.plan(passage.request(loss_start, self._held()))
+        blocks, passage, planned = self._begin(window)
         self.settings.updater.clear(self.initial.leaves())
         with self._meter(planned, blocks) as meter:
             try:
@@ -294,6 +305,10 @@ class SequenceRun:
 
 def _accept(window: Window, loss: Tensor | None, states: list[Tree]) -> None:
     """Every window is fine."""
+
+
+def do_nothing() -> None:
+    """A window is planned; `SequenceRun.on_plan` is called before anything of it has run."""
 
 
 # Called before a window's update with its loss and the states later windows start from.

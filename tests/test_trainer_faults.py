@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -702,6 +703,46 @@ class TestKill:
             for name in ("steps", "updates", "learning", "random"):
                 assert_equal(found[name], expected[name], EXACT, name)
         assert count > 60
+
+
+def test_measured_costs_are_saved_before_the_first_update_and_never_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, injected: Injected
+) -> None:
+    planned = {"strategy": "auto", "memory_budget": "64MiB"}
+    job = Job(num_steps=40, k1=8, k2=16, engine=planned)
+
+    def killed_at_the_first_update() -> None:
+        trainer, _, _ = with_snapshots(job, tmp_path)
+        patch(trainer, "update", 1, kill_me)
+        trainer.train()
+
+    assert in_a_fork(killed_at_the_first_update) == signal.SIGKILL
+    injected("kill -9 in mid-sequence")
+    assert SnapshotStore(tmp_path).steps() == [0]
+    saved = SnapshotStore(tmp_path).load(0).state["plan"]["measured"]
+    assert saved["costs"]
+
+    def no_measuring(*_: Any, **__: Any) -> None:
+        raise AssertionError("costs were measured again")
+
+    monkeypatch.setattr("tbptt_ckpt.window_plans.costed.calibrate", no_measuring)
+    accounts = []
+    for stops in ((), (1, 3)):
+        folder = tmp_path / str(len(accounts))
+        shutil.copytree(tmp_path / "step-0", folder / "step-0")
+        listener = Listener()
+        for stop in (*stops, None):
+            trainer, _, _ = with_snapshots(job, folder)
+            trainer._announcer._sinks.append(listener)
+            assert trainer.resume()
+            assert trainer.tbptt.settings.plans.state_dict()["costs"]["state_bytes"]
+            windows = trainer.windows()
+            for result in windows:
+                if result.index == stop:
+                    trainer.save()
+                    windows.close()
+        accounts.append(job.account(trainer, listener))
+    assert_equal(accounts[1], accounts[0], EXACT)
 
 
 class TestSnapshotsThatFail:

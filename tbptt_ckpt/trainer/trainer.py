@@ -16,7 +16,7 @@ from tbptt_ckpt.events import EventSink, JsonLines, UpdateEvent, WindowEvent
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.randomness import random_state, set_random_state
 from tbptt_ckpt.results import WindowResult
-from tbptt_ckpt.sequence_run import SequenceRun
+from tbptt_ckpt.sequence_run import SequenceRun, do_nothing
 from tbptt_ckpt.sources import Source
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.strategies import parse_strategy
@@ -140,7 +140,7 @@ class Trainer:
         self._asked = str(self._settings.strategy)
         self._progress = _Progress()
         self._run: SequenceRun | None = None
-        self._is_cut = False
+        self._is_cut = self._has_saved_costs = False
 
     @property
     def steps(self) -> int:
@@ -242,6 +242,7 @@ class Trainer:
                 "asked": self._asked,
                 "used": str(self._settings.strategy),
                 "measured": self._settings.plans.state_dict(),
+                "time_batching": self._settings.runner.time_batching.choice,
             },
             "settings": self._fixed_settings(),
             "identity": self._identity,
@@ -280,10 +281,18 @@ class Trainer:
         return {**fixed, "accumulate": settings.updater.group.num_windows}
 
     def _resume_plan(self, plan: Mapping[str, Any]) -> None:
+        batching = self._settings.runner.time_batching.choice
+        if plan["time_batching"] != batching:
+            self._announcer.notice(
+                "replanned",
+                f"time_batching={batching!r} replaces {plan['time_batching']!r}; from here on the "
+                "run equals the other to rounding",
+            )
         if plan["asked"] == self._asked:
             if plan["used"] != str(self._settings.strategy):
                 self._settings.strategy = parse_strategy(plan["used"])
-            self._settings.plans.load_state_dict(plan.get("measured", {}))
+            self._settings.plans.load_state_dict(plan["measured"])
+            self._has_saved_costs = self._settings.plans.has_costs
             return
         message = (
             f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "
@@ -317,6 +326,17 @@ class Trainer:
         if self._run is None:
             self._run = self._new_run()
         run = self._run
+        run.on_plan = self._save_costs
+        try:
+            yield from self._windows_of(run)
+        finally:
+            run.on_plan = do_nothing  # the run must not keep the trainer alive
+        if not self._is_done():
+            run.finish()
+            self._progress.steps_before, self._run = self.steps, None
+            self._progress.epoch += 1
+
+    def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
             rate = self._learning_rate()
             result = self._recovery.run(run, window)
@@ -325,10 +345,17 @@ class Trainer:
             if result is not None:
                 self._note(run, result, rate)
                 yield result
-        if not self._is_done():
-            run.finish()
-            self._progress.steps_before, self._run = self.steps, None
-            self._progress.epoch += 1
+
+    def _save_costs(self) -> None:
+        """Save measured costs before the first update that depends on them.
+
+        A run that is resumed must not measure them again: they would differ, and so would the
+        plan and the rounding.
+        """
+        if not self._has_saved_costs and self._settings.plans.has_costs:
+            self._has_saved_costs = True
+            if self._saving is not None:
+                self.save()
 
     def _new_run(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
         source = self._source

@@ -81,6 +81,11 @@ class CostedPlans:
             return PlannedWindow(chosen)
         return self._watched(request, chosen, costs)
 
+    @property
+    def has_costs(self) -> bool:
+        """Whether costs have been measured or given."""
+        return self.costs is not None
+
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
         pilot = planned.pilot

@@ -18,6 +18,11 @@ class FixedPlans:
 
     strategy: Strategy
 
+    @property
+    def has_costs(self) -> bool:
+        """Never: none are needed."""
+        return False
+
     def plan(self, request: Request) -> PlannedWindow:
         """The strategy's plan."""
         window = request.window

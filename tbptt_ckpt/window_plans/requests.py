@@ -110,6 +110,11 @@ class WindowPlans(Protocol):
 
     strategy: Strategy
 
+    @property
+    def has_costs(self) -> bool:
+        """Whether plans follow from costs that are known by now."""
+        ...
+
     def plan(self, request: Request) -> PlannedWindow:
         """The plan of one window.
 
