@@ -20,7 +20,7 @@ from benchmarks.time_batching import CELLS, Case, Size
 
 MOST = 1.03
 LANES, WIDTHS = (1, 8, 32, 128), (64, 256, 512, 1024)
-_WINDOW_SECONDS = 0.12
+_WINDOW_SECONDS = 0.08
 
 
 def num_steps_of(cell: str, lanes: int, width: int) -> int:

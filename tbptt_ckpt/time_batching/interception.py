@@ -23,6 +23,10 @@ from torch.autograd import forward_ad
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region
 
+# Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
+# of them a step's weight gradient is a large product already.
+_MOST_POSITIONS = 512
+
 _lock = threading.Lock()
 _open_regions = 0
 _thread = threading.local()
@@ -128,7 +132,11 @@ def _convolution(dims: int) -> Callable[..., Any]:
         groups: int = 1,
     ) -> Any:
         region, output = _region(), None
-        if region is not None and input.dim() == dims + 2 and not isinstance(padding, str):
+        if region is not None and (input.dim() != dims + 2 or isinstance(padding, str)):
+            region = None
+        if region is not None and region.chooses and _positions(input) > _MOST_POSITIONS:
+            region = None
+        if region is not None:
             sizes = [_each(size, dims) for size in (stride, padding, dilation)]
             make = partial(
                 Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
@@ -141,6 +149,10 @@ def _convolution(dims: int) -> Callable[..., Any]:
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolve
+
+
+def _positions(x: Tensor) -> int:
+    return x.numel() // max(x.shape[1], 1)
 
 
 def _each(size: Any, dims: int) -> tuple[int, ...]:

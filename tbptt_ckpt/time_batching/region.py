@@ -42,6 +42,7 @@ class Region:
 
     def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int, int], bool]) -> None:
         self.tally, self.pays = tally, pays
+        self.chooses = not pays(1, 1)  # rather than batching all that can be
         self._rows: dict[int, Row] = {}
         self._operations: dict[Any, tuple[TappedOperation, Tensor]] = {}
         self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
