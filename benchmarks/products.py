@@ -39,7 +39,7 @@ def figures_of(lanes: int, width: int, num_pairs: int) -> list[Figure]:
     figures = []
     for name, (plain, chosen, steps) in ways.items():
         operations = 2 * steps * lanes * weight.numel()
-        repeats = max(1, int(2e9 / operations))
+        repeats = min(max(1, int(2e9 / operations)), 2000)
         times = time_pairs(repeated(plain, repeats), repeated(chosen, repeats), num_pairs)
         rates = {
             "GFLOP/s of mm": operations * repeats / times.seconds()["baseline s"] / 1e9,
