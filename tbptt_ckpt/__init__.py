@@ -15,6 +15,7 @@ from tbptt_ckpt.errors import (
 )
 from tbptt_ckpt.evaluation import Evaluation, evaluate
 from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateEvent, WindowEvent
+from tbptt_ckpt.initial_state import SharedState
 from tbptt_ckpt.measured_costs import measure_costs
 from tbptt_ckpt.planning import plan
 from tbptt_ckpt.plans import Plan
@@ -72,6 +73,7 @@ __all__ = [
     "Revolve",
     "Schedule",
     "ScheduleError",
+    "SharedState",
     "Simulation",
     "SnapshotError",
     "Snapshots",

@@ -166,7 +166,8 @@ class TBPTT:
         Args:
             sequence: An iterable of `(input, target)` steps, a `TensorSequence`, or a source.
                 A target None is absent.
-            init_state: The state at step 0, nested in any way; None if the module accepts it.
+            init_state: The state at step 0 and of lanes that reset, nested in any way; a
+                `SharedState`; None if the module accepts it.
 
         Raises:
             ArgumentError: A sequence, state or module that cannot work.

@@ -12,6 +12,7 @@ from torch import nn
 
 from tbptt_ckpt.ambient import Ambient
 from tbptt_ckpt.hooks import hooks_can_be_silent, silent_hooks
+from tbptt_ckpt.initial_state import for_lanes
 from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.modules import parameters_of
 from tbptt_ckpt.reading import WindowReader
@@ -89,8 +90,9 @@ def run_evaluation(
     check_positive_int("segment_steps", segment_steps)
     reader = WindowReader(sequence, segment_steps, segment_steps)
     owners = (runner.recurrence.module, loss_function.loss_fn)
+    initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
     with in_eval_mode(*owners), torch.no_grad(), hooks_can_be_silent(), silent_hooks():
-        return _Pass(runner, loss_function, reader, detach_state(init_state)).run(segment_steps)
+        return _Pass(runner, loss_function, reader, initial).run(segment_steps)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,47 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads
 from tbptt_ckpt.state import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates import Updater
+from tbptt_ckpt.windows import check_positive_int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedState:
+    """One initial state that all lanes begin from, such as a learned row.
+
+    Its tensors may be leaves that an optimizer updates; an `expand` of them would carry a
+    graph, which the first update invalidates. Their gradients are summed over the lanes.
+
+    Attributes:
+        state: Nested tensors of size 1 where lanes are: [1, H] for cells, [layers, 1, H] for
+            `nn.RNN/LSTM/GRU`.
+        lanes: Number of lanes.
+    """
+
+    state: Tree
+    lanes: int
+
+
+def for_lanes(state: Tree, lane_dim: int) -> Tree:
+    """An initial state as a module takes it: a shared one in every lane, others as they are.
+
+    Raises:
+        ArgumentError: A shared state whose tensors are not of size 1 on `lane_dim`.
+    """
+    if not isinstance(state, SharedState):
+        return state
+    check_positive_int("lanes", state.lanes)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        if len(shape) <= lane_dim or shape[lane_dim] != 1:
+            raise ArgumentError(
+                f"a SharedState has a tensor of shape {tuple(shape)}, which must be of size 1 on "
+                f"lane_dim={lane_dim}"
+            )
+        shape[lane_dim] = state.lanes
+        return tensor.detach().expand(shape).clone()
+
+    return map_tensors(repeated, state.state)
 
 
 class InitialState:
@@ -18,12 +61,13 @@ class InitialState:
     their own get the sum over all windows, in one backward at the end.
 
     Args:
-        state: The state, read anew by each window.
+        given: The user's state, a `SharedState` perhaps; read anew by each window.
         updater: Knows whether weights are updated.
+        lane_dim: Where lanes are in its tensors.
 
     Attributes:
-        state: The state at step 0.
-        attached: The same values for lanes that reset, whose gradients a window's backward
+        given: As given.
+        attached: Its values for lanes that reset, whose gradients a window's backward
             collects.
 
     Raises:
@@ -31,11 +75,12 @@ class InitialState:
             that graph is differentiated.
     """
 
-    def __init__(self, state: Tree, updater: Updater) -> None:
-        self.state = state
-        self._tensors = tensors_of(state)
+    def __init__(self, given: Tree, updater: Updater, lane_dim: int = 0) -> None:
+        self.given, self._lane_dim = given, lane_dim
+        own = given.state if isinstance(given, SharedState) else given
+        self._tensors = tensors_of(own)
         self._sums: dict[int, Tensor] = {}
-        check_no_hidden_tensors(state)
+        check_no_hidden_tensors(own)
         if any(t.is_inference() for t in self._tensors):
             raise ArgumentError(
                 "init_state holds tensors of torch.inference_mode, which cannot be differentiated; "
@@ -44,9 +89,16 @@ class InitialState:
         if updater.optimizer is not None and any(t.grad_fn is not None for t in self._tensors):
             raise ArgumentError(
                 "init_state was computed with a graph, which the optimizer's steps would "
-                "invalidate; pass leaf tensors, detach it, or use optimizer=None"
+                "invalidate; pass leaf tensors (SharedState has one for all lanes), detach it, or "
+                "use optimizer=None"
             )
-        self.attached = map_tensors(self._stand_in, state)
+        self.attached = map_tensors(self._stand_in, own)
+        for_lanes(given, lane_dim)  # raises now what would come late
+
+    @property
+    def state(self) -> Tree:
+        """The state at step 0, with today's values."""
+        return for_lanes(self.given, self._lane_dim)
 
     def leaves(self) -> list[Tensor]:
         """Its learned tensors."""
@@ -54,13 +106,18 @@ class InitialState:
 
     def collect(self, grads: StateGrads | None) -> None:
         """Take the gradients of one window."""
-        for tensor, grad in zip(self._tensors, grads or [], strict=False):
+        for tensor, grad in zip(self._tensors, self.over_lanes(grads), strict=False):
             if grad is None or not tensor.requires_grad:
                 continue
             if tensor.is_leaf:
                 torch.autograd.backward([tensor], [grad])
             else:
                 self._add(tensor, grad)
+
+    def over_lanes(self, grads: StateGrads | None) -> StateGrads:
+        """Gradients of `state` as those of the given tensors: shared ones are sums over lanes."""
+        pairs = zip(self._tensors, grads or [], strict=False)
+        return [None if grad is None else grad.sum_to_size(t.shape) for t, grad in pairs]
 
     def collected(self) -> dict[int, Tensor]:
         """The gradients summed for tensors with a graph, by their place in the state."""

@@ -48,7 +48,7 @@ class SequenceRun:
         self.settings = settings
         self.reader = WindowReader(sequence, settings.k1, settings.k2)
         self.has_length = self.reader.num_steps is not None
-        self.initial = InitialState(init_state, settings.updater)
+        self.initial = InitialState(init_state, settings.updater, settings.recurrence.lane_dim)
         self.records = Records()
         self.totals = Totals()
         self.state_grads: StateGrads | None = None

@@ -106,7 +106,7 @@ def run_window(
     settings.record = record
     run = SequenceRun(settings, sequence, init_state)
     (window,) = run
-    grads = run.state_grads or [None] * len(tensors_of(init_state))
+    grads = run.initial.over_lanes(run.state_grads) or [None] * len(tensors_of(init_state))
     return WindowGradient(
         loss=window.loss,
         state=window.state,

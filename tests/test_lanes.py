@@ -31,7 +31,7 @@ from cases import (
 from naive import tensors
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, BurnIn, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, BurnIn, LaneSource, SharedState, TensorSequence
 
 LENGTHS = [
     lengths for count in (1, 2, 3) for lengths in itertools.product((1, 2, 4), repeat=count)
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "overlap": OVERLAPS,
     "module": ("tanh", "cell", "lstm"),
     "weights": ("frozen", "sgd"),
-    "init": ("none", "constant", "learned"),
+    "init": ("none", "constant", "learned", "shared"),
 }
 ROTATED_CHOICES: dict[str, tuple[Any, ...]] = {
     "loss": ("new", "new", "last"),
@@ -56,6 +56,9 @@ ROTATED_CHOICES: dict[str, tuple[Any, ...]] = {
     "executor": EXECUTORS,
     "time_batching": (False, True),
 }
+
+
+LEARNED = ("learned", "shared")
 
 
 @dataclass(frozen=True)
@@ -113,26 +116,31 @@ def module_of(name: str) -> nn.Module:
 
 
 def initial_state(case: Case) -> Any:
-    """A row of its own for each lane."""
+    """A row of its own for each lane, or one for all."""
     if case.init == "none":
         return None
     generator = torch.Generator().manual_seed(9)
     layers = (1,) if case.module == "lstm" else ()
+    rows = 1 if case.init == "shared" else case.lanes
     state = tuple(
-        torch.randn(*layers, case.lanes, WIDTH, generator=generator, dtype=torch.float64)
+        torch.randn(*layers, rows, WIDTH, generator=generator, dtype=torch.float64)
         for _ in range(2)
     )
-    if case.init == "learned":
+    if case.init in LEARNED:
         state = tuple(s.requires_grad_() for s in state)
     return state[0] if case.module == "tanh" else state
 
 
 def row_of(state: Any, lane: int, module: str) -> Any:
-    """One lane of an initial state, with its graph."""
+    """One lane of a state, with its graph; a single row is every lane's."""
     dim = 1 if module == "lstm" else 0
+
+    def row(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, lane, 1)
+
     if isinstance(state, tuple):
-        return tuple(s.narrow(dim, lane, 1) for s in state)
-    return None if state is None else state.narrow(dim, lane, 1)
+        return tuple(map(row, state))
+    return None if state is None else row(state)
 
 
 def naive_step(module: nn.Module, name: str) -> Any:
@@ -152,7 +160,7 @@ def optimizer_of(case: Case, parameters: list[Tensor]) -> torch.optim.Optimizer 
 
 def expected_windows(case: Case) -> Iterator[naive_lanes.LaneWindow]:
     module, init = module_of(case.module), initial_state(case)
-    learned = tensors(init) if case.init == "learned" else []
+    learned = tensors(init) if case.init in LEARNED else []
     parameters = [*module.parameters(), *learned]
     problem = naive_lanes.LaneProblem(
         step=naive_step(module, case.module),
@@ -177,7 +185,7 @@ def expected_windows(case: Case) -> Iterator[naive_lanes.LaneWindow]:
 
 def check(case: Case) -> None:
     module, init = module_of(case.module), initial_state(case)
-    learned = tensors(init) if case.init == "learned" else []
+    learned = tensors(init) if case.init in LEARNED else []
     parameters = [*module.parameters(), *learned]
     sequences = [
         TensorSequence(x, y, weight=label_weight(len(x)) if case.targets == "end" else None)
@@ -199,7 +207,8 @@ def check(case: Case) -> None:
         executor=case.executor,
         time_batching=case.time_batching,
     )
-    found = tbptt.windows(source, init)
+    given = SharedState(init, case.lanes) if case.init == "shared" else init
+    found = tbptt.windows(source, given)
     for window, expected in itertools.zip_longest(found, expected_windows(case)):
         where = (case, window.start, window.stop)
         assert (window.start, window.stop) == (expected.start, expected.stop), where

@@ -28,7 +28,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence
+from tbptt_ckpt import TBPTT, ArgumentError, SharedState, TensorSequence, run_window
 
 NUM_STEPS = 7
 # Lane 1 at the step that is a window's, a segment's and a block's first for some plan, and so on.
@@ -188,6 +188,26 @@ def test_one_row_may_begin_all_lanes() -> None:
     assert relative_error(found[0], found[1]) <= 1e-12
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_shared_row_of_an_lstm_is_learned(executor: str) -> None:
+    inputs, targets = random_data(NUM_STEPS)
+    data = TensorSequence(inputs, targets)  # no resets: lanes are known from the state alone
+    found = []
+    for shared in (True, False):
+        module = lstm()
+        rows = [random_state(s, lanes=1)[None].requires_grad_() for s in (5, 6)]
+        lanes = [row.detach().repeat(1, 2, 1).requires_grad_() for row in rows]
+        init = SharedState(tuple(rows), 2) if shared else tuple(lanes)
+        tensors = rows if shared else lanes
+        tbptt = TBPTT(module, F.mse_loss, NUM_STEPS, None, executor=executor, strategy="uniform:2")
+        tbptt.train(data, init)
+        found.append([*gradients(list(module.parameters())), *[t.grad.sum(1) for t in tensors]])
+        assert tbptt.evaluate(data, init).loss is not None
+    assert relative_error(found[0], found[1]) <= 1e-12
+    window = run_window(lstm(), F.mse_loss, inputs, targets, SharedState(tuple(rows), 2))
+    assert [g.shape for g in window.init_state_grad.state] == [(1, 1, WIDTH)] * 2
+
+
 class Wrapped(nn.Module):
     """An LSTM inside another module; layers, lanes and width are all 2."""
 
@@ -239,6 +259,16 @@ def other_structure() -> None:
     TBPTT(step, lambda y, _: y.sum(), 3, 3).train(data, (random_state(),))
 
 
+def shared_state_of_two_rows() -> None:
+    data = TensorSequence(*random_data(3))
+    TBPTT(tanh_cell(), F.mse_loss, 3, 3).train(data, SharedState(random_state(), 2))
+
+
+def shared_state_of_no_lanes() -> None:
+    data = TensorSequence(*random_data(3))
+    TBPTT(tanh_cell(), F.mse_loss, 3, 3).train(data, SharedState(random_state(lanes=1), 0))
+
+
 def reset_of_other_dtype() -> None:
     class Source:
         def __len__(self) -> int:
@@ -260,6 +290,8 @@ def reset_of_other_dtype() -> None:
         (too_few_lanes, r"resets are for 2 lanes, .* shape \(4, 3\) .* lane_dim=0"),
         (no_lane_dimension, r"shape \(\) .* pass lane_dim"),
         (other_structure, "lanes can only be reset to a state nested like it"),
+        (shared_state_of_two_rows, r"shape \(2, 3\), which must be of size 1 on lane_dim=0"),
+        (shared_state_of_no_lanes, "lanes=0"),
         (reset_of_other_dtype, "must be torch.bool"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, SharedState, TensorSequence
 from tbptt_ckpt.snapshot import Disk, SnapshotStore
 from tbptt_ckpt.trainer import Trainer
 
@@ -134,6 +134,9 @@ class Case:
         if self.init == "learned":
             init_state = cases.random_state().requires_grad_()
             extra = [init_state]
+        elif self.init == "shared":
+            extra = [cases.random_state(lanes=1).requires_grad_()]
+            init_state = SharedState(extra[0], cases.LANES)
         elif self.init == "random":
             init_state = lambda: torch.randn(cases.LANES, cases.WIDTH, dtype=torch.float64)  # noqa: E731
         optimizer: Any = None
@@ -225,6 +228,7 @@ CASES = {
     "lanes": Case(source="lanes", trainer={"epochs": 2}),
     "lanes, stale": Case(source="lanes", engine={"overlap": "stale"}, trainer={"epochs": 2}),
     "lanes, learned": Case(source="lanes", init="learned", k2=None),
+    "lanes, shared first state": Case(source="lanes", init="shared", trainer={"epochs": 2}),
     "lanes, accumulated": Case(source="lanes", init="learned", optimizer=None),
     "lanes, groups": Case(
         source="lanes", init="learned", engine={"accumulate": 3}, trainer={"epochs": 2}

@@ -230,7 +230,7 @@ class Trainer:
         """
         progress = self._progress
         run = self._run
-        first = [] if run is None else tensors_of(run.initial.state)
+        first = [] if run is None else tensors_of(run.initial.given)
         return {
             "learning": learning_state(self._settings),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
