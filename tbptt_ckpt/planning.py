@@ -11,7 +11,7 @@ from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
 from tbptt_ckpt.nesting import Nesting
 from tbptt_ckpt.planner import Demand, fastest_nestings, largest_steps, smallest_budget
-from tbptt_ckpt.plans import Plan, plan_window, run_length_coded
+from tbptt_ckpt.plans import Block, Plan, plan_window, run_length_coded
 from tbptt_ckpt.predictions import (
     Prediction,
     advance_peak,
@@ -20,7 +20,7 @@ from tbptt_ckpt.predictions import (
     usual_advance_steps,
 )
 from tbptt_ckpt.simulator import simulate
-from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.strategies import Retain, parse_strategy
 from tbptt_ckpt.windows import check_positive_int
 
 OPTIMAL = "optimal"
@@ -106,7 +106,16 @@ def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
     nestings = fastest_nestings(demand.lengths, demand.free_bytes(free, costs), costs)
     blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
     planned = Plan(OPTIMAL, 0, demand.lead_steps, blocks, 1)
-    return _within(planned, demand, costs, budget_bytes, ())
+    cut = _within(planned, demand, costs, budget_bytes, ())
+    if len(demand.lengths) == 1:
+        return cut
+    # A leaf over all blocks saves their calls.
+    leaf = Retain().nesting(demand.num_steps, demand.num_steps)
+    whole = replace(planned, blocks=(Block(demand.num_steps, leaf),))
+    if _predict_blocks(whole, demand, costs, 1).peak_bytes > budget_bytes:
+        return cut
+    whole = _within(whole, demand, costs, budget_bytes, ())
+    return min(cut, whole, key=lambda found: found.predicted_seconds or 0.0)
 
 
 def _enough_bytes(demand: Demand, costs: Costs) -> int:

@@ -198,18 +198,26 @@ def test_without_a_budget_and_with_equal_steps_everything_is_retained() -> None:
     )
 
 
+def test_blocks_are_one_leaf_where_that_saves_calls() -> None:
+    """Under stale overlap, with room for everything and calls that cost."""
+    window = {"joints": (10, 20, 30), "recorded_states": 4}
+    for call_seconds, leaves in ((0.0, 4), (1.0, 1)):
+        costs = line_costs(3, 2, 0, call_seconds)
+        planned = plan(40, costs, **window)
+        assert planned.num_leaves == leaves
+        assert planned.executed_steps == 40
+        assert plan(40, costs, budget_bytes=60, **window).num_leaves >= 4
+        check_prediction(planned, costs, None, window)
+
+
 def test_calls_that_cost_make_leaves_longer() -> None:
     """The same bytes, fewer leaves, more steps."""
     cheap = plan(5000, line_costs(5, 1, 0), budget_bytes=60)
     dear = plan(5000, line_costs(5, 1, 0, 50.0), budget_bytes=60)
-    assert leaves_of(dear) < leaves_of(cheap)
+    assert dear.num_leaves < cheap.num_leaves
     assert dear.executed_steps > cheap.executed_steps
     redone = simulate(cheap.schedule, line_costs(5, 1, 0, 50.0), advance_steps=cheap.advance_steps)
     assert dear.predicted_seconds < redone.seconds
-
-
-def leaves_of(planned: Plan) -> int:
-    return sum(block.count * block.how.num_leaves for block in planned.blocks)
 
 
 @pytest.mark.parametrize("call_seconds", [0.0, 0.7, 20.0])

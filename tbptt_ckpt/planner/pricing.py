@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tbptt_ckpt.nesting import NestingBuilder
 
 _ROUNDS = 60  # prices tried at most; about ten are needed
-_MANY_SEGMENTS = 200_000  # kinds of segments up to which a price is looked for
+_MANY_LEVELS = 512  # up to which a price is looked for
 
 _BEYOND = 1 << 45  # reaches are cut here, so that sums of them are numbers of 64 bits
 
@@ -65,6 +65,21 @@ def fewest_levels(rooms: Rooms) -> int:
         parts = np.append(reaches[:-1], rooms.leaves[-1])
         reaches = np.minimum(np.cumsum(parts[::-1])[::-1], _BEYOND)
     raise AssertionError("reaches grow with every level")
+
+
+def with_one_state(rooms: Rooms) -> tuple[NestingBuilder, int]:
+    """The nesting where no leaf starts two states deep: each starts from an advance of its own.
+
+    The one choice is where the slack is: in the first leaf, whose steps are advanced most.
+    """
+    builder = NestingBuilder()
+    longest, leaf = int(rooms.leaves[0]), int(rooms.leaves[1])
+    last = int(rooms.lasts[1]) if len(rooms.lasts) else leaf
+    count = max(0, -(-(rooms.steps - last - longest) // leaf))
+    node, part = builder.leaf(rooms.steps - last - count * leaf), builder.leaf(leaf)
+    for _ in range(count):
+        node = builder.split(node, 1, part)
+    return builder, builder.split(node, 1, builder.leaf(last))
 
 
 class PriceTable:
@@ -155,7 +170,7 @@ class PriceBuilder:
         self._lasts: list[int] = rooms.lasts.tolist()
         self._steps = rooms.steps
         self._builder = NestingBuilder()
-        if levels * len(self._leaves) <= _MANY_SEGMENTS:
+        if levels <= _MANY_LEVELS:
             low, high = _neighbouring_tables(rooms, levels)
         else:  # few states and many levels: any plan is slow
             low, high = PriceTable(rooms, fewest - 1, inf), PriceTable(rooms, fewest, inf)

@@ -10,7 +10,7 @@ import numpy as np
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
-from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels
+from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels, with_one_state
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
 from tbptt_ckpt.predictions import ADVANCE_STEPS, Prediction, predict, usual_advance_steps
 
@@ -129,6 +129,9 @@ def _with_levels(room: LeafRoom, *, is_needed: bool) -> Nesting | None:
     rooms = _rooms(room, DEEPEST if is_needed else DEEPEST_TRIED)
     if rooms is None:
         return None
+    if len(rooms.leaves) == 2 and len(rooms.lasts) in (0, 2):
+        builder, node = with_one_state(rooms)
+        return builder.build(node)
     fewest = fewest_levels(rooms)
     builder, node = PriceBuilder(rooms, fewest, fewest + _MORE_LEVELS).build()
     return builder.build(node)
