@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -89,6 +90,7 @@ class WindowMeter:
         return self.base_bytes + self._meter.peak_bytes
 
     def __enter__(self) -> Self:
+        gc.collect()  # freed inside, the garbage of others would count as this window's
         self.base_bytes = tensor_bytes(*self._held, grads=True) + self._input_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
         self._meter.__enter__()

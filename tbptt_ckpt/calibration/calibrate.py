@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tbptt_ckpt.calibration.garbage import no_garbage_freed
 from tbptt_ckpt.calibration.malloc import malloc_bytes
 from tbptt_ckpt.calibration.segments import (
     SegmentBytes,
@@ -70,7 +71,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         fixed: The weights and inputs; the rest is filled in.
     """
     begun = time.perf_counter()
-    with _untouched(probe):
+    with _untouched(probe), no_garbage_freed():
         probe.go_on()
         before = probe.go_on()
         measuring = _Measuring(probe, limits, begun)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.calibration.garbage import no_garbage_freed
 from tbptt_ckpt.memory import peak_memory, tensor_bytes
 from tbptt_ckpt.updates import Updater
 
@@ -41,7 +42,8 @@ def update_bytes(updater: Updater) -> UpdateBytes:
         return UpdateBytes(0, 0)
     trained = [p for p in updater.optimized() if p.requires_grad]
     try:
-        found = _on_stand_ins(updater, trained)
+        with no_garbage_freed():
+            found = _on_stand_ins(updater, trained)
     except Exception:  # whatever the constructor or step of a foreign class raises
         size = tensor_bytes(trained)
         found = UpdateBytes(_ASSUMED_STATES * size, _ASSUMED_TRANSIENTS * size)
