@@ -6,6 +6,10 @@ Held against the exact peak of every window: the prediction, to 3 % of the peak 
 part (weights, gradients, optimizer, inputs) or 64 KiB, and the budget itself. A budget a tenth
 below the smallest has to raise.
 
+The smallest budget holds one state and a leaf of one step, if nothing else takes more; then a
+step runs again for each step after it. Beyond some hundred steps that takes hours, so there the
+first budget has room for some more states; the smallest itself only has to be accepted.
+
     python -m benchmarks.budget_accuracy --json benchmarks/results/DATE-budget-accuracy.json
 """
 
@@ -22,10 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import describe_environment
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, WindowResult, measure_costs
+from tbptt_ckpt import (
+    TBPTT,
+    Costs,
+    InfeasibleBudgetError,
+    TensorSequence,
+    WindowResult,
+    measure_costs,
+)
 from tbptt_ckpt.memory import format_bytes, tensor_bytes
 
 LANES, WIDTH, CLASSES, READOUT = 8, 64, 32, 2048
+SMALLEST_RUN, MORE_STATES = 100, 12
 TOLERANCE, ROUNDING_BYTES = 0.03, 64 * 1024
 DTYPES = {"float32": None, "bfloat16 autocast": torch.bfloat16}
 
@@ -169,21 +181,26 @@ class Setting:
             return True
         return False
 
-    def keep_all(self, smallest: int) -> int:
-        """A budget that holds the graph of a whole window."""
+    def costs(self) -> Costs:
+        """What steps take."""
         make, per_step = MODULES[self.module]
         data = self.data().read(0, min(64, self.k2))
-        costs = measure_costs(
+        return measure_costs(
             make(), loss_fn, *data, per_step=per_step, autocast_dtype=DTYPES[self.dtype]
         )
-        return smallest + int(1.25 * costs.leaf_bytes(self.k2))
 
+    def budgets(self, smallest: int, count: int) -> list[int]:
+        """From the smallest to one that holds the graph of a whole window.
 
-def budgets(smallest: int, largest: int, count: int) -> list[int]:
-    """From the smallest to the largest, each further above the smallest by a fixed factor."""
-    least = max(16 * 1024, (largest - smallest) // 2**count)
-    ratio = ((largest - smallest) / least) ** (1 / (count - 2))
-    return [smallest, *(smallest + int(least * ratio**i) for i in range(count - 1))]
+        Each is further above the smallest by a fixed factor.
+        """
+        costs = self.costs()
+        span = int(1.25 * costs.leaf_bytes(self.k2))
+        first = 0 if self.k2 <= SMALLEST_RUN else MORE_STATES * costs.state_bytes
+        least = max(16 * 1024, 2 * first, span // 2**count)
+        ratio = (span / least) ** (1 / (count - 2))
+        above = [first, *(int(least * ratio**i) for i in range(count - 1))]
+        return [smallest + each for each in above]
 
 
 def rows_of(setting: Setting, count: int) -> Iterator[Row]:
@@ -191,7 +208,7 @@ def rows_of(setting: Setting, count: int) -> Iterator[Row]:
     smallest = setting.smallest()
     if not setting.refuses(int(0.9 * smallest)):
         raise SystemExit(f"{setting}: a budget a tenth below the smallest was accepted")
-    for budget in budgets(smallest, setting.keep_all(smallest), count):
+    for budget in setting.budgets(smallest, count):
         for window, fixed in setting.run(budget):
             assert window.plan is not None
             assert window.plan.predicted_peak_bytes is not None
@@ -253,30 +270,34 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def write(file: Path, rows: list[Row]) -> None:
+    """Everything so far: a long run that is cut off leaves what it has found."""
+    result = {
+        "benchmark": "budget_accuracy",
+        "environment": describe_environment(),
+        "rows": [asdict(row) for row in rows],
+    }
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.json is not None:
+        arguments.json.touch(exist_ok=False)  # a dated result is never overwritten
     rows: list[Row] = []
     began = time.perf_counter()
     for k2 in arguments.k2:
         for module in arguments.modules:
             for dtype in DTYPES:
-                found = list(
-                    rows_of(Setting(module, k2, dtype, arguments.windows), arguments.budgets)
-                )
+                setting = Setting(module, k2, dtype, arguments.windows)
+                found = list(rows_of(setting, arguments.budgets))
                 rows += found
                 print(summary(found).splitlines()[2], flush=True)
+                if arguments.json is not None:
+                    write(arguments.json, rows)
     print()
     print(summary(rows))
     print(f"{time.perf_counter() - began:.0f} s")
-    if arguments.json is not None:
-        result = {
-            "benchmark": "budget_accuracy",
-            "environment": describe_environment(),
-            "rows": [asdict(row) for row in rows],
-        }
-        with arguments.json.open("x") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
 
 
 if __name__ == "__main__":
