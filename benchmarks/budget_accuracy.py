@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import describe_environment
 from tbptt_ckpt import (
     TBPTT,
     Costs,
@@ -34,6 +33,7 @@ from tbptt_ckpt import (
     WindowResult,
     measure_costs,
 )
+from tbptt_ckpt.environment import describe_environment
 from tbptt_ckpt.memory import format_bytes, tensor_bytes
 
 LANES, WIDTH, CLASSES, READOUT = 8, 64, 32, 2048
