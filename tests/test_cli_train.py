@@ -211,6 +211,13 @@ class TestOptions:
             force=True,
         )
 
+    def test_a_budget_asks_for_the_fastest_plan_within_it(self, monkeypatch, capsys):
+        config = self.asked_for(monkeypatch, capsys, ["train", "--budget", "200MiB"])
+        assert (config.strategy, config.memory_budget()) == ("optimal", "200MiB")
+        words = ["train", "--budget", "0.5", "--strategy", "uniform:8"]
+        config = self.asked_for(monkeypatch, capsys, words)
+        assert (config.strategy, config.memory_budget()) == ("uniform:8", 0.5)
+
     def test_k2_none_reaches_back_to_the_start(self, monkeypatch, capsys):
         assert self.asked_for(monkeypatch, capsys, ["train", "--k2", "none"]).k2 is None
 
@@ -322,6 +329,7 @@ class TestTraining:
             "--dtype bfloat16",
             "--dtype bfloat16 --model lstmcell",
             "--k1 100 --k2 100",
+            "--budget 64MiB",
         ],
     )
     def test_every_way_to_train_learns(self, capsys, small, words):
@@ -483,9 +491,12 @@ REFUSALS = [
     ("--lr inf", "--lr inf must be above 0 and at most 1000.0"),
     ("--lr 1e38", "--lr 1e+38 must be above 0 and at most 1000.0"),
     ("--seed -1", "--seed -1 must be in 0 to"),
-    ("--strategy best", "--strategy best is not one of auto, retain"),
-    ("--strategy uniform", "--strategy uniform is not one of auto, retain"),
-    ("--strategy revolve:0", "--strategy revolve:0 is not one of auto, retain"),
+    ("--budget much", "--budget much is neither a size such as 200MiB nor a fraction"),
+    ("--budget 0", "--budget 0 is neither a size such as 200MiB nor a fraction"),
+    ("--budget 1KiB", "memory_budget=1.0 KiB is below the"),
+    ("--strategy best", "--strategy best is not one of auto, optimal, retain"),
+    ("--strategy uniform", "--strategy uniform is not one of auto, optimal, retain"),
+    ("--strategy revolve:0", "--strategy revolve:0 is not one of auto, optimal, retain"),
     ("--overlap twice", "--overlap twice is not one of refresh, stale"),
     ("--executor magic", "--executor magic is not one of replay, checkpoint"),
     ("--dtype float16", "--dtype float16 is not one of float32, float64, bfloat16"),

@@ -26,6 +26,7 @@ def build_engine(
         optimizer,
         overlap=config.overlap,
         strategy=config.strategy,
+        memory_budget=config.memory_budget(),
         executor=config.executor,
         per_step=is_per_step(module),
         clip_grad_norm=CLIP_GRAD_NORM,

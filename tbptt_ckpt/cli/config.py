@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tbptt_ckpt.budget import parse_budget
 from tbptt_ckpt.cli.devices import DTYPES
 from tbptt_ckpt.cli.targets import check_target
 from tbptt_ckpt.errors import ArgumentError
@@ -28,6 +30,7 @@ class TrainingConfig:
         k1: Steps between updates.
         k2: Steps an update reaches back; None reaches back to the start of the pass.
         strategy: How windows are recomputed. The default depends on nothing measured.
+        budget: Peak of tensor memory: a size, or a fraction of what is free; None for none.
         overlap: `refresh` or `stale`.
         executor: `replay` or `checkpoint`.
         lr: Learning rate of Adam.
@@ -52,6 +55,7 @@ class TrainingConfig:
     k1: int = 64
     k2: int | None = 128
     strategy: str = "uniform:32"
+    budget: str | None = None
     overlap: str = "refresh"
     executor: str = "replay"
     lr: float = 4e-3
@@ -81,8 +85,28 @@ class TrainingConfig:
         check_choice("--executor", self.executor, ("replay", "checkpoint"))
         check_choice("--dtype", self.dtype, tuple(DTYPES))
         check_strategy(self.strategy)
+        self.memory_budget()
         self._check_save()
         self._check_snapshots()
+
+    def memory_budget(self) -> str | float | None:
+        """The budget as `TBPTT` takes it.
+
+        Raises:
+            ArgumentError: Neither a size nor a fraction.
+        """
+        if self.budget is None:
+            return None
+        fraction = re.fullmatch(r"0?\.\d+|1\.0*", self.budget)
+        given = float(self.budget) if fraction else self.budget
+        try:
+            parse_budget(given)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"--budget {self.budget} is neither a size such as 200MiB nor a fraction of the "
+                "free memory such as 0.5"
+            ) from error
+        return given
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that was saved."""
@@ -126,6 +150,6 @@ def check_strategy(text: str) -> None:
         parse_strategy(text)
     except ArgumentError as error:
         raise ArgumentError(
-            f"--strategy {text} is not one of auto, retain, sqrt, step, uniform:LENGTH, "
+            f"--strategy {text} is not one of auto, optimal, retain, sqrt, step, uniform:LENGTH, "
             "revolve:STATES"
         ) from error

@@ -35,9 +35,19 @@ def train(
         str, typer.Option(help="Steps an update reaches back; none: to the start.")
     ] = str(_DEFAULT.k2),
     strategy: Annotated[
-        str,
-        typer.Option(help="auto, retain, sqrt, step, uniform:LENGTH or revolve:STATES."),
-    ] = _DEFAULT.strategy,
+        str | None,
+        typer.Option(
+            help="auto, optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES.",
+            show_default=f"{_DEFAULT.strategy}; optimal with --budget",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Peak of tensor memory, such as 200MiB, or a fraction of what is free: 0.5.",
+            show_default="none",
+        ),
+    ] = None,
     overlap: Annotated[str, typer.Option(help="refresh or stale.")] = _DEFAULT.overlap,
     executor: Annotated[str, typer.Option(help="replay or checkpoint.")] = _DEFAULT.executor,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = _DEFAULT.lr,
@@ -86,7 +96,8 @@ def train(
         lanes=lanes,
         k1=k1,
         k2=parse_reach(k2),
-        strategy=strategy,
+        strategy=strategy or ("optimal" if budget else _DEFAULT.strategy),
+        budget=budget,
         overlap=overlap,
         executor=executor,
         lr=lr,

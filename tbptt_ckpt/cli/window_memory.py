@@ -127,7 +127,9 @@ def _measure(
     new_steps = max(1, round((window.stop - window.new_start) * share))
     reach = max(1, round((window.stop - window.start) * share))
     module, optimizer = copy.deepcopy((module, optimizer))
-    config = replace(config, k1=num_steps, k2=reach, strategy="retain", executor="replay")
+    config = replace(
+        config, k1=num_steps, k2=reach, strategy="retain", executor="replay", budget=None
+    )
     engine = build_engine(config, module, optimizer)
     inputs, targets = source.read(window.stop - num_steps, window.stop)
     weight = (torch.arange(num_steps) >= num_steps - new_steps).float()
