@@ -1,8 +1,9 @@
-"""One thread per process, and an account of the faults that were injected."""
+"""One thread per process, plans that repeat, and an account of the faults that were injected."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,21 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAULTS = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture(autouse=True)
+def _auto_follows_from_the_window_alone(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strategy "auto" times the module, so two runs may differ in their plans.
+
+    Tests that hold runs against each other are not about that. Those that are say so with the
+    marker `times_the_module`; a budget has its costs measured in every test.
+    """
+    if request.node.get_closest_marker("times_the_module") is None:
+        from tbptt_ckpt.window_plans import costed
+
+        monkeypatch.setattr(costed, "SHORT_WINDOW_STEPS", sys.maxsize)
 
 
 @pytest.fixture

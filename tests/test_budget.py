@@ -28,6 +28,9 @@ from tbptt_ckpt.memory import free_memory, peak_memory, tensor_bytes
 from tbptt_ckpt.schedule import check_schedule
 from tbptt_ckpt.window_plans.corrections import scaled
 
+pytestmark = pytest.mark.times_the_module
+
+
 LANES, WIDTH, CLASSES = 8, 48, 24
 
 

@@ -15,6 +15,9 @@ from tbptt_ckpt.calibration.calibrate import bounding_curve, seconds_curve
 from tbptt_ckpt.memory import peak_memory, tensor_bytes
 from tbptt_ckpt.updates import Updater
 
+pytestmark = pytest.mark.times_the_module
+
+
 LANES, WIDTH, STEPS = 4, 48, 48
 RANDOM_STATE_BYTES = 5056
 

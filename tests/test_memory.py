@@ -140,33 +140,41 @@ def test_gradients_and_saved_tensors_count():
 
 
 def test_a_backward_that_moves_to_another_thread_counts():
-    """Autograd hands deep re-entrant backward passes to a thread of its own."""
-    threads = set()
+    """Autograd hands deep re-entrant backward passes to a thread of its own.
 
-    class Reentrant(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, tensor, depth):
-            ctx.depth = depth
-            return tensor.clone()
+    In a fresh process: one with such threads cannot fork and differentiate, as other tests do.
+    """
+    script = """
+        import json, threading, torch
+        from tbptt_ckpt.memory import peak_memory
 
-        @staticmethod
-        def backward(ctx, grad):
-            threads.add(threading.get_ident())
-            if ctx.depth:
-                with torch.enable_grad():
-                    inner = torch.ones(1, requires_grad=True)
-                    Reentrant.apply(inner, ctx.depth - 1).sum().backward()
-            else:
-                blob(10**6)
-            return grad.clone(), None
+        threads = set()
 
-    def work(_):
-        Reentrant.apply(torch.ones(1, requires_grad=True), 80).sum().backward()
+        class Reentrant(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, tensor, depth):
+                ctx.depth = depth
+                return tensor.clone()
 
-    meter = measure(work)
-    assert len(threads) > 1
-    assert meter.net_bytes == 0
-    assert 10**6 <= meter.peak_bytes < 1.1 * 10**6
+            @staticmethod
+            def backward(ctx, grad):
+                threads.add(threading.get_ident())
+                if ctx.depth:
+                    with torch.enable_grad():
+                        inner = torch.ones(1, requires_grad=True)
+                        Reentrant.apply(inner, ctx.depth - 1).sum().backward()
+                else:
+                    torch.empty(10**6, dtype=torch.uint8)
+                return grad.clone(), None
+
+        with peak_memory() as meter:
+            Reentrant.apply(torch.ones(1, requires_grad=True), 80).sum().backward()
+        print(json.dumps([len(threads), meter.net_bytes, meter.peak_bytes]))
+    """
+    num_threads, net_bytes, peak_bytes = run_script(script)
+    assert num_threads > 1
+    assert net_bytes == 0
+    assert 10**6 <= peak_bytes < 1.1 * 10**6
 
 
 def test_other_threads_are_not_counted():
