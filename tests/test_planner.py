@@ -501,3 +501,20 @@ def test_a_plan_says_what_it_is() -> None:
     assert "200 steps" in text
     assert f"{a_plan().executed_steps:,} executed" in text
     assert f"{a_plan().predicted_peak_bytes:,} bytes" in text
+
+
+def test_short_windows_advance_only_where_a_step_of_it_fits_beside_the_kept_states() -> None:
+    """The fastest split may keep a state beside which nothing can be advanced any more."""
+    leaf = Curve(((3, 18.0), (4, 27.0), (32, 27.0)))
+    costs = Costs(
+        state_bytes=5,
+        leaf_bytes=leaf,
+        leaf_seconds=Curve(((2, 0.008), (32, 0.008))),
+        advance_bytes=Curve(((1, 9.0), (2, 10.0), (12, 11.0))),
+        advance_seconds=Curve(((12, 0.003), (24, 0.013))),
+        last_leaf_bytes=Curve(((3, 14.0), (4, 26.0), (32, 26.0))),
+    )
+    for budget_bytes in range(9, 28):
+        found = plan(17, costs, budget_bytes=budget_bytes)
+        peak_bytes = simulate(found.schedule, costs, advance_steps=found.advance_steps).peak_bytes
+        assert peak_bytes == found.predicted_peak_bytes <= budget_bytes

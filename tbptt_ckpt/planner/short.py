@@ -46,6 +46,9 @@ class ShortTable:
         self._most, lengths = most, range(most + 1)
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in lengths])
         self._advance = np.array([costs.advance_seconds(steps) for steps in lengths])
+        # Even in calls of one step, an advance needs room beside the states kept so far.
+        self._advance_room = free_bytes - costs.advance_bytes(1)
+        self._state_bytes = costs.state_bytes
         longest = room.lengths(most)
         self._inner = self._segments(longest, None)
         self._ending = self._inner
@@ -85,11 +88,13 @@ class ShortTable:
             parts = np.full_like(seconds, np.inf)
             parts[: len(inner)] = inner[: depths + 1]
         limits = np.array(longest)
+        cannot_advance = np.arange(depths) * self._state_bytes > self._advance_room
         for steps in range(1, self._most + 1):
             best = np.where(limits >= steps, self._leaf[steps], np.inf)
             if steps > 1:
                 splits = self._advance[1:steps] + parts[:-1, 1:steps]
                 splits = splits + seconds[1:, steps - 1 : 0 : -1]
+                splits[cannot_advance] = np.inf
                 shortest = splits.argmin(axis=1)
                 split = splits[np.arange(depths), shortest]
                 lefts[:-1, steps] = np.where(split < best, shortest + 1, 0)
