@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from tbptt_ckpt.budget import AUTO_BUDGET, Budget
 from tbptt_ckpt.calibration import Limits, calibrate, update_bytes
-from tbptt_ckpt.costs import Costs, FixedBytes
+from tbptt_ckpt.costs import Costs, Curve, FixedBytes
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory import Lap, can_measure, format_bytes, tensor_bytes
 from tbptt_ckpt.planning import OPTIMAL, plan
@@ -189,6 +190,8 @@ class CostedPlans:
         """The costs with the fixed part as it is in a window of some shape."""
         assert self.costs is not None
         costs, fixed = self.costs, self.costs.fixed
+        if not self._promised and self._device.type == "cpu":
+            costs = with_host_bytes(costs)  # what is free is so for both
         exists = self._optimizer_bytes()
         trained = [p for p in self._parameters if p.requires_grad]
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
@@ -319,6 +322,21 @@ class CostedPlans:
         except InfeasibleBudgetError as error:
             _log.warning("the rest of a window takes more than its budget: %s", error)
             return plan(steps, costs, budget_bytes=error.smallest_budget_bytes, first=start)
+
+
+def with_host_bytes(costs: Costs) -> Costs:
+    """The costs with what a leaf and a state take on the host besides tensors."""
+
+    def added(curve: Curve) -> Curve:
+        per_step = costs.host_step_bytes
+        return Curve(tuple((steps, value + per_step * steps) for steps, value in curve.points))
+
+    return replace(
+        costs,
+        state_bytes=costs.state_bytes + math.ceil(costs.host_state_bytes),
+        leaf_bytes=added(costs.leaf_bytes),
+        last_leaf_bytes=costs.last_leaf_bytes and added(costs.last_leaf_bytes),
+    )
 
 
 @dataclass(frozen=True, slots=True)
