@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
-from tbptt_ckpt.memory import Lap, peak_memory, tensor_bytes
+from tbptt_ckpt.memory import Lap, older_garbage_kept, peak_memory, tensor_bytes
 from tbptt_ckpt.plans import Plan
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action, Schedule
@@ -83,6 +83,7 @@ class WindowMeter:
     def __init__(self, device: torch.device, held: Sequence[object], input_bytes: int) -> None:
         self._device, self._held, self._input_bytes = device, held, input_bytes
         self.base_bytes = 0
+        self._exits = ExitStack()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -90,10 +91,10 @@ class WindowMeter:
         return self.base_bytes + self._meter.peak_bytes
 
     def __enter__(self) -> Self:
-        gc.collect()  # freed inside, the garbage of others would count as this window's
+        self._exits.enter_context(older_garbage_kept())
         self.base_bytes = tensor_bytes(*self._held, grads=True) + self._input_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
-        self._meter.__enter__()
+        self._exits.enter_context(self._meter)
         self._held = ()
         return self
 
@@ -103,7 +104,7 @@ class WindowMeter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._meter.__exit__(kind, error, trace)
+        self._exits.__exit__(kind, error, trace)
 
     def runner(self, runner: Runner) -> Runner:
         """The same runner, reading the meter's records as it goes."""

@@ -1,5 +1,6 @@
 """Memory: exact peaks against hand counts and memray, resident memory, what is free."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from tbptt_ckpt.memory import (
     can_measure,
     format_bytes,
     free_memory,
+    older_garbage_kept,
     parse_bytes,
     peak_memory,
     rss_bytes,
@@ -261,6 +263,29 @@ def test_memory_of_other_owners_is_left_alone():
     """numpy frees its own memory, unseen: naming it must not leave a stale entry behind."""
     arrays = [torch.from_numpy(torch.ones(100).numpy().copy())]
     assert measure(lambda _: arrays.clear(), held=arrays).net_bytes == 0
+
+
+def test_garbage_from_before_is_kept_and_newer_garbage_is_not():
+    class Circle:
+        def __init__(self):
+            self.me, self.tensor = self, blob(5000)
+
+    def work(_):
+        with older_garbage_kept():
+            gc.collect()
+            Circle()
+            gc.collect()
+
+    gc.collect()
+    measure(lambda _: Circle())  # profiled, so that its free would be reported
+    assert measure(work).net_bytes == 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        assert measure(work).net_bytes == 0
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_shared_memory_counts_without_being_named():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tbptt_ckpt.calibration.garbage import no_garbage_freed
 from tbptt_ckpt.calibration.malloc import malloc_bytes
 from tbptt_ckpt.calibration.segments import (
     SegmentBytes,
@@ -22,7 +21,7 @@ from tbptt_ckpt.calibration.segments import (
 )
 from tbptt_ckpt.calibration.update_bytes import UpdateBytes
 from tbptt_ckpt.costs import Costs, Curve, FixedBytes
-from tbptt_ckpt.memory import format_bytes
+from tbptt_ckpt.memory import format_bytes, older_garbage_kept
 from tbptt_ckpt.state import copy_containers
 from tbptt_ckpt.task import Boundary
 
@@ -71,7 +70,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         fixed: The weights and inputs; the rest is filled in.
     """
     begun = time.perf_counter()
-    with _untouched(probe), no_garbage_freed():
+    with _untouched(probe), older_garbage_kept():
         probe.go_on()
         before = probe.go_on()
         measuring = _Measuring(probe, limits, begun)

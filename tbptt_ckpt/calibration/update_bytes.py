@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.calibration.garbage import no_garbage_freed
-from tbptt_ckpt.memory import peak_memory, tensor_bytes
+from tbptt_ckpt.memory import older_garbage_kept, peak_memory, tensor_bytes
 from tbptt_ckpt.updates import Updater
 
 _SMALL_BYTES = 1 << 20  # weights up to this size have stand-ins of full size
@@ -42,7 +41,7 @@ def update_bytes(updater: Updater) -> UpdateBytes:
         return UpdateBytes(0, 0)
     trained = [p for p in updater.optimized() if p.requires_grad]
     try:
-        with no_garbage_freed():
+        with older_garbage_kept():
             found = _on_stand_ins(updater, trained)
     except Exception:  # whatever the constructor or step of a foreign class raises
         size = tensor_bytes(trained)

@@ -2,6 +2,7 @@
 
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
+from tbptt_ckpt.memory.garbage import older_garbage_kept
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, can_measure, peak_memory
 from tbptt_ckpt.memory.resident import RssBytes, RssSampler, rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "format_bytes",
     "free_memory",
     "is_out_of_memory",
+    "older_garbage_kept",
     "parse_bytes",
     "peak_memory",
     "release_memory",
