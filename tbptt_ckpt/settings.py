@@ -194,7 +194,7 @@ def make_settings(
             "windows accumulate in .grad"
         )
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
-    runner.time_batching = TimeBatching(time_batching)
+    runner.time_batching = TimeBatching(time_batching, module)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     updater = Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group)

@@ -722,3 +722,14 @@ def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
     with torch.inference_mode():
         found = tbptt.evaluate(TensorSequence(inputs, targets), state).loss
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("width", "operations"), [(16, set()), (256, {"LSTMCell of inputs"})])
+def test_auto_batches_what_has_a_large_weight(width: int, operations: set[str]) -> None:
+    module = WithCell(nn.LSTMCell(width, width))
+    module.readout = nn.Linear(width, OUTPUTS)
+    data = TensorSequence(torch.randn(4, 1, width), torch.randn(4, 1, OUTPUTS))
+    state = (torch.zeros(1, width), torch.zeros(1, width))
+    tbptt = TBPTT(module, F.mse_loss, 4, None, strategy="uniform:2")
+    tbptt.train(data, state)
+    assert {o.operation for o in tbptt.batched_operations if not o.reason} == operations

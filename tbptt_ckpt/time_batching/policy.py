@@ -10,21 +10,22 @@ import torch
 
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.modules import parameters_of
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
 from tbptt_ckpt.time_batching.report import BatchedOperation, Tally
 
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
-_LARGE, _MEDIUM, _MEDIUM_WORK = 250_000, 150_000, 1_000_000
+_LARGE = 250_000
 
 
-def pays(rows: int, elements: int) -> bool:
+def pays(_rows: int, elements: int) -> bool:
     """Whether batching gains time for products of so many rows with a weight of so many elements.
 
     A rule and no measurement, so that equal runs have equal bits; see `docs/time_batching.md`.
     """
-    return elements >= _LARGE or (elements >= _MEDIUM and rows * elements >= _MEDIUM_WORK)
+    return elements >= _LARGE
 
 
 def _always(_rows: int, _elements: int) -> bool:
@@ -37,15 +38,20 @@ class TimeBatching:
     Args:
         choice: True batches all that can be, False nothing, "auto" what is large enough to
             gain by it.
+        module: Whose steps they are.
 
     Attributes:
         choice: The same; may be set between windows.
     """
 
-    def __init__(self, choice: object = False) -> None:
+    def __init__(self, choice: object = False, module: object = None) -> None:
         if choice is not True and choice is not False and choice != "auto":
             raise ArgumentError(f"time_batching={choice!r} must be 'auto', True or False")
         self.choice = choice
+        sizes = [parameter.numel() for parameter in parameters_of(module)]
+        # Where no weight is large a region would cost time and gain none. Of a function the
+        # weights may be unknown.
+        self._may_pay = not sizes or pays(1, max(sizes))
         self._tally = Tally()
         self._region: Region | None = None
 
@@ -58,7 +64,7 @@ class TimeBatching:
             per_step: Whether the module takes one step at a time. One that takes segments is
                 batched by its own make, and loops over cells only if it says so.
         """
-        chosen = self.choice is True or (self.choice == "auto" and per_step)
+        chosen = self.choice is True or (self.choice == "auto" and per_step and self._may_pay)
         # Modes want to see, or decide about, each operation of the user's module.
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
