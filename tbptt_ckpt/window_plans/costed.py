@@ -109,6 +109,7 @@ class CostedPlans:
             return
         self.costs, self._reserve = costs, _MARGIN
         self._plans.clear()
+        self._confirmed.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Costs and plans as plain data; empty before the first window."""
