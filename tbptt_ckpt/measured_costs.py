@@ -19,6 +19,7 @@ from tbptt_ckpt.settings import make_runner
 from tbptt_ckpt.sources import TensorSequence
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.task import Boundary
+from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.updates import Updater
 
 
@@ -35,6 +36,7 @@ def measure_costs(
     per_step: bool | None = None,
     time_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    time_batching: object = "auto",
     memory: int | str | None = None,
     max_seconds: float = 1.6,
 ) -> Costs:
@@ -59,6 +61,7 @@ def measure_costs(
         per_step: As for `TBPTT`.
         time_dim: As for `run_window`.
         autocast_dtype: As for `TBPTT`.
+        time_batching: As for `TBPTT`.
         memory: Most bytes to take while measuring, besides what is there already; only
             segments of one step are run whatever they take.
         max_seconds: Time after which no longer segment is begun.
@@ -70,6 +73,7 @@ def measure_costs(
     time_dim = recognise(module, per_step, 0).time_dim if time_dim is None else time_dim
     sequence = TensorSequence(inputs, targets, time_dim, weight)
     runner = make_runner(module, per_step, time_dim, autocast_dtype)
+    runner.time_batching = TimeBatching(time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     num_steps = len(sequence)

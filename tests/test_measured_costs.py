@@ -270,6 +270,13 @@ def test_a_disturbed_sample_makes_no_step_free():
     assert curve(16) == pytest.approx(1.6)
 
 
+def test_no_longer_run_is_taken_to_be_many_times_slower():
+    curve = seconds_curve([(1, 0.1), (4, 4.0), (16, 16.0)])
+    assert [curve(1), curve(4), curve(16)] == pytest.approx([0.1, 0.64, 2.56])
+    slower = ((1, 0.1), (4, 0.4), (16, 2.2))
+    assert seconds_curve(slower) == Curve(slower)
+
+
 def test_bytes_that_wiggle_are_bounded_from_above_and_bent_ones_are_not():
     wiggle = [(1, 100), (2, 150), (3, 203), (5, 300), (8, 453), (13, 700)]
     scaled = [(steps, 1000 * value) for steps, value in wiggle]

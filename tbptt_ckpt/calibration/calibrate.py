@@ -35,6 +35,7 @@ _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
 _STRAIGHT_FROM = 3  # steps
 _WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
 _BACKWARD_SHARE = 1.5  # bytes a step adds to a peak, over those of its graph, at most
+_MOST_SLOWER = 1.6  # time per step of long runs, whose graph leaves the caches, over short ones
 _METERED_SHARE = 0.5  # of the time, for metering; the rest is for timing
 _LEAST_SLOPE = 0.3  # of the time per step between the longest samples, over the mean
 _TIMED = (1, 3, 8, 21, 55)  # lengths that are timed as well
@@ -249,7 +250,17 @@ def seconds_curve(samples: Iterable[tuple[int, float]]) -> Curve:
     (x0, y0), (x1, y1) = ([(0, 0.0), *lowered])[-2:]
     if y1 - y0 < _LEAST_SLOPE * y1 * (x1 - x0) / x1:  # a disturbed sample, not a free step
         lowered = [(steps, min(y, y1 * steps / x1)) for steps, y in lowered]
-    return Curve.through(lowered)
+    return Curve.through(_plausible(lowered))
+
+
+def _plausible(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """No step of a longer run takes much more than one of a shorter run: caches do not do that."""
+    best, kept = math.inf, list[tuple[int, float]]()
+    for steps, seconds in points:
+        seconds = min(seconds, _MOST_SLOWER * best * steps)
+        best = min(best, seconds / steps)
+        kept.append((steps, seconds))
+    return kept
 
 
 def _is_below(hull: list[tuple[int, float]], point: tuple[int, float]) -> bool:
