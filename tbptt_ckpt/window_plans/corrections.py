@@ -120,10 +120,15 @@ class Corrections:
         return replace(
             costs,
             leaf_bytes=scaled(costs.leaf_bytes, self.leaf.factor_either_way),
-            last_leaf_bytes=last and scaled(last, self.last_leaf.factor),
+            last_leaf_bytes=last and scaled(last, self._last_leaf_factor),
             advance_bytes=raised(costs.advance_bytes, self.advances),
             fixed=replace(costs.fixed, other=costs.fixed.other + self.excess_bytes),
         )
+
+    @property
+    def _last_leaf_factor(self) -> float:
+        """Measured at one length only: smaller than one only as far as other leaves agree."""
+        return max(self.last_leaf.factor_either_way, min(1.0, self.leaf.factor_either_way))
 
     def _compare_leaf(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
         taken, steps = ended.peak_bytes - begun.now_bytes, stop - start
