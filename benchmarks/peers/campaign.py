@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.entries import BASELINE, Entry
+from benchmarks.peers.entries import BASELINE, Entry, entry_of
 from benchmarks.peers.work import Size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -54,6 +54,10 @@ class Records:
         self.results[job] = result
         with self._file.open("a") as file:
             file.write(json.dumps({"job": asdict(job), "result": result}) + "\n")
+
+    def peak_bytes(self, entry: str, size: Size) -> int | None:
+        """The peak of an entry, if it was measured."""
+        return self.results.get(Job(entry, size, 0), {}).get("peak_bytes")
 
     def save(self, name: str, results: list[dict[str, Any]]) -> None:
         """Keep further results under a name."""
@@ -113,6 +117,11 @@ def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[s
     command = [sys.executable, "-m", "benchmarks.peers.measured_peer", job.entry]
     command += ["--width", str(size.width), "--lanes", str(size.num_lanes)]
     command += ["--steps", str(size.num_steps), "--runs", str(num_runs)]
+    if level_of := entry_of(job.entry).level_of:
+        peak_bytes = records.peak_bytes(level_of, size)
+        if peak_bytes is None:
+            return {"error": f"the peak of {level_of} is not known"}
+        command += ["--budget-bytes", str(peak_bytes)]
     command += ["--peak"] if job.number == 0 else []
     command += ["--reference", str(records.reference(size)), "--threads", str(threads)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -24,6 +24,7 @@ class Entry:
         place: Module and class of the peer.
         options: Arguments of the class.
         needs: Modules that it imports.
+        level_of: Key of the peer whose peak it gets as its budget.
     """
 
     key: str
@@ -32,16 +33,19 @@ class Entry:
     place: str
     options: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    level_of: str | None = None
 
     @property
     def missing(self) -> list[str]:
         """What it needs and is not installed."""
         return [module for module in self.needs if find_spec(module) is None]
 
-    def make(self, work: Work) -> Peer:
+    def make(self, work: Work, budget_bytes: int | None = None) -> Peer:
+        """The peer, with a byte budget for its temporaries if it takes one."""
         module, _, name = self.place.partition(":")
+        limit = {} if budget_bytes is None else {"budget_bytes": budget_bytes}
         peer: Peer = getattr(importlib.import_module(f"benchmarks.peers.{module}"), name)(
-            work, **self.options
+            work, **self.options, **limit
         )
         return peer
 
@@ -96,19 +100,38 @@ PEERS = (
 FIXED = (
     _ours("ours-cell-retain", "LSTMCell, retain", strategy="retain"),
     _ours("ours-cell-32", "LSTMCell, uniform:32", strategy="uniform:32"),
-    _ours("ours-cell-8", "LSTMCell, uniform:8", strategy="uniform:8"),
-    _ours("ours-cell-revolve", "LSTMCell, revolve:40", strategy="revolve:40"),
     _ours(
         "ours-cell-32-ckpt",
         "LSTMCell, uniform:32, one graph",
         strategy="uniform:32",
         executor="checkpoint",
     ),
-    _ours("ours-lstm-32", "nn.LSTM, uniform:32", fused=True, strategy="uniform:32"),
-    _ours("ours-lstm-8", "nn.LSTM, uniform:8", fused=True, strategy="uniform:8"),
+    _ours("ours-cell-revolve", "LSTMCell, revolve:40", strategy="revolve:40"),
+    _ours("ours-lstm-16", "nn.LSTM, uniform:16", fused=True, strategy="uniform:16"),
 )
 
-ENTRIES = PEERS + FIXED
+
+def _within(model: str, peer: str) -> Entry:
+    """Ours, with the peak of a peer as budget."""
+    (theirs,) = (entry for entry in PEERS if entry.key == peer)
+    fused = model == "nn.LSTM"
+    return Entry(
+        f"ours-{'lstm' if fused else 'cell'}-at-{peer}",
+        f"ours, {model}, memory of: {theirs.label}",
+        OURS,
+        "ours:OursPeer",
+        {"fused": fused},
+        theirs.needs,
+        peer,
+    )
+
+
+BUDGETED = (
+    *(_within("LSTMCell", peer) for peer in ("jax-nested", "ckpt-cell", "equinox", "equinox-10")),
+    *(_within("nn.LSTM", peer) for peer in ("ckpt-lstm", "jax-nested", "ckpt-cell", "equinox")),
+)
+
+ENTRIES = PEERS + FIXED + BUDGETED
 
 
 def entry_of(key: str) -> Entry:

@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peak", action="store_true", help="measure the peak too, in a further run"
     )
+    parser.add_argument("--budget-bytes", type=int, help="of temporaries")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--reference", type=Path, required=True, help="the baseline's gradients")
     parser.add_argument("--threads", type=int, required=True)
@@ -83,7 +84,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     entry = entry_of(arguments.entry)
     size = Size(arguments.width, arguments.lanes, arguments.steps)
-    peer = entry.make(make_work(size))
+    peer = entry.make(make_work(size), arguments.budget_bytes)
     result = measure(peer, arguments.runs, warm_run=arguments.steps <= FULL_WARMUP_STEPS)
     is_baseline = entry == BASELINE
     result["gradient_error"] = gradient_error(peer, arguments.reference, is_baseline=is_baseline)
