@@ -83,7 +83,7 @@ def test_rounds_begin_with_the_baseline_and_turn_round() -> None:
 
 
 def test_records_are_read_again(tmp_path: Path) -> None:
-    job = Job(BASELINE.key, SIZE, 1)
+    job = Job(BASELINE.key, SIZE, "time", 1)
     Records(tmp_path).add(job, {"seconds": [1.5]})
     assert Records(tmp_path).results == {job: {"seconds": [1.5]}}
 
@@ -104,7 +104,7 @@ def test_a_verdict_takes_our_fastest_within_the_peers_memory() -> None:
 
 def test_one_command_measures_publishes_and_does_nothing_twice(tmp_path: Path) -> None:
     records, result = tmp_path / "records", tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--parts", "runs"]
+    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--parts", "peaks", "times"]
     command += ["--only", "ours-cell-retain", "--threads", "1", "--records", str(records)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     written = (records / "records.jsonl").read_text()

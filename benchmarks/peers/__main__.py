@@ -7,7 +7,7 @@ in fresh processes, interleaved; and the planner alone against checkpoint_schedu
     python -m benchmarks.peers --json benchmarks/results/$(date +%F)-peers.json
 
 A full run takes about half an hour. `--records FOLDER --minutes 3` does a piece of it; the same
-command again goes on from there.
+command again goes on from there. Only `--parts times` needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ LENGTHS, QUICK_LENGTHS = (1_000, 10_000), (48,)
 PLANNED_LENGTHS, QUICK_PLANNED_LENGTHS = (1_000, 10_000, 100_000, 1_000_000), (100,)
 SLOTS = (20, 100)
 PLANNER_LIMIT_SECONDS = 60.0
-PARTS = ("runs", "planners")
+PARTS = ("peaks", "times", "planners")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,13 +85,15 @@ def measure(arguments: argparse.Namespace, entries: list[Entry], records: campai
     long = [size for size in sizes if size not in short]
     rounds, runs = (1, 1) if arguments.quick else (arguments.rounds, arguments.runs)
     clock = campaign.Clock(arguments.minutes)
-    parts = (
-        (campaign.rounds(entries, short, rounds), runs),
-        (campaign.rounds(entries, long, arguments.long_rounds), 1),
-    )
+    jobs: list[tuple[Iterable[campaign.Job], int]] = []
+    if "peaks" in arguments.parts:
+        jobs.append((campaign.peaks(entries, sizes), 1))
+    if "times" in arguments.parts:
+        jobs.append((campaign.rounds(entries, short, rounds), runs))
+        jobs.append((campaign.rounds(entries, long, arguments.long_rounds), 1))
     return all(
-        campaign.run(jobs, records, num_runs=num_runs, threads=arguments.threads, clock=clock)
-        for jobs, num_runs in parts
+        campaign.run(some, records, num_runs=num_runs, threads=arguments.threads, clock=clock)
+        for some, num_runs in jobs
     )
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     entries = chosen_entries(arguments.only)
     with tempfile.TemporaryDirectory() as folder:
         records = campaign.Records(arguments.records or Path(folder))
-        if "runs" in arguments.parts and not measure(arguments, entries, records):
+        if not measure(arguments, entries, records):
             raise SystemExit("unfinished: the same command goes on from here")
         planned = planned_results(arguments, records)
         publish(arguments, entries, records, planned)

@@ -28,12 +28,14 @@ class Job:
     Attributes:
         entry: Key of what runs.
         size: The work.
-        number: Round; peaks do not vary and are measured in the first.
+        what: "peak", or "time" (and gradients).
+        number: Round, for "time".
     """
 
     entry: str
     size: Size
-    number: int
+    what: str
+    number: int = 0
 
 
 class Records:
@@ -57,7 +59,7 @@ class Records:
 
     def peak_bytes(self, entry: str, size: Size) -> int | None:
         """The peak of an entry, if it was measured."""
-        return self.results.get(Job(entry, size, 0), {}).get("peak_bytes")
+        return self.results.get(Job(entry, size, "peak"), {}).get("peak_bytes")
 
     def save(self, name: str, results: list[dict[str, Any]]) -> None:
         """Keep further results under a name."""
@@ -84,6 +86,13 @@ class Clock:
         return self._end is not None and time.perf_counter() > self._end
 
 
+def peaks(entries: Sequence[Entry], sizes: Sequence[Size]) -> Iterator[Job]:
+    """Peaks do not vary: once each, those first that are budgets of others."""
+    for size in sizes:
+        for entry in sorted(entries, key=lambda entry: entry.level_of is not None):
+            yield Job(entry.key, size, "peak")
+
+
 def rounds(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> Iterator[Job]:
     """All entries in turn, then all again, backwards: a slow stretch hits neighbours alike.
 
@@ -93,7 +102,7 @@ def rounds(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> 
     for size in sizes:
         for number in range(num_rounds):
             for entry in order if number % 2 == 0 else reversed(order):
-                yield Job(entry.key, size, number)
+                yield Job(entry.key, size, "time", number)
 
 
 def run(
@@ -122,7 +131,7 @@ def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[s
         if peak_bytes is None:
             return {"error": f"the peak of {level_of} is not known"}
         command += ["--budget-bytes", str(peak_bytes)]
-    command += ["--peak"] if job.number == 0 else []
+    command += ["--what", job.what]
     command += ["--reference", str(records.reference(size)), "--threads", str(threads)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -134,6 +143,7 @@ def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[s
 def _brief(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"FAILED: {result['error']}"
+    if "peak_bytes" in result:
+        return f"{result['peak_bytes'] / 2**20:.2f} MiB"
     seconds = " ".join(f"{seconds:.3f} s" for seconds in result["seconds"])
-    peak = f", {result['peak_bytes'] / 2**20:.2f} MiB" if "peak_bytes" in result else ""
-    return f"{seconds}, error {result['gradient_error']:.0e}{peak}"
+    return f"{seconds}, error {result['gradient_error']:.0e}"

@@ -61,8 +61,7 @@ class JaxPeer(ABC):
         return {name: _transposed(np.asarray(g)) for name, g in self._gradients.items()}
 
     def peak_bytes(self) -> int:
-        """What the compiled program needs beside its arguments and results."""
-        self.run()
+        """What the compiled program needs beside its arguments and results; nothing runs."""
         return int(self._compiled.memory_analysis().temp_size_in_bytes)
 
     def _loss(

@@ -68,11 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--lanes", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument(
-        "--peak", action="store_true", help="measure the peak too, in a further run"
-    )
-    parser.add_argument("--budget-bytes", type=int, help="of temporaries")
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--what", choices=("peak", "time"), required=True)
     parser.add_argument("--reference", type=Path, required=True, help="the baseline's gradients")
     parser.add_argument("--threads", type=int, required=True)
     return parser.parse_args()
@@ -85,11 +81,13 @@ def main() -> None:
     entry = entry_of(arguments.entry)
     size = Size(arguments.width, arguments.lanes, arguments.steps)
     peer = entry.make(make_work(size), arguments.budget_bytes)
-    result = measure(peer, arguments.runs, warm_run=arguments.steps <= FULL_WARMUP_STEPS)
-    is_baseline = entry == BASELINE
-    result["gradient_error"] = gradient_error(peer, arguments.reference, is_baseline=is_baseline)
-    if arguments.peak:  # last: metering may leave the allocator in another state
-        result["peak_bytes"] = peer.peak_bytes()
+    if arguments.what == "peak":
+        peer.warm_up()
+        result: dict[str, object] = {"peak_bytes": peer.peak_bytes()}
+    else:
+        result = measure(peer, arguments.runs, warm_run=arguments.steps <= FULL_WARMUP_STEPS)
+        error = gradient_error(peer, arguments.reference, is_baseline=entry == BASELINE)
+        result["gradient_error"] = error
     print(json.dumps(result))
 
 

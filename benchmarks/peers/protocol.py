@@ -23,5 +23,5 @@ class Peer(Protocol):
         ...
 
     def peak_bytes(self) -> int:
-        """Run once; peak of temporaries in bytes: above weights, gradients and inputs."""
+        """Peak of temporaries of one run in bytes: above weights, gradients and inputs."""
         ...

@@ -66,19 +66,20 @@ def rows_of(
             errors = [result["error"] for result in done.values() if "error" in result]
             if errors:
                 failures.append(f"{entry.label}, {size}: {errors[0]}")
-            elif done:
+            elif {job.what for job in done} == {"peak", "time"}:
                 rows.append(_row(entry, size, list(done.values())))
     return rows, failures
 
 
 def _row(entry: Entry, size: Size, results: Sequence[dict[str, Any]]) -> Row:
+    timed = [result for result in results if "seconds" in result]
     return Row(
         entry,
         size,
-        np.array([seconds for result in results for seconds in result["seconds"]]),
+        np.array([seconds for result in timed for seconds in result["seconds"]]),
         next(result["peak_bytes"] for result in results if "peak_bytes" in result),
-        float(np.median([result["rss_rise_bytes"] for result in results])),
-        max(result["gradient_error"] for result in results),
+        float(np.median([result["rss_rise_bytes"] for result in timed])),
+        max(result["gradient_error"] for result in timed),
     )
 
 
