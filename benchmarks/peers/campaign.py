@@ -114,25 +114,28 @@ def run(
             continue
         if clock.is_over:
             return False
-        result = _measured(job, records, num_runs, threads)
+        level_of = entry_of(job.entry).level_of
+        budget = records.peak_bytes(level_of, job.size) if level_of else None
+        if level_of and budget is None:
+            print(f"{job.size}: {job.entry}: left out, the peak of {level_of} is not known")
+            continue
+        result = _measured(job, budget, records.reference(job.size), num_runs, threads)
         records.add(job, result)
         print(f"{job.size}: {job.entry}: {_brief(result)}", flush=True)
     return True
 
 
-def _measured(job: Job, records: Records, num_runs: int, threads: int) -> dict[str, Any]:
+def _measured(
+    job: Job, budget: int | None, reference: Path, num_runs: int, threads: int
+) -> dict[str, Any]:
     """What a fresh process reports; a peer that fails says why, and the others go on."""
     size = job.size
     command = [sys.executable, "-m", "benchmarks.peers.measured_peer", job.entry]
     command += ["--width", str(size.width), "--lanes", str(size.num_lanes)]
     command += ["--steps", str(size.num_steps), "--runs", str(num_runs)]
-    if level_of := entry_of(job.entry).level_of:
-        peak_bytes = records.peak_bytes(level_of, size)
-        if peak_bytes is None:
-            return {"error": f"the peak of {level_of} is not known"}
-        command += ["--budget-bytes", str(peak_bytes)]
+    command += ["--budget-bytes", str(budget)] if budget is not None else []
     command += ["--what", job.what]
-    command += ["--reference", str(records.reference(size)), "--threads", str(threads)]
+    command += ["--reference", str(reference), "--threads", str(threads)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
