@@ -69,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--what", choices=("peak", "time"), required=True)
+    parser.add_argument("--budget-bytes", type=int, help="of temporaries")
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--reference", type=Path, required=True, help="the baseline's gradients")
     parser.add_argument("--threads", type=int, required=True)
     return parser.parse_args()

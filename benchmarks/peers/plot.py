@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.entries import BASELINE, OURS
 from benchmarks.peers.summary import Row
@@ -45,7 +46,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(axis: object, rows: Sequence[Row]) -> None:
+def _panel(axis: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for family, (colour, marker) in _STYLES.items():
         ours = family == OURS
         mine = sorted((r for r in rows if r.entry.family == family), key=lambda r: r.peak_bytes)
@@ -65,15 +68,24 @@ def _panel(axis: object, rows: Sequence[Row]) -> None:
     _front(axis, [row for row in rows if row.entry.family == OURS])
     plain = [row for row in rows if row.entry == BASELINE]
     if plain:
-        axis.axhline(plain[0].median_seconds, color="#000000", linewidth=0.8, linestyle=":")
+        axis.axhline(
+            plain[0].median_seconds,
+            color="#000000",
+            linewidth=0.8,
+            linestyle=":",
+            label="time of plain BPTT",
+        )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_ylim(bottom=0)
     axis.set_xlabel("peak of temporaries, MiB")
     axis.set_ylabel("seconds for forward and backward")
     axis.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
 
 
-def _front(axis: object, ours: Sequence[Row]) -> None:
+def _front(axis: Any, ours: Sequence[Row]) -> None:
     """A line through those of ours that nothing of ours beats in both."""
     front: list[Row] = []
     for row in sorted(ours, key=lambda row: row.peak_bytes):
@@ -86,5 +98,6 @@ def _front(axis: object, ours: Sequence[Row]) -> None:
         where="post",
         color=colour,
         linewidth=1.4,
+        label="ours, the best at each peak",
         zorder=1,
     )
