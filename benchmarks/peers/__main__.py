@@ -6,7 +6,7 @@ in fresh processes, interleaved; and the planner alone against checkpoint_schedu
     pip install -e '.[bench]'
     python -m benchmarks.peers --json benchmarks/results/$(date +%F)-peers.json
 
-A full run takes about half an hour. `--records FOLDER --minutes 3` does a piece of it; the same
+A full run is long. `--records FOLDER --minutes 3` does a piece of it; the same
 command again goes on from there. Only `--parts times` needs a quiet machine.
 """
 
