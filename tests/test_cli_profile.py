@@ -411,17 +411,15 @@ class FakeBench:
     def __exit__(self, *_):
         pass
 
-    def costs(self):
+    def warm_up(self):
         if self.failure:
             raise BenchError(self.failure)
-
-    def warm_up(self):
         return Resident(1, 2)
 
     def time_window(self):
         return 0.5
 
-    def measure(self, *, costs=None, trace=False):
+    def measure(self, *, trace=False):
         return MemoryReport(strategy="?", k1=1, k2=1, peak_bytes=1)
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.engine import TBPTT
 from tbptt_ckpt.executor import UNOBSERVED
 from tbptt_ckpt.memory import PeakMeter, RssSampler, peak_memory, rss_bytes, tensor_bytes
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
-from tbptt_ckpt.profiling.foretelling import Foretold, costs_of, foretell
+from tbptt_ckpt.profiling.foretelling import Foretold, measure_forecast
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.report import MemoryReport, WindowTrace
@@ -27,6 +26,7 @@ from tbptt_ckpt.results import WindowResult
 
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2
+_MOST_WARM_UPDATES = 16
 _CALLS_PER_FLUSH = 64
 
 
@@ -94,21 +94,17 @@ class WindowBench:
         finally:
             gc.enable()
 
-    def costs(self) -> Costs:
-        """What the module takes, measured on a few segments."""
-        return costs_of(self._work, self._configuration.k2)
-
-    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
-        """One warm window under the meter.
+    def measure(self, *, trace: bool = False) -> MemoryReport:
+        """One warm window under the meter, and what short segments foretell for it.
 
         Args:
-            costs: To predict from; None predicts nothing.
             trace: Whether the report shall hold the window in time.
         """
         self._running = None
         gc.collect()
+        forecast = measure_forecast(self._work, self._engine.settings, self._configuration)
         metered = self._metered_window()
-        foretold = None if costs is None else foretell(metered.window, self._configuration, costs)
+        foretold = forecast.of(metered.window, self._configuration)
         return self._report(metered, foretold, trace=trace)
 
     def write_history(self, path: Path) -> None:
@@ -143,8 +139,12 @@ class WindowBench:
     def _warm_windows(self) -> Iterator[WindowResult]:
         """An iterator over windows whose next one is warm."""
         windows = iter(self._engine.windows(self._source, self._work.init_state))
-        for _ in range(self._silent_windows + _WARM_UPDATES):
+        for _ in range(self._silent_windows):
             next(windows)
+        for number in range(1, _MOST_WARM_UPDATES):
+            is_metered = next(windows).peak_bytes is not None  # to correct its plan
+            if number >= _WARM_UPDATES and not is_metered:
+                break
         return windows
 
     def _live_bytes_before(self) -> int:
@@ -169,7 +169,7 @@ class WindowBench:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def _report(self, metered: _Metered, foretold: Foretold | None, *, trace: bool) -> MemoryReport:
+    def _report(self, metered: _Metered, foretold: Foretold, *, trace: bool) -> MemoryReport:
         window, watch, meter = metered.window, metered.watch, metered.meter
         first = min(window.start, window.new_start)
         data = self._source.read(first, window.stop)  # read when the window begins
@@ -177,7 +177,7 @@ class WindowBench:
             device=str(self._device),
             peak_bytes=metered.before_bytes + meter.peak_bytes,
             fixed_bytes=metered.before_bytes + tensor_bytes(data),
-            predicted_peak_bytes=None if foretold is None else foretold.peak_bytes,
+            predicted_peak_bytes=foretold.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             allocation_retries=meter.allocation_retries,
             window_steps=window.stop - first,
@@ -204,15 +204,14 @@ class _Metered:
     meter: PeakMeter
     before_bytes: int
 
-    def trace(self, foretold: Foretold | None) -> WindowTrace:
+    def trace(self, foretold: Foretold) -> WindowTrace:
         """The window in time."""
         clock, spans = self.watch.clock, self.watch.spans
         timeline = tuple(
             (clock.without_pauses(seconds), self.before_bytes + live)
             for seconds, live in self.meter.timeline
         )
-        actions = tuple(spans) if foretold is None else foretold.fill_in(spans)
-        return WindowTrace(timeline[-1][0], timeline, actions)
+        return WindowTrace(timeline[-1][0], timeline, foretold.fill_in(spans))
 
 
 def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:

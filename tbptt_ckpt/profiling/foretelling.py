@@ -1,36 +1,54 @@
-"""What measured costs foretell for a window, by simulating the schedule it was run by."""
+"""What a window is foretold to take: the sum over its schedule of what short segments took.
+
+The planner knows a leaf by its length alone, and errs on the safe side where leaves differ.
+Here the schedule is known, so two things more are: which steps of a leaf have a loss, and
+where the window cuts it into several calls of a segment module, whose workspaces follow each
+other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from tbptt_ckpt.costs import Costs
-from tbptt_ckpt.measured_costs import measure_costs
+from torch import Tensor
+
+from tbptt_ckpt.ambient import Ambient
+from tbptt_ckpt.blocks import StepBlock
+from tbptt_ckpt.calibration import Limits, SegmentProbe, calibrate, update_bytes
+from tbptt_ckpt.calibration.segments import SegmentBytes
+from tbptt_ckpt.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.memory import tensor_bytes
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.report import ActionSpan
 from tbptt_ckpt.results import WindowResult
-from tbptt_ckpt.simulator import simulate
+from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.state import tensors_of
+from tbptt_ckpt.task import Boundary
 
-_MEASURED_OPTIONS = ("per_step", "time_dim", "clip_grad_norm", "autocast_dtype")
+_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+_SECONDS = 0.6
 
 
-def costs_of(work: Work, k2: int) -> Costs:
-    """What the work's module takes, measured on the first steps of its data."""
-    inputs, targets = EndlessSource(work.source, 0).read(0, k2)
-    options = {name: work.options[name] for name in _MEASURED_OPTIONS if name in work.options}
-    options.setdefault("time_dim", getattr(work.source, "time_dim", 0))
-    return measure_costs(
-        work.module,
-        work.loss_fn,
-        inputs,
-        targets,
-        work.init_state,
-        optimizer=work.optimizer,
-        **options,
-    )
+@dataclass(frozen=True, slots=True)
+class LeafParts:
+    """Bytes of a leaf by its length.
+
+    Attributes:
+        graph: What the graph holds when the leaf has been run.
+        work: What differentiating takes besides.
+        first_work: The same in a window's first leaf, which makes the gradients.
+    """
+
+    graph: Curve
+    work: Curve
+    first_work: Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +57,7 @@ class Foretold:
 
     Attributes:
         peak_bytes: At its peak, everything included.
-        action_bytes: At the peak of every action that runs steps; empty where there are
-            too many to tell apart.
+        action_bytes: At the peak of every action that runs steps.
     """
 
     peak_bytes: int
@@ -48,9 +65,6 @@ class Foretold:
 
     def fill_in(self, spans: Sequence[ActionSpan]) -> tuple[ActionSpan, ...]:
         """The spans with what was foretold for each."""
-        running = [span for span in spans if span.stop > span.start]
-        if len(running) != len(self.action_bytes):
-            return tuple(spans)
         foretold = iter(self.action_bytes)
         return tuple(
             replace(span, predicted_bytes=next(foretold)) if span.stop > span.start else span
@@ -58,19 +72,171 @@ class Foretold:
         )
 
 
-def foretell(window: WindowResult, configuration: Configuration, costs: Costs) -> Foretold:
-    """Simulate the schedule of a window."""
-    assert window.plan is not None, "a measured window has a loss"
-    joints = _joints(window, configuration)
-    simulation = simulate(
-        window.plan.schedule,
-        costs,
-        given=joints,
-        recorded_states=len(joints),
-        advance_steps=window.plan.advance_steps,
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What segments of some work took, ready to foretell its windows.
+
+    Attributes:
+        costs: What states, advances and updates take, and what is fixed.
+        loud: Leaves of steps with a loss.
+        quiet: Leaves of steps without one.
+        only_last: Whether only a window's last step has a loss.
+    """
+
+    costs: Costs
+    loud: LeafParts
+    quiet: LeafParts
+    only_last: bool
+
+    def of(self, window: WindowResult, configuration: Configuration) -> Foretold:
+        """What a window was to take."""
+        assert window.plan is not None, "a measured window has a loss"
+        joints = _joints(window, configuration)
+        costs = self.costs
+        steps = window.stop - min(window.start, window.new_start)
+        base = costs.fixed.total(steps) + len(joints) * costs.state_bytes
+        walk = _Walk(self, window, configuration, base)
+        taken = []
+        for action in window.plan.schedule:
+            if isinstance(action, Keep):
+                walk.kept.add(action.step)
+            elif isinstance(action, Drop):
+                walk.kept.discard(action.step)
+            else:
+                taken.append(walk.take(action))
+        return Foretold(max([base + costs.update_bytes, *taken]), tuple(taken))
+
+
+class _Walk:
+    """The states at hand while a schedule is walked through."""
+
+    def __init__(
+        self, forecast: Forecast, window: WindowResult, configuration: Configuration, base: int
+    ) -> None:
+        assert window.plan is not None, "a measured window has a loss"
+        self._forecast, self._window, self._base = forecast, window, base
+        self._longest_call = window.plan.advance_steps
+        next_start = window.stop + configuration.k1 - configuration.k2
+        self._given = {min(window.start, window.new_start), *_joints(window, configuration)}
+        self._cuts = sorted({window.start, window.new_start, next_start, *self._given})
+        self._loss_start = window.stop - 1 if forecast.only_last else window.new_start
+        self._working: int | None = None
+        self.kept: set[int] = set()
+
+    def take(self, action: Advance | Differentiate) -> int:
+        """Bytes at the peak of an action."""
+        if isinstance(action, Differentiate):
+            if self._working != action.start:
+                self._working = None
+            extra = self._leaf(action)
+            held = self._held()
+            self._working = None
+        else:
+            length = min(action.stop - action.start, self._longest_call)
+            extra = self._forecast.costs.advance_bytes(length)
+            held = self._held()
+            self._working = None if action.stop in self._given else action.stop
+        return self._base + held * self._forecast.costs.state_bytes + math.ceil(extra)
+
+    def _held(self) -> int:
+        own = self._working is not None and self._working not in self.kept
+        return len(self.kept) + own
+
+    def _leaf(self, leaf: Differentiate) -> float:
+        """Pieces are run in order and differentiated from the last, each with all before it."""
+        graph = peak = 0.0
+        for start, stop in self._pieces(leaf.start, leaf.stop):
+            parts = self._forecast.loud if start >= self._loss_start else self._forecast.quiet
+            is_first = stop == self._window.stop
+            graph += parts.graph(stop - start)
+            work = parts.first_work if is_first else parts.work
+            peak = max(peak, graph + work(stop - start))
+        return peak
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        cuts = [cut for cut in {*self._cuts, self._loss_start} if start < cut < stop]
+        edges = [start, *sorted(cuts), stop]
+        yield from pairwise(edges)
+
+
+def measure_forecast(work: Work, settings: Settings, configuration: Configuration) -> Forecast:
+    """Run short segments of the work as its windows run them.
+
+    Args:
+        work: What to run; its gradients are left as they are.
+        settings: Of the engine that runs its windows.
+        configuration: Of these windows.
+    """
+    k1, k2 = configuration.k1, configuration.k2
+    inputs, targets = EndlessSource(work.source, 0).read(0, k2)
+    time_dim = getattr(work.source, "time_dim", 0)
+    block = StepBlock(0, k2, inputs, targets, None, time_dim)
+    tensors = [*settings.parameters, *tensors_of(work.init_state), *tensors_of(inputs)]
+    ambient = Ambient([work.module, work.loss_fn], tensors)
+    found = ambient.capture()
+
+    def probe(loss_start: int) -> SegmentProbe:
+        return SegmentProbe(
+            runner=settings.runner,
+            loss=settings.loss_function,
+            blocks=[block],
+            ambient=ambient,
+            parameters=settings.parameters,
+            device=work.device,
+            first=0,
+            stop=k2,
+            loss_start=loss_start,
+            boundary=Boundary(0, work.init_state, ambient.capture()),
+        )
+
+    only_last = work.options.get("loss") == "last"
+    loss_steps = 1 if only_last else min(k1, k2)
+    loud, quiet = probe(k2 - loss_steps), probe(k2 - 1)
+    costs = calibrate(
+        loud,
+        Limits(k2, _SECONDS),
+        update_bytes(settings.updater),
+        FixedBytes(
+            weights=tensor_bytes(work.module, work.loss_fn),
+            step_inputs=tensor_bytes(inputs, targets) / k2,
+        ),
     )
-    *actions, _update = (num_bytes for _, num_bytes in simulation.timeline)
-    return Foretold(simulation.peak_bytes, tuple(actions))
+    with _gradients_put_back(settings.parameters):
+        loud.go_on()
+        quiet.go_on()
+        with_loss = [loud.bytes_of(steps) for steps in _LENGTHS if steps <= loss_steps]
+        without = [quiet.bytes_of(steps) for steps in _LENGTHS if steps <= k2]
+    ambient.restore(found)
+    return Forecast(
+        costs, _parts(with_loss, 0), _parts(without, _loss_bytes(with_loss, without)), only_last
+    )
+
+
+@contextmanager
+def _gradients_put_back(parameters: Sequence[Tensor]) -> Iterator[None]:
+    grads = [parameter.grad for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+
+
+def _loss_bytes(loud: Sequence[SegmentBytes], quiet: Sequence[SegmentBytes]) -> int:
+    """What the loss of one step keeps; quiet segments have one, loud ones one for each step."""
+    with_loss, without = loud[-1], quiet[len(loud) - 1]
+    if with_loss.steps == 1:
+        return 0
+    return max(0, (with_loss.graph - without.graph) // (with_loss.steps - 1))
+
+
+def _parts(samples: Sequence[SegmentBytes], loss_bytes: int) -> LeafParts:
+    anew = samples[-1].gradients + samples[-1].state_gradients
+    return LeafParts(
+        graph=Curve.through((s.steps, s.graph - loss_bytes) for s in samples),
+        work=Curve.through((s.steps, max(0, s.leaf - s.graph)) for s in samples),
+        first_work=Curve.through((s.steps, max(0, s.last_leaf - anew - s.graph)) for s in samples),
+    )
 
 
 def _joints(window: WindowResult, configuration: Configuration) -> list[int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import Resident
 from tbptt_ckpt.profiling.child import serve
@@ -72,11 +71,6 @@ class ProcessBench:
         """As `WindowBench.measure`."""
         report: MemoryReport = self._ask("measure", **keywords)
         return report
-
-    def costs(self) -> Costs:
-        """As `WindowBench.costs`."""
-        costs: Costs = self._ask("costs")
-        return costs
 
     def write_history(self, path: Path) -> None:
         """As `WindowBench.write_history`."""

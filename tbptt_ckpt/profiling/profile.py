@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.ambient import Ambient
-from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.environment import describe_environment
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory import parse_bytes
@@ -104,7 +103,7 @@ def profile_window(
     )
     try:
         with BenchHere(work, configuration) as bench:
-            return measured(bench, repeats, trace=trace, costs=bench.costs())
+            return measured(bench, repeats, trace=trace)
     except BenchError as error:
         failure = error.failure
         if failure.status == FAILED and error.__cause__ is not None:
@@ -259,15 +258,10 @@ class BenchHere:
         with self._translated() as bench:
             return bench.time_window()
 
-    def costs(self) -> Costs:
-        """As `WindowBench.costs`."""
-        with self._translated() as bench:
-            return bench.costs()
-
-    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
+    def measure(self, *, trace: bool = False) -> MemoryReport:
         """As `WindowBench.measure`."""
         with self._translated() as bench:
-            return bench.measure(costs=costs, trace=trace)
+            return bench.measure(trace=trace)
 
     def write_history(self, path: Path) -> None:
         """As `WindowBench.write_history`."""

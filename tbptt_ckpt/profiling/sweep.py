@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.memory import free_memory
 from tbptt_ckpt.profiling.bench import Resident
 from tbptt_ckpt.profiling.configuration import Configuration
@@ -29,10 +28,7 @@ class Bench(Protocol):
     def time_window(self) -> float:
         """Seconds of one warm window."""
 
-    def costs(self) -> Costs:
-        """What the module takes."""
-
-    def measure(self, *, costs: Costs | None = None, trace: bool = False) -> MemoryReport:
+    def measure(self, *, trace: bool = False) -> MemoryReport:
         """One warm window under the meter."""
 
     def write_history(self, path: Path) -> None:
@@ -131,7 +127,6 @@ class _Group:
         self._stack = ExitStack()
         self._rival: Bench | None = None
         self._rival_seconds: float | None = None
-        self._costs: Costs | None = None
 
     def __enter__(self) -> _Group:
         return self
@@ -165,13 +160,9 @@ class _Group:
         def say(stage: str) -> None:
             self._tell(f"{stage}: {row.strategy_name}, k1={row.k1}, k2={row.k2}")
 
-        if self._costs is None:
-            say("measuring costs")
-            self._costs = bench.costs()
         report = measured(
             bench,
             self._repeats,
-            costs=self._costs,
             trace=self._traces,
             rival=self._time_rival,
             say=say,
@@ -197,7 +188,6 @@ def measured(
     bench: Bench,
     repeats: int,
     *,
-    costs: Costs | None = None,
     trace: bool = False,
     rival: Callable[[], float | None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
@@ -207,7 +197,6 @@ def measured(
     Args:
         bench: Measures one configuration.
         repeats: Windows to time.
-        costs: To predict from.
         trace: Whether the report shall hold the window in time.
         rival: Seconds of a window to compare with, run when it is called; None where there
             is nothing to compare with.
@@ -225,7 +214,7 @@ def measured(
             ratios.append(seconds[-1] / theirs)
     say("measuring memory")
     return replace(
-        bench.measure(costs=costs, trace=trace),
+        bench.measure(trace=trace),
         rss_before_bytes=resident.before_bytes,
         rss_peak_bytes=resident.peak_bytes,
         seconds=median(seconds),
