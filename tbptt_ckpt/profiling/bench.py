@@ -123,7 +123,7 @@ class WindowBench:
 
     def _metered_window(self) -> _Metered:
         base = self._live_bytes_before()
-        with peak_memory(self._device, held=self._work.held(), rss=False) as outer:
+        with peak_memory(self._device, held=self._held(), rss=False) as outer:
             with self._each_call(_every(_CALLS_PER_FLUSH, outer.flush)):
                 windows = self._warm_windows()
             outer.flush()
@@ -150,7 +150,11 @@ class WindowBench:
     def _live_bytes_before(self) -> int:
         if self._alone and self._device.type != "cpu":
             return torch.accelerator.memory_allocated(self._device)
-        return tensor_bytes(*self._work.held(), grads=True)
+        return tensor_bytes(*self._held(), grads=True)
+
+    def _held(self) -> tuple[object, ...]:
+        """The trees of tensors that are there before a sequence begins."""
+        return (*self._work.held(), self._engine.settings.updater.grad_norm)
 
     @contextmanager
     def _each_call(self, hook: Callable[..., None]) -> Iterator[None]:

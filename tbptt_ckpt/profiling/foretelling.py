@@ -32,7 +32,7 @@ from tbptt_ckpt.settings import Settings
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.task import Boundary
 
-_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+_LENGTHS = (1, 2, 3, 5, 8, 13, 16, 21, 32, 34, 55, 64, 89)
 _SECONDS = 0.6
 
 
