@@ -62,7 +62,7 @@ def plot_front(report: StrategyReport, path: Path) -> None:
         _label(axes, rows)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.margins(x=0.12, y=0.08)
+        axes.margins(x=0.15, y=0.08)
         _plain_ticks(axes)
         axes.set_xlabel("time of a window and its update, ms")
         axes.set_ylabel("peak tensor memory, MiB")
@@ -195,10 +195,11 @@ def _window_title(row: MemoryReport) -> str:
 
 def _plain_ticks(axes: Any) -> None:
     """Numbers as people write them, on a logarithmic scale that spans less than a decade too."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        wide = high > 10 * low
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)) if wide else MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
