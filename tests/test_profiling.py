@@ -78,6 +78,16 @@ def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
     assert report.fixed_bytes == pytest.approx(base + data, rel=0.03)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+@pytest.mark.parametrize(("k1", "k2"), [(8, 48), (24, 24), (24, 10)])
+def test_peaks_are_foretold_within_three_percent(kind, k1, k2):
+    work = make(kind, width=64, num_steps=48, lanes=32)
+    optimizer = torch.optim.Adam(work[0].parameters())
+    for strategy in ("retain", "uniform:16", "revolve:3"):
+        report = profile(*work, strategy=strategy, k1=k1, k2=k2, optimizer=optimizer)
+        assert abs(report.prediction_error) < 0.03, strategy
+
+
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.parametrize("executor", ["replay", "checkpoint"])
 def test_figures_of_a_schedule(overlap, executor):
