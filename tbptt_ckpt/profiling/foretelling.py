@@ -19,11 +19,11 @@ from torch import Tensor
 from tbptt_ckpt.ambient import Ambient
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.calibration import Limits, SegmentProbe, calibrate, update_bytes
-from tbptt_ckpt.calibration.segments import SegmentBytes
-from tbptt_ckpt.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.costs import Costs, FixedBytes
 from tbptt_ckpt.memory import tensor_bytes
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
+from tbptt_ckpt.profiling.leaf_parts import LeafParts, QuietProbe, loud_parts, quiet_parts
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.report import ActionSpan
 from tbptt_ckpt.results import WindowResult
@@ -34,21 +34,6 @@ from tbptt_ckpt.task import Boundary
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 16, 21, 32, 34, 55, 64, 89)
 _SECONDS = 0.6
-
-
-@dataclass(frozen=True, slots=True)
-class LeafParts:
-    """Bytes of a leaf by its length.
-
-    Attributes:
-        graph: What the graph holds when the leaf has been run.
-        work: What differentiating takes besides.
-        first_work: The same in a window's first leaf, which makes the gradients.
-    """
-
-    graph: Curve
-    work: Curve
-    first_work: Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,23 +160,20 @@ def measure_forecast(work: Work, settings: Settings, configuration: Configuratio
     ambient = Ambient([work.module, work.loss_fn], tensors)
     found = ambient.capture()
 
-    def probe(loss_start: int) -> SegmentProbe:
-        return SegmentProbe(
-            runner=settings.runner,
-            loss=settings.loss_function,
-            blocks=[block],
-            ambient=ambient,
-            parameters=settings.parameters,
-            device=work.device,
-            first=0,
-            stop=k2,
-            loss_start=loss_start,
-            boundary=Boundary(0, work.init_state, ambient.capture()),
-        )
-
     only_last = work.options.get("loss") == "last"
     loss_steps = 1 if only_last else min(k1, k2)
-    loud, quiet = probe(k2 - loss_steps), probe(k2 - 1)
+    loud = SegmentProbe(
+        runner=settings.runner,
+        loss=settings.loss_function,
+        blocks=[block],
+        ambient=ambient,
+        parameters=settings.parameters,
+        device=work.device,
+        first=0,
+        stop=k2,
+        loss_start=k2 - loss_steps,
+        boundary=Boundary(0, work.init_state, found),
+    )
     costs = calibrate(
         loud,
         Limits(k2, _SECONDS),
@@ -203,13 +185,12 @@ def measure_forecast(work: Work, settings: Settings, configuration: Configuratio
     )
     with _gradients_put_back(settings.parameters):
         loud.go_on()
-        quiet.go_on()
         with_loss = [loud.bytes_of(steps) for steps in _LENGTHS if steps <= loss_steps]
-        without = [quiet.bytes_of(steps) for steps in _LENGTHS if steps <= k2]
+        quiet = QuietProbe(loud, settings)
+        without = [quiet.parts_of(steps) for steps in _LENGTHS if steps < k2]
     ambient.restore(found)
-    return Forecast(
-        costs, _parts(with_loss, 0), _parts(without, _loss_bytes(with_loss, without)), only_last
-    )
+    parts = loud_parts(with_loss)
+    return Forecast(costs, parts, quiet_parts(without) if without else parts, only_last)
 
 
 @contextmanager
@@ -220,23 +201,6 @@ def _gradients_put_back(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-
-
-def _loss_bytes(loud: Sequence[SegmentBytes], quiet: Sequence[SegmentBytes]) -> int:
-    """What the loss of one step keeps; quiet segments have one, loud ones one for each step."""
-    with_loss, without = loud[-1], quiet[len(loud) - 1]
-    if with_loss.steps == 1:
-        return 0
-    return max(0, (with_loss.graph - without.graph) // (with_loss.steps - 1))
-
-
-def _parts(samples: Sequence[SegmentBytes], loss_bytes: int) -> LeafParts:
-    anew = samples[-1].gradients + samples[-1].state_gradients
-    return LeafParts(
-        graph=Curve.through((s.steps, s.graph - loss_bytes) for s in samples),
-        work=Curve.through((s.steps, max(0, s.leaf - s.graph)) for s in samples),
-        first_work=Curve.through((s.steps, max(0, s.last_leaf - anew - s.graph)) for s in samples),
-    )
 
 
 def _joints(window: WindowResult, configuration: Configuration) -> list[int]:

@@ -1,0 +1,95 @@
+"""What the graph of a leaf holds and what differentiating it takes, with and without losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tbptt_ckpt.calibration import SegmentProbe
+from tbptt_ckpt.calibration.segments import SegmentBytes
+from tbptt_ckpt.costs import Curve
+from tbptt_ckpt.executor import ReplayExecutor, WeightGuard, WindowRun
+from tbptt_ckpt.memory import Lap, PeakMeter, peak_memory
+from tbptt_ckpt.schedule import Action, Advance, Differentiate, Schedule
+from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.sinks import WindowLoss
+from tbptt_ckpt.task import Boundary, WindowTask
+
+
+@dataclass(frozen=True, slots=True)
+class LeafParts:
+    """Bytes of a leaf by its length.
+
+    Attributes:
+        graph: What the graph holds when the leaf has been run.
+        work: What differentiating takes besides.
+        first_work: The same in a window's first leaf, which makes the gradients.
+    """
+
+    graph: Curve
+    work: Curve
+    first_work: Curve
+
+
+def loud_parts(samples: Sequence[SegmentBytes]) -> LeafParts:
+    """Parts of leaves with losses, from segments of several lengths."""
+    anew = samples[-1].gradients + samples[-1].state_gradients
+    return LeafParts(
+        graph=Curve.through((s.steps, s.graph) for s in samples),
+        work=Curve.through((s.steps, max(0, s.leaf - s.graph)) for s in samples),
+        first_work=Curve.through((s.steps, max(0, s.last_leaf - anew - s.graph)) for s in samples),
+    )
+
+
+def quiet_parts(samples: Sequence[tuple[int, int, int]]) -> LeafParts:
+    """Parts of leaves without losses, from what a `QuietProbe` found."""
+    work = Curve.through((steps, taken) for steps, _, taken in samples)
+    return LeafParts(Curve.through((steps, graph) for steps, graph, _ in samples), work, work)
+
+
+class QuietProbe:
+    """Runs leaves whose steps have no loss: what follows them has, and gives a gradient.
+
+    Args:
+        probe: Of segments with a loss.
+        settings: Of the engine.
+    """
+
+    def __init__(self, probe: SegmentProbe, settings: Settings) -> None:
+        self._probe, self._settings = probe, settings
+        self._meter: PeakMeter
+        self._laps: list[Lap] = []
+
+    def parts_of(self, steps: int) -> tuple[int, int, int]:
+        """Steps, bytes of the graph, and what differentiating takes besides."""
+        probe, stop = self._probe, self._probe.stop
+        start, joint = stop - 1 - steps, stop - 1
+        task = WindowTask(probe.blocks, start, start, stop, joint, probe.ambient)
+        loss = WindowLoss(self._settings.loss_function, 1.0, "sum")
+        work = WindowRun(task, probe.runner, loss, WeightGuard(probe.parameters), observer=self)
+        first = Boundary(start, probe.boundary.state, probe.boundary.ambient)
+        actions: list[Action] = [
+            Advance(start, joint),
+            Differentiate(joint, stop),
+            Differentiate(start, joint),
+        ]
+        self._laps = []
+        with peak_memory(probe.device, held=(), rss=False) as meter:
+            self._meter = meter
+            ReplayExecutor().run(work, Schedule(lambda: iter(actions)), first)
+        *_, begun, forward, ended = self._laps
+        graph = forward.now_bytes - begun.now_bytes
+        peak = max(forward.peak_bytes, ended.peak_bytes) - begun.now_bytes
+        return steps, graph, peak - graph
+
+    def begins(self, action: Action) -> None:
+        """An action begins."""
+        self._laps.append(self._meter.lap())
+
+    def differentiates(self) -> None:
+        """A leaf's graph is complete."""
+        self._laps.append(self._meter.lap())
+
+    def ends(self) -> None:
+        """All is done."""
+        self._laps.append(self._meter.lap())
