@@ -41,6 +41,8 @@ def test_peaks_repeat_to_the_byte_in_any_order(kind):
     assert len(first.rows) == len(STRATEGIES)
     assert peaks(first) == peaks(second)
     assert all(row.ratio for row in first.rows)
+    held = {row.strategy: row.held_states for row in first.rows}
+    assert held["retain"] == 0 < held["uniform:5"] < held["step"]
 
 
 def test_peaks_are_the_same_in_processes_of_their_own():
@@ -79,11 +81,11 @@ def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
-@pytest.mark.parametrize(("k1", "k2"), [(8, 48), (24, 24), (24, 10)])
+@pytest.mark.parametrize(("k1", "k2"), [(8, 48), (24, 10)])
 def test_peaks_are_foretold_within_three_percent(kind, k1, k2):
     work = make(kind, width=64, num_steps=48, lanes=32)
     optimizer = torch.optim.Adam(work[0].parameters())
-    for strategy in ("retain", "uniform:16", "revolve:3"):
+    for strategy in ("retain", "uniform:16"):
         report = profile(*work, strategy=strategy, k1=k1, k2=k2, optimizer=optimizer)
         assert abs(report.prediction_error) < 0.03, strategy
 
@@ -106,11 +108,6 @@ def test_figures_of_a_schedule(overlap, executor):
     assert all(begin <= end for begin, end in ends)
     assert report.peak_bytes == max(live for _, live in report.trace.timeline)
     assert max(a.peak_bytes for a in report.trace.actions) <= report.peak_bytes
-
-
-def test_more_states_are_held_where_leaves_are_shorter():
-    held = {s: profile(*make(), strategy=s).held_states for s in STRATEGIES}
-    assert held["retain"] == 0 < held["uniform:5"] < held["step"]
 
 
 def test_what_is_profiled_stays_as_it_is():
