@@ -66,12 +66,14 @@ class Forecast:
         loud: Leaves of steps with a loss.
         quiet: Leaves of steps without one.
         only_last: Whether only a window's last step has a loss.
+        clears: Whether every window makes its gradients anew.
     """
 
     costs: Costs
     loud: LeafParts
     quiet: LeafParts
     only_last: bool
+    clears: bool
 
     def of(self, window: WindowResult, configuration: Configuration) -> Foretold:
         """What a window was to take."""
@@ -105,6 +107,8 @@ class _Walk:
         self._given = {min(window.start, window.new_start), *_joints(window, configuration)}
         self._cuts = sorted({window.start, window.new_start, next_start, *self._given})
         self._loss_start = window.stop - 1 if forecast.only_last else window.new_start
+        # The first leaf makes the gradients, unless they accumulate over windows.
+        self._missing = forecast.costs.fixed.gradients if forecast.clears else 0
         self._working: int | None = None
         self.kept: set[int] = set()
 
@@ -113,12 +117,14 @@ class _Walk:
         if isinstance(action, Differentiate):
             if self._working != action.start:
                 self._working = None
-            extra = self._leaf(action)
+            extra, self._missing = self._leaf(action), 0
             held = self._held()
             self._working = None
         else:
             length = min(action.stop - action.start, self._longest_call)
-            extra = self._forecast.costs.advance_bytes(length)
+            is_quiet = action.stop <= self._loss_start
+            parts = self._forecast.quiet if is_quiet else self._forecast.loud
+            extra = parts.advance(length) - self._missing
             held = self._held()
             self._working = None if action.stop in self._given else action.stop
         return self._base + held * self._forecast.costs.state_bytes + math.ceil(extra)
@@ -187,10 +193,16 @@ def measure_forecast(work: Work, settings: Settings, configuration: Configuratio
         loud.go_on()
         with_loss = [loud.bytes_of(steps) for steps in _LENGTHS if steps <= loss_steps]
         quiet = QuietProbe(loud, settings)
-        without = [quiet.parts_of(steps) for steps in _LENGTHS if steps < k2]
+        without = [quiet.bytes_of(steps) for steps in _LENGTHS if steps < k2]
     ambient.restore(found)
     parts = loud_parts(with_loss)
-    return Forecast(costs, parts, quiet_parts(without) if without else parts, only_last)
+    return Forecast(
+        costs=costs,
+        loud=parts,
+        quiet=quiet_parts(without) if without else parts,
+        only_last=only_last,
+        clears=work.optimizer is not None,
+    )
 
 
 @contextmanager

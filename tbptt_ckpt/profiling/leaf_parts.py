@@ -24,11 +24,13 @@ class LeafParts:
         graph: What the graph holds when the leaf has been run.
         work: What differentiating takes besides.
         first_work: The same in a window's first leaf, which makes the gradients.
+        advance: What running such steps without a graph takes.
     """
 
     graph: Curve
     work: Curve
     first_work: Curve
+    advance: Curve
 
 
 def loud_parts(samples: Sequence[SegmentBytes]) -> LeafParts:
@@ -38,13 +40,29 @@ def loud_parts(samples: Sequence[SegmentBytes]) -> LeafParts:
         graph=Curve.through((s.steps, s.graph) for s in samples),
         work=Curve.through((s.steps, max(0, s.leaf - s.graph)) for s in samples),
         first_work=Curve.through((s.steps, max(0, s.last_leaf - anew - s.graph)) for s in samples),
+        advance=Curve.through((s.steps, s.advance) for s in samples),
     )
 
 
-def quiet_parts(samples: Sequence[tuple[int, int, int]]) -> LeafParts:
+@dataclass(frozen=True, slots=True)
+class QuietBytes:
+    """What steps without a loss take; see `LeafParts`."""
+
+    steps: int
+    graph: int
+    work: int
+    advance: int
+
+
+def quiet_parts(samples: Sequence[QuietBytes]) -> LeafParts:
     """Parts of leaves without losses, from what a `QuietProbe` found."""
-    work = Curve.through((steps, taken) for steps, _, taken in samples)
-    return LeafParts(Curve.through((steps, graph) for steps, graph, _ in samples), work, work)
+    work = Curve.through((s.steps, s.work) for s in samples)
+    return LeafParts(
+        graph=Curve.through((s.steps, s.graph) for s in samples),
+        work=work,
+        first_work=work,
+        advance=Curve.through((s.steps, s.advance) for s in samples),
+    )
 
 
 class QuietProbe:
@@ -60,8 +78,8 @@ class QuietProbe:
         self._meter: PeakMeter
         self._laps: list[Lap] = []
 
-    def parts_of(self, steps: int) -> tuple[int, int, int]:
-        """Steps, bytes of the graph, and what differentiating takes besides."""
+    def bytes_of(self, steps: int) -> QuietBytes:
+        """Measure an advance and a leaf."""
         probe, stop = self._probe, self._probe.stop
         start, joint = stop - 1 - steps, stop - 1
         task = WindowTask(probe.blocks, start, start, stop, joint, probe.ambient)
@@ -77,10 +95,10 @@ class QuietProbe:
         with peak_memory(probe.device, held=(), rss=False) as meter:
             self._meter = meter
             ReplayExecutor().run(work, Schedule(lambda: iter(actions)), first)
-        *_, begun, forward, ended = self._laps
+        before, advanced, *_, begun, forward, ended = self._laps
         graph = forward.now_bytes - begun.now_bytes
         peak = max(forward.peak_bytes, ended.peak_bytes) - begun.now_bytes
-        return steps, graph, peak - graph
+        return QuietBytes(steps, graph, peak - graph, advanced.peak_bytes - before.now_bytes)
 
     def begins(self, action: Action) -> None:
         """An action begins."""
