@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.report import MemoryReport, StrategyReport, WindowTrace
+from tbptt_ckpt.report import (
+    MemoryReport,
+    StrategyReport,
+    WindowTrace,
+    are_in_turns,
+    comparable_times,
+)
 
 # Okabe & Ito's palette, which people with any colour vision can tell apart; differences are
 # in shape and line as well.
@@ -44,11 +50,12 @@ def plot_front(report: StrategyReport, path: Path) -> None:
     rows = [row for row in report.rows if row.peak_bytes and row.seconds]
     if not rows:
         raise ArgumentError("there is nothing to draw: no row has both a peak and a time")
+    times = dict(zip(map(id, rows), comparable_times(rows), strict=True))
     front = report.pareto_front[::-1]  # by time
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
         axes.plot(
-            [_milliseconds(row) for row in front],
+            [times[id(row)] for row in front],
             [_mib(row.peak_bytes) for row in front],
             color=_BLUE,
             drawstyle="steps-post",
@@ -57,14 +64,17 @@ def plot_front(report: StrategyReport, path: Path) -> None:
             label="Pareto front",
         )
         for row in rows:
-            _draw_point(axes, row, on_front=row in front)
-        _draw_predictions(axes, rows)
-        _label(axes, rows)
+            _draw_point(axes, row, times[id(row)], on_front=row in front)
+        _draw_predictions(axes, rows, times)
+        _label(axes, rows, times)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.margins(x=0.15, y=0.08)
         _plain_ticks(axes)
-        axes.set_xlabel("time of a window and its update, ms")
+        in_turns = are_in_turns(rows)
+        axes.set_xlabel(
+            "time over plain BPTT" if in_turns else "time of a window and its update, s"
+        )
         axes.set_ylabel("peak tensor memory, MiB")
         axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
         axes.legend(frameon=False, loc="best")
@@ -108,9 +118,9 @@ def plot_windows(report: StrategyReport, path: Path) -> None:
         _save(figure, path)
 
 
-def _draw_point(axes: Any, row: MemoryReport, *, on_front: bool) -> None:
+def _draw_point(axes: Any, row: MemoryReport, time: float, *, on_front: bool) -> None:
     axes.scatter(
-        [_milliseconds(row)],
+        [time],
         [_mib(row.peak_bytes)],
         marker="o" if on_front else "s",
         s=46 if on_front else 36,
@@ -121,11 +131,11 @@ def _draw_point(axes: Any, row: MemoryReport, *, on_front: bool) -> None:
     )
 
 
-def _draw_predictions(axes: Any, rows: Sequence[MemoryReport]) -> None:
+def _draw_predictions(axes: Any, rows: Sequence[MemoryReport], times: dict[int, float]) -> None:
     foretold = [row for row in rows if row.predicted_peak_bytes]
     if foretold:
         axes.scatter(
-            [_milliseconds(row) for row in foretold],
+            [times[id(row)] for row in foretold],
             [_mib(row.predicted_peak_bytes) for row in foretold],
             marker="_",
             s=180,
@@ -136,7 +146,7 @@ def _draw_predictions(axes: Any, rows: Sequence[MemoryReport]) -> None:
         )
 
 
-def _label(axes: Any, rows: Sequence[MemoryReport]) -> None:
+def _label(axes: Any, rows: Sequence[MemoryReport], times: dict[int, float]) -> None:
     several = len({(row.k1, row.k2) for row in rows}) > 1
     for row in rows:
         name = f"{row.strategy} ({row.k1}, {row.k2})" if several else row.strategy
@@ -144,7 +154,7 @@ def _label(axes: Any, rows: Sequence[MemoryReport]) -> None:
             name += f" in {_mib(row.budget_bytes):.0f} MiB"
         axes.annotate(
             name,
-            (_milliseconds(row), _mib(row.peak_bytes)),
+            (times[id(row)], _mib(row.peak_bytes)),
             xytext=(7, 4),
             textcoords="offset points",
             fontsize=9,
@@ -202,11 +212,6 @@ def _plain_ticks(axes: Any) -> None:
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)) if wide else MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-
-
-def _milliseconds(row: MemoryReport) -> float:
-    assert row.seconds is not None, "only rows with a time are drawn"
-    return 1e3 * row.seconds
 
 
 def _mib(num_bytes: int | None) -> float:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -242,13 +242,32 @@ class StrategyReport:
 
 def pareto_front(rows: Iterable[MemoryReport]) -> tuple[MemoryReport, ...]:
     """Rows that no other row beats in both peak and time, the smallest peak first."""
-    measured = [r for r in rows if r.peak_bytes is not None and r.seconds is not None]
+    measured = [row for row in rows if row.peak_bytes is not None and row.seconds is not None]
+    times = comparable_times(measured)
     fastest, front = math.inf, []
-    for row in sorted(measured, key=lambda r: (r.peak_bytes, r.seconds)):
-        if row.seconds is not None and row.seconds < fastest:
-            fastest = row.seconds
+    for _, time, row in sorted(
+        ((row.peak_bytes or 0, time, row) for row, time in zip(measured, times, strict=True)),
+        key=lambda entry: entry[:2],
+    ):
+        if time < fastest:
+            fastest = time
             front.append(row)
     return tuple(front)
+
+
+def are_in_turns(rows: Sequence[MemoryReport]) -> bool:
+    """Whether all rows are of the same windows and were timed in turns with plain BPTT."""
+    alike = len({(row.k1, row.k2) for row in rows}) == 1
+    return alike and all(row.ratio is not None for row in rows)
+
+
+def comparable_times(rows: Sequence[MemoryReport]) -> list[float]:
+    """A time for each row: its ratio where all were timed in turns, else its seconds.
+
+    A machine's speed drifts from row to row; the ratio was taken between neighbours.
+    """
+    in_turns = are_in_turns(rows)
+    return [(row.ratio if in_turns else row.seconds) or 0.0 for row in rows]
 
 
 def _trace_from(plain: Mapping[str, Any]) -> WindowTrace:
