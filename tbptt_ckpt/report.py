@@ -54,6 +54,7 @@ class WindowTrace:
     Attributes:
         seconds: Its length.
         timeline: (seconds from its begin, live tensor bytes), thinned, the peak among them.
+            Each action's peak is in it, at the begin of its gradient or at its end.
         actions: Its schedule as it was run, in order.
     """
 

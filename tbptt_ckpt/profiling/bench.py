@@ -211,11 +211,15 @@ class _Metered:
     def trace(self, foretold: Foretold) -> WindowTrace:
         """The window in time."""
         clock, spans = self.watch.clock, self.watch.spans
-        timeline = tuple(
+        points = [
             (clock.without_pauses(seconds), self.before_bytes + live)
             for seconds, live in self.meter.timeline
-        )
-        return WindowTrace(timeline[-1][0], timeline, foretold.fill_in(spans))
+        ]
+        for span in spans:  # the meter thins old points most
+            points.append((span.began_seconds, span.live_bytes))
+            points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
+        points.sort()
+        return WindowTrace(points[-1][0], tuple(points), foretold.fill_in(spans))
 
 
 def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:
