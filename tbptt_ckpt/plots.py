@@ -208,8 +208,12 @@ def _plain_ticks(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        wide = high > 10 * low
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)) if wide else MaxNLocator(5))
+        if high > 10 * low:
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        elif high > 2 * low:
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+        else:
+            axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
