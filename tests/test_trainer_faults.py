@@ -682,7 +682,7 @@ class TestKill:
                 assert_equal(found[name], expected[name], EXACT, name)
         assert count > 4
 
-    def test_at_every_call_of_every_save(self, tmp_path: Path, injected: Injected) -> None:
+    def test_at_every_third_call_of_every_save(self, tmp_path: Path, injected: Injected) -> None:
         job = Job(num_steps=4)
         expected = job.undisturbed()
         count = 0
