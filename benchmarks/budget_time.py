@@ -66,12 +66,16 @@ class Engine:
         return float(window.loss)  # type: ignore[arg-type]
 
 
-def budget_figures(case: Case, name: str, pairs: int, scale: int) -> list[Figure]:
+def budget_figures(
+    case: Case, name: str, pairs: int, scale: int, shares: list[float] | None
+) -> list[Figure]:
     """Time under budgets over plain BPTT."""
     held = 2 * tensor_bytes(case.module) + tensor_bytes(case.inputs, case.targets)
     plain_peak = peak_bytes_of(case.plain)
     figures = []
     for share, limit in SHARES[name].items():
+        if shares and share not in shares:
+            continue
         budget = int(held + scale * share * plain_peak)
         engine = Engine(case, byte_loss, {"memory_budget": budget})
         times = time_pairs(case.plain, engine.run, num_pairs=pairs, num_warmups=4)
@@ -125,6 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["budgets", "auto"], default="budgets")
     parser.add_argument("--modules", nargs="+", default=["LSTMCell loop", "nn.LSTM", "elementwise"])
+    parser.add_argument("--shares", type=float, nargs="+", help="of plain peak; all by default")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lanes", type=int, default=32)
     parser.add_argument("--width", type=int, default=256)
@@ -154,7 +159,7 @@ def main() -> None:
         case = Case(module, inputs, targets, 32)
         if arguments.part == "budgets":
             scale = 20 if arguments.quick else 1  # tiny sizes have hardly more than fixed parts
-            figures += budget_figures(case, name, arguments.pairs, scale)
+            figures += budget_figures(case, name, arguments.pairs, scale, arguments.shares)
         else:
             figures += auto_figures(case, name, byte_loss, arguments.pairs)
     publish(f"budget_time_{arguments.part}", figures, arguments)
