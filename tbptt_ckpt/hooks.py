@@ -22,14 +22,18 @@ _thread = threading.local()
 def hooks_can_be_silent() -> Iterator[None]:
     """While entered, `silent_hooks` has an effect.
 
-    Kept apart from `silent_hooks`, which is entered once per advance, since replacing
-    methods of `torch.Tensor` is not cheap.
+    Kept apart from `silent_hooks`, which is entered once per advance: the methods of
+    `torch.Tensor` are replaced at the first one and put back here, since that is not cheap.
+    It also makes the interpreter forget what it knew of every other method of tensors.
     """
-    _change_patches(+1)
+    outer = getattr(_thread, "patched", None)
+    _thread.patched = False
     try:
         yield
     finally:
-        _change_patches(-1)
+        if _thread.patched:
+            _change_patches(-1)
+        _thread.patched = outer
 
 
 @contextmanager
@@ -39,6 +43,9 @@ def silent_hooks() -> Iterator[None]:
     An advance has no gradients: a hook registered in it would raise, or, on a weight, be
     registered once more by the replay.
     """
+    if getattr(_thread, "patched", None) is False:
+        _change_patches(+1)
+        _thread.patched = True
     before, _thread.silent = getattr(_thread, "silent", False), True
     try:
         yield

@@ -84,6 +84,8 @@ class Passage:
         ambient.about_to_run()  # whoever got the window before may have run the module
         self._found = ambient.capture()
         self._records.ambients[window.new_start] = self._found
+        # The state that an earlier window left is a constant: nobody sees its gradient.
+        self._wants_state_grads = window.start == records.origin
         self._noted: dict[int, Boundary] = {}
         self._final: Boundary | None = None
         self.drift = 0.0
@@ -116,7 +118,7 @@ class Passage:
             held=held,
             recorded=tuple(records.boundaries.values()),
             makes_first_state=not tensors_of(self._boundary_at(window.first).state),
-            input_bytes=sum(block.num_bytes() for block in self._blocks),
+            blocks=self._blocks,
             make_probe=lambda: self._probe(loss_start),
         )
 
@@ -180,6 +182,8 @@ class Passage:
 
     def _check_graph(self, loss: WindowLoss, start: int) -> None:
         """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
+        if not self._wants_state_grads:  # nor would a loss of the first state alone have one
+            return
         learns = any(parameter.requires_grad for parameter in self._settings.parameters)
         if learns and not loss.has_graph and has_loss(self._blocks, start, self._window.stop):
             raise ArgumentError(
@@ -271,6 +275,7 @@ class Passage:
             ambients=ambients,
             joints=joints,
             resets=self._resets,
+            wants_state_grads=self._wants_state_grads,
             on_arrival=self._note_stale if self._stale else self._note_refreshed,
         )
 

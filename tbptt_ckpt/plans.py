@@ -236,30 +236,33 @@ def plan_window(
     """
     if isinstance(strategy, Retain):
         joints = ()  # one leaf, whatever lies inside
-    edges = list(pairwise([start, *joints, stop]))
+    edges = [start, *joints, stop]
     if isinstance(strategy, NestedStrategy):
-        lengths = [end - begin for begin, end in edges]
-        blocks = run_length_coded(
-            (steps, _nesting(strategy, steps, stop - start)) for steps in lengths
-        )
-    else:
-        blocks = tuple(_written_block(strategy, *edge, stop - start) for edge in edges)
-    longest = max(block.longest_leaf for block in blocks)
-    plan = Plan(str(strategy), first, start - first, blocks, usual_advance_steps(longest))
-    if not isinstance(strategy, NestedStrategy):
-        check_schedule(plan.schedule, first, start, stop, joints)
+        lengths = tuple(end - begin for begin, end in pairwise(edges))
+        return _nested_plan(strategy, start - first, lengths).at(first)
+    blocks = [_written_block(strategy, *edge, stop - start) for edge in pairwise(edges)]
+    plan = _plan_of_blocks(strategy, start - first, blocks).at(first)
+    check_schedule(plan.schedule, first, start, stop, joints)
     return plan
+
+
+@lru_cache(maxsize=256)
+def _nested_plan(strategy: NestedStrategy, lead_steps: int, lengths: tuple[int, ...]) -> Plan:
+    """The plan of a window that begins at step 0, with blocks of the given lengths."""
+    num_steps = sum(lengths)
+    stretches = ((steps, strategy.nesting(steps, num_steps)) for steps in lengths)
+    return _plan_of_blocks(strategy, lead_steps, run_length_coded(stretches))
+
+
+def _plan_of_blocks(strategy: Strategy, lead_steps: int, blocks: Sequence[Block]) -> Plan:
+    longest = max(block.longest_leaf for block in blocks)
+    return Plan(str(strategy), 0, lead_steps, tuple(blocks), usual_advance_steps(longest))
 
 
 def run_length_coded(stretches: Iterable[tuple[int, Nesting]]) -> tuple[Block, ...]:
     """Blocks of neighbouring stretches, (steps, nesting) each, in time order."""
     groups = groupby(stretches)
     return tuple(Block(*stretch, count=len(list(group))) for stretch, group in groups)
-
-
-@lru_cache(maxsize=256)
-def _nesting(strategy: NestedStrategy, steps: int, window_steps: int) -> Nesting:
-    return strategy.nesting(steps, window_steps)
 
 
 def _written_block(strategy: Strategy, start: int, stop: int, window_steps: int) -> Block:

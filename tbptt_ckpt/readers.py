@@ -108,17 +108,18 @@ class SourceReader:
     def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
         if not tensors_of(inputs):
             return 0
-        lengths = {}
+        shapes = {}
         for name, tree in (("inputs", inputs), ("targets", targets)):
             for tensor in tensors_of(tree):
                 check_time_exists(name, tensor, self.time_dim)
-                lengths[tensor.shape[self.time_dim]] = f"{name} of shape {tuple(tensor.shape)}"
-        if len(lengths) > 1:
+                shapes[tensor.shape[self.time_dim]] = name, tensor.shape
+        if len(shapes) > 1:
+            found = " and ".join(f"{name} of shape {tuple(s)}" for name, s in shapes.values())
             raise ArgumentError(
-                f"the source's read({start}, {stop}) returned {' and '.join(lengths.values())}, "
+                f"the source's read({start}, {stop}) returned {found}, "
                 f"which differ in their steps on time_dim={self.time_dim}"
             )
-        return next(iter(lengths))
+        return next(iter(shapes))
 
 
 def reader_for(sequence: object) -> StepIterable | SourceReader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
@@ -157,25 +157,25 @@ class Runner:
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
         sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
 
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        """Autocast without its weight cache from run to run.
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Autocast as the user wants it, whoever turned it on."""
+        if self._autocast_dtype is not None:
+            return _uncached(torch.autocast(self._device_type, dtype=self._autocast_dtype))
+        nested = torch.is_autocast_enabled(self._device_type)
+        return _uncached(nullcontext()) if nested else nullcontext()
 
-        A cast weight that was cached without a graph, or with one that is freed by now,
-        would cut the weight off from its gradient.
-        """
-        if self._autocast_dtype is None:
-            nested = torch.is_autocast_enabled(self._device_type)
-            if nested:
-                torch.clear_autocast_cache()
-            yield
-            if nested:
-                torch.clear_autocast_cache()
-            return
-        torch.clear_autocast_cache()
-        with torch.autocast(self._device_type, dtype=self._autocast_dtype):
-            yield
-        torch.clear_autocast_cache()
+
+@contextmanager
+def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
+    """Autocast without its weight cache from run to run.
+
+    A cast weight that was cached without a graph, or with one that is freed by now, would
+    cut the weight off from its gradient.
+    """
+    torch.clear_autocast_cache()
+    with autocast:
+        yield
+    torch.clear_autocast_cache()
 
 
 class _Rejoin(torch.autograd.Function):

@@ -147,7 +147,7 @@ class SequenceRun:
             finally:
                 passage.restore_ambient()
             self.inspect(window, outcome.loss, passage.states())
-            self._weights_before = guard.fingerprint()
+            self._weights_before = guard.expected
             passage.hand_on()
             self.state_grads = outcome.state_grads
             updated = self._update(window, outcome)

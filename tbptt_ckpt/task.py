@@ -10,7 +10,7 @@ from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.resets import Resets
-from tbptt_ckpt.state import Tree, tensors_of
+from tbptt_ckpt.state import Tree, copy_containers, state_as_leaves, tensors_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +59,7 @@ class WindowTask:
         ambients: Generators and buffers to restore when a run begins at a step.
         joints: Recorded states from which steps restart, whatever the steps before gave.
         resets: Lanes that begin a new sequence.
+        wants_state_grads: Whether the gradient of the state at `start` is asked for.
         on_arrival: Called with each state in `stops_at`, or at `stop`, the first time a run
             ends there.
         executed_steps: Module steps run so far.
@@ -74,9 +75,16 @@ class WindowTask:
     ambients: Mapping[int, AmbientState] = field(default_factory=dict)
     joints: Mapping[int, Boundary] = field(default_factory=dict)
     resets: Resets = field(default_factory=Resets)
+    wants_state_grads: bool = True
     on_arrival: Callable[[int, Tree, AmbientState], None] = _ignore_arrival
     executed_steps: int = 0
     _arrived: set[int] = field(default_factory=set)
+
+    def first_state(self, boundary: Boundary) -> Tree:
+        """The state from which a leaf runs: new autograd leaves, where their gradient counts."""
+        if boundary.step == self.start and not self.wants_state_grads:
+            return copy_containers(boundary.state)
+        return state_as_leaves(boundary.state)
 
     def pieces(self, start: int, stop: int, longest: int | None) -> Iterator[tuple[int, int]]:
         """Cut `[start, stop)` where states are noted, and into at most `longest` steps."""

@@ -90,7 +90,7 @@ class Updater:
         if self.optimizer is None or self.group.pending:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        for tensor in self._with_gradients(init_state_leaves):
+        for tensor in (*self._cleared, *init_state_leaves):
             tensor.grad = None
 
     def grad_scale(self, device_type: str) -> float:
@@ -117,9 +117,10 @@ class Updater:
         """
         if self.optimizer is None or not self.group.is_due(is_last):
             return False
-        tensors = self._with_gradients(init_state_leaves)
-        self.group.average(tensors)
-        self._unscale_others(tensors)
+        if self.group.pending > 1 or self._scale != 1.0:
+            tensors = self._with_gradients(init_state_leaves)
+            self.group.average(tensors)
+            self._unscale_others(tensors)
         loss = self.group.mean_loss()
         self.group.begin()
         return self.step(loss)

@@ -781,3 +781,34 @@ def test_a_function_with_parameters_in_the_loss_is_trained_too() -> None:
 
     assert all(grad is not None for grad in run(1))
     assert bitwise(run(2), run(1))
+
+
+class DelayedCell(nn.Module):
+    """Shows the state before the step, so that a window's first output has no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = tanh_cell()
+
+    def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state, self.cell(inputs, state)[1]
+
+
+@pytest.mark.parametrize("strategy", ["retain", "step", "uniform:2"])
+@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+def test_a_window_whose_only_loss_is_a_constant_adds_no_gradient(
+    strategy: str, executor: str
+) -> None:
+    """Of the second window only the first step counts, and what it shows is the state given."""
+    (inputs, targets), init = random_data(6), torch.zeros(LANES, WIDTH, dtype=torch.float64)
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    module, plain = DelayedCell(), DelayedCell()
+    sequence = TensorSequence(inputs, targets, weight=weight)
+    TBPTT(module, mean_loss, 3, 3, strategy=strategy, executor=executor).train(sequence, init)
+    state, losses = init, []
+    for t in range(3):
+        y, state = plain(inputs[t], state)
+        losses.append(mean_loss(y, targets[t]))
+    torch.stack(losses).mean().backward()
+    for found, expected in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-12)

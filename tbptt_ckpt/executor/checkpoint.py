@@ -17,7 +17,7 @@ from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.runner import Runner, rejoin
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.sinks import LossSink, Sink
-from tbptt_ckpt.state import Tree, map_tensors, replace_tensors, state_as_leaves, tensors_of
+from tbptt_ckpt.state import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.task import Boundary, WindowTask
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -51,16 +51,16 @@ class CheckpointExecutor:
         spans.leaf_has_run = work.observer.differentiates
         if actions and actions[0] == Keep(task.start):
             spans.keep(task.start)
-        state = state_as_leaves(boundary.state)
+        state = task.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         with work.differentiating():
             with torch.enable_grad():
                 totals, _ = spans.run(parse_spans(actions, task.start, task.stop), state)
                 if work.loss.is_empty():
                     return None
-                loss = work.mean_loss(_sum_in_order(totals)) if totals else None
+                loss = _sum_in_order(totals) if totals else None
             if loss is not None and loss.requires_grad:
-                torch.autograd.backward([loss], [torch.full_like(loss, work.grad_scale)])
+                torch.autograd.backward([loss], [work.gradient_of(loss)])
         spans.finish()
         work.observer.ends()
         for total in totals:

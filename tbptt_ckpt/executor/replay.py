@@ -15,7 +15,7 @@ from tbptt_ckpt.executor.window_run import StateGrads, WindowRun
 from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.sinks import LossSink
-from tbptt_ckpt.state import state_as_leaves, tensors_of
+from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.task import Boundary
 
 
@@ -66,7 +66,7 @@ class _Replay:
     def _differentiate(self, boundary: Boundary, stop: int) -> bool:
         work, task = self.work, self.work.task
         boundary.check_untouched()
-        state = state_as_leaves(boundary.state)
+        state = task.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         task.ambient.restore(boundary.ambient)
         sink = LossSink(task, work.loss, graph=True)
@@ -75,25 +75,19 @@ class _Replay:
                 state_out = work.runner.run(task, boundary.step, stop, state, sink)
                 if stop == task.stop and work.loss.is_empty():
                     return False
-                losses = [work.mean_loss(total) for total in sink.tensors()]
             work.observer.differentiates()
-            grads_out = self.state_grads or [None] * len(tensors_of(state_out))
-            _backward(losses, work.grad_scale, tensors_of(state_out), grads_out)
+            states = tensors_of(state_out)
+            grads_out = self.state_grads or [None] * len(states)
+            roots = [(total, work.gradient_of(total)) for total in sink.tensors()]
+            _backward([*roots, *zip(states, grads_out, strict=True)])
         work.loss.add(sink.total)
         self.state_grads = [leaf.grad for leaf in leaves]
         return True
 
 
-def _backward(
-    losses: list[Tensor], scale: float, states: list[Tensor], state_grads: StateGrads
-) -> None:
-    """Differentiate a leaf: its losses, and its last states against their gradients."""
-    roots = [(loss, torch.full_like(loss, scale)) for loss in losses if loss.requires_grad]
-    roots += [
-        (state, grad)
-        for state, grad in zip(states, state_grads, strict=True)
-        if grad is not None and state.requires_grad
-    ]
-    if roots:
-        tensors, grads = zip(*roots, strict=True)
+def _backward(roots: list[tuple[Tensor, Tensor | None]]) -> None:
+    """Differentiate a leaf: its losses and its last states, each with its gradient."""
+    known = [(root, grad) for root, grad in roots if grad is not None and root.requires_grad]
+    if known:
+        tensors, grads = zip(*known, strict=True)
         torch.autograd.backward(tensors, grads)

@@ -27,11 +27,15 @@ StateGrads = list[Tensor | None]  # one per tensor of a state
 
 
 class WeightGuard:
-    """Notices weights that change between a window's advance and its replay."""
+    """Notices weights that change between a window's advance and its replay.
+
+    Attributes:
+        expected: The fingerprint of the weights with which the window runs.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._expected = self.fingerprint()
+        self.expected = self.fingerprint()
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a weight is written to or replaced."""
@@ -39,7 +43,7 @@ class WeightGuard:
 
     def check(self, window_stop: int) -> None:
         """Raise `StaleWeightsError` if a weight changed."""
-        if self.fingerprint() != self._expected:
+        if self.fingerprint() != self.expected:
             raise StaleWeightsError(
                 f"weights changed while the window up to step {window_stop} was being "
                 "differentiated, between its advance and its replay; call optimizer.step() only "
@@ -118,10 +122,12 @@ class WindowRun:
             return joint
         return Boundary(step, detach_state(state), self.task.ambient.capture())
 
-    def mean_loss(self, total: Tensor) -> Tensor:
-        """A sum of losses as its part of the window's loss."""
+    def gradient_of(self, total: Tensor) -> Tensor:
+        """The gradient of the window's loss with respect to a sum of its losses."""
         divisor = self.loss.divisor
-        return total if isinstance(divisor, float) and divisor == 1.0 else total / divisor
+        if isinstance(divisor, float):
+            return torch.full_like(total, self.grad_scale / divisor)
+        return torch.full_like(total, self.grad_scale) / divisor
 
 
 class Executor(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,8 +55,7 @@ class TimeBatching:
         self._tally = Tally()
         self._region: Region | None = None
 
-    @contextmanager
-    def region(self, num_steps: int, per_step: bool) -> Iterator[None]:
+    def region(self, num_steps: int, per_step: bool) -> AbstractContextManager[None]:
         """While entered, one run of steps is batched.
 
         Args:
@@ -68,9 +67,10 @@ class TimeBatching:
         # Modes want to see, or decide about, each operation of the user's module.
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
-        if not chosen or watched:
-            yield
-            return
+        return nullcontext() if not chosen or watched else self._opened(num_steps)
+
+    @contextmanager
+    def _opened(self, num_steps: int) -> Iterator[None]:
         before = self._region
         self._region = Region(num_steps, self._tally, pays if self.choice == "auto" else _always)
         try:

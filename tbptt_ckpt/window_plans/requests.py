@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.calibration import SegmentProbe
 from tbptt_ckpt.memory import Lap
 from tbptt_ckpt.plans import Plan
@@ -50,7 +51,7 @@ class Request:
             states aside.
         recorded: Trees of recorded states.
         makes_first_state: Whether the module makes the first state for itself, from None.
-        input_bytes: Its inputs and targets.
+        blocks: Its inputs and targets.
         make_probe: Makes what measures segments of it.
     """
 
@@ -60,8 +61,13 @@ class Request:
     held: tuple[object, ...]
     recorded: tuple[object, ...]
     makes_first_state: bool
-    input_bytes: int
+    blocks: Sequence[StepBlock]
     make_probe: Callable[[], SegmentProbe]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of its inputs and targets."""
+        return sum(block.num_bytes() for block in self.blocks)
 
     @property
     def absolute_joints(self) -> tuple[int, ...]:
