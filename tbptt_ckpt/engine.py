@@ -68,7 +68,9 @@ class TBPTT:
         accumulate: Windows with a loss per update. With reduction "mean" the update takes the
             mean of their gradients, with "sum" their sum. A group that the end of the
             sequence leaves short updates as it is.
-        costs: What the module takes, as `measure_costs` gives it; nothing is measured then.
+        costs: What the module takes, as `measure_costs` gives it; nothing is measured then,
+            except that under a memory budget segments of up to 8 steps are run first, and bytes
+            that are given too low are raised to theirs.
         measure_memory: Whether every window's peak is measured; see `peak_memory` for what
             that costs.
 
@@ -171,7 +173,9 @@ class TBPTT:
 
         Raises:
             ArgumentError: A sequence, state or module that cannot work.
-            InfeasibleBudgetError: No plan fits the memory budget.
+            InfeasibleBudgetError: No plan fits the memory budget: before the first window, or,
+                where steps turn out to take more than was measured, before the update of a later
+                one.
             StaleWeightsError: Weights changed inside a window.
         """
         run = self._start(sequence, init_state)

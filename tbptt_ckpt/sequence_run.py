@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
 from tbptt_ckpt.executor import StateGrads, WeightGuard
 from tbptt_ckpt.initial_state import InitialState
 from tbptt_ckpt.passage import Outcome, Passage
@@ -144,6 +144,9 @@ class SequenceRun:
                     outcome = passage.differentiate(loss_start, guard, scale, planned, meter)
                 else:
                     outcome = passage.only_advance(guard, self._weights_before)
+            except InfeasibleBudgetError:  # found out in the middle: half a gradient is none
+                self.settings.updater.clear(self.initial.leaves())
+                raise
             finally:
                 passage.restore_ambient()
             self.inspect(window, outcome.loss, passage.states())

@@ -19,6 +19,7 @@ from tbptt_ckpt import (
     TBPTT,
     ArgumentError,
     Costs,
+    Curve,
     InfeasibleBudgetError,
     TensorSequence,
     measure_costs,
@@ -26,7 +27,6 @@ from tbptt_ckpt import (
 )
 from tbptt_ckpt.memory import free_memory, peak_memory, tensor_bytes
 from tbptt_ckpt.schedule import check_schedule
-from tbptt_ckpt.window_plans.corrections import scaled
 
 pytestmark = pytest.mark.times_the_module
 
@@ -221,13 +221,19 @@ def test_a_fixed_strategy_is_held_against_the_budget():
         make("LSTMCell loop", strategy="retain", memory_budget=budget).train(data(120))
 
 
+def bent(curve, factor):
+    """The curve up to 8 steps, which are looked at first, and a wrong one beyond."""
+    points = [(steps, curve(steps)) for steps in (1, 2, 4, 8)]
+    return Curve((*points, (100, curve(8) + factor * (curve(100) - curve(8)))))
+
+
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.5])
 def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     measured = measure_costs(Loop(), loss_fn, data(60).inputs, data(60).targets, optimizer=None)
     wrong = replace(
         measured,
-        leaf_bytes=scaled(measured.leaf_bytes, factor),
-        last_leaf_bytes=scaled(measured.last_leaf_bytes, factor),
+        leaf_bytes=bent(measured.leaf_bytes, factor),
+        last_leaf_bytes=bent(measured.last_leaf_bytes, factor),
     )
     smallest = smallest_budget("LSTMCell loop", 200, k1=100, k2=100)
     budget = int(1.6 * smallest)
@@ -250,6 +256,101 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     if factor == 0.6:
         leaves = {a.stop - a.start for a in windows[0].plan.schedule if "Diff" in type(a).__name__}
         assert len(leaves) > 1
+
+
+@pytest.mark.parametrize("name", ["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"])
+@pytest.mark.parametrize("factor", [0.0, 0.05, 0.5])
+def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor):
+    smallest = smallest_budget(name)
+    low = Costs.linear(state_bytes=int(3072 * factor), step_bytes=20_000 * factor)
+    for budget in (int(1.1 * smallest), int(1.6 * smallest)):
+        tbptt = make(name, memory_budget=budget, costs=low, measure_memory=True)
+        for window in tbptt.windows(data(180)):
+            assert window.peak_bytes <= budget
+
+
+class Hoarder(torch.optim.SGD):
+    """Keeps copies that nobody foresees, since it cannot be made again without its count."""
+
+    def __init__(self, parameters, *, copies):
+        self.copies = copies
+        super().__init__(parameters, lr=0.01)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for number in range(len(state), self.copies):
+                    state[number] = parameter.detach().clone()
+
+
+def test_a_budget_that_turns_out_too_small_raises_before_the_next_window():
+    def windows(budget):
+        torch.manual_seed(0)
+        module = Loop()
+        optimizer = Hoarder(module.parameters(), copies=9)
+        tbptt = TBPTT(module, loss_fn, 30, 30, optimizer, memory_budget=budget, measure_memory=True)
+        return module, tbptt.windows(data(120))
+
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        next(windows(1)[1])
+    module, running = windows(int(1.2 * raised.value.smallest_budget_bytes))
+    next(running)  # its update is the first that shows what the optimizer keeps
+    before, random = [p.detach().clone() for p in module.parameters()], torch.get_rng_state()
+    with pytest.raises(InfeasibleBudgetError, match="raise it to") as raised:
+        next(running)
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+
+    smallest = raised.value.smallest_budget_bytes  # both sides of it are true when tried
+    _, running = windows(smallest)
+    assert [window.peak_bytes <= smallest for window in running] == [True] * 4
+    with pytest.raises(InfeasibleBudgetError):
+        list(windows(smallest - 4096)[1])
+
+
+class Swelling(nn.Module):
+    """Steps from the 40th on keep far more for their backward than those before."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.RNNCell(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x, state):
+        h, step = (None, 0) if state is None else state
+        h = self.cell(x, h)
+        y = self.out(h)
+        if step >= 40:
+            wide = h.repeat(1, 20)
+            for _ in range(4):
+                wide = wide.sin()
+            y = y + 1e-3 * wide.sum()
+        return y, (h, step + 1)
+
+
+def test_a_window_whose_rest_does_not_fit_raises_without_an_update(caplog):
+    def start(budget):
+        torch.manual_seed(0)
+        module = Swelling()
+        optimizer = torch.optim.Adam(module.parameters())
+        tbptt = TBPTT(module, loss_fn, 60, 60, optimizer, memory_budget=budget)
+        return tbptt, tbptt.windows(data(120))
+
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        next(start(1)[1])
+    budget = int(1.05 * raised.value.smallest_budget_bytes)
+    tbptt, running = start(budget)
+    parameters = tbptt.settings.parameters
+    before, random = [p.detach().clone() for p in parameters], torch.get_rng_state()
+    with pytest.raises(InfeasibleBudgetError, match="raise it to") as raised:
+        next(running)
+    assert raised.value.smallest_budget_bytes > budget
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    assert all(p.grad is None for p in parameters)
+    assert torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(InfeasibleBudgetError):  # known by now, and nothing runs
+        next(tbptt.windows(data(120)))
 
 
 def test_a_fraction_is_of_what_is_free():
@@ -289,11 +390,16 @@ def test_auto_does_without_costs_inside_a_profiler(caplog):
     assert "profiler is active" in caplog.text
 
 
-def test_given_costs_are_taken_and_nothing_is_measured(caplog):
+def test_given_costs_are_taken_and_only_short_segments_held_against_them(caplog):
     costs = Costs.linear(state_bytes=3072, step_bytes=20_000, leaf_bytes=300_000)
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
-        make("LSTMCell loop", costs=costs, memory_budget=10**9).train(data(60))
+        make("LSTMCell loop", costs=costs).train(data(60))
     assert "measured segments" not in caplog.text
+    tbptt = make("LSTMCell loop", costs=costs, memory_budget=10**9)
+    with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
+        next(tbptt.windows(data(60)))
+    assert "measured segments of 1 to 8 steps" in caplog.text
+    assert tbptt.settings.plans.costs.leaf_seconds == costs.leaf_seconds
 
 
 def test_plans_and_costs_go_on_as_they_were_saved(caplog):

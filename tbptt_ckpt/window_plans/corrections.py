@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from tbptt_ckpt.costs import Costs, Curve
+from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory import Lap
 from tbptt_ckpt.plans import Block, Plan
 from tbptt_ckpt.schedule import (
@@ -25,6 +26,7 @@ _LEAST_RATIO = 0.1
 ROUNDING_BYTES = 1024  # losses and other numbers
 
 Replan = Callable[[int, int, int, Costs], Plan]
+Refuse = Callable[[InfeasibleBudgetError], InfeasibleBudgetError]
 
 
 @dataclass(slots=True)
@@ -68,7 +70,9 @@ class Corrections:
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
         replan: Plans steps `[start, stop)` beside so many bytes.
+        refuse: Explains that the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
+        peak_bytes: The highest so far.
     """
 
     plan: Plan
@@ -80,11 +84,13 @@ class Corrections:
     gradient_bytes: int
     first_state_bytes: int
     replan: Replan
+    refuse: Refuse = field(default=lambda error: error)
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
     last_leaf: Ratios = field(default_factory=Ratios)
     advances: dict[int, int] = field(default_factory=dict)
     excess_bytes: int = 0
+    peak_bytes: int = 0
     _kept: list[int] = field(default_factory=list)
     _num_done: int = 0
     _bound_calls: Callable[[int], None] | None = None
@@ -96,7 +102,12 @@ class Corrections:
     def after(
         self, action: Action, begun: Lap, ended: Lap, pending: Iterator[Action]
     ) -> Iterator[Action]:
-        """Take in what an action took; a rest that would exceed the budget is planned anew."""
+        """Take in what an action took; a rest that would exceed the budget is planned anew.
+
+        Raises:
+            InfeasibleBudgetError: The rest does not fit however it is planned.
+        """
+        self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
         self._num_done += not self.rest
         match action:
             case Keep(step):
@@ -163,10 +174,16 @@ class Corrections:
             start = max(s for s in {self._begin, *self.given, *self._kept} if s < stop)
             kept = sum(step <= start for step in self._kept)
             beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
-            part = self.replan(start, stop, beside, costs)
+            drops = [Drop(start)] if start in self._kept else []
+            try:
+                part = self.replan(start, stop, beside, costs)
+            except InfeasibleBudgetError as error:
+                if not drops or start in self.given:
+                    raise self.refuse(error) from None
+                yield self._noted(drops[0])  # the steps from an earlier state need one less
+                continue
             if self._bound_calls is not None:
                 self._bound_calls(part.advance_steps)
-            drops = [Drop(start)] if start in self._kept else []
             for action in chain(part.schedule, drops):
                 yield self._noted(action)
             stop = start

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from tbptt_ckpt.budget import AUTO_BUDGET, Budget
 from tbptt_ckpt.calibration import Limits, calibrate, update_bytes
-from tbptt_ckpt.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.costs import Costs, FixedBytes
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory import Lap, can_measure, format_bytes, tensor_bytes
 from tbptt_ckpt.planning import OPTIMAL, plan
@@ -24,6 +24,9 @@ from tbptt_ckpt.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.updates import Updater
 from tbptt_ckpt.window_plans.corrections import ROUNDING_BYTES, Corrections
 from tbptt_ckpt.window_plans.fixed import FixedPlans
+from tbptt_ckpt.window_plans.given import CHECKED_STEPS, at_least
+from tbptt_ckpt.window_plans.host_bytes import with_host_bytes
+from tbptt_ckpt.window_plans.refusals import explained
 from tbptt_ckpt.window_plans.requests import PlannedWindow, Request, Shape
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -41,7 +44,8 @@ class CostedPlans:
         strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
             checked.
         budget: Bytes; None plans for the free memory and holds nothing against it.
-        costs: What the module takes; None to have it measured at the first window.
+        costs: What the module takes; None to have it measured at the first window. Where a
+            budget is promised, their bytes are held against a few short segments first.
         updater: Whose state and transients count.
         parameters: The weights.
         device: Where memory counts.
@@ -59,7 +63,7 @@ class CostedPlans:
         self.strategy, self._promised = strategy, budget is not None
         self._budget = budget or AUTO_BUDGET
         self._updater, self._parameters, self._device = updater, parameters, device
-        self.costs = costs
+        self.costs, self._is_checked = costs, costs is None or not self._promised
         self.budget_bytes: int | None = None
         self._reserve = _RESERVE if self._promised else 0.0
         self._finds_fastest = isinstance(strategy, Auto | Optimal)
@@ -94,7 +98,7 @@ class CostedPlans:
             return
         self._num_metered += 1
         costs = pilot.corrected(self.costs)
-        fixed = pilot.costs.fixed.total(pilot.shape.run_steps)
+        fixed = self._with_optimizer(pilot.costs).fixed.total(pilot.shape.run_steps)
         if update.peak_bytes > fixed + costs.update_bytes:
             costs = replace(costs, update_bytes=update.peak_bytes - fixed)
         is_right = costs == self.costs
@@ -107,9 +111,35 @@ class CostedPlans:
         if is_right and self._reserve == _MARGIN:
             self._confirmed.add(pilot.shape)
             return
-        self.costs, self._reserve = costs, _MARGIN
+        self._adopt(costs)
+        self._keep_what_ran(pilot, planned.plan, update)
+
+    def _adopt(self, costs: Costs) -> None:
+        """Plan with other costs from here on."""
+        self.costs, self._reserve, self._longest_seen = costs, _MARGIN, 0
         self._plans.clear()
         self._confirmed.clear()
+
+    def _keep_what_ran(self, pilot: _Watched, ran: Plan, update: Lap) -> None:
+        """Corrected costs err upwards; a plan that ran within the budget goes on where none fits."""
+        assert self.costs is not None
+        assert self.budget_bytes is not None
+        made = self._optimizer_bytes() - pilot.optimizer_bytes
+        peak = max(pilot.peak_bytes + made, update.peak_bytes) + pilot.absent_bytes
+        if pilot.rest or peak > self.budget_bytes:
+            return
+        corrected = self._with_optimizer(pilot.corrected(pilot.costs))
+        costs = replace(corrected, update_bytes=self.costs.update_bytes)
+        try:
+            self._planned(pilot.shape, costs, self.budget_bytes)
+        except InfeasibleBudgetError:
+            fixed = costs.fixed.total(pilot.shape.run_steps)
+            self._plans[pilot.shape] = _Planned(fixed, replace(ran, predicted_peak_bytes=peak))
+
+    def _with_optimizer(self, costs: Costs) -> Costs:
+        """The costs with the optimizer's state as large as it is now, if that is more."""
+        largest = max(costs.fixed.optimizer, self._optimizer_bytes())
+        return replace(costs, fixed=replace(costs.fixed, optimizer=largest))
 
     def state_dict(self) -> dict[str, Any]:
         """Costs and plans as plain data; empty before the first window."""
@@ -135,7 +165,7 @@ class CostedPlans:
         """Go on with the same costs and plans; a budget in bytes stays as it is given now."""
         if not state:
             return
-        self.costs = Costs.from_dict(state["costs"])
+        self.costs, self._is_checked = Costs.from_dict(state["costs"]), True
         self.budget_bytes = self._budget.num_bytes or state["budget_bytes"]
         self._reserve, self._num_metered = state["reserve"], state["num_metered"]
         for entry in state["plans"]:
@@ -171,21 +201,22 @@ class CostedPlans:
         if self.budget_bytes is None:
             now_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
             self.budget_bytes = self._budget.bytes_beside(now_bytes, self._device)
+        fullest, reach = request.fullest, request.shape.run_steps
+        room = self.budget_bytes - held_bytes - request.input_bytes
         if self.costs is None:
-            self.costs = self._measured(request, held_bytes)
-        fullest = request.fullest
-        if self._promised and fullest.num_steps > self._longest_seen:
+            self.costs = self._measured(request, Limits(reach, room_bytes=room))
+        elif not self._is_checked:
+            short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room)
+            found = self._measured(request, short)
+            self.costs = at_least(self.costs, found, max(reach, fullest.run_steps))
+        self._is_checked = True
+        is_longest = self._promised and fullest.num_steps > self._longest_seen
+        if is_longest and fullest not in self._plans:
             self._within_budget(fullest, self._costs_of(fullest, request, held_bytes))
 
-    def _measured(self, request: Request, held_bytes: int) -> Costs:
-        assert self.budget_bytes is not None
-        room = self.budget_bytes - held_bytes - request.input_bytes
-        return calibrate(
-            request.make_probe(),
-            Limits(request.shape.run_steps, room_bytes=room),
-            update_bytes(self._updater),
-            FixedBytes(),
-        )
+    def _measured(self, request: Request, limits: Limits) -> Costs:
+        update = update_bytes(self._updater)
+        return calibrate(request.make_probe(), limits, update, FixedBytes())
 
     def _costs_of(self, shape: Shape, request: Request, held_bytes: int) -> Costs:
         """The costs with the fixed part as it is in a window of some shape."""
@@ -225,15 +256,14 @@ class CostedPlans:
         reserved = int(self._reserve * free)
         try:
             return self._planned(shape, costs, self.budget_bytes - reserved)
-        except InfeasibleBudgetError as error:
-            if not reserved and shape.num_steps > self._longest_seen:
-                raise self._explained(error, shape) from None
-        try:  # it may fit without a reserve
+        except InfeasibleBudgetError:
+            pass  # it may fit without a reserve
+        try:
             return self._planned(shape, costs, self.budget_bytes)
         except InfeasibleBudgetError as error:
-            if shape.num_steps > self._longest_seen:
+            if self._promised or shape.num_steps > self._longest_seen:
                 raise self._explained(error, shape) from None
-            _log.warning("windows take slightly more than was measured before: %s", error)
+            _log.warning("windows take slightly more than was free at first: %s", error)
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
 
     def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> Plan:
@@ -247,24 +277,9 @@ class CostedPlans:
         )
 
     def _explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
-        smallest, most = error.smallest_budget_bytes, error.largest_steps
-        assert smallest is not None
         assert self.budget_bytes is not None
-        given = format_bytes(self.budget_bytes)
-        if self._budget.num_bytes is None:
-            given = f"{self._budget.given} ({given})"
-        choices = [f"raise it to {smallest} bytes"]
-        if most:
-            choices.append(f"lower k2 to {most}")
-        if not self._finds_fastest:
-            choices.append("use strategy='optimal'")
-        need = "needs" if self._finds_fastest else f"and strategy={self.strategy} need"
-        return InfeasibleBudgetError(
-            f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
-            f"{shape.num_steps} steps {need}; {', or '.join(choices)}",
-            smallest_budget_bytes=smallest,
-            largest_steps=most,
-        )
+        fixed = None if self._finds_fastest else str(self.strategy)
+        return explained(error, self._budget, self.budget_bytes, shape.num_steps, fixed)
 
     def _watched(self, request: Request, chosen: Plan, costs: Costs) -> PlannedWindow:
         missing = costs.fixed.optimizer - self._optimizer_bytes()
@@ -283,11 +298,14 @@ class CostedPlans:
             given=frozenset(given),
             budget_bytes=self.budget_bytes or 0,
             missing_bytes=missing + absent,
+            absent_bytes=absent,
+            optimizer_bytes=self._optimizer_bytes(),
             first_state_bytes=made,
             gradient_bytes=costs.fixed.gradients + costs.state_bytes,
             replan=self._replan,
             shape=request.shape,
         )
+        pilot.refuse = partial(self._refusal, pilot)
         return PlannedWindow(chosen, pilot, metered=True)
 
     def _as_measured_now(
@@ -315,29 +333,19 @@ class CostedPlans:
 
     def _replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
         """A plan of some steps of a window, with what else is there at the time."""
-        assert self.budget_bytes is not None
-        steps, budget = stop - start, self.budget_bytes
         costs = replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes))
+        return plan(stop - start, costs, budget_bytes=self.budget_bytes, first=start)
+
+    def _refusal(self, pilot: _Watched, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+        """What to raise in a window whose rest does not fit, before anything exceeds the budget."""
+        assert self.costs is not None
+        assert self.budget_bytes is not None
+        self._adopt(pilot.corrected(self.costs))  # so that another try knows from the start
         try:
-            return plan(steps, costs, budget_bytes=budget, first=start)
-        except InfeasibleBudgetError as error:
-            _log.warning("the rest of a window takes more than its budget: %s", error)
-            return plan(steps, costs, budget_bytes=error.smallest_budget_bytes, first=start)
-
-
-def with_host_bytes(costs: Costs) -> Costs:
-    """The costs with what a leaf and a state take on the host besides tensors."""
-
-    def added(curve: Curve) -> Curve:
-        per_step = costs.host_step_bytes
-        return Curve(tuple((steps, value + per_step * steps) for steps, value in curve.points))
-
-    return replace(
-        costs,
-        state_bytes=costs.state_bytes + math.ceil(costs.host_state_bytes),
-        leaf_bytes=added(costs.leaf_bytes),
-        last_leaf_bytes=costs.last_leaf_bytes and added(costs.last_leaf_bytes),
-    )
+            self._planned(pilot.shape, pilot.corrected(pilot.costs), self.budget_bytes)
+        except InfeasibleBudgetError as whole:
+            error = whole
+        return self._explained(error, pilot.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,3 +361,5 @@ class _Watched(Corrections):
     """Corrections of a window whose shape is known."""
 
     shape: Shape = Shape(1, 1, (), 0, 0)  # noqa: RUF009
+    absent_bytes: int = 0  # of the missing ones, states that only later windows have
+    optimizer_bytes: int = 0  # that exist before the window
