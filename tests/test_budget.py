@@ -27,6 +27,7 @@ from tbptt_ckpt import (
 )
 from tbptt_ckpt.memory import free_memory, peak_memory, tensor_bytes
 from tbptt_ckpt.schedule import check_schedule
+from tbptt_ckpt.window_plans.corrections import scaled
 
 pytestmark = pytest.mark.times_the_module
 
@@ -221,8 +222,10 @@ def test_a_fixed_strategy_is_held_against_the_budget():
         make("LSTMCell loop", strategy="retain", memory_budget=budget).train(data(120))
 
 
-def bent(curve, factor):
-    """The curve up to 8 steps, which are looked at first, and a wrong one beyond."""
+def wrong_curve(curve, factor):
+    """One that is too high, or too low beyond the 8 steps that are looked at first."""
+    if factor > 1:
+        return scaled(curve, factor)
     points = [(steps, curve(steps)) for steps in (1, 2, 4, 8)]
     return Curve((*points, (100, curve(8) + factor * (curve(100) - curve(8)))))
 
@@ -232,8 +235,8 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     measured = measure_costs(Loop(), loss_fn, data(60).inputs, data(60).targets, optimizer=None)
     wrong = replace(
         measured,
-        leaf_bytes=bent(measured.leaf_bytes, factor),
-        last_leaf_bytes=bent(measured.last_leaf_bytes, factor),
+        leaf_bytes=wrong_curve(measured.leaf_bytes, factor),
+        last_leaf_bytes=wrong_curve(measured.last_leaf_bytes, factor),
     )
     smallest = smallest_budget("LSTMCell loop", 200, k1=100, k2=100)
     budget = int(1.6 * smallest)

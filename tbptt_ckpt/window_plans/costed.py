@@ -121,7 +121,7 @@ class CostedPlans:
         self._confirmed.clear()
 
     def _keep_what_ran(self, pilot: _Watched, ran: Plan, update: Lap) -> None:
-        """Corrected costs err upwards; a plan that ran within the budget goes on where none fits."""
+        """Corrected costs err upwards: a plan that ran within the budget goes on if none fits."""
         assert self.costs is not None
         assert self.budget_bytes is not None
         made = self._optimizer_bytes() - pilot.optimizer_bytes
