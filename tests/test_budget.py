@@ -235,6 +235,8 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     measured = measure_costs(Loop(), loss_fn, data(60).inputs, data(60).targets, optimizer=None)
     wrong = replace(
         measured,
+        leaf_seconds=Curve.linear(1.0, 1e-3),  # whatever it measured: few and long leaves
+        advance_seconds=Curve.linear(1e-3, 1e-3),
         leaf_bytes=wrong_curve(measured.leaf_bytes, factor),
         last_leaf_bytes=wrong_curve(measured.last_leaf_bytes, factor),
     )
