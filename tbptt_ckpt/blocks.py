@@ -113,7 +113,9 @@ class StepBlock:
 
 def narrow_blocks(blocks: Sequence[StepBlock], start: int, stop: int) -> Iterator[StepBlock]:
     """The steps `[start, stop)`, block by block."""
-    position = bisect_right(blocks, start, key=lambda block: block.start) - 1
+    position = 0
+    if len(blocks) > 1:
+        position = bisect_right(blocks, start, key=lambda block: block.start) - 1
     while start < stop:
         block = blocks[position]
         end = min(stop, block.stop)

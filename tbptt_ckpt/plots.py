@@ -69,7 +69,7 @@ def plot_front(report: StrategyReport, path: Path) -> None:
         _label(axes, rows, times)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.margins(x=0.15, y=0.08)
+        axes.margins(x=0.2, y=0.08)
         _plain_ticks(axes)
         in_turns = are_in_turns(rows)
         axes.set_xlabel(

@@ -20,6 +20,8 @@ def map_tensors(function: Callable[[Any], Any], tree: Tree, kind: type = Tensor)
     """The same tree with `function` applied to every tensor, or to every leaf of a `kind`."""
     if isinstance(tree, kind):
         return function(tree)
+    if type(tree) is tuple:  # most states are: no generator for them
+        return tuple([map_tensors(function, item, kind) for item in tree])
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, item, kind) for item in tree))
     if isinstance(tree, tuple | list):
@@ -68,6 +70,10 @@ def tensors_of(tree: Tree) -> list[Tensor]:
     """Every tensor of a tree."""
     if isinstance(tree, Tensor):
         return [tree]
+    if type(tree) is tuple:  # most states are, of tensors alone
+        found = [item for item in tree if isinstance(item, Tensor)]
+        if len(found) == len(tree):
+            return found
     return list(iterate_tensors(tree))
 
 
