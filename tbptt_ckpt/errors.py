@@ -17,9 +17,11 @@ class InfeasibleBudgetError(TbpttError, ValueError):
     """A memory budget that no schedule meets, or not the one asked for.
 
     Attributes:
-        smallest_budget_bytes: The smallest budget that works for this window.
-        largest_steps: The most steps that a window may reach back under this budget; 0 if
-            not even one fits.
+        smallest_budget_bytes: The smallest budget that works for this window under the
+            strategy asked for.
+        optimal_budget_bytes: The smallest that works under strategy="optimal".
+        largest_steps: The most steps that a window may reach back within this budget under
+            strategy="optimal"; 0 if not even one fits.
     """
 
     def __init__(
@@ -27,10 +29,12 @@ class InfeasibleBudgetError(TbpttError, ValueError):
         message: str,
         *,
         smallest_budget_bytes: int | None = None,
+        optimal_budget_bytes: int | None = None,
         largest_steps: int | None = None,
     ) -> None:
         super().__init__(message)
         self.smallest_budget_bytes = smallest_budget_bytes
+        self.optimal_budget_bytes = optimal_budget_bytes
         self.largest_steps = largest_steps
 
 

@@ -101,7 +101,7 @@ def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
     if budget_bytes is None:
         budget_bytes = _enough_bytes(demand, costs)
     if not demand.fits(budget_bytes, costs):
-        raise _infeasible("no schedule meets", demand, costs, budget_bytes)
+        raise _infeasible(demand, costs, budget_bytes)
     free = min(budget_bytes, _enough_bytes(demand, costs))
     nestings = fastest_nestings(demand.lengths, demand.free_bytes(free, costs), costs)
     blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
@@ -151,8 +151,7 @@ def _within(
     usual = usual_advance_steps(planned.longest_leaf)
     advance_steps, found = _largest_fitting(usual, prediction, budget_bytes)
     if budget_bytes is not None and found.peak_bytes > budget_bytes:
-        what = f"strategy={planned.strategy!r} takes {found.peak_bytes:,} bytes and misses"
-        raise _infeasible(what, demand, costs, budget_bytes)
+        raise _strategy_misses(planned.strategy, found.peak_bytes, demand, costs, budget_bytes)
     return replace(
         planned,
         advance_steps=advance_steps,
@@ -196,15 +195,28 @@ def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: 
     return Prediction(demand.base_bytes(costs) + max(peaks), seconds)
 
 
-def _infeasible(
-    what: str, demand: Demand, costs: Costs, budget_bytes: int
-) -> InfeasibleBudgetError:
+def _infeasible(demand: Demand, costs: Costs, budget_bytes: int) -> InfeasibleBudgetError:
     smallest = smallest_budget(demand, costs)
     most = largest_steps(demand, budget_bytes, costs)
     lower = f"reach back at most {most:,} steps" if most else "no number of steps fits this one"
     return InfeasibleBudgetError(
-        f"{what} budget_bytes={budget_bytes:,} for {demand.num_steps:,} steps; the smallest that "
-        f"works for them under some schedule is {smallest:,} bytes, or {lower}",
+        f"no schedule meets budget_bytes={budget_bytes:,} for {demand.num_steps:,} steps; the "
+        f"smallest that works for them is {smallest:,} bytes, or {lower}",
         smallest_budget_bytes=smallest,
+        optimal_budget_bytes=smallest,
         largest_steps=most,
+    )
+
+
+def _strategy_misses(
+    strategy: str, needed_bytes: int, demand: Demand, costs: Costs, budget_bytes: int
+) -> InfeasibleBudgetError:
+    smallest = smallest_budget(demand, costs)
+    return InfeasibleBudgetError(
+        f"strategy={strategy!r} needs {needed_bytes:,} bytes for {demand.num_steps:,} steps, above "
+        f"budget_bytes={budget_bytes:,}; raise it, or use strategy='optimal', which works from "
+        f"{smallest:,} bytes",
+        smallest_budget_bytes=needed_bytes,
+        optimal_budget_bytes=smallest,
+        largest_steps=largest_steps(demand, budget_bytes, costs),
     )

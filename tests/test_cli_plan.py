@@ -139,7 +139,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--strategy", "fastest", *BY_HAND], "fastest"),
     (["--step-seconds", "-1", *BY_HAND], "--step-seconds"),
     (["--dtype", "int8"], "--dtype"),
-    (["--strategy", "retain", "--budget", "1MiB", *BY_HAND], "'retain' takes"),
+    (["--strategy", "retain", "--budget", "1MiB", *BY_HAND], "'retain' needs"),
 ]
 
 

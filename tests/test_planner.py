@@ -332,11 +332,23 @@ def reaching_back(fewer: int, num_steps: int, window: dict) -> dict:
     return {"joints": kept, "recorded_states": 4 - (len(moved) - len(kept))}
 
 
-def test_a_fixed_strategy_that_does_not_fit_is_refused_with_what_would_work() -> None:
-    costs = line_costs(5, 10, 0)
-    with pytest.raises(InfeasibleBudgetError, match=r"'uniform:50' takes") as caught:
-        plan(1000, costs, budget_bytes=300, strategy="uniform:50")
-    assert plan(1000, costs, budget_bytes=caught.value.smallest_budget_bytes)
+@pytest.mark.parametrize("strategy", ["retain", "uniform:50", "sqrt", "revolve:9"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("costs", [odd_costs(), line_costs(5, 10, 0)])
+def test_a_fixed_strategy_over_the_budget_says_what_it_needs_and_where_optimal_works(
+    costs: Costs, window: dict, strategy: str
+) -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan(1000, costs, budget_bytes=30, strategy=strategy, **window)
+    needed, least = caught.value.smallest_budget_bytes, caught.value.optimal_budget_bytes
+    assert f"strategy={strategy!r} needs {needed:,} bytes" in str(caught.value)
+    assert f"strategy='optimal', which works from {least:,} bytes" in str(caught.value)
+    assert least <= needed
+    for name, smallest in ((strategy, needed), ("optimal", least)):
+        fitting = plan(1000, costs, budget_bytes=smallest, strategy=name, **window)
+        assert fitting.predicted_peak_bytes <= smallest
+        with pytest.raises(InfeasibleBudgetError):
+            plan(1000, costs, budget_bytes=smallest - 1, strategy=name, **window)
 
 
 BAD = {

@@ -23,20 +23,22 @@ def explained(
         num_steps: Reach of the window.
         fixed_strategy: Its name; None where the fastest plan was looked for.
     """
-    smallest, most = error.smallest_budget_bytes, error.largest_steps
+    smallest, optimal = error.smallest_budget_bytes, error.optimal_budget_bytes
     assert smallest is not None
+    assert optimal is not None
     given = format_bytes(budget_bytes)
     if budget.num_bytes is None:
         given = f"{budget.given} ({given})"
-    choices = [f"raise it to {smallest} bytes"]
-    if most:
-        choices.append(f"lower k2 to {most}")
+    who, choices = "", [f"raise it to {smallest} bytes"]
     if fixed_strategy is not None:
-        choices.append("use strategy='optimal'")
-    need = "needs" if fixed_strategy is None else f"and strategy={fixed_strategy} need"
+        who = f" under strategy={fixed_strategy}"
+        choices.append(f"use strategy='optimal', which works from {optimal} bytes")
+    elif error.largest_steps:
+        choices.append(f"lower k2 to {error.largest_steps}")
     return InfeasibleBudgetError(
         f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
-        f"{num_steps} steps {need}; {', or '.join(choices)}",
+        f"{num_steps} steps needs{who}; {', or '.join(choices)}",
         smallest_budget_bytes=smallest,
-        largest_steps=most,
+        optimal_budget_bytes=optimal,
+        largest_steps=error.largest_steps,
     )
