@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -67,6 +70,11 @@ class Curve:
         right = min(max(right, 1), len(self.points) - 1)
         (x0, y0), (x1, y1) = self.points[right - 1], self.points[right]
         return max(0.0, y0 + (y1 - y0) * (steps - x0) / (x1 - x0))
+
+    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values at many numbers of steps."""
+        distinct, where = np.unique(steps, return_inverse=True)
+        return np.array([self(n) for n in distinct.tolist()], np.float64)[where]
 
     def longest(self, limit: float) -> float:
         """Most steps whose value is at most `limit`; infinity where there is no bound.

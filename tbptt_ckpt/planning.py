@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,15 @@ from itertools import pairwise
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
 from tbptt_ckpt.nesting import Nesting
-from tbptt_ckpt.planner import Demand, fastest_nestings, largest_steps, smallest_budget
+from tbptt_ckpt.planner import (
+    Demand,
+    SecondsBound,
+    certain_budget,
+    fastest_nestings,
+    is_exact,
+    largest_steps,
+    smallest_budget,
+)
 from tbptt_ckpt.plans import Block, Plan, plan_window, run_length_coded
 from tbptt_ckpt.predictions import (
     Prediction,
@@ -24,6 +33,8 @@ from tbptt_ckpt.strategies import Retain, parse_strategy
 from tbptt_ckpt.windows import check_positive_int
 
 OPTIMAL = "optimal"
+
+_MOST_MADE = 32  # plans for one window; two to eight are usual
 
 
 def plan(
@@ -98,12 +109,42 @@ def _check(
 
 
 def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
-    if budget_bytes is None:
-        budget_bytes = _enough_bytes(demand, costs)
+    """The fastest of the plans made for budgets up to the given one.
+
+    NOTE [More bytes never cost more seconds]
+    A plan made for more bytes may be slower than one made for fewer, by a call or two: leaves
+    have whole steps. So plans are made for certain budgets only, the same whatever is asked
+    for, and the fastest made for any of them up to the given one is taken. Few have to be
+    looked at, since below some budget no plan can be as fast as one that is known.
+    """
+    enough_bytes = _enough_bytes(demand, costs)
+    budget_bytes = enough_bytes if budget_bytes is None else min(budget_bytes, enough_bytes)
     if not demand.fits(budget_bytes, costs):
         raise _infeasible(demand, costs, budget_bytes)
-    free = min(budget_bytes, _enough_bytes(demand, costs))
-    nestings = fastest_nestings(demand.lengths, demand.free_bytes(free, costs), costs)
+    if is_exact(demand):
+        return _made_for(budget_bytes, demand, costs)
+    best = _made_for(enough_bytes, demand, costs)
+    seconds, most_bytes = best.predicted_seconds or 0.0, best.predicted_peak_bytes or 0
+    if most_bytes > budget_bytes:
+        seconds, most_bytes = math.inf, budget_bytes
+    bound, smallest_bytes = SecondsBound(demand, costs), smallest_budget(demand, costs)
+    for _ in range(_MOST_MADE):
+        if most_bytes < smallest_bytes:
+            break
+        less_bytes = certain_budget(smallest_bytes, most_bytes)
+        free_bytes = demand.free_bytes(less_bytes, costs)
+        if bound.rules_out(seconds, free_bytes):
+            break
+        found = _made_for(less_bytes, demand, costs)
+        if (found.predicted_seconds or 0.0) < seconds:
+            best, seconds = found, found.predicted_seconds or 0.0
+        most_bytes = less_bytes - (free_bytes - bound.fewest_alike(free_bytes)) - 1
+    return best
+
+
+def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> Plan:
+    """A plan that uses so many bytes well."""
+    nestings = fastest_nestings(demand.lengths, demand.free_bytes(budget_bytes, costs), costs)
     blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
     planned = Plan(OPTIMAL, 0, demand.lead_steps, blocks, 1)
     cut = _within(planned, demand, costs, budget_bytes, ())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from tbptt_ckpt.costs import Costs, Curve
 from tbptt_ckpt.nesting import Nesting
@@ -69,26 +70,33 @@ def predict(nesting: Nesting, costs: Costs, advance_steps: int, *, is_last: bool
 
 def _node_peaks(nesting: Nesting, costs: Costs, advance_steps: int) -> list[int]:
     peaks: list[int] = []
+    advance = _peaks_of_advances(costs, advance_steps)
+    state_bytes, steps = costs.state_bytes, nesting.node_steps
     for head, repeats, tail in nesting.nodes:
         if not repeats:
             peaks.append(math.ceil(costs.leaf_bytes(head)))
             continue
-        before = _peak_before_tail(nesting, costs, advance_steps, peaks, head, repeats)
-        peaks.append(max(before, repeats * costs.state_bytes + peaks[tail]))
+        # Of the equal segments the last has the most states beside it.
+        before = (repeats - 1) * state_bytes + max(advance(steps[head]), peaks[head])
+        peaks.append(max(before, repeats * state_bytes + peaks[tail]))
     return peaks
 
 
-def _peak_before_tail(
-    nesting: Nesting,
-    costs: Costs,
-    advance_steps: int,
-    peaks: Sequence[int],
-    head: int,
-    repeats: int,
-) -> int:
-    """Peak of advancing the equal segments and of differentiating them: the last has the most."""
-    advance = advance_peak(costs, nesting.node_steps[head], advance_steps)
-    return (repeats - 1) * costs.state_bytes + max(advance, peaks[head])
+def _peaks_of_advances(costs: Costs, advance_steps: int) -> Callable[[int], int]:
+    """`advance_peak` by steps, each looked up once."""
+    known = cache(partial(advance_peak, costs, advance_steps=advance_steps))
+    return lambda steps: known(min(steps, advance_steps))
+
+
+def _times_of_advances(costs: Costs, advance_steps: int) -> Callable[[int], float]:
+    """`advance_seconds` by steps, each call looked up once."""
+    whole, part = costs.advance_seconds(advance_steps), cache(costs.advance_seconds)
+
+    def seconds(steps: int) -> float:
+        calls, rest = divmod(steps, advance_steps)
+        return calls * whole + (part(rest) if rest else 0.0)
+
+    return seconds
 
 
 def _peak_at_the_end(
@@ -96,23 +104,24 @@ def _peak_at_the_end(
 ) -> int:
     """The same where the last leaf has costs of its own."""
     node, states, peak = len(nesting.nodes) - 1, 0, 0
+    advance = _peaks_of_advances(costs, advance_steps)
     while True:
         head, repeats, tail = nesting.nodes[node]
         kept_bytes = states * costs.state_bytes
         if not repeats:
             curve = leaf_curve(costs, is_last=True)
             return max(peak, kept_bytes + math.ceil(curve(head)))
-        before = _peak_before_tail(nesting, costs, advance_steps, peaks, head, repeats)
-        peak = max(peak, kept_bytes + before)
+        before = max(advance(nesting.node_steps[head]), peaks[head])
+        peak = max(peak, kept_bytes + (repeats - 1) * costs.state_bytes + before)
         node, states = tail, states + repeats
 
 
 def _node_seconds(nesting: Nesting, costs: Costs, advance_steps: int) -> list[float]:
     seconds: list[float] = []
+    advance, steps = _times_of_advances(costs, advance_steps), nesting.node_steps
     for head, repeats, tail in nesting.nodes:
         if not repeats:
             seconds.append(costs.leaf_seconds(head))
             continue
-        once = advance_seconds(costs, nesting.node_steps[head], advance_steps) + seconds[head]
-        seconds.append(repeats * once + seconds[tail])
+        seconds.append(repeats * (advance(steps[head]) + seconds[head]) + seconds[tail])
     return seconds

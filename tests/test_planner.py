@@ -6,7 +6,8 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tbptt_ckpt import (
     plan,
     simulate,
 )
+from tbptt_ckpt.planner import Demand, SecondsBound
 from tbptt_ckpt.schedule import check_schedule
 
 # (state bytes, bytes of a leaf's step, bytes of a leaf in addition)
@@ -237,32 +239,106 @@ def test_more_budget_never_costs_more_time_where_leaves_are_slow() -> None:
         check_never_slower(230, costs, range(5, 480, 25))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_more_budget_never_costs_more_time_in_long_windows(seed: int) -> None:
-    """Where seconds are steps; a thousandth more is allowed where calls cost time as well."""
+@pytest.mark.parametrize("call_seconds", [0.0, 2.0, 20.0])
+@pytest.mark.parametrize("ratio", [(1, 5, 0), (10, 1, 0), (100, 50, 4), (65_536, 230_000, 4 << 20)])
+def test_more_budget_never_costs_more_time_in_long_windows(
+    ratio: tuple[int, int, int], call_seconds: float
+) -> None:
+    """Not by a rounding error of leaves to whole steps either."""
+    costs = line_costs(*ratio, call_seconds)
+    for num_steps, least in ((300, 1), (2000, 2), (20_000, 4)):
+        check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
+        check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.002))
+
+
+def test_more_budget_never_costs_more_time_in_long_windows_where_leaves_are_slow() -> None:
+    for call_seconds in (0.1, 5.0):
+        costs = slow_long_leaves(call_seconds)
+        for num_steps, least in ((300, 1), (5000, 5)):
+            check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
+            check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.004))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_more_budget_never_costs_more_time_for_bent_curves_and_any_window(seed: int) -> None:
+    """Where longer calls advance a step no slower than short ones."""
     rng = random.Random(seed)
-    for call_seconds, rise in ((0.0, 1e-12), (2.0, 1e-3)):
-        state, step = rng.choice([1, 3, 10, 100]), rng.choice([1, 5, 50])
-        costs, num_steps = line_costs(state, step, 0, call_seconds), rng.choice([300, 3000, 20_000])
-        budget = int((state + step) * rng.uniform(2, 20))
-        before = math.inf
-        for _ in range(12):
-            seconds = plan(num_steps, costs, budget_bytes=budget).predicted_seconds
-            assert seconds <= before * (1 + rise)
-            before = seconds
-            budget += rng.choice([1, 1, state, 1 + budget // 100, 1 + budget // 9])
+    for _ in range(3):
+        advance = Curve.linear(rng.choice([0, 2]), 1)
+        costs = replace(random_costs(rng), advance_seconds=advance)
+        num_steps = rng.choice([100, 300, 1000])
+        window = random_window(rng, num_steps)
+        for factor in (1.002, 1.05):
+            budgets = growing_budgets(num_steps, costs, 12, factor, window)
+            check_never_slower(num_steps, costs, budgets, window)
 
 
-def check_never_slower(num_steps: int, costs: Costs, budgets: Iterator[int] | range) -> None:
+def growing_budgets(
+    num_steps: int, costs: Costs, count: int, factor: float = 0.0, window: dict | None = None
+) -> list[int]:
+    """From the smallest to all that helps; or by a factor, from somewhere between."""
+    window = window or {}
+    fixed = costs.fixed.total(max(num_steps, window.get("new_steps", 0)))
+    least = 1 + fixed
+    try:
+        plan(num_steps, costs, budget_bytes=1, **window)
+    except InfeasibleBudgetError as error:
+        least = error.smallest_budget_bytes
+    most = plan(num_steps, costs, strategy="retain", **window).predicted_peak_bytes
+    low, high = least - fixed, max(least + 1, most) - fixed
+    if factor:
+        low, high = low * (high / low) ** 0.4, low * (high / low) ** 0.4 * factor**count
+    budgets = {fixed + int(low * (high / low) ** (part / count)) for part in range(count + 1)}
+    return sorted(budget for budget in budgets if budget >= least)
+
+
+STRATEGIES = ("retain", "sqrt", "uniform:9", "uniform:40", "revolve:3", "revolve:30")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_strategy_is_faster_than_the_bound_on_time(seed: int) -> None:
+    """What lets the planner stop: at the peak of any schedule the bound is below its time."""
+    rng = random.Random(seed)
+    for _ in range(2):
+        costs, num_steps = random_costs(rng), rng.choice([270, 500])
+        demand = Demand((num_steps,))
+        bound = SecondsBound(demand, costs)
+        for strategy in STRATEGIES:
+            fixed = plan(num_steps, costs, strategy=strategy)
+            least = bound(demand.free_bytes(fixed.predicted_peak_bytes, costs))
+            assert least <= fixed.predicted_seconds * (1 + 1e-12)
+            fastest = plan(num_steps, costs, budget_bytes=fixed.predicted_peak_bytes)
+            assert least <= fastest.predicted_seconds * (1 + 1e-12)
+            assert fastest.predicted_seconds <= 1.02 * fixed.predicted_seconds
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_smallest_budget_of_long_windows_is_planned_exactly(
+    ratio: tuple[int, int, int],
+) -> None:
+    exact, costs = ExactSteps(*ratio, 300), line_costs(*ratio)
+    least = ratio[0] + ratio[1] + ratio[2]
+    lighter = replace(costs, last_leaf_bytes=Curve.linear(0, ratio[1] / 2))
+    for num_steps in (257, 280, 300):
+        assert executed(num_steps, costs, least) == exact(least)[num_steps]
+        assert executed(num_steps, costs, least - 1) == math.inf
+        assert executed(num_steps, lighter, least) <= exact(least)[num_steps]
+    assert plan(20_000, lighter, budget_bytes=least).predicted_peak_bytes <= least
+
+
+def check_never_slower(
+    num_steps: int, costs: Costs, budgets: Iterable[int], window: dict | None = None
+) -> None:
     before = math.inf
     for budget in budgets:
         try:
-            seconds = plan(num_steps, costs, budget_bytes=budget).predicted_seconds
+            planned = plan(num_steps, costs, budget_bytes=budget, **(window or {}))
         except InfeasibleBudgetError:
             assert before == math.inf, (num_steps, budget)
             continue
-        assert seconds <= before * (1 + 1e-12), (num_steps, budget)
-        before = seconds
+        assert planned.predicted_peak_bytes <= budget
+        assert planned.predicted_seconds <= before * (1 + 1e-12), (num_steps, budget)
+        before = planned.predicted_seconds
 
 
 # Budgets that cannot be met.

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.predictions import leaf_curve
 
+_DIGITS = 10  # of budgets that plans are made for
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -88,6 +90,16 @@ def smallest_budget(demand: Demand, costs: Costs) -> int:
     enough += math.ceil(max(costs.leaf_bytes(longest), leaf_curve(costs, is_last=True)(longest)))
     enough += math.ceil(costs.advance_bytes(1))
     return bisect_left(range(enough), True, key=lambda budget: demand.fits(budget, costs))
+
+
+def certain_budget(smallest_bytes: int, budget_bytes: int) -> int:
+    """The largest budget up to the given one, from a set that does not depend on it.
+
+    The set has the smallest budget that works, and those that are above it by a number with
+    `_DIGITS` binary digits, so that neighbours are a thousandth apart.
+    """
+    above = budget_bytes - smallest_bytes
+    return budget_bytes - above % (1 << max(0, above.bit_length() - _DIGITS))
 
 
 def largest_steps(demand: Demand, budget_bytes: int, costs: Costs) -> int:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from tbptt_ckpt.costs import Costs, Curve
 from tbptt_ckpt.predictions import leaf_curve
+
+_MOST_FULL = 1 << 14  # leaves looked at
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class LeafRoom:
         is_last: Whether the window ends with the stretch.
         longest: No leaf is longer than this, whatever fits.
         shortest: No leaf but the last is planned in less room than this many steps need.
+        full: So many leaves are as long as fits all the same, those that start below the
+            fewest states. Where there are any, so is the last leaf.
     """
 
     steps: int
@@ -35,15 +42,19 @@ class LeafRoom:
     is_last: bool
     longest: int
     shortest: int = 1
+    full: int = 0
 
     def leaf(self, depth: int) -> int:
         """Steps of the longest leaf that starts `depth` states deep, 0 if there is none."""
         steps = self._fitting(self.costs.leaf_bytes, depth)
+        if depth >= self.full:
+            steps = min(steps, self.longest)
         return steps if steps >= self.shortest else 0
 
     def last(self, depth: int) -> int:
         """The same for the leaf at the stretch's end."""
-        return self._fitting(leaf_curve(self.costs, is_last=self.is_last), depth)
+        steps = self._fitting(leaf_curve(self.costs, is_last=self.is_last), depth)
+        return steps if self.full else min(steps, self.longest)
 
     @cached_property
     def deepest_leaf(self) -> float:
@@ -63,6 +74,8 @@ class LeafRoom:
         depth = 0
         while depth <= self.deepest_leaf and (steps := self.leaf(depth)):
             after = 1 + self._deepest(self.costs.leaf_bytes, steps)
+            if depth < self.full:
+                after = min(after, self.full)
             yield depth, after, steps
             if math.isinf(after):
                 return
@@ -76,6 +89,77 @@ class LeafRoom:
             if len(found) >= most:
                 break
         return found
+
+    def last_lengths(self, most: int) -> list[int]:
+        """The same for leaves at the stretch's end."""
+        found: list[int] = []
+        curve = leaf_curve(self.costs, is_last=self.is_last)
+        while len(found) < most and len(found) <= self.deepest_last:
+            steps = self.last(len(found))
+            after = min(1 + self._deepest(curve, max(1, steps)), 1 + self.deepest_last, most)
+            found += [steps] * max(1, int(after - len(found)))
+        return found
+
+    def needed(self) -> int:
+        """The fewest bytes in which leaves are as long at every depth."""
+        lengths = self.lengths(min(self.steps, _MOST_FULL))
+        if len(lengths) == _MOST_FULL:
+            return self.bytes
+        lasts = self.last_lengths(len(lengths) + 1)
+        bytes_of, last_bytes_of = (
+            self.costs.leaf_bytes,
+            leaf_curve(self.costs, is_last=self.is_last),
+        )
+        needed = [0.0]
+        for curve, found in ((bytes_of, lengths), (last_bytes_of, lasts)):
+            states = np.arange(len(found)) * self.costs.state_bytes
+            needed.append((curve.at(np.array(found, np.int64)) + states).max(initial=0.0))
+        return min(self.bytes, math.ceil(max(needed)))
+
+    def with_full_leaves(self) -> LeafRoom | None:
+        """The room with the number of full leaves whose row is fastest; None where none reach.
+
+        Each full leaf is slower for its steps, and saves calls at the deepest leaves.
+        """
+        whole = replace(self, longest=self.steps)
+        if whole.last(0) >= self.steps:
+            return None
+        fitting = np.array(whole.lengths(min(self.steps, _MOST_FULL)), np.int64)
+        lasts = np.array(whole.last_lengths(len(fitting) + 1), np.int64)[1:]
+        if not len(lasts):
+            return None
+        curve, advance = self.costs.leaf_seconds, self.costs.advance_seconds
+        full, limited = fitting[: len(lasts)], np.minimum(fitting, self.longest)[: len(lasts)]
+        steps = np.cumsum(full), np.cumsum(limited)
+        seconds = np.cumsum(curve.at(full)), np.cumsum(curve.at(limited))
+
+        def row_seconds(count: int) -> float:
+            def chained(sums: tuple[Any, Any]) -> Any:
+                rest = sums[1][count:] - sums[1][count - 1] + sums[0][count - 1]
+                return np.concatenate([sums[0][:count], rest])
+
+            covered = chained(steps)
+            reaches = covered + lasts >= self.steps
+            at = int(reaches.argmax())
+            if not reaches[at]:
+                return math.inf
+            slack = covered[at] + lasts[at] - self.steps
+            advanced = (self.steps - lasts[at]) * advance.slope + (at + 1) * advance(0)
+            ends = curve(int(lasts[at])) - slack * curve.slope
+            return float(chained(seconds)[at] + advanced + ends)
+
+        best, least = len(full), row_seconds(len(full))
+        apart = 1 << max(0, len(full).bit_length() - 6)
+        tried = range(1, len(full), apart)
+        while True:
+            for count in tried:
+                if (found := row_seconds(count)) < least:
+                    best, least = count, found
+            if apart == 1:
+                return replace(self, full=best) if math.isfinite(least) else None
+            lowest, highest = max(1, best - apart), min(len(full), best + apart)
+            apart = max(1, apart // 8)
+            tried = range(lowest, highest, apart)
 
     def row(self) -> list[tuple[int, int]] | None:
         """The fewest leaves that cover the stretch with no step advanced twice.
@@ -131,7 +215,7 @@ class LeafRoom:
 
     def _fitting(self, curve: Curve, depth: int) -> int:
         steps = curve.longest(self.bytes - depth * self.costs.state_bytes)
-        return max(0, int(min(steps, self.steps, self.longest)))
+        return max(0, int(min(steps, self.steps)))
 
     def _deepest(self, curve: Curve, steps: int) -> float:
         """The most states beside which a piece of so many steps fits; below 0 for none."""

@@ -16,6 +16,7 @@ what the window lies below it is taken from segments about which the price is un
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -28,7 +29,7 @@ from tbptt_ckpt.nesting import NestingBuilder
 _ROUNDS = 60  # prices tried at most; about ten are needed
 _MANY_LEVELS = 512  # up to which a price is looked for
 
-_BEYOND = 1 << 45  # reaches are cut here, so that sums of them are numbers of 64 bits
+BEYOND = 1 << 45  # reaches are cut here, so that sums of them are numbers of 64 bits
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,6 +46,7 @@ class Rooms:
         leaf_seconds, last_seconds: Their times.
         step_seconds: Advancing one step.
         call_seconds: Each advance in addition.
+        bends: (steps, seconds) of shorter leaves that may be worth more.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class Rooms:
     last_seconds: Floats
     step_seconds: float
     call_seconds: float
+    bends: tuple[tuple[int, float], ...] = ()
 
 
 def fewest_levels(rooms: Rooms) -> int:
@@ -63,23 +66,27 @@ def fewest_levels(rooms: Rooms) -> int:
         if ends[-1] + reaches[: len(ends) - 1].sum() >= rooms.steps:
             return levels
         parts = np.append(reaches[:-1], rooms.leaves[-1])
-        reaches = np.minimum(np.cumsum(parts[::-1])[::-1], _BEYOND)
+        reaches = np.minimum(np.cumsum(parts[::-1])[::-1], BEYOND)
     raise AssertionError("reaches grow with every level")
 
 
 def with_one_state(rooms: Rooms) -> tuple[NestingBuilder, int]:
     """The nesting where no leaf starts two states deep: each starts from an advance of its own.
 
-    The one choice is where the slack is: in the first leaf, whose steps are advanced most.
+    The last leaf, if it takes less, may start two states deep. The one choice is where the
+    slack is: in the first leaf, whose steps are advanced most.
     """
     builder = NestingBuilder()
     longest, leaf = int(rooms.leaves[0]), int(rooms.leaves[1])
-    last = int(rooms.lasts[1]) if len(rooms.lasts) else leaf
-    count = max(0, -(-(rooms.steps - last - longest) // leaf))
-    node, part = builder.leaf(rooms.steps - last - count * leaf), builder.leaf(leaf)
+    ends: list[tuple[int, ...]] = [(int(rooms.lasts[1]) if len(rooms.lasts) else leaf,)]
+    if len(rooms.lasts) > 2:
+        ends.append((leaf, int(rooms.lasts[2])))
+    end = max((end for end in ends if sum(end) < rooms.steps), key=sum)
+    count = max(0, -(-(rooms.steps - sum(end) - longest) // leaf))
+    node, part = builder.leaf(rooms.steps - sum(end) - count * leaf), builder.leaf(leaf)
     for _ in range(count):
         node = builder.split(node, 1, part)
-    return builder, builder.split(node, 1, builder.leaf(last))
+    return builder, builder.split(node, 1, builder.chain([(steps, 1) for steps in end]))
 
 
 class PriceTable:
@@ -112,13 +119,14 @@ class PriceTable:
                 leaf_values, call = np.zeros(len(lengths)), -1.0
             else:
                 worth = price - advances * rooms.step_seconds
-                leaf_values, call = lengths * worth - seconds, rooms.call_seconds
+                leaf_values, lengths = best_leaves(lengths, seconds, rooms.bends, worth)
+                call = rooms.call_seconds
             if advances == levels:
                 is_leaf = np.ones(len(lengths), bool)
                 values, steps = leaf_values, lengths
             else:
-                values, steps, is_leaf = _row(leaf_values, lengths, values - call, steps)
-                steps = np.minimum(steps, _BEYOND)
+                values, steps, is_leaf = best_rows(leaf_values, lengths, values - call, steps)
+                steps = np.minimum(steps, BEYOND)
             self._rows.append((steps, is_leaf))
         self.value = float(values[0])
         self.covered = int(steps[0])
@@ -138,7 +146,20 @@ class PriceTable:
         return [steps.tolist() for steps, _ in rows], [leaf.tolist() for _, leaf in rows]
 
 
-def _row(
+def best_leaves(
+    lengths: Ints, seconds: Floats, bends: Sequence[tuple[int, float]], price: float
+) -> tuple[Floats, Ints]:
+    """Worth and steps of the best leaf at each depth: the longest, or one at a bend."""
+    values, best = lengths * price - seconds, lengths.copy()
+    for bend, bend_seconds in bends:
+        is_better = (lengths >= bend) & (values < bend * price - bend_seconds)
+        if is_better.any():
+            values[is_better] = bend * price - bend_seconds
+            best[is_better] = bend
+    return values, best
+
+
+def best_rows(
     leaf_values: Floats, lengths: Ints, left_values: Floats, left_steps: Ints
 ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
     """Values, steps and whether a leaf, by depth, given the left parts of the splits.
@@ -273,7 +294,7 @@ def _neighbouring_tables(rooms: Rooms, levels: int) -> tuple[PriceTable, PriceTa
         price *= 2
         low, high = high, PriceTable(rooms, levels, price)
     for _ in range(_ROUNDS):
-        is_cut = high.covered >= _BEYOND
+        is_cut = high.covered >= BEYOND
         price = (low.price + high.price) / 2 if is_cut else low.as_good_as(high)
         found = PriceTable(rooms, levels, price)
         known = low.covered * price - low.seconds

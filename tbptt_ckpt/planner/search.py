@@ -9,14 +9,21 @@ import numpy as np
 
 from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.nesting import Nesting, NestingBuilder
+from tbptt_ckpt.planner.feasibility import Demand
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels, with_one_state
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
 from tbptt_ckpt.predictions import ADVANCE_STEPS, Prediction, predict, usual_advance_steps
 
 _MORE_LEVELS = 2  # levels allowed beyond the fewest that reach: fewer calls, more steps
+_SLOWER = 1 + 1e-9  # than rounding errors make it
 DEEPEST = 1 << 14  # states; more levels are taken rather than more states
 DEEPEST_TRIED = 1 << 10  # where one level reaches, more are tried with so many states at most
+
+
+def is_exact(demand: Demand) -> bool:
+    """Whether every split of every block is tried."""
+    return max(demand.lengths) <= SHORT_STEPS
 
 
 def fastest_nestings(lengths: Sequence[int], free_bytes: int, costs: Costs) -> list[Nesting]:
@@ -47,6 +54,11 @@ def _fastest(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nes
             if best is None or rank < best[0]:
                 best = rank, nesting
 
+    def consider_row(row: list[tuple[int, int]] | None) -> None:
+        if row is not None:
+            builder = NestingBuilder()
+            consider(builder.build(builder.chain(row)))
+
     if steps <= SHORT_STEPS:
         short = short_nesting(steps, free_bytes, costs, is_last=is_last)
         if short is not None:
@@ -57,9 +69,9 @@ def _fastest(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nes
             continue  # no limit at all
         room = LeafRoom(steps, free_bytes, costs, is_last, longest)
         row = room.row()
-        if row is not None:
-            builder = NestingBuilder()
-            consider(builder.build(builder.chain(row)))
+        consider_row(row)
+        if longest < steps and (some_full := room.with_full_leaves()) is not None:
+            consider_row(some_full.row())
         if steps > SHORT_STEPS and (row is None or len(row) > 1):
             hopeful = best is None or _least_seconds(room) < best[0][0]
             levels = _with_levels(room, is_needed=row is None) if hopeful else None
@@ -119,7 +131,7 @@ def _leaf_limits(steps: int, costs: Costs) -> list[int]:
     slower = [
         point
         for index, point in enumerate(points)
-        if any(step_seconds(length) > step_seconds(point) for length in later[index:])
+        if any(step_seconds(length) > _SLOWER * step_seconds(point) for length in later[index:])
     ]
     return [steps, *slower]
 
@@ -129,7 +141,7 @@ def _with_levels(room: LeafRoom, *, is_needed: bool) -> Nesting | None:
     rooms = _rooms(room, DEEPEST if is_needed else DEEPEST_TRIED)
     if rooms is None:
         return None
-    if len(rooms.leaves) == 2 and len(rooms.lasts) in (0, 2):
+    if len(rooms.leaves) == 2 and len(rooms.lasts) != 1:
         builder, node = with_one_state(rooms)
         return builder.build(node)
     fewest = fewest_levels(rooms)
@@ -148,8 +160,9 @@ def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
         return None
     lasts = []
     if room.is_last:
-        lasts = [room.last(d) for d in range(int(min(room.deepest_last, len(leaves))) + 1)]
+        lasts = room.last_lengths(len(leaves) + 1)
     seconds = room.costs.leaf_seconds
+    bends = [p for p, _ in seconds.points if 0 < p < leaves[0]] if len(seconds.points) > 2 else []
     return Rooms(
         steps=room.steps,
         leaves=np.array(leaves, np.int64),
@@ -158,4 +171,5 @@ def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
         last_seconds=np.array([seconds(steps) for steps in lasts], float),
         step_seconds=room.costs.advance_seconds(ADVANCE_STEPS) / ADVANCE_STEPS,
         call_seconds=room.costs.advance_seconds(0),
+        bends=tuple((steps, seconds(steps)) for steps in bends),
     )

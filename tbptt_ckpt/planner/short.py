@@ -58,6 +58,10 @@ class ShortTable:
                 [room.last(depth) for depth in range(deepest + 1)], self._inner.seconds
             )
 
+    def seconds(self, steps: int) -> float:
+        """Time of the fastest nesting of a stretch; infinity where none fits."""
+        return float(self._ending.seconds[0, steps])
+
     def nesting(self, steps: int) -> Nesting | None:
         """The fastest nesting of a stretch, None where none fits."""
         if np.isinf(self._ending.seconds[0, steps]):
@@ -107,6 +111,12 @@ def short_nesting(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -
     """The fastest nesting of at most `SHORT_STEPS` steps; None where none fits."""
     most = next(size for size in _SIZES if size >= steps)
     return _short_table(most, free_bytes, costs, is_last).nesting(steps)
+
+
+def short_seconds(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> float:
+    """Time of the fastest nesting; infinity where none fits."""
+    most = next(size for size in _SIZES if size >= steps)
+    return _short_table(most, free_bytes, costs, is_last).seconds(steps)
 
 
 @lru_cache(maxsize=64)
