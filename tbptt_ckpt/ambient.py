@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from tbptt_ckpt.buffers import BufferValue, find_buffers
+from tbptt_ckpt.buffers import BufferValue, buffer_names, find_buffers
+from tbptt_ckpt.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +39,9 @@ class Ambient:
     """
 
     def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
-        self._buffers = find_buffers(modules)
+        self._modules = list(modules)
+        self._buffers = find_buffers(self._modules)
+        self._known = buffer_names(self._modules)
         self._device_ids, self._device_type, self._examples = _accelerators(tensors)
         self._last: AmbientState | None = None
 
@@ -81,10 +84,31 @@ class Ambient:
         """Put buffers back to `state`, and take the generators to be there already.
 
         They may since have been used to read the first steps, and then count as changed.
+
+        Raises:
+            ArgumentError: The state is that of a module with other buffers.
         """
+        if len(state.buffers) != len(self._buffers):
+            raise ArgumentError(
+                f"the module has {len(self._buffers)} buffers, the saved one had "
+                f"{len(state.buffers)}; a saved run goes on with a module of the same buffers"
+            )
         for buffer, value in zip(self._buffers, state.buffers, strict=True):
             buffer.restore(value)
         self._last = state
+
+    def check_complete(self) -> None:
+        """Raise `ArgumentError` if a module has registered a buffer since this was made.
+
+        Nothing is known of what such a buffer held when its steps were new.
+        """
+        new = [name for key, name in buffer_names(self._modules).items() if key not in self._known]
+        if new:
+            raise ArgumentError(
+                f"module buffer {new[0]!r} was registered while the module ran, so that what it "
+                "held at earlier steps is not known; register it in __init__, as None if its "
+                "value comes later"
+            )
 
     def _get_device_states(self) -> tuple[Tensor, ...]:
         return tuple(get_device_states(*self._examples)[1]) if self._examples else ()

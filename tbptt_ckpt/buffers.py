@@ -10,11 +10,16 @@ NOTE [Restoring must not write]
 Autograd may have saved a buffer for a backward that is still to come. A restored value is
 put in the module as another tensor; the tensor that stood there is kept aside, and comes
 back with the value it holds.
+
+NOTE [Buffers are told apart by their place]
+What buffers hold is kept, and saved, in the order in which they are found. It is that of
+registration, and does not depend on which of them are None at the time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +29,30 @@ from tbptt_ckpt.errors import ArgumentError
 
 # Larger buffers are lookup tables rather than statistics: their versions are believed.
 _COMPARED_BYTES = 1 << 20
+# Longer containers hold data rather than modules.
+_SEARCHED_ITEMS = 1000
 
 
 class BufferValue:
     """What a buffer held at some step.
 
     Attributes:
-        values: A copy.
+        values: A copy; empty where the buffer is None.
+        is_none: Whether the buffer is None, as one is that is set in a first step.
         holder: A tensor that stood in the module, holds these values, and is not in the
             module now.
     """
 
-    __slots__ = ("holder", "values")
+    __slots__ = ("holder", "is_none", "values")
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor | None) -> None:
+        self.is_none = values is None
+        self.values = torch.empty(0) if values is None else values
         self.holder: Tensor | None = None
+
+    def copy(self) -> Tensor | None:
+        """The value as another tensor."""
+        return None if self.is_none else self.values.clone()
 
 
 class Buffer:
@@ -60,7 +73,7 @@ class Buffer:
 
     def present(self) -> Tensor | None:
         """The tensor that is in the module now."""
-        return self._module._buffers[self._name]
+        return self._module._buffers.get(self._name)
 
     def about_to_run(self) -> None:
         """The module may change the buffer from here on."""
@@ -69,7 +82,8 @@ class Buffer:
     def capture(self) -> BufferValue:
         """What the buffer holds; the same object as before where nothing changed."""
         if self._value is None or not self._holds(self._value):
-            self._remember(BufferValue(self._checked().detach().clone()))
+            tensor = self._checked()
+            self._remember(BufferValue(None if tensor is None else tensor.detach().clone()))
         self._has_run = False
         assert self._value is not None
         return self._value
@@ -81,7 +95,7 @@ class Buffer:
             return
         self._check_alone()
         if value.holder is None:
-            value.holder = value.values.clone()  # may find no memory: before anything changes
+            value.holder = value.copy()  # may find no memory: before anything changes
         if known is not None:
             known.holder = self._tensor
         self._module._buffers[self._name] = value.holder
@@ -89,30 +103,35 @@ class Buffer:
         self._remember(value)
 
     def _check_alone(self) -> None:
+        tensor = self.present()
         for twin in self.twins:
-            if twin.present() is self.present():
+            if tensor is not None and twin.present() is tensor:
                 raise ArgumentError(
                     f"module buffers {self._name!r} and {twin._name!r} are one tensor, which a "
                     "step changes; register it once, and read it from there"
                 )
 
-    def _checked(self) -> Tensor:
+    def _checked(self) -> Tensor | None:
         tensor = self.present()
-        if tensor is None or tensor.requires_grad:
-            carried = "nothing" if tensor is None else "an autograd graph"
+        if tensor is not None and tensor.requires_grad:
             raise ArgumentError(
-                f"module buffer {self._name!r} carries {carried} from step to step; what passes "
-                "with its gradient belongs in the state, other values must be detached"
+                f"module buffer {self._name!r} carries an autograd graph from step to step; what "
+                "passes with its gradient belongs in the state, other values must be detached"
             )
         return tensor
 
     def _remember(self, value: BufferValue) -> None:
         self._tensor = self._checked()
-        self._version, self._value, self._has_run = self._tensor._version, value, False
+        self._version = 0 if self._tensor is None else self._tensor._version
+        self._value, self._has_run = value, False
 
     def _holds(self, value: BufferValue) -> bool:
         tensor = self.present()
-        if tensor is None or tensor is not self._tensor or tensor._version != self._version:
+        if tensor is not self._tensor:
+            return False
+        if tensor is None:
+            return True
+        if tensor._version != self._version:
             return False
         if not self._has_run:
             return True
@@ -122,20 +141,54 @@ class Buffer:
 
 
 def find_buffers(roots: Iterable[object]) -> list[Buffer]:
-    """The distinct buffers of all the modules among `roots`."""
+    """The distinct buffers of all the modules among `roots`, those that are None included."""
     found: dict[tuple[int, str], Buffer] = {}
     for root in roots:
         if isinstance(root, nn.Module):
-            for module in root.modules():
-                for name, tensor in module._buffers.items():
-                    if tensor is not None:
-                        found[id(module), name] = Buffer(module, name)
+            for module in [*root.modules(), *_unregistered_modules(root)]:
+                for name in module._buffers:
+                    found[id(module), name] = Buffer(module, name)
     first_of: dict[int, Buffer] = {}
     for buffer in found.values():
-        first = first_of.setdefault(id(buffer.present()), buffer)
+        tensor = buffer.present()
+        first = buffer if tensor is None else first_of.setdefault(id(tensor), buffer)
         if first is not buffer:
             first.twins.append(buffer)
     return list(found.values())
+
+
+def buffer_names(roots: Iterable[object]) -> dict[tuple[int, str], str]:
+    """The full names of registered buffers, by their module's identity and their name there."""
+    return {
+        (id(module), name): f"{path}.{name}" if path else name
+        for root in roots
+        if isinstance(root, nn.Module)
+        for path, module in root.named_modules()
+        for name in module._buffers
+    }
+
+
+def _unregistered_modules(root: nn.Module) -> list[nn.Module]:
+    """Modules that only a plain list, tuple or dict among a module's attributes leads to."""
+    registered = {id(module) for module in root.modules()}
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    left: list[Any] = [root]
+    while left:
+        item = left.pop(0)
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            if id(item) not in registered:
+                found.append(item)
+            inside: Iterable[Any] = vars(item).values()
+        elif len(item) > _SEARCHED_ITEMS:
+            continue
+        else:
+            inside = item.values() if isinstance(item, dict) else item
+        left += [part for part in inside if isinstance(part, nn.Module | list | tuple | dict)]
+    return found
 
 
 def _same_values(some: Tensor, other: Tensor) -> bool:

@@ -118,6 +118,7 @@ def untouched(*owners: object) -> Iterator[None]:
         ambient.restore(before)
         for part, training in modes:
             part.training = training
+    ambient.check_complete()
 
 
 class _Pass:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tbptt_ckpt.errors import ArgumentError
 
@@ -145,6 +146,23 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
                 "eval mode, which cannot be differentiated; call .train() on it (with dropout=0 "
                 "if it must not drop), or disable cuDNN with torch.backends.cudnn.enabled = False"
             )
+
+
+def check_initialised(name: str, module: object) -> None:
+    """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet.
+
+    Args:
+        name: The argument's name.
+        module: The user's module.
+    """
+    owner = owner_of(module)
+    if isinstance(owner, nn.Module):
+        for path, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
+            if is_lazy(tensor):
+                raise ArgumentError(
+                    f"{name}: {path!r} belongs to a lazy layer that has not run, so that it has "
+                    "no shape yet; run one step of the module first"
+                )
 
 
 def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:

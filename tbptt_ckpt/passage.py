@@ -218,6 +218,7 @@ class Passage:
     def hand_on(self) -> None:
         """Leave to the next windows what they start from."""
         records, final = self._records, self.final
+        self._ambient.check_complete()
         check_no_hidden_tensors(final.state)
         if records.carried is not None:
             check_same_structure(final.state, records.carried.state)

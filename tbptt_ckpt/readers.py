@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
@@ -131,6 +132,11 @@ def reader_for(sequence: object) -> StepIterable | SourceReader:
     if isinstance(sequence, io.IOBase):
         raise ArgumentError(
             f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
+        )
+    if isinstance(sequence, mmap.mmap):  # has a read(), but of bytes
+        raise ArgumentError(
+            "sequence is an mmap.mmap, which has bytes but no steps; map the file with "
+            "map_file(path, dtype, step_shape) or np.memmap, and pass ArraySequence(array)"
         )
     if isinstance(sequence, TensorSequence):
         _check_usable(sequence.inputs, "inputs")

@@ -13,13 +13,19 @@ from torch import Tensor
 from tbptt_ckpt.blocks import Column, StepBlock, to_time_dim
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.losses import is_present
-from tbptt_ckpt.modules import Recurrence, check_segment_output, split_result
+from tbptt_ckpt.modules import (
+    Recurrence,
+    check_segment_output,
+    parameters_of,
+    split_result,
+)
 from tbptt_ckpt.packing import join_blocks
 from tbptt_ckpt.sinks import Sink
 from tbptt_ckpt.sources import check_time_exists
 from tbptt_ckpt.state import (
     Tree,
     is_differentiable,
+    iterate_tensors,
     map_tensors,
     replace_tensors,
     structure,
@@ -34,7 +40,6 @@ class Runner:
 
     Args:
         recurrence: The module.
-        device_type: Where it runs, for autocast.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
 
     Attributes:
@@ -42,12 +47,11 @@ class Runner:
             between windows.
     """
 
-    def __init__(
-        self, recurrence: Recurrence, device_type: str, autocast_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, recurrence: Recurrence, autocast_dtype: torch.dtype | None = None) -> None:
         self.recurrence = recurrence
         self.time_batching = TimeBatching(False)
-        self._device_type, self._autocast_dtype = device_type, autocast_dtype
+        self._autocast_dtype = autocast_dtype
+        self._weights = parameters_of(recurrence.module)
 
     def run(
         self,
@@ -70,7 +74,7 @@ class Runner:
         """
         run_piece = self._run_steps if self.recurrence.per_step else self._run_segment
         per_step = self.recurrence.per_step
-        with self._autocast(), self.time_batching.region(stop - start, per_step):
+        with self._autocast(task, state), self.time_batching.region(stop - start, per_step):
             for begin, end in task.pieces(start, stop, longest):
                 if begin != start:
                     state = rejoin(task, begin, state)
@@ -157,12 +161,20 @@ class Runner:
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
         sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def _autocast(self, task: WindowTask, state: Tree) -> AbstractContextManager[None]:
         """Autocast as the user wants it, whoever turned it on."""
+        device_type = self._device_type(task, state)
         if self._autocast_dtype is not None:
-            return _uncached(torch.autocast(self._device_type, dtype=self._autocast_dtype))
-        nested = torch.is_autocast_enabled(self._device_type)
+            return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
+        nested = torch.is_autocast_enabled(device_type)
         return _uncached(nullcontext()) if nested else nullcontext()
+
+    def _device_type(self, task: WindowTask, state: Tree) -> str:
+        """Where the steps run: with the weights, and those of a function with what it is given."""
+        if self._weights:
+            return self._weights[0].device.type
+        types = (t.device.type for t in iterate_tensors((state, task.blocks[0].inputs)))
+        return next((kind for kind in types if kind != "cpu"), "cpu")
 
 
 @contextmanager

@@ -21,7 +21,13 @@ from tbptt_ckpt.executor import (
     ReplayExecutor,
 )
 from tbptt_ckpt.losses import LossFunction
-from tbptt_ckpt.modules import Recurrence, check_differentiable, parameters_of, recognise
+from tbptt_ckpt.modules import (
+    Recurrence,
+    check_differentiable,
+    check_initialised,
+    parameters_of,
+    recognise,
+)
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action
 from tbptt_ckpt.sources import check_time_dim
@@ -53,7 +59,6 @@ class Settings:
     runner: Runner
     updater: Updater
     parameters: list[nn.Parameter]
-    device_type: str
     measure_memory: bool = False
     record: list[Action] | None = None
     observer: Observer = UNOBSERVED
@@ -62,6 +67,11 @@ class Settings:
         """All that an update changes: a function's weights are known to the optimizer only."""
         found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
         return list(found.values())
+
+    @property
+    def device_type(self) -> str:
+        """Where the weights are; "cpu" where none are known."""
+        return next((weight.device.type for weight in self.weights()), "cpu")
 
     @property
     def strategy(self) -> Strategy:
@@ -97,8 +107,8 @@ def make_runner(
         raise ArgumentError(
             f"autocast_dtype={autocast_dtype!r} must be a floating dtype such as torch.bfloat16"
         )
-    recurrence = recognise(module, per_step, time_dim, lane_dim)
-    return Runner(recurrence, device_type_of(module), autocast_dtype)
+    check_initialised("module", module)
+    return Runner(recognise(module, per_step, time_dim, lane_dim), autocast_dtype)
 
 
 def check_lane_dim(lane_dim: object) -> None:
@@ -107,12 +117,6 @@ def check_lane_dim(lane_dim: object) -> None:
         not isinstance(lane_dim, int) or isinstance(lane_dim, bool) or lane_dim < 0
     ):
         raise ArgumentError(f"lane_dim={lane_dim!r} must be an integer of at least 0, or None")
-
-
-def device_type_of(module: object) -> str:
-    """Where a module's weights are; "cpu" where it has none."""
-    parameters = parameters_of(module)
-    return parameters[0].device.type if parameters else "cpu"
 
 
 def device_of(parameters: list[nn.Parameter]) -> torch.device:
@@ -196,6 +200,7 @@ def make_settings(
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
     runner.time_batching = TimeBatching(time_batching, module)
     check_differentiable(module)
+    check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
     updater = Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group)
     chosen, budget = parse_strategy(strategy), parse_budget(memory_budget)
@@ -223,6 +228,5 @@ def make_settings(
         runner=runner,
         updater=updater,
         parameters=parameters,
-        device_type=device_type_of(module),
         measure_memory=measure_memory,
     )

@@ -157,7 +157,8 @@ def unroll(
     tensors = [*parameters_of(module), *tensors_of(init_state), *tensors_of(inputs)]
     # With the inputs as targets every step has one, so that every output is collected.
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
-    task = WindowTask([block], 0, 0, num_steps, 0, Ambient([runner.recurrence.module], tensors))
+    ambient = Ambient([runner.recurrence.module], tensors)
+    task = WindowTask([block], 0, 0, num_steps, 0, ambient)
     sinks: list[OutputSink] = []
 
     def new_sink() -> OutputSink:
@@ -166,6 +167,7 @@ def unroll(
 
     spans = CheckpointedSpans(task, runner, new_sink, context_fn)
     collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
+    ambient.check_complete()
     frame = map_tensors(lambda _: torch.empty(0), sinks[0].outputs[0])
     return _over_time(collected, frame, runner.recurrence.per_step, time_dim), state
 

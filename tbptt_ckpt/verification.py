@@ -156,6 +156,7 @@ def _untouched(module: object, tensors: Sequence[Tensor]) -> Iterator[Callable[[
     leaves = [tensor for tensor in tensors if tensor.is_leaf]
 
     def start_over() -> None:
+        ambient.check_complete()
         ambient.restore(start)
         for leaf in leaves:
             leaf.grad = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import io
+import mmap
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from tbptt_ckpt import (
     TBPTT,
     Advance,
     ArgumentError,
+    ArraySequence,
     Differentiate,
     Drop,
     Keep,
@@ -242,6 +244,18 @@ class Segment(nn.Module):
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.lstm(x, state)
+
+
+class LazyCell(nn.Module):
+    """Its weights have no shape before it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout = nn.LazyLinear(WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.readout(x))
+        return h, h
 
 
 def scalar_then_pair() -> Callable[[Tensor, Tensor], Any]:
@@ -484,6 +498,14 @@ TABLE: dict[str, Bad] = {
         lambda bench: bench.make(module=nn.GRUCell(2, 3), per_step=False),
         r"^per_step=False does not fit (nn\.)?GRUCell, which runs one step",
         when="later",
+    ),
+    "module_lazy": argument(
+        r"^module: 'readout\.weight' belongs to a lazy layer .* run one step of the module first",
+        module=LazyCell(),
+        optimizer=None,
+    ),
+    "loss_lazy": argument(
+        r"^loss_fn: 'weight' belongs to a lazy layer .* run one step", loss_fn=nn.LazyLinear(1)
     ),
     "per_step_string": argument(r"^per_step='yes' must be True, False or None", per_step="yes"),
     "bidirectional": Bad(
@@ -780,6 +802,16 @@ TABLE: dict[str, Bad] = {
     "open_file_as_sequence": sequence(
         lambda _: io.StringIO("text"), r"^sequence=.* is an open file; pass steps"
     ),
+    "mapped_bytes_as_sequence": sequence(
+        lambda _: mmap.mmap(-1, 16),
+        r"^sequence is an mmap\.mmap, .* map_file\(path, dtype, step_shape\) or np\.memmap",
+    ),
+    "mapped_bytes_as_inputs": Bad(
+        lambda _: TensorSequence(mmap.mmap(-1, 16)), r"^inputs=<mmap.* holds no tensor"
+    ),
+    "mapped_bytes_as_array": Bad(
+        lambda _: ArraySequence(mmap.mmap(-1, 16)), r"^inputs is a mmap; pass a numpy array"
+    ),
     "loss_weight_negative": loss(
         lambda y, target: (F.mse_loss(y, target), -1.0),
         r"^loss_fn returned weights that sum to -2\.0 .*finite and not negative",
@@ -863,6 +895,13 @@ def test_eval_mode_is_found_before_the_first_window(monkeypatch: pytest.MonkeyPa
 
 def _as_on_cuda(module: object) -> None:
     check_differentiable(module, device_types={"cuda"})
+
+
+def test_a_lazy_module_runs_once_it_has_made_a_step() -> None:
+    bench, module = Bench(), LazyCell()
+    module(bench.inputs[0], None)
+    bench.train(module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    assert module.readout.weight.grad.any()
 
 
 # Weights that change inside a window, and inference mode.

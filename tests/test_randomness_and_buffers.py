@@ -30,7 +30,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, verify
+from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, unroll, verify
 from tbptt_ckpt.buffers import find_buffers
 
 NUM_STEPS, LANES = 13, 4
@@ -350,6 +350,139 @@ def test_buffers_that_only_begin_as_one_tensor() -> None:
 
     data = random_data(NUM_STEPS, lanes=LANES)
     assert verify(make(Parting), mean_loss, *data, strategy="step", tolerance=1e-12).ok
+
+
+class SetInAStep(CountingByReassignment):
+    """Its buffers are None until a step sets them, in effect to what they are elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = self.mean = None
+
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.counter is None:
+            self.counter, self.mean = torch.zeros((), dtype=torch.int64), h.new_zeros(WIDTH)
+        return super().disturbed(h, x)
+
+
+class Forgetful(CountingByReassignment):
+    """Its mean is None after every fourth step."""
+
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = h.new_zeros(WIDTH)
+        h = super().disturbed(h, x)
+        if int(self.counter) % 4 == 0:
+            self.mean = None
+        return h
+
+
+class ZeroedInstead(CountingByReassignment):
+    """What `Forgetful` computes, without None."""
+
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        h = super().disturbed(h, x)
+        if int(self.counter) % 4 == 0:
+            self.mean = torch.zeros_like(self.mean)
+        return h
+
+
+class KeptInAList(Normalised):
+    """Its normalisation, without weights, is in a list in a dict, so that torch does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.norm
+        self.hidden = {"layers": [nn.BatchNorm1d(WIDTH, affine=False).double()]}
+
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        (norm,) = self.hidden["layers"]
+        return norm(h)
+
+
+class WithoutWeights(Normalised):
+    """What `KeptInAList` computes, with the normalisation in plain sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        (SetInAStep, CountingByReassignment),
+        (Forgetful, ZeroedInstead),
+        (KeptInAList, WithoutWeights),
+    ],
+)
+def test_buffers_that_are_none_or_hidden_count_like_others(
+    kind: type[Recurrent], plain: type[Recurrent], strategy: str, executor: str, overlap: str
+) -> None:
+    """Held bitwise against a module that does the same with buffers that are always there."""
+    inputs, targets = random_data(NUM_STEPS, lanes=LANES)
+
+    def run(kind: type[Recurrent], reach: tuple[int, int | None]) -> list[Any]:
+        module = make(kind)
+        tbptt = TBPTT(
+            module,
+            mean_loss,
+            *reach,
+            optimizer_for(module, 0.1),
+            overlap=overlap,
+            strategy=strategy,
+            executor=executor,
+        )
+        windows = tbptt.windows(TensorSequence(inputs, targets), None)
+        return [[w.loss, w.state, gradients(list(module.parameters()))] for w in windows]
+
+    for reach in REACHES:
+        assert bitwise(run(kind, reach), run(plain, reach)), reach
+
+
+def test_a_hidden_batch_norm_counts_every_step_once() -> None:
+    module, (inputs, targets) = make(KeptInAList), random_data(NUM_STEPS, lanes=LANES)
+    tbptt = TBPTT(module, mean_loss, 2, 7, strategy="revolve:2")
+    for result in tbptt.windows(TensorSequence(inputs, targets), None):
+        assert int(module.hidden["layers"][0].num_batches_tracked) == result.stop
+
+
+class RegisteredInAStep(Recurrent):
+    def disturbed(self, h: Tensor, x: Tensor) -> Tensor:
+        if not hasattr(self.readout, "mean"):
+            self.readout.register_buffer("mean", h.new_zeros(WIDTH))
+        new = h - 0.5 * self.readout.mean.clone()
+        self.readout.mean.mul_(0.8).add_(0.2 * h.detach().mean(0))
+        return new
+
+
+def _train(module: nn.Module, inputs: Tensor, targets: Tensor, executor: str = "replay") -> None:
+    optimizer = optimizer_for(module, 0.1)
+    tbptt = TBPTT(module, mean_loss, 2, 5, optimizer, strategy="step", executor=executor)
+    tbptt.train(TensorSequence(inputs, targets), None)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _train,
+        lambda *problem: _train(*problem, executor="checkpoint"),
+        lambda module, inputs, targets: verify(module, mean_loss, inputs, targets),
+        lambda module, inputs, targets: unroll(module, inputs, strategy="step"),
+        lambda module, *data: evaluate(module, mean_loss, TensorSequence(*data)),
+    ],
+)
+def test_a_buffer_registered_in_a_step_is_refused(use: Any) -> None:
+    module, data = make(RegisteredInAStep), random_data(NUM_STEPS, lanes=LANES)
+    weights = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(
+        ArgumentError, match=r"^module buffer 'readout\.mean' .*in __init__, as None"
+    ):
+        use(module, *data)
+    assert bitwise(list(module.parameters()), weights)
 
 
 def test_a_buffer_that_turns_into_nan_has_changed() -> None:

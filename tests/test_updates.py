@@ -34,8 +34,14 @@ from cases import (
 )
 from models_for_tests import CountedCalls, check_same_windows, moving, observe
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbptt_ckpt import TBPTT, TensorSequence, TrainResult, tbptt_windows
+from tbptt_ckpt.ambient import Ambient
+from tbptt_ckpt.blocks import StepBlock
+from tbptt_ckpt.settings import make_runner
+from tbptt_ckpt.sinks import OutputSink
+from tbptt_ckpt.task import WindowTask
 
 NUM_STEPS, K1, K2 = 13, 3, 7
 STRATEGIES = ("retain", "uniform:2", "revolve:2")
@@ -310,6 +316,26 @@ def test_autocast_reaches_module_and_loss() -> None:
     assert set(seen) == {(torch.bfloat16, True)}
     assert not torch.is_autocast_enabled("cpu")
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize(("state", "inputs"), [("xpu", "cpu"), (None, "xpu"), (None, "cpu")])
+def test_a_function_runs_under_the_autocast_of_what_it_is_given(
+    state: str | None, inputs: str
+) -> None:
+    """A device's autocast can be entered without one, and fake tensors stand for its own."""
+    device, other = ("cpu", "xpu") if "xpu" not in (state, inputs) else ("xpu", "cpu")
+    seen = []
+
+    def step(x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        seen.append((torch.is_autocast_enabled(device), torch.is_autocast_enabled(other)))
+        return x, h
+
+    with FakeTensorMode():
+        x = torch.empty(4, LANES, WIDTH, device=inputs)
+        h = None if state is None else torch.empty(LANES, WIDTH, device=state)
+        task = WindowTask([StepBlock(0, 4, x, x, None, 0)], 0, 0, 4, 0, Ambient([], []))
+        make_runner(step, None, 0, torch.bfloat16).run(task, 0, 4, h, OutputSink())
+    assert seen == [(True, False)] * 4
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

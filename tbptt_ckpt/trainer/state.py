@@ -116,7 +116,10 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
 
 def _check_fits(name: str, module: nn.Module, stored: Mapping[str, Any] | None) -> None:
     here = {key: _shape(value) for key, value in module.state_dict().items()}
-    there = None if stored is None else {k: _shape(v) for k, v in stored["state"].items()}
+    there = None
+    if stored is not None:  # a buffer that is None here is set by a step, and was there
+        unset = _unset_buffers(module)
+        there = {k: _shape(v) for k, v in stored["state"].items() if k not in unset}
     if here != there:
         different = sorted(set(here.items()) ^ set((there or {}).items()), key=str)[:3]
         raise ArgumentError(
@@ -132,10 +135,24 @@ def _shape(value: Any) -> object:
 def _load_module(module: nn.Module, stored: Mapping[str, Any]) -> None:
     state = OrderedDict(stored["state"])
     state._metadata = stored["metadata"]  # type: ignore[attr-defined]
+    values = {**state, **stored["other_buffers"]}
+    for path, (owner, name) in _unset_buffers(module).items():
+        if path in values:
+            owner._buffers[name] = values[path].clone()
     module.load_state_dict(state)
     buffers = dict(module.named_buffers())
     for name, value in stored["other_buffers"].items():
         buffers[name].copy_(value)
+
+
+def _unset_buffers(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The buffers that are None, by their full names."""
+    return {
+        f"{path}.{name}" if path else name: (owner, name)
+        for path, owner in module.named_modules()
+        for name, tensor in owner._buffers.items()
+        if tensor is None
+    }
 
 
 def _load_owner(name: str, owner: Any, stored: Any) -> None:
