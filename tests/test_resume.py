@@ -48,6 +48,19 @@ class Restless(nn.Module):
         return self.norm(self.drop(h)) + 0.01 * self.calls + self.trace, h
 
 
+class SetLater(Restless):
+    """Its buffers are None until a step sets them, also in the module that goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.trace = None
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.calls is None:
+            self.calls, self.trace = torch.zeros(()), x.new_zeros(cases.WIDTH)
+        return super().forward(x, h)
+
+
 class Hidden(NamedTuple):
     h: Tensor
     steps: int
@@ -199,6 +212,8 @@ CASES = {
     "dropout and buffers, refresh": Case(Restless),
     "dropout and buffers, stale": Case(Restless, engine={"overlap": "stale"}),
     "dropout and buffers, checkpoint": Case(Restless, engine={"executor": "checkpoint"}),
+    "buffers set later": Case(SetLater),
+    "buffers set later, two passes": Case(SetLater, trainer={"epochs": 2}),
     "fused with dropout": Case(FusedWithDropout, engine={"per_step": False}),
     "fused with dropout, stale": Case(
         FusedWithDropout, engine={"per_step": False, "overlap": "stale"}
