@@ -457,7 +457,8 @@ class TestSaving:
     def test_it_is_refused_before_training(self, small, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("tbptt_ckpt.cli.training_job._Job", None)  # calling it would raise
         (tmp_path / "there").touch()
-        refusal_of(capsys, [*small, "--save", str(tmp_path / "there")])
+        message = refusal_of(capsys, [*small, "--save", str(tmp_path / "there")])
+        assert "there exists; add --force" in message
 
     def test_a_failed_write_leaves_the_old_file(self, small, tmp_path, monkeypatch, capsys):
         path = tmp_path / "weights.pt"

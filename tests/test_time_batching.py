@@ -716,12 +716,16 @@ def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
 def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
     module, (inputs, targets) = make(), make_data()
-    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
+    batched, plain = (
+        TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2)
+    )
     state = make_state(module)
-    expected = tbptt.evaluate(TensorSequence(inputs, targets), state).loss
+    expected = batched.evaluate(TensorSequence(inputs, targets), state).loss
     with torch.inference_mode():
-        found = tbptt.evaluate(TensorSequence(inputs, targets), state).loss
+        found = plain.evaluate(TensorSequence(inputs, targets), state).loss
     assert found == pytest.approx(expected, rel=1e-12)
+    assert batched.batched_operations
+    assert not plain.batched_operations
 
 
 @pytest.mark.parametrize(("width", "operations"), [(16, set()), (256, {"LSTMCell of inputs"})])
