@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import naive
@@ -32,14 +31,6 @@ from tbptt_ckpt.trainer import NonFinite, Trainer
 
 NUM_STEPS = 9
 WINDOWS = [(1, 1), (2, 2), (2, 5), (3, 1), (4, None)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class EveryNth:

@@ -43,14 +43,6 @@ from tbptt_ckpt.modules import check_differentiable
 NUM_STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Bench:
     """A working setting, and a memory of what must not change."""
 

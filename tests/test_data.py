@@ -49,14 +49,6 @@ REACHES = ((3, 7), (3, 2), (4, None), (2, 2))
 RECURRENT = ("cell", "lstm")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_module(kind: str) -> nn.Module:
     return lstm() if kind == "lstm" else tanh_cell()
 

@@ -6,7 +6,6 @@ discuss.pytorch.org, topic 15500, "Implementing Truncated Backpropagation Throug
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
 from typing import Any
 
 import naive
@@ -19,14 +18,6 @@ from tbptt_ckpt import TBPTT
 
 LAYER_SIZE, LANES, NUM_STEPS = 50, 200, 20
 K1, K2 = 5, 7
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class FirstClass:

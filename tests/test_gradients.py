@@ -82,14 +82,6 @@ class Case:
     executor: str
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def rotated_cases() -> list[Case]:
     """Two cases for every (T, k1, k2); the other choices follow from a fixed sequence."""
     rng = random.Random(1990)

@@ -44,14 +44,6 @@ NUM_STEPS, K1, K2 = 13, 3, 8
 EVERY_STRATEGY = (*STRATEGIES, "auto", "uniform:5", "uniform:100", "revolve:7")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Recorder:
     """A loss that notes the output and loss of every step; the target carries the step."""
 

@@ -7,7 +7,7 @@ what that run saw.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import naive
@@ -37,14 +37,6 @@ NUM_STEPS, LANES = 13, 4
 STRATEGIES = ("retain", "uniform:2", "uniform:3", "revolve:2")
 # Windows that overlap several earlier ones, that reach back to the start, that leave steps out.
 REACHES = ((2, 5), (3, 4), (3, None), (4, 2))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Recurrent(nn.Module):

@@ -6,7 +6,6 @@ sequences do not bring about.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,14 +33,6 @@ NUM_STEPS = 7
 # Lane 1 at the step that is a window's, a segment's and a block's first for some plan, and so on.
 RESETS = torch.zeros(NUM_STEPS, 2, dtype=torch.bool)
 RESETS[2, 0] = RESETS[3, 1] = RESETS[4, 1] = RESETS[6, 0] = RESETS[6, 1] = True
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def retained_loop(module: Any, inputs: Tensor, targets: Tensor, init: Tensor) -> Tensor:

@@ -50,14 +50,6 @@ NUM_STEPS = 14
 REVOLVE_COUNTS = {5: 7284, 10: 4636, 20: 3747, 40: 3097}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Where windows lie.
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import naive
@@ -26,14 +26,6 @@ from tbptt_ckpt.time_batching import taps
 STEPS, LANES, INPUTS, WIDTH, OUTPUTS, WORDS = 7, 3, 4, 5, 2, 6
 STRATEGIES = ("retain", "uniform:3", "step", "revolve:2")
 EXECUTORS = ("replay", "checkpoint")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["given back", "added in place"])
@@ -716,9 +708,7 @@ def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
 def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
     module, (inputs, targets) = make(), make_data()
-    batched, plain = (
-        TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2)
-    )
+    batched, plain = (TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2))
     state = make_state(module)
     expected = batched.evaluate(TensorSequence(inputs, targets), state).loss
     with torch.inference_mode():

@@ -47,14 +47,6 @@ NUM_STEPS, K1, K2 = 13, 3, 7
 STRATEGIES = ("retain", "uniform:2", "revolve:2")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def data(num_steps: int = NUM_STEPS) -> TensorSequence:
     return TensorSequence(*random_data(num_steps))
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tbptt_ckpt.cli.options import Device, Dtype, Hidden, Lanes, Layers
 from tbptt_ckpt.cli.plan_report import plan_json, print_plan
 from tbptt_ckpt.cli.planning_job import PlanningConfig, run_planning_job
 
@@ -33,16 +34,11 @@ def plan(
             show_default="lstm, unless costs are given",
         ),
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Width of the recurrent layers.")] = _DEFAULT.hidden,
-    layers: Annotated[int, typer.Option(help="Recurrent layers.")] = _DEFAULT.layers,
-    lanes: Annotated[int, typer.Option(help="Parallel streams.")] = _DEFAULT.lanes,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the accelerator, or else cpu"),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, or bfloat16 (autocast).")
-    ] = _DEFAULT.dtype,
+    hidden: Hidden = _DEFAULT.hidden,
+    layers: Layers = _DEFAULT.layers,
+    lanes: Lanes = _DEFAULT.lanes,
+    device: Device = None,
+    dtype: Dtype = _DEFAULT.dtype,
     costs: Annotated[
         Path | None, typer.Option(help="Take the costs of this JSON file, as --json prints them.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from tbptt_ckpt.cli.options import Device, Dtype, ExecutorName, Hidden, Lanes, Layers, Overlap
 from tbptt_ckpt.cli.profile_config import ProfileConfig
 from tbptt_ckpt.cli.profile_job import run_profile
 from tbptt_ckpt.cli.profile_table import print_profile
@@ -33,9 +34,9 @@ def profile(
             "path/to/file.py:factory."
         ),
     ] = _DEFAULT.model,
-    hidden: Annotated[int, typer.Option(help="Width of the recurrent layers.")] = _DEFAULT.hidden,
-    layers: Annotated[int, typer.Option(help="Recurrent layers.")] = _DEFAULT.layers,
-    lanes: Annotated[int, typer.Option(help="Parallel streams.")] = _DEFAULT.lanes,
+    hidden: Hidden = _DEFAULT.hidden,
+    layers: Layers = _DEFAULT.layers,
+    lanes: Lanes = _DEFAULT.lanes,
     k1: Annotated[str, typer.Option(help="Steps between updates; 16,64 measures both.")] = "64",
     k2: Annotated[str, typer.Option(help="Steps an update reaches back; a list too.")] = "512",
     strategy: Annotated[
@@ -45,18 +46,13 @@ def profile(
     budget: Annotated[
         str | None, typer.Option(help="Memory budgets such as 64MiB,128MiB.", show_default="none")
     ] = None,
-    overlap: Annotated[str, typer.Option(help="refresh or stale.")] = _DEFAULT.overlap,
-    executor: Annotated[str, typer.Option(help="replay or checkpoint.")] = _DEFAULT.executor,
+    overlap: Overlap = _DEFAULT.overlap,
+    executor: ExecutorName = _DEFAULT.executor,
     time_batching: Annotated[
         str, typer.Option(help="auto, true or false; plain BPTT is measured without.")
     ] = _DEFAULT.time_batching,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the accelerator, or else cpu"),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, or bfloat16 (autocast).")
-    ] = _DEFAULT.dtype,
+    device: Device = None,
+    dtype: Dtype = _DEFAULT.dtype,
     repeats: Annotated[int, typer.Option(help="Windows to time for a row.")] = _DEFAULT.repeats,
     json: Annotated[
         bool, typer.Option("--json", help="Print the rows as one JSON object.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tbptt_ckpt.cli.config import TrainingConfig
+from tbptt_ckpt.cli.options import Device, Dtype, ExecutorName, Hidden, Lanes, Layers, Overlap
 from tbptt_ckpt.cli.progress_bar import progress_bar
 from tbptt_ckpt.cli.report import outcome_json, print_outcome
 from tbptt_ckpt.cli.training_job import run_training_job
@@ -27,9 +28,9 @@ def train(
         str,
         typer.Option(help="lstm, gru, rnn, lstmcell, or your own: package.module:factory."),
     ] = _DEFAULT.model,
-    hidden: Annotated[int, typer.Option(help="Width of the recurrent layers.")] = _DEFAULT.hidden,
-    layers: Annotated[int, typer.Option(help="Recurrent layers.")] = _DEFAULT.layers,
-    lanes: Annotated[int, typer.Option(help="Parallel streams.")] = _DEFAULT.lanes,
+    hidden: Hidden = _DEFAULT.hidden,
+    layers: Layers = _DEFAULT.layers,
+    lanes: Lanes = _DEFAULT.lanes,
     k1: Annotated[int, typer.Option(help="Steps between updates.")] = _DEFAULT.k1,
     k2: Annotated[
         str, typer.Option(help="Steps an update reaches back; none: to the start.")
@@ -48,20 +49,15 @@ def train(
             show_default="none",
         ),
     ] = None,
-    overlap: Annotated[str, typer.Option(help="refresh or stale.")] = _DEFAULT.overlap,
-    executor: Annotated[str, typer.Option(help="replay or checkpoint.")] = _DEFAULT.executor,
+    overlap: Overlap = _DEFAULT.overlap,
+    executor: ExecutorName = _DEFAULT.executor,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = _DEFAULT.lr,
     max_steps: Annotated[
         int, typer.Option(help="Time steps per lane, in total.")
     ] = _DEFAULT.max_steps,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = _DEFAULT.seed,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the accelerator, or else cpu"),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, or bfloat16 (autocast).")
-    ] = _DEFAULT.dtype,
+    device: Device = None,
+    dtype: Dtype = _DEFAULT.dtype,
     save: Annotated[Path | None, typer.Option(help="Write the weights to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --save replace a file.")] = False,
     snapshot_dir: Annotated[
