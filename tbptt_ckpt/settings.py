@@ -130,6 +130,17 @@ def make_executor(name: object) -> Executor:
     return _EXECUTORS[str(name)]()
 
 
+def make_group(accumulate: int, reduction: str, optimizer: Any) -> Accumulation:
+    """The windows that share an update."""
+    group = Accumulation(accumulate, averages=reduction == "mean")
+    if optimizer is None and accumulate != 1:
+        raise ArgumentError(
+            f"accumulate={accumulate} needs an optimizer; with optimizer=None the gradients of all "
+            "windows accumulate in .grad"
+        )
+    return group
+
+
 def make_plans(
     strategy: Strategy,
     budget: Budget | None,
@@ -143,9 +154,11 @@ def make_plans(
     """Who plans the windows.
 
     Raises:
-        ArgumentError: A budget, or the best plan within one, for nested checkpoints: they
-            record the graph of a whole window, which no schedule bounds.
+        ArgumentError: Costs of another kind. A budget, or the best plan within one, for nested
+            checkpoints: they record the graph of a whole window, which no schedule bounds.
     """
+    if costs is not None and not isinstance(costs, Costs):
+        raise ArgumentError(f"costs={costs!r} must be Costs, as measure_costs gives them")
     finds_fastest = measured and isinstance(strategy, Auto | Optimal)
     if executor == "checkpoint":
         if budget is not None or isinstance(strategy, Optimal):
@@ -191,21 +204,22 @@ def make_settings(
     check_choice("loss", loss, ("new", "last"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_choice("overlap", overlap, ("refresh", "stale"))
-    group = Accumulation(accumulate, averages=reduction == "mean")
-    if optimizer is None and accumulate != 1:
-        raise ArgumentError(
-            f"accumulate={accumulate} needs an optimizer; with optimizer=None the gradients of all "
-            "windows accumulate in .grad"
-        )
+    group = make_group(accumulate, reduction, optimizer)
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
     runner.time_batching = TimeBatching(time_batching, module)
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
     updater = Updater(optimizer, parameters, clip_grad_norm, scaler, scheduler, group)
-    chosen, budget = parse_strategy(strategy), parse_budget(memory_budget)
-    if costs is not None and not isinstance(costs, Costs):
-        raise ArgumentError(f"costs={costs!r} must be Costs, as measure_costs gives them")
+    plans = make_plans(
+        parse_strategy(strategy),
+        parse_budget(memory_budget),
+        costs,
+        executor=executor,
+        measured=measured,
+        updater=updater,
+        parameters=parameters,
+    )
     return Settings(
         recurrence=runner.recurrence,
         loss_function=LossFunction(loss_fn),
@@ -214,15 +228,7 @@ def make_settings(
         loss=loss,
         reduction=reduction,
         overlap=overlap,
-        plans=make_plans(
-            chosen,
-            budget,
-            costs,
-            executor=executor,
-            measured=measured,
-            updater=updater,
-            parameters=parameters,
-        ),
+        plans=plans,
         executor_name=executor,
         executor=make_executor(executor),
         runner=runner,

@@ -83,16 +83,9 @@ def profile_window(
         ArgumentError: An argument that cannot work.
     """
     check_positive_int("repeats", repeats)
-    configuration = Configuration(
-        strategy=strategy,
-        k1=k1,
-        k2=k2,
-        overlap=overlap,
-        executor=executor,
-        time_batching=time_batching,
-        budget_bytes=_budget(memory_budget),
+    (configuration,) = _configurations(
+        (k1,), (k2,), (strategy,), (memory_budget,), overlap, executor, time_batching
     )
-    configuration.check()
     work = make_work(
         module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
     )
@@ -166,24 +159,9 @@ def profile_strategies(
         ArgumentError: An argument that cannot work; a module that fails in plain BPTT.
     """
     check_positive_int("repeats", repeats)
-    configurations = [
-        Configuration(
-            strategy=strategy,
-            k1=one_k1,
-            k2=one_k2,
-            overlap=overlap,
-            executor=executor,
-            time_batching=time_batching,
-            budget_bytes=_budget(budget),
-        )
-        for one_k1, one_k2, strategy, budget in product(
-            _several(k1), _several(k2), strategies, memory_budgets
-        )
-    ]
-    if not configurations:
-        raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
-    for configuration in configurations:
-        configuration.check()
+    configurations = _configurations(
+        _several(k1), _several(k2), strategies, memory_budgets, overlap, executor, time_batching
+    )
     work = make_work(
         module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
     )
@@ -223,6 +201,35 @@ def make_work(
         optimizer=optimizer,
         options={**options, "per_step": per_step, "time_dim": time_dim},
     )
+
+
+def _configurations(
+    k1s: Sequence[int],
+    k2s: Sequence[int],
+    strategies: Sequence[object],
+    memory_budgets: Sequence[int | str | None],
+    overlap: str,
+    executor: str,
+    time_batching: bool | str,
+) -> list[Configuration]:
+    """Every combination, checked."""
+    configurations = [
+        Configuration(
+            strategy=strategy,
+            k1=k1,
+            k2=k2,
+            overlap=overlap,
+            executor=executor,
+            time_batching=time_batching,
+            budget_bytes=_budget(budget),
+        )
+        for k1, k2, strategy, budget in product(k1s, k2s, strategies, memory_budgets)
+    ]
+    if not configurations:
+        raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
+    for configuration in configurations:
+        configuration.check()
+    return configurations
 
 
 def _budget(given: int | str | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.events import EventSink, Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.results import WindowResult
 
 # Not to be overlooked: they are warned about as well.
 _WARNED = ("out_of_memory", "non_finite", "replanned")
@@ -26,13 +27,31 @@ class Announcer:
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         self._sinks, self.steps = list(sinks), 0
 
-    def window(self, event: WindowEvent) -> None:
+    def window(self, result: WindowResult, epoch: int) -> None:
         """A window has run."""
+        new_steps = result.stop - result.new_start
+        event = WindowEvent(
+            steps=self.steps,
+            epoch=epoch,
+            index=result.index,
+            start=result.start,
+            stop=result.stop,
+            loss=None if result.loss is None else float(result.loss),
+            drift=result.drift,
+            steps_per_second=new_steps / result.seconds,
+            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
+            peak_bytes=result.peak_bytes,
+            seconds=result.seconds,
+            updated=result.updated,
+        )
         for sink in self._sinks:
             sink.on_window(event)
 
-    def update(self, event: UpdateEvent) -> None:
-        """The weights were updated."""
+    def update(self, updates: int, grad_norm: float, learning_rate: float) -> None:
+        """The weights were updated; see `UpdateEvent`."""
+        event = UpdateEvent(
+            steps=self.steps, updates=updates, grad_norm=grad_norm, learning_rate=learning_rate
+        )
         for sink in self._sinks:
             sink.on_update(event)
 

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tbptt_ckpt.engine import TBPTT
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.events import EventSink, JsonLines, UpdateEvent, WindowEvent
+from tbptt_ckpt.events import EventSink, JsonLines
 from tbptt_ckpt.modules import check_differentiable
 from tbptt_ckpt.randomness import random_state, set_random_state
 from tbptt_ckpt.results import WindowResult
 from tbptt_ckpt.sequence_run import SequenceRun, do_nothing
-from tbptt_ckpt.sources import Source
 from tbptt_ckpt.state import tensors_of
 from tbptt_ckpt.strategies import parse_strategy
 from tbptt_ckpt.trainer.announcing import Announcer
-from tbptt_ckpt.trainer.limits import limited
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
+from tbptt_ckpt.trainer.passes import Passes
+from tbptt_ckpt.trainer.progress import Progress, TrainerResult
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.saving import Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
-from tbptt_ckpt.trainer.state import learning_state, load_learning_state, restored_state
+from tbptt_ckpt.trainer.state import learning_state, load_learning_state
 from tbptt_ckpt.windows import check_positive_int
 
 LOG = "events.jsonl"
@@ -42,39 +41,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any:
         """Put it back."""
         ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainerResult:
-    """What a trainer did, all its processes together.
-
-    Attributes:
-        steps: Steps trained.
-        epochs: Passes completed.
-        windows: Windows run or skipped.
-        updates: Updates of the weights.
-        loss: Loss of the last window that had one.
-        seconds: Time spent in this process.
-    """
-
-    steps: int
-    epochs: int
-    windows: int
-    updates: int
-    loss: float | None
-    seconds: float
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What has been counted so far."""
-
-    epoch: int = 0
-    steps_before: int = 0  # of the passes before this one
-    windows: int = 0
-    updates: int = 0
-    loss: float | None = None
-    cut_at: int = -1  # steps at which `max_steps` cut the last window short
 
 
 class Trainer:
@@ -125,8 +91,8 @@ class Trainer:
             if value is not None:
                 check_positive_int(name, value, "None")
         self.tbptt, self._settings = tbptt, tbptt.settings
-        self._source, self._init_state = source, init_state
         self._epochs, self._max_steps = epochs, max_steps
+        self._passes = Passes(self._settings, source, init_state, max_steps)
         self._saving = None if snapshots is None else Saving(snapshots)
         log = () if self._saving is None else (JsonLines(self._saving.store.directory / LOG),)
         self._announcer = Announcer((*log, *events))
@@ -138,9 +104,9 @@ class Trainer:
         )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
         self._asked = str(self._settings.strategy)
-        self._progress = _Progress()
+        self._progress = Progress()
         self._run: SequenceRun | None = None
-        self._is_cut = self._has_saved_costs = False
+        self._has_saved_costs = False
 
     @property
     def steps(self) -> int:
@@ -163,15 +129,7 @@ class Trainer:
         begun = time.perf_counter()
         for _ in self.windows():
             pass
-        progress = self._progress
-        return TrainerResult(
-            steps=self.steps,
-            epochs=progress.epoch,
-            windows=progress.windows,
-            updates=progress.updates,
-            loss=progress.loss,
-            seconds=time.perf_counter() - begun,
-        )
+        return self._progress.result(self.steps, time.perf_counter() - begun)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for."""
@@ -189,7 +147,7 @@ class Trainer:
                     self._between_windows(signals)
             if self._run is not None:
                 self._run.finish()
-                if self._is_cut and self.steps == self._max_steps:
+                if self._passes.is_cut and self.steps == self._max_steps:
                     self._progress.cut_at = self.steps
             self._save_unless_saved()
 
@@ -259,7 +217,7 @@ class Trainer:
         for what in ("settings", "identity"):
             here = self._fixed_settings() if what == "settings" else self._identity
             _check_same(here, state[what])
-        progress = _Progress(**state["progress"])
+        progress = Progress(**state["progress"])
         trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
         self._check_can_go_on(progress, progress.steps_before + trained)
         load_learning_state(self._settings, state["learning"])
@@ -267,7 +225,7 @@ class Trainer:
         self._run = None
         self._resume_plan(state["plan"])
         if state["run"] is not None:
-            self._run = self._new_run(state["init_state"])
+            self._run = self._begin_pass(state["init_state"])
             self._run.load_state_dict(state["run"])
         for name, owner in self._extra.items():
             if name in state["extra"]:
@@ -300,15 +258,7 @@ class Trainer:
         )
         self._announcer.notice("replanned", message)
 
-    def _is_cut_off_grid(self, source: Any) -> bool:
-        """Whether `max_steps` lies between two update points; else it is enough to stop in time."""
-        if self._max_steps is None:
-            return False
-        remaining = self._max_steps - self._progress.steps_before
-        is_longer = not isinstance(source, Sized) or len(source) > remaining
-        return is_longer and remaining % self._settings.k1 != 0
-
-    def _check_can_go_on(self, progress: _Progress, steps: int) -> None:
+    def _check_can_go_on(self, progress: Progress, steps: int) -> None:
         """Raise where a run ended in a window that was cut short, and more steps are asked for."""
         if progress.cut_at == steps and (self._max_steps is None or self._max_steps > steps):
             raise ArgumentError(
@@ -324,7 +274,7 @@ class Trainer:
 
     def _rest_of_pass(self) -> Iterator[WindowResult]:
         if self._run is None:
-            self._run = self._new_run()
+            self._run = self._begin_pass()
         run = self._run
         run.on_plan = self._save_costs
         try:
@@ -336,6 +286,9 @@ class Trainer:
             self._progress.steps_before, self._run = self.steps, None
             self._progress.epoch += 1
 
+    def _begin_pass(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
+        return self._passes.begin(self._progress.epoch, self._progress.steps_before, saved)
+
     def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
             rate = self._learning_rate()
@@ -343,7 +296,7 @@ class Trainer:
             self._progress.windows += 1
             self._announcer.steps = self.steps
             if result is not None:
-                self._note(run, result, rate)
+                self._note(result, rate)
                 yield result
 
     def _save_costs(self) -> None:
@@ -357,51 +310,15 @@ class Trainer:
             if self._saving is not None:
                 self.save()
 
-    def _new_run(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
-        source = self._source
-        if callable(source) and not isinstance(source, Source):
-            source = source(self._progress.epoch)
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(self._progress.epoch)
-        self._is_cut = self._is_cut_off_grid(source)
-        if self._is_cut:
-            assert self._max_steps is not None
-            source = limited(source, self._max_steps - self._progress.steps_before)
-        state = self._init_state() if callable(self._init_state) else self._init_state
-        if saved is not None:
-            state = restored_state(state, saved)
-        return SequenceRun(self._settings, source, state)
-
-    def _note(self, run: SequenceRun, result: WindowResult, rate: float) -> None:
+    def _note(self, result: WindowResult, rate: float) -> None:
         progress, updater = self._progress, self._settings.updater
-        new_steps = result.stop - result.new_start
         if result.loss is not None:
             progress.loss = float(result.loss)
         if result.updated:
             progress.updates += 1
             assert updater.grad_norm is not None, "the norm is watched"
-            update = UpdateEvent(
-                steps=self.steps,
-                updates=progress.updates,
-                grad_norm=float(updater.grad_norm),
-                learning_rate=rate,
-            )
-            self._announcer.update(update)
-        event = WindowEvent(
-            steps=self.steps,
-            epoch=progress.epoch,
-            index=result.index,
-            start=result.start,
-            stop=result.stop,
-            loss=None if result.loss is None else float(result.loss),
-            drift=result.drift,
-            steps_per_second=new_steps / result.seconds,
-            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
-            peak_bytes=result.peak_bytes,
-            seconds=result.seconds,
-            updated=result.updated,
-        )
-        self._announcer.window(event)
+            self._announcer.update(progress.updates, float(updater.grad_norm), rate)
+        self._announcer.window(result, progress.epoch)
 
     def _learning_rate(self) -> float:
         optimizer = self._settings.updater.optimizer

@@ -1,0 +1,60 @@
+"""Passes over a source: what each of them begins with, and where it may end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+from tbptt_ckpt.sequence_run import SequenceRun
+from tbptt_ckpt.settings import Settings
+from tbptt_ckpt.sources import Source
+from tbptt_ckpt.trainer.limits import limited
+from tbptt_ckpt.trainer.state import restored_state
+
+
+class Passes:
+    """Begins passes.
+
+    Args:
+        settings: What the user asked for.
+        source: A source, an iterable, or a function of a pass's number that returns one.
+        init_state: The state at the start of a pass, or a function that returns it.
+        max_steps: Steps of all passes together; None sets no bound.
+
+    Attributes:
+        is_cut: Whether `max_steps` ends the present pass between two update points; elsewhere
+            it is enough to stop in time.
+    """
+
+    def __init__(
+        self, settings: Settings, source: Any, init_state: Any, max_steps: int | None
+    ) -> None:
+        self._settings, self._max_steps = settings, max_steps
+        self._source, self._init_state = source, init_state
+        self.is_cut = False
+
+    def begin(
+        self, epoch: int, steps_before: int, saved: Sequence[Mapping[str, Any]] | None = None
+    ) -> SequenceRun:
+        """A pass from its first step.
+
+        Args:
+            epoch: Its number.
+            steps_before: Steps of all passes before.
+            saved: The first state's tensors as a snapshot has them, to go on with.
+        """
+        source = self._source
+        if callable(source) and not isinstance(source, Source):
+            source = source(epoch)
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
+        self.is_cut = False
+        if self._max_steps is not None:
+            remaining = self._max_steps - steps_before
+            is_longer = not isinstance(source, Sized) or len(source) > remaining
+            self.is_cut = is_longer and remaining % self._settings.k1 != 0
+            source = limited(source, remaining) if self.is_cut else source
+        state = self._init_state() if callable(self._init_state) else self._init_state
+        if saved is not None:
+            state = restored_state(state, saved)
+        return SequenceRun(self._settings, source, state)
