@@ -18,7 +18,8 @@ registration, and does not depend on which of them are None at the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -143,11 +144,9 @@ class Buffer:
 def find_buffers(roots: Iterable[object]) -> list[Buffer]:
     """The distinct buffers of all the modules among `roots`, those that are None included."""
     found: dict[tuple[int, str], Buffer] = {}
-    for root in roots:
-        if isinstance(root, nn.Module):
-            for module in [*root.modules(), *_unregistered_modules(root)]:
-                for name in module._buffers:
-                    found[id(module), name] = Buffer(module, name)
+    for _, module in _modules_of(roots):
+        for name in module._buffers:
+            found[id(module), name] = Buffer(module, name)
     first_of: dict[int, Buffer] = {}
     for buffer in found.values():
         tensor = buffer.present()
@@ -158,14 +157,20 @@ def find_buffers(roots: Iterable[object]) -> list[Buffer]:
 
 
 def buffer_names(roots: Iterable[object]) -> dict[tuple[int, str], str]:
-    """The full names of registered buffers, by their module's identity and their name there."""
+    """Names of buffers, full where torch has them, by their module's identity and name there."""
     return {
         (id(module), name): f"{path}.{name}" if path else name
-        for root in roots
-        if isinstance(root, nn.Module)
-        for path, module in root.named_modules()
+        for path, module in _modules_of(roots)
         for name in module._buffers
     }
+
+
+def _modules_of(roots: Iterable[object]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules in the order in which they are found, with their paths."""
+    for root in roots:
+        if isinstance(root, nn.Module):
+            yield from root.named_modules()
+            yield from (("", module) for module in _unregistered_modules(root))
 
 
 def _unregistered_modules(root: nn.Module) -> list[nn.Module]:
@@ -173,9 +178,9 @@ def _unregistered_modules(root: nn.Module) -> list[nn.Module]:
     registered = {id(module) for module in root.modules()}
     found: list[nn.Module] = []
     seen: set[int] = set()
-    left: list[Any] = [root]
+    left: deque[Any] = deque([root])
     while left:
-        item = left.pop(0)
+        item = left.popleft()
         if id(item) in seen:
             continue
         seen.add(id(item))
