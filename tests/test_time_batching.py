@@ -220,6 +220,41 @@ def check(module: nn.Module, tolerance: float = 1e-12, **how: Any) -> None:
         assert relative_error([ours], [theirs]) <= tolerance, (how, ours, theirs)
 
 
+def batched(module: nn.Module, data: Any, state: Any, **how: Any) -> set[str]:
+    """The operations that a window batches."""
+    how = {"strategy": "uniform:3", "time_batching": True, **how}
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, **how)
+    tbptt.train(TensorSequence(*data), state)
+    return {o.operation for o in tbptt.batched_operations if not o.reason}
+
+
+@pytest.mark.parametrize(
+    ("before", "reads_inputs", "others"),
+    [
+        ("inputs", True, {"linear"}),
+        ("linear", True, {"linear", "linear of inputs"}),
+        ("tanh", False, {"linear", "linear of inputs"}),
+        ("words", False, {"linear", "embedding"}),
+    ],
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_cells_of_these_tests_are_batched(
+    cell: str, before: str, reads_inputs: bool, others: set[str]
+) -> None:
+    module = make_cell(cell, before=before)
+    kind = type(module.cell).__name__ + (" of inputs" if reads_inputs else "")
+    assert batched(module, make_data(), make_state(module)) == {kind, *others}
+
+
+@pytest.mark.parametrize("step", LINEAR_STEPS)
+def test_the_linear_maps_of_these_tests_are_batched(step: Any) -> None:
+    expected = {"linear", "linear of inputs"}
+    if step in (other_ranks, computed_weight, through_functional_call):
+        expected = {"linear"}  # what reads the inputs is no plain product of them
+    module = make_linears(step)
+    assert batched(module, make_data(), make_state(module)) == expected
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("before", ["inputs", "linear", "tanh", "words"])
@@ -332,6 +367,7 @@ def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str
     # As near to the exact gradient as plain autocast is, whose error is that of bfloat16.
     assert relative_error(found, exact) <= 1.5 * relative_error(expected, exact) + 1e-3
     assert relative_error(expected, exact) > 1e-5
+    assert batched(module, data, state, autocast_dtype=torch.bfloat16) == {"linear"}
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
@@ -560,9 +596,9 @@ def test_what_was_batched_and_what_not_is_reported() -> None:
     tbptt = TBPTT(module, F.mse_loss, STEPS, None, strategy="uniform:3", time_batching=True)
     assert tbptt.batched_operations == []
     tbptt.train(TensorSequence(inputs, targets), make_state(module))
-    batched = [o for o in tbptt.batched_operations if not o.reason]
+    taken = [o for o in tbptt.batched_operations if not o.reason]
     left = [o for o in tbptt.batched_operations if o.reason]
-    assert [(o.operation, o.shape, o.count) for o in batched] == [("linear", (OUTPUTS, WIDTH), 3)]
+    assert [(o.operation, o.shape, o.count) for o in taken] == [("linear", (OUTPUTS, WIDTH), 3)]
     assert [o.operation for o in left] == ["linear"]
     assert "computed in the step" in left[0].reason
 
@@ -573,6 +609,8 @@ def test_auto_leaves_small_operations_alone_bit_for_bit() -> None:
     one = by_window(*arguments, time_batching="auto", strategy="uniform:3")
     other = by_window(*arguments, time_batching=False, strategy="uniform:3")
     assert bitwise(present(one), present(other))
+    changed = by_window(*arguments, time_batching=True, strategy="uniform:3")
+    assert not bitwise(present(changed), present(other))
 
 
 @pytest.mark.parametrize("value", ["yes", None, 1, 0, "True"])
@@ -645,10 +683,8 @@ def test_embeddings_bilinear_maps_and_convolutions(tie: bool, strategy: str, exe
     torch.manual_seed(0)
     module = OfOperations(tie).double()
     check(module, strategy=strategy, executor=executor)
-    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
-    tbptt.train(TensorSequence(*make_data()), make_state(module))
-    batched = {o.operation for o in tbptt.batched_operations if not o.reason}
-    assert {"embedding", "bilinear", "conv1d", "conv2d", "linear"} <= batched
+    found = batched(module, make_data(), make_state(module), strategy="retain")
+    assert {"embedding", "bilinear", "conv1d", "conv2d", "linear"} <= found
 
 
 def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
@@ -669,10 +705,8 @@ def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
     expected = by_hand(module, parameters, (tokens, targets), state)[1]
     found = by_window(module, parameters, (tokens, targets), state, strategy="uniform:3")[1]
     assert relative_error(found, expected) <= 1e-12
-    tbptt = TBPTT(module, F.mse_loss, STEPS, None, time_batching=True)
-    tbptt.train(TensorSequence(tokens, targets), state)
-    batched = {o.operation for o in tbptt.batched_operations if not o.reason}
-    assert batched == {"embedding of inputs", "GRUCell of inputs"}
+    found = batched(module, (tokens, targets), state)
+    assert found == {"embedding of inputs", "GRUCell of inputs"}
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
@@ -708,14 +742,16 @@ def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
 def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
     module, (inputs, targets) = make(), make_data()
-    batched, plain = (TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2))
+    usual, inferring = (
+        TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2)
+    )
     state = make_state(module)
-    expected = batched.evaluate(TensorSequence(inputs, targets), state).loss
+    expected = usual.evaluate(TensorSequence(inputs, targets), state).loss
     with torch.inference_mode():
-        found = plain.evaluate(TensorSequence(inputs, targets), state).loss
+        found = inferring.evaluate(TensorSequence(inputs, targets), state).loss
     assert found == pytest.approx(expected, rel=1e-12)
-    assert batched.batched_operations
-    assert not plain.batched_operations
+    assert usual.batched_operations
+    assert not inferring.batched_operations
 
 
 @pytest.mark.parametrize(("width", "operations"), [(16, set()), (256, {"LSTMCell of inputs"})])
