@@ -242,7 +242,8 @@ def test_the_cells_of_these_tests_are_batched(
     cell: str, before: str, reads_inputs: bool, others: set[str]
 ) -> None:
     module = make_cell(cell, before=before)
-    kind = type(module.cell).__name__ + (" of inputs" if reads_inputs else "")
+    kind = type(module.cell).__name__ + (f" {cell}" if cell in ("tanh", "relu") else "")
+    kind += " of inputs" if reads_inputs else ""
     assert batched(module, make_data(), make_state(module)) == {kind, *others}
 
 
