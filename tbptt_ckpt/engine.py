@@ -56,7 +56,8 @@ class TBPTT:
             of nested `torch.utils.checkpoint` calls.
         time_batching: Whether weight gradients and products of the inputs are made over all
             steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
-            gains time. Gradients agree to rounding.
+            gains time. A plan from measured costs weighs both forms and may leave all plain.
+            Gradients agree to rounding.
         per_step: Whether an unrecognised module takes one step (the default) or a segment.
         time_dim: Where a segment module wants time; `batch_first` sets it.
         clip_grad_norm: Largest gradient norm of an update.

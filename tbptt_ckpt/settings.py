@@ -82,6 +82,7 @@ class Settings:
     def strategy(self, strategy: Strategy) -> None:
         """From here on this fixed strategy, whatever was measured."""
         self.plans = FixedPlans(strategy)
+        self.runner.time_batching.pays_off = True  # "auto" follows its rule
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -150,6 +151,7 @@ def make_plans(
     measured: bool,
     updater: Updater,
     parameters: list[nn.Parameter],
+    batching: TimeBatching,
 ) -> WindowPlans:
     """Who plans the windows.
 
@@ -167,7 +169,8 @@ def make_plans(
                 "and no strategy='optimal' bounds; use executor='replay'"
             )
     elif finds_fastest or budget is not None:
-        return CostedPlans(strategy, budget, costs, updater, parameters, device_of(parameters))
+        device = device_of(parameters)
+        return CostedPlans(strategy, budget, costs, updater, parameters, device, batching)
     return FixedPlans(strategy)
 
 
@@ -219,6 +222,7 @@ def make_settings(
         measured=measured,
         updater=updater,
         parameters=parameters,
+        batching=runner.time_batching,
     )
     return Settings(
         recurrence=runner.recurrence,

@@ -13,7 +13,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.modules import parameters_of
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
-from tbptt_ckpt.time_batching.report import BatchedOperation, Tally
+from tbptt_ckpt.time_batching.report import SLOWER, BatchedOperation, Tally
 
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
@@ -24,6 +24,7 @@ def pays(_rows: int, elements: int) -> bool:
     """Whether batching gains time for products of so many rows with a weight of so many elements.
 
     A rule and no measurement, so that equal runs have equal bits; see `docs/time_batching.md`.
+    A planner may find that all of a run is better left plain; its snapshots say so.
     """
     return elements >= _LARGE
 
@@ -42,12 +43,13 @@ class TimeBatching:
 
     Attributes:
         choice: The same; may be set between windows.
+        pays_off: Whether "auto" batches anything; a planner that measured both forms may say no.
     """
 
     def __init__(self, choice: object = False, module: object = None) -> None:
         if choice is not True and choice is not False and choice != "auto":
             raise ArgumentError(f"time_batching={choice!r} must be 'auto', True or False")
-        self.choice = choice
+        self.choice, self.pays_off = choice, True
         sizes = [parameter.numel() for parameter in parameters_of(module)]
         # Where no weight is large a region would cost time and gain none. Of a function the
         # weights may be unknown.
@@ -63,10 +65,13 @@ class TimeBatching:
             per_step: Whether the module takes one step at a time. One that takes segments is
                 batched by its own make, and loops over cells only if it says so.
         """
-        chosen = self.choice is True or (self.choice == "auto" and per_step and self._may_pay)
+        is_open = self.is_open(per_step)
+        chosen = self.choice is True or (is_open and self.pays_off)
         # Modes want to see, or decide about, each operation of the user's module.
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
+        if is_open and not self.pays_off:
+            self._tally.left("step", SLOWER)
         return nullcontext() if not chosen or watched else self._opened(num_steps)
 
     @contextmanager
@@ -78,6 +83,15 @@ class TimeBatching:
                 yield
         finally:
             self._region = before
+
+    def is_open(self, per_step: bool) -> bool:
+        """Whether "auto" may find something to batch, so that both forms are to be weighed."""
+        return self.choice == "auto" and per_step and self._may_pay
+
+    @property
+    def has_batched(self) -> bool:
+        """Whether anything was batched so far."""
+        return self._tally.has_batched
 
     def step_inputs(self, block: StepBlock) -> Iterator[Any]:
         """The input of each step of a block, in the region that is entered."""

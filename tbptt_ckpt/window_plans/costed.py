@@ -21,9 +21,11 @@ from tbptt_ckpt.planning import OPTIMAL, plan
 from tbptt_ckpt.plans import Plan
 from tbptt_ckpt.simulator import simulate
 from tbptt_ckpt.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
+from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.updates import Updater
 from tbptt_ckpt.window_plans.corrections import ROUNDING_BYTES, Corrections
 from tbptt_ckpt.window_plans.fixed import FixedPlans
+from tbptt_ckpt.window_plans.forms import costs_of_forms, fastest_form
 from tbptt_ckpt.window_plans.given import CHECKED_STEPS, at_least
 from tbptt_ckpt.window_plans.host_bytes import with_host_bytes
 from tbptt_ckpt.window_plans.refusals import explained
@@ -49,6 +51,8 @@ class CostedPlans:
         updater: Whose state and transients count.
         parameters: The weights.
         device: Where memory counts.
+        batching: Whether steps are batched over time; where "auto" leaves that open, plans from
+            the measured costs of both forms decide.
     """
 
     def __init__(
@@ -59,10 +63,12 @@ class CostedPlans:
         updater: Updater,
         parameters: Sequence[nn.Parameter],
         device: torch.device,
+        batching: TimeBatching,
     ) -> None:
         self.strategy, self._promised = strategy, budget is not None
         self._budget = budget or AUTO_BUDGET
         self._updater, self._parameters, self._device = updater, parameters, device
+        self._batching = batching
         self.costs, self._is_checked = costs, costs is None or not self._promised
         self.budget_bytes: int | None = None
         self._reserve = _RESERVE if self._promised else 0.0
@@ -77,9 +83,8 @@ class CostedPlans:
         if self.costs is None and not self._promised and not self._is_worth_measuring(request):
             return FixedPlans(Auto()).plan(request)
         held_bytes = tensor_bytes(*request.held)
-        self._prepare(request, held_bytes)
-        shape = request.shape
-        costs = self._costs_of(shape, request, held_bytes)
+        shape, found = request.shape, self._prepare(request, held_bytes)
+        costs = self._costs_of(found, shape, request, held_bytes)
         chosen = self._chosen(shape, costs).at(request.window.first)
         is_known = shape in self._confirmed or self._num_metered >= _MOST_METERED
         if is_known or not self._promised:
@@ -147,6 +152,7 @@ class CostedPlans:
             return {}
         return {
             "costs": self.costs.to_dict(),
+            "time_batching": self._batching.pays_off,
             "budget_bytes": self.budget_bytes,
             "reserve": self._reserve,
             "num_metered": self._num_metered,
@@ -166,6 +172,7 @@ class CostedPlans:
         if not state:
             return
         self.costs, self._is_checked = Costs.from_dict(state["costs"]), True
+        self._batching.pays_off = state.get("time_batching", True)  # older ones followed the rule
         self.budget_bytes = self._budget.num_bytes or state["budget_bytes"]
         self._reserve, self._num_metered = state["reserve"], state["num_metered"]
         for entry in state["plans"]:
@@ -196,7 +203,7 @@ class CostedPlans:
             return False
         return True
 
-    def _prepare(self, request: Request, held_bytes: int) -> None:
+    def _prepare(self, request: Request, held_bytes: int) -> Costs:
         """Fix the budget, measure the costs, and make sure that larger windows will fit."""
         if self.budget_bytes is None:
             now_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
@@ -204,7 +211,7 @@ class CostedPlans:
         fullest, reach = request.fullest, request.shape.run_steps
         room = self.budget_bytes - held_bytes - request.input_bytes
         if self.costs is None:
-            self.costs = self._measured(request, Limits(reach, room_bytes=room))
+            self.costs = self._of_fastest_form(request, held_bytes, Limits(reach, room_bytes=room))
         elif not self._is_checked:
             short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room)
             found = self._measured(request, short)
@@ -212,16 +219,33 @@ class CostedPlans:
         self._is_checked = True
         is_longest = self._promised and fullest.num_steps > self._longest_seen
         if is_longest and fullest not in self._plans:
-            self._within_budget(fullest, self._costs_of(fullest, request, held_bytes))
+            self._within_budget(fullest, self._costs_of(self.costs, fullest, request, held_bytes))
+        return self.costs
+
+    def _of_fastest_form(self, request: Request, held_bytes: int, limits: Limits) -> Costs:
+        """Measured costs; where steps may be batched over time or not, those of the faster form."""
+
+        def measure(seconds: float) -> Costs:
+            return self._measured(request, replace(limits, max_seconds=seconds))
+
+        def planned(costs: Costs) -> Plan:
+            shape = request.fullest
+            return self._fitting(shape, self._costs_of(costs, shape, request, held_bytes))
+
+        if not self._finds_fastest:
+            return measure(limits.max_seconds)
+        per_step = request.make_probe().runner.recurrence.per_step
+        forms = costs_of_forms(self._batching, per_step, measure, limits.max_seconds)
+        self._batching.pays_off = fastest_form(forms, planned)
+        return forms[self._batching.pays_off]
 
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater)
         return calibrate(request.make_probe(), limits, update, FixedBytes())
 
-    def _costs_of(self, shape: Shape, request: Request, held_bytes: int) -> Costs:
-        """The costs with the fixed part as it is in a window of some shape."""
-        assert self.costs is not None
-        costs, fixed = self.costs, self.costs.fixed
+    def _costs_of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
+        """Costs with the fixed part as it is in a window of some shape."""
+        fixed = costs.fixed
         if not self._promised and self._device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self._optimizer_bytes()
