@@ -146,6 +146,8 @@ class Costs:
         fixed: What is there in any case.
         host_step_bytes: Host memory besides tensors for each step of a leaf.
         host_state_bytes: The same for each kept boundary state.
+        ambient_bytes: Of `state_bytes`, the generators and buffers that steps change; they are
+            also kept at each update point within reach.
     """
 
     state_bytes: int
@@ -158,6 +160,7 @@ class Costs:
     fixed: FixedBytes = FixedBytes()
     host_step_bytes: float = 0.0
     host_state_bytes: float = 0.0
+    ambient_bytes: int = 0
 
     @classmethod
     def linear(

@@ -109,14 +109,16 @@ class Passage:
             recorded_states=len(records.boundaries),
             coming_states=self._num_coming_states(),
         )
+        k1, k2 = settings.k1, settings.k2
+        fullest = fullest_shape(shape, window, self._num_steps, k1, k2, stale=self._stale)
+        noted = max(fullest.recorded_states, fullest.num_steps // k1)
         return Request(
             window=window,
             shape=shape,
-            fullest=fullest_shape(
-                shape, window, self._num_steps, settings.k1, settings.k2, stale=self._stale
-            ),
+            fullest=fullest,
             held=held,
             recorded=tuple(records.boundaries.values()),
+            coming_ambients=max(0, noted - len(records.ambients)),
             makes_first_state=not tensors_of(self._boundary_at(window.first).state),
             blocks=self._blocks,
             make_probe=lambda: self._probe(loss_start),

@@ -21,7 +21,7 @@ from tbptt_ckpt.calibration.segments import (
 )
 from tbptt_ckpt.calibration.update_bytes import UpdateBytes
 from tbptt_ckpt.costs import Costs, Curve, FixedBytes
-from tbptt_ckpt.memory import format_bytes, older_garbage_kept
+from tbptt_ckpt.memory import format_bytes, older_garbage_kept, tensor_bytes
 from tbptt_ckpt.state import copy_containers
 from tbptt_ckpt.task import Boundary
 
@@ -183,6 +183,7 @@ class _Measuring:
             ),
             host_step_bytes=self._host_step_bytes(),
             host_state_bytes=_host_state_bytes(self.probe.boundary),
+            ambient_bytes=state_bytes - tensor_bytes(self.probe.boundary.state),
         )
 
     def _bytes_curve(self, values: list[int]) -> Curve:

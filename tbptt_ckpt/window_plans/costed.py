@@ -252,6 +252,7 @@ class CostedPlans:
         trained = [p for p in self._parameters if p.requires_grad]
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
         states += request.makes_first_state
+        state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
         return replace(
             costs,
             last_leaf_bytes=costs.last_leaf_bytes if self._updater.clears_gradients else None,
@@ -259,7 +260,7 @@ class CostedPlans:
                 weights=held_bytes - exists,
                 gradients=fixed.gradients or tensor_bytes(trained),
                 optimizer=max(exists, fixed.optimizer),
-                states=states * costs.state_bytes,
+                states=state_bytes,
                 step_inputs=request.input_bytes / request.shape.run_steps,
                 other=fixed.other + 2 * ROUNDING_BYTES,
             ),

@@ -23,6 +23,7 @@ def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
     return replace(
         given,
         state_bytes=max(given.state_bytes, measured.state_bytes),
+        ambient_bytes=max(given.ambient_bytes, measured.ambient_bytes),
         leaf_bytes=_higher(given.leaf_bytes, measured.leaf_bytes, most_steps),
         last_leaf_bytes=last and found_last and _higher(last, found_last, most_steps),
         advance_bytes=_higher(given.advance_bytes, measured.advance_bytes, most_steps),

@@ -50,6 +50,8 @@ class Request:
         held: Trees of what is live before it and belongs to the run, gradients and recorded
             states aside.
         recorded: Trees of recorded states.
+        coming_ambients: Generators and buffers at update points that a later window finds noted
+            beside those that are now.
         makes_first_state: Whether the module makes the first state for itself, from None.
         blocks: Its inputs and targets.
         make_probe: Makes what measures segments of it.
@@ -60,6 +62,7 @@ class Request:
     fullest: Shape
     held: tuple[object, ...]
     recorded: tuple[object, ...]
+    coming_ambients: int
     makes_first_state: bool
     blocks: Sequence[StepBlock]
     make_probe: Callable[[], SegmentProbe]
