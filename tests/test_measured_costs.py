@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -70,7 +71,7 @@ def costs_of(module, **options):
     return measure_costs(module, loss_fn, inputs, targets, **options)
 
 
-def leaf_by_hand(module, per_step, inputs, targets, state, grads):
+def leaf_by_hand(module, per_step, inputs, targets, state, grads, loss_fn=loss_fn):
     """Peak of one leaf between its neighbours: gradients exist, and some of its end's state."""
 
     def run():
@@ -102,6 +103,22 @@ def test_a_leaf_takes_what_it_takes_when_run_by_hand(case, steps):
         module, per_step, inputs[:steps], targets[:steps], zeros(*shape), zeros(*shape)
     )
     assert costs.leaf_bytes(steps) == pytest.approx(found, rel=0.03, abs=8192)
+
+
+def test_long_leaves_are_foretold_where_there_is_little_time(monkeypatch):
+    """A line through 5 and 8 steps would be 3.5 % too low."""
+    module_of_lengths = importlib.import_module("tbptt_ckpt.calibration.calibrate")
+    monkeypatch.setattr(module_of_lengths, "_METERED_SHARE", 0.0)
+    torch.manual_seed(0)
+    module, steps = nn.LSTM(64, 64, 3), 200
+    inputs, targets = torch.randn(steps, 8, 64), torch.randn(steps, 8, 64)
+    state = torch.zeros(3, 8, 64), torch.zeros(3, 8, 64)
+    costs = measure_costs(module, nn.functional.mse_loss, inputs, targets, state, max_seconds=5)
+    for length in (100, 200):
+        found = leaf_by_hand(
+            module, False, inputs[:length], targets[:length], state, state, nn.functional.mse_loss
+        )
+        assert costs.leaf_bytes(length) == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -90,6 +90,17 @@ def test_peaks_are_foretold_within_three_percent(kind, k1, k2):
         assert abs(report.prediction_error) < 0.03, strategy
 
 
+@pytest.mark.parametrize("kind", [nn.GRUCell, lambda *sizes: Dropped(*sizes)])
+def test_generators_that_windows_note_are_foretold(kind):
+    work = make(kind)
+    optimizer = torch.optim.SGD(work[0].parameters(), lr=0.1)
+    state_bytes = torch.get_rng_state().nbytes
+    for k1 in (2, 4, 12):
+        report = profile(*work, strategy="retain", k1=k1, k2=12, optimizer=optimizer)
+        off = report.predicted_peak_bytes - report.peak_bytes
+        assert -0.5 * state_bytes < off < 2.2 * state_bytes
+
+
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.parametrize("executor", ["replay", "checkpoint"])
 def test_figures_of_a_schedule(overlap, executor):
@@ -124,6 +135,18 @@ def test_what_is_profiled_stays_as_it_is():
     after = (module.state_dict(), optimizer.state_dict())
     assert str(before) == str(after)
     assert all(torch.equal(w.grad, g) for w, g in zip(module.parameters(), grads, strict=True))
+
+
+class Dropped(nn.Module):
+    """A cell that draws numbers in every step."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.cell, self.dropout = nn.GRUCell(*sizes), nn.Dropout(0.5)
+
+    def forward(self, x, state):
+        state = self.cell(self.dropout(x), state)
+        return state, state
 
 
 class Noisy(nn.Module):

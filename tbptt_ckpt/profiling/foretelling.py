@@ -82,6 +82,9 @@ class Forecast:
         costs = self.costs
         steps = window.stop - min(window.start, window.new_start)
         base = costs.fixed.total(steps) + len(joints) * costs.state_bytes
+        if window.start < window.new_start:  # noted at the update points within reach
+            k1 = configuration.k1
+            base += (window.new_start // k1 - window.start // k1 + 1) * costs.ambient_bytes
         walk = _Walk(self, window, configuration, base)
         taken = []
         for action in window.plan.schedule:
@@ -189,6 +192,10 @@ def measure_forecast(work: Work, settings: Settings, configuration: Configuratio
             step_inputs=tensor_bytes(inputs, targets) / k2,
         ),
     )
+    if not costs.ambient_bytes:  # else each state has its own
+        own = (work.module, work.loss_fn)
+        noted = tensor_bytes(*own, found) - tensor_bytes(*own)
+        costs = replace(costs, fixed=replace(costs.fixed, other=noted))
     with _gradients_put_back(settings.parameters):
         loud.go_on()
         with_loss = [loud.bytes_of(steps) for steps in _LENGTHS if steps <= loss_steps]
