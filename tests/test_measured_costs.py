@@ -320,3 +320,19 @@ def test_costs_are_plain_data():
 def test_a_bad_size_is_named():
     with pytest.raises(ArgumentError, match="memory='much'"):
         measure_costs(Loop(), loss_fn, *data(), memory="much")
+
+
+def test_gradients_that_a_leaf_makes_once_do_not_count_twice_for_two_steps():
+    """In room for two steps, but not for twice what one takes, two are metered all the same."""
+    module, inputs = nn.LSTMCell(128, 128), torch.randn(8, 2, 128)
+
+    def measure(memory=None):
+        given = {"time_batching": True, "memory": memory}
+        return measure_costs(
+            module, nn.functional.mse_loss, inputs, torch.zeros_like(inputs), **given
+        )
+
+    known = measure()
+    one, two = (known.fixed.gradients + known.leaf_bytes(steps) for steps in (1, 2))
+    assert two < 1.4 * one
+    assert measure(int(1.5 * one)).leaf_bytes(2) == known.leaf_bytes(2)

@@ -161,7 +161,7 @@ class _Measuring:
         """What a longer segment may take: its graph grows, what a backward adds does not."""
         last = self.bytes[-1]
         if last.steps == 1:
-            return last.peak * float(steps)
+            return last.peak * float(steps) - self.probe.once_made_bytes() * (steps - 1)
         per_step = _BACKWARD_SHARE * last.graph / last.steps
         return last.peak + per_step * (steps - last.steps)
 

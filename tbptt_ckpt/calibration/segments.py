@@ -143,6 +143,11 @@ class SegmentProbe:
         on_host = sample.graph if self.device.type == "cpu" else 0
         return max(0, found[0] - before - on_host)
 
+    def once_made_bytes(self) -> int:
+        """Gradients of weights that a leaf makes once, however many steps it has."""
+        batched = self.runner.time_batching.takes
+        return tensor_bytes([p for p in self.parameters if p.requires_grad and batched(p)])
+
     def go_on(self) -> AmbientState:
         """Start from the state one step later; the generators and buffers there before."""
         before = self.ambient.capture()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
@@ -87,6 +88,11 @@ class TimeBatching:
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that both forms are to be weighed."""
         return self.choice == "auto" and per_step and self._may_pay
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether the gradient of a weight of that size is made once for all steps of a run."""
+        is_large = self.choice is True or (self.choice == "auto" and pays(1, weight.numel()))
+        return is_large and self.pays_off and self.has_batched
 
     @property
     def has_batched(self) -> bool:
