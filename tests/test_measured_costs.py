@@ -336,3 +336,22 @@ def test_gradients_that_a_leaf_makes_once_do_not_count_twice_for_two_steps():
     one, two = (known.fixed.gradients + known.leaf_bytes(steps) for steps in (1, 2))
     assert two < 1.4 * one
     assert measure(int(1.5 * one)).leaf_bytes(2) == known.leaf_bytes(2)
+
+
+def test_the_longest_leaf_that_fits_is_metered_where_room_ends_between_the_usual_lengths():
+    """Kernels may take more from some length on; 21 and 34 steps are usual."""
+    module, inputs = nn.GRU(16, 16), torch.randn(64, 8, 16)
+
+    def metered(memory=None):
+        costs = measure_costs(
+            module, nn.functional.mse_loss, inputs, torch.zeros_like(inputs), memory=memory
+        )
+        return costs, [steps for steps, _ in costs.leaf_bytes.points]
+
+    known, _ = metered()
+    room = known.fixed.gradients + int(known.leaf_bytes(30))
+    costs, lengths = metered(room)
+    assert any(21 < steps < 34 for steps in lengths)
+    assert 34 not in lengths
+    longest = max(steps for steps in lengths if steps < 34)
+    assert costs.leaf_bytes(longest) >= known.leaf_bytes(longest) * 0.99

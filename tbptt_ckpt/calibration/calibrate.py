@@ -102,17 +102,34 @@ class _Measuring:
         for steps in _METERED:
             if steps > self.limits.max_steps or not self._may_meter(steps):
                 break
-            began = time.perf_counter()
-            self.bytes.append(self.probe.bytes_of(steps))
-            if steps in _HOST_STEPS:
-                self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
-            self.spent = time.perf_counter() - began
+            self._meter(steps)
+        while (steps := self._longest_that_fits()) > self.bytes[-1].steps:
+            self._meter(steps)
         self._meter_long_advance()
         lengths = self._timed_lengths()
         for number in range(_ROUNDS):
             for steps in lengths:
                 if self._may_time(steps, is_first=number == 0):
                     self._time(steps)
+
+    def _meter(self, steps: int) -> None:
+        began = time.perf_counter()
+        self.bytes.append(self.probe.bytes_of(steps))
+        if steps in _HOST_STEPS:
+            self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
+        self.spent = time.perf_counter() - began
+
+    def _longest_that_fits(self) -> int:
+        """The longest leaf to meter between two of the usual lengths, where room ends there.
+
+        Kernels may take more from some length on, and plans use every length that fits.
+        """
+        last = self.bytes[-1].steps
+        usual = next((steps for steps in _METERED if steps > last), last)
+        longest = min(usual - 1, self.limits.max_steps)
+        while longest > last and not self._may_meter(longest):
+            longest -= 1
+        return longest
 
     def _meter_long_advance(self) -> None:
         """An advance may batch what short ones do not, and must not take more than foreseen."""
