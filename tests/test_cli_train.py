@@ -563,6 +563,8 @@ class TestRefusals:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Shells start what they put into the background deaf to it, tests included.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             while not (tmp_path / "begun").exists():
