@@ -19,7 +19,6 @@ from tbptt_ckpt.planner.pricing import BEYOND, Floats, Ints, best_leaves, best_r
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_seconds
 from tbptt_ckpt.predictions import usual_advance_steps
 
-_DEEPEST = 1 << 14  # states; what lies below is bounded by its best leaf
 _MANY_LEVELS = 512
 _ROUNDS = 60  # prices tried at most; about ten are needed
 
@@ -85,9 +84,9 @@ class _Worth:
 
     def __init__(self, room: LeafRoom, advance_rate: float) -> None:
         self._room, self._advance_rate = room, advance_rate
-        curve, depths = room.costs.leaf_seconds, min(room.steps, _DEEPEST)
-        self._leaves = self._lasts = _Leaves(room, room.lengths(depths))
-        self._is_cut = len(self._leaves.lengths) == _DEEPEST
+        curve = room.costs.leaf_seconds
+        self._leaves = self._lasts = _Leaves(room, room.covering_lengths())
+        self._is_cut = len(self._leaves.lengths) <= room.deepest_leaf  # more would fit
         if room.is_last:
             self._lasts = _Leaves(room, room.last_lengths(len(self._leaves.lengths) + 1))
         longest = max(self._leaves.longest, self._lasts.longest)

@@ -83,10 +83,22 @@ class LeafRoom:
 
     def lengths(self, most: int) -> list[int]:
         """The longest leaf at each depth, at most `most` of them."""
+        return self._lengths(most)
+
+    def covering_lengths(self) -> list[int]:
+        """The same as far as leaves are of use: those at lesser depths cover the stretch twice."""
+        return self._lengths(min(self.steps, _MOST_FULL), 2 * self.steps)
+
+    def _lengths(self, most: int, enough: int | None = None) -> list[int]:
         found: list[int] = []
+        covered = 0
         for depth, after, steps in self.runs():
-            found += [steps] * int(min(after - depth, most - len(found)))
-            if len(found) >= most:
+            count = int(min(after - depth, most - len(found)))
+            if enough is not None:
+                count = min(count, -(-(enough - covered) // steps))
+            found += [steps] * count
+            covered += steps * count
+            if len(found) >= most or (enough is not None and covered >= enough):
                 break
         return found
 
@@ -102,7 +114,7 @@ class LeafRoom:
 
     def needed(self) -> int:
         """The fewest bytes in which leaves are as long at every depth."""
-        lengths = self.lengths(min(self.steps, _MOST_FULL))
+        lengths = self.covering_lengths()
         if len(lengths) == _MOST_FULL:
             return self.bytes
         lasts = self.last_lengths(len(lengths) + 1)
@@ -124,7 +136,7 @@ class LeafRoom:
         whole = replace(self, longest=self.steps)
         if whole.last(0) >= self.steps:
             return None
-        fitting = np.array(whole.lengths(min(self.steps, _MOST_FULL)), np.int64)
+        fitting = np.array(whole.covering_lengths(), np.int64)
         lasts = np.array(whole.last_lengths(len(fitting) + 1), np.int64)[1:]
         if not len(lasts):
             return None
