@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from tbptt_ckpt.buffers import BufferValue, buffer_names, find_buffers
+from tbptt_ckpt.buffers import BufferCensus, BufferValue, find_buffers
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -41,7 +41,7 @@ class Ambient:
     def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
         self._modules = list(modules)
         self._buffers = find_buffers(self._modules)
-        self._known = buffer_names(self._modules)
+        self._census = BufferCensus(self._modules)
         self._device_ids, self._device_type, self._examples = _accelerators(tensors)
         self._last: AmbientState | None = None
 
@@ -97,12 +97,15 @@ class Ambient:
             buffer.restore(value)
         self._last = state
 
-    def check_complete(self) -> None:
+    def check_complete(self, *, searches: bool = False) -> None:
         """Raise `ArgumentError` if a module has registered a buffer since this was made.
 
         Nothing is known of what such a buffer held when its steps were new.
+
+        Args:
+            searches: Look everywhere, whatever the modules that are known say.
         """
-        new = [name for key, name in buffer_names(self._modules).items() if key not in self._known]
+        new = self._census.search() if searches else self._census.new_buffers()
         if new:
             raise ArgumentError(
                 f"module buffer {new[0]!r} was registered while the module ran, so that what it "
@@ -124,4 +127,4 @@ def _accelerators(tensors: Iterable[Tensor]) -> tuple[list[int], str | None, lis
 
 
 def _shared(new: Tensor, old: Tensor) -> Tensor:
-    return old if new.numpy().tobytes() == old.numpy().tobytes() else new
+    return old if torch.equal(new, old) else new

@@ -156,13 +156,44 @@ def find_buffers(roots: Iterable[object]) -> list[Buffer]:
     return list(found.values())
 
 
-def buffer_names(roots: Iterable[object]) -> dict[tuple[int, str], str]:
-    """Names of buffers, full where torch has them, by their module's identity and name there."""
-    return {
-        (id(module), name): f"{path}.{name}" if path else name
-        for path, module in _modules_of(roots)
-        for name in module._buffers
-    }
+class BufferCensus:
+    """Tells whether modules have got buffers that they did not have.
+
+    Between two large products a search takes as long as all else that happens there. It is
+    made the 1st, 2nd, 4th, 8th, ... time; in between, the modules that are known are asked.
+
+    Args:
+        roots: The modules; anything else is passed over.
+    """
+
+    def __init__(self, roots: Iterable[object]) -> None:
+        self._roots = list(roots)
+        self._modules = [module for _, module in _modules_of(self._roots)]
+        self._known, self._sizes = set(self._names()), self._present_sizes()
+        self._times_asked = 0
+
+    def new_buffers(self) -> list[str]:
+        """Names of buffers that were not there when this was made, as far as known modules tell."""
+        self._times_asked += 1
+        is_power_of_two = self._times_asked & (self._times_asked - 1) == 0
+        if not is_power_of_two and self._present_sizes() == self._sizes:
+            return []
+        return self.search()
+
+    def search(self) -> list[str]:
+        """The same, wherever they are."""
+        return [name for key, name in self._names().items() if key not in self._known]
+
+    def _present_sizes(self) -> list[tuple[int, int]]:
+        return [(len(module._buffers), len(module._modules)) for module in self._modules]
+
+    def _names(self) -> dict[tuple[int, str], str]:
+        """Names, full where torch has them, by their module's identity and name there."""
+        return {
+            (id(module), name): f"{path}.{name}" if path else name
+            for path, module in _modules_of(self._roots)
+            for name in module._buffers
+        }
 
 
 def _modules_of(roots: Iterable[object]) -> Iterator[tuple[str, nn.Module]]:

@@ -96,16 +96,19 @@ class Passage:
         assert self._final is not None, "the window has run"
         return self._final
 
+    def joints(self) -> Sequence[int]:
+        """Steps at which a plan may restart, since their states are given."""
+        # Nested checkpoints are one graph in the order of time: no block can go before another.
+        one_graph = self._settings.executor_name == "checkpoint"
+        return () if one_graph else sorted(self._joints())
+
     def request(self, loss_start: int, held: tuple[object, ...]) -> Request:
         """What a plan of the window has to know."""
         window, settings, records = self._window, self._settings, self._records
-        # Nested checkpoints are one graph in the order of time: no block can go before another.
-        one_graph = settings.executor_name == "checkpoint"
-        joints = () if one_graph else sorted(self._joints())
         shape = Shape(
             num_steps=window.stop - window.start,
             new_steps=window.num_new_steps,
-            joints=tuple(joint - window.start for joint in joints),
+            joints=tuple(joint - window.start for joint in self.joints()),
             recorded_states=len(records.boundaries),
             coming_states=self._num_coming_states(),
         )

@@ -72,6 +72,8 @@ class SequenceRun:
 
         Where the last window was skipped, the group of windows before it updates here.
         """
+        if self._ambient is not None:
+            self._ambient.check_complete(searches=True)
         if self.totals.num_steps == self.reader.num_steps:
             self.settings.updater.update(True, self.initial.leaves())
         self.initial.backward()
@@ -123,7 +125,9 @@ class SequenceRun:
         loss_start = self._loss_start(window)
         if not has_loss(blocks, loss_start, window.stop):
             return blocks, passage, None
-        planned = self.settings.plans.plan(passage.request(loss_start, self._held()))
+        planned = self.settings.plans.plan(
+            window, passage.joints(), lambda: passage.request(loss_start, self._held())
+        )
         self.on_plan()
         return blocks, passage, planned
 

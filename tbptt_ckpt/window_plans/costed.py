@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from tbptt_ckpt.window_plans.given import CHECKED_STEPS, at_least
 from tbptt_ckpt.window_plans.host_bytes import with_host_bytes
 from tbptt_ckpt.window_plans.refusals import explained
 from tbptt_ckpt.window_plans.requests import PlannedWindow, Request, Shape
+from tbptt_ckpt.windows import Window
 
 _log = logging.getLogger("tbptt_ckpt")
 
@@ -78,14 +79,17 @@ class CostedPlans:
         self._longest_seen = 0  # windows up to this reach were found to fit
         self._num_metered = 0
 
-    def plan(self, request: Request) -> PlannedWindow:
+    def plan(
+        self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
+    ) -> PlannedWindow:
         """The window's plan; measures costs if there are none yet."""
+        request = make_request()
         if self.costs is None and not self._promised and not self._is_worth_measuring(request):
-            return FixedPlans(Auto()).plan(request)
+            return FixedPlans(Auto()).plan(window, joints, make_request)
         held_bytes = tensor_bytes(*request.held)
         shape, found = request.shape, self._prepare(request, held_bytes)
         costs = self._costs_of(found, shape, request, held_bytes)
-        chosen = self._chosen(shape, costs).at(request.window.first)
+        chosen = self._chosen(shape, costs).at(window.first)
         is_known = shape in self._confirmed or self._num_metered >= _MOST_METERED
         if is_known or not self._promised:
             return PlannedWindow(chosen)

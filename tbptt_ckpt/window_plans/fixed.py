@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from tbptt_ckpt.memory import Lap
 from tbptt_ckpt.plans import plan_window
 from tbptt_ckpt.strategies import Strategy
 from tbptt_ckpt.window_plans.requests import PlannedWindow, Request
+from tbptt_ckpt.windows import Window
 
 
 @dataclass(slots=True)
@@ -23,13 +24,12 @@ class FixedPlans:
         """Never: none are needed."""
         return False
 
-    def plan(self, request: Request) -> PlannedWindow:
+    def plan(
+        self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
+    ) -> PlannedWindow:
         """The strategy's plan."""
-        window = request.window
         return PlannedWindow(
-            plan_window(
-                self.strategy, window.first, window.start, window.stop, request.absolute_joints
-            )
+            plan_window(self.strategy, window.first, window.start, window.stop, joints)
         )
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:

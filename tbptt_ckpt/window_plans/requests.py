@@ -124,8 +124,15 @@ class WindowPlans(Protocol):
         """Whether plans follow from costs that are known by now."""
         ...
 
-    def plan(self, request: Request) -> PlannedWindow:
+    def plan(
+        self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
+    ) -> PlannedWindow:
         """The plan of one window.
+
+        Args:
+            window: Its steps.
+            joints: Steps of the sequence inside it whose states are given.
+            make_request: All else about it, for those who need more.
 
         Raises:
             InfeasibleBudgetError: It does not fit the budget.
