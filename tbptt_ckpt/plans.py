@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from typing import Any
@@ -159,7 +159,17 @@ class Plan:
 
     def at(self, first: int) -> Plan:
         """The same plan for a window whose first state stands at another step."""
-        return replace(self, first=first)
+        if first == self.first:
+            return self
+        return Plan(
+            self.strategy,
+            first,
+            self.lead_steps,
+            self.blocks,
+            self.advance_steps,
+            self.predicted_peak_bytes,
+            self.predicted_seconds,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

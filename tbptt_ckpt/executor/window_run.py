@@ -39,7 +39,7 @@ class WeightGuard:
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a weight is written to or replaced."""
-        return tuple((p._version, p.data_ptr()) for p in self._parameters)
+        return tuple([(p._version, p.data_ptr()) for p in self._parameters])
 
     def check(self, window_stop: int) -> None:
         """Raise `StaleWeightsError` if a weight changed."""
