@@ -29,7 +29,7 @@ from tbptt_ckpt import (
 )
 from tbptt_ckpt.memory import free_memory, peak_memory, tensor_bytes
 from tbptt_ckpt.schedule import check_schedule
-from tbptt_ckpt.window_plans.corrections import scaled
+from tbptt_ckpt.window_plans.corrections import Ratios, not_below, scaled
 
 pytestmark = pytest.mark.times_the_module
 
@@ -508,3 +508,16 @@ def test_the_meter_stays_small_however_long_the_window():
         return int(subprocess.check_output(command, env=environment, timeout=300))
 
     assert resident("metered") - resident("plain") < 64 * 2**20
+
+
+def test_leaves_of_one_length_that_took_less_say_nothing_of_others():
+    measured = Curve(((1, 1500.0), (2, 1900.0), (14, 6000.0)))
+    costs = replace(Costs.linear(state_bytes=1, step_bytes=1), leaf_bytes=measured)
+    ratios = Ratios()
+    ratios.add(0.5 * measured(1) - 1e6, measured, 1)
+    lowered = replace(costs, leaf_bytes=scaled(measured, ratios.factor_either_way))
+    assert lowered.leaf_bytes(7) < measured(7)
+    assert not_below(lowered, costs).leaf_bytes == measured
+    raised = replace(costs, leaf_bytes=scaled(measured, 1.2))
+    assert not_below(raised, costs) == raised
+    assert not_below(lowered, None) == lowered  # costs that were given may be wrong at all lengths

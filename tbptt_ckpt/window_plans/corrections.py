@@ -227,3 +227,20 @@ def raised(curve: Curve, samples: Mapping[int, int]) -> Curve:
     if not samples:
         return curve
     return Curve.through({**dict(curve.points), **samples}.items())
+
+
+def not_below(costs: Costs, measured: Costs | None) -> Costs:
+    """Costs whose leaves take no less than they did when segments of all lengths were measured."""
+    if measured is None:
+        return costs
+    last, measured_last = costs.last_leaf_bytes, measured.last_leaf_bytes
+    return replace(
+        costs,
+        leaf_bytes=_higher(costs.leaf_bytes, measured.leaf_bytes),
+        last_leaf_bytes=last and measured_last and _higher(last, measured_last),
+    )
+
+
+def _higher(some: Curve, other: Curve) -> Curve:
+    lengths = {steps for steps, _ in (*some.points, *other.points)}
+    return Curve.through((steps, max(some(steps), other(steps))) for steps in lengths)

@@ -23,7 +23,7 @@ from tbptt_ckpt.simulator import simulate
 from tbptt_ckpt.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.updates import Updater
-from tbptt_ckpt.window_plans.corrections import ROUNDING_BYTES, Corrections
+from tbptt_ckpt.window_plans.corrections import ROUNDING_BYTES, Corrections, not_below
 from tbptt_ckpt.window_plans.fixed import FixedPlans
 from tbptt_ckpt.window_plans.forms import costs_of_forms, fastest_form
 from tbptt_ckpt.window_plans.given import CHECKED_STEPS, at_least
@@ -71,6 +71,7 @@ class CostedPlans:
         self._updater, self._parameters, self._device = updater, parameters, device
         self._batching = batching
         self.costs, self._is_checked = costs, costs is None or not self._promised
+        self._measured_first: Costs | None = None  # before any correction
         self.budget_bytes: int | None = None
         self._reserve = _RESERVE if self._promised else 0.0
         self._finds_fastest = isinstance(strategy, Auto | Optimal)
@@ -106,7 +107,7 @@ class CostedPlans:
         if not isinstance(pilot, _Watched) or self.costs is None:
             return
         self._num_metered += 1
-        costs = pilot.corrected(self.costs)
+        costs = self._corrected(pilot, self.costs)
         fixed = self._with_optimizer(pilot.costs).fixed.total(pilot.shape.run_steps)
         if update.peak_bytes > fixed + costs.update_bytes:
             costs = replace(costs, update_bytes=update.peak_bytes - fixed)
@@ -123,6 +124,13 @@ class CostedPlans:
         self._adopt(costs)
         self._keep_what_ran(pilot, planned.plan, update)
 
+    def _corrected(self, pilot: _Watched, costs: Costs) -> Costs:
+        """Costs that would have predicted a window, and no less than was measured at first.
+
+        A window may have leaves of one length alone: that they took less says nothing of others.
+        """
+        return not_below(pilot.corrected(costs), self._measured_first)
+
     def _adopt(self, costs: Costs) -> None:
         """Plan with other costs from here on."""
         self.costs, self._reserve, self._longest_seen = costs, _MARGIN, 0
@@ -137,7 +145,7 @@ class CostedPlans:
         peak = max(pilot.peak_bytes + made, update.peak_bytes) + pilot.absent_bytes
         if pilot.rest or peak > self.budget_bytes:
             return
-        corrected = self._with_optimizer(pilot.corrected(pilot.costs))
+        corrected = self._with_optimizer(self._corrected(pilot, pilot.costs))
         costs = replace(corrected, update_bytes=self.costs.update_bytes)
         try:
             self._planned(pilot.shape, costs, self.budget_bytes)
@@ -156,6 +164,7 @@ class CostedPlans:
             return {}
         return {
             "costs": self.costs.to_dict(),
+            "measured_first": self._measured_first and self._measured_first.to_dict(),
             "time_batching": self._batching.pays_off,
             "budget_bytes": self.budget_bytes,
             "reserve": self._reserve,
@@ -176,6 +185,8 @@ class CostedPlans:
         if not state:
             return
         self.costs, self._is_checked = Costs.from_dict(state["costs"]), True
+        first = state.get("measured_first")  # older ones have none
+        self._measured_first = first and Costs.from_dict(first)
         self._batching.pays_off = state.get("time_batching", True)  # older ones followed the rule
         self.budget_bytes = self._budget.num_bytes or state["budget_bytes"]
         self._reserve, self._num_metered = state["reserve"], state["num_metered"]
@@ -216,6 +227,7 @@ class CostedPlans:
         room = self.budget_bytes - held_bytes - request.input_bytes
         if self.costs is None:
             self.costs = self._of_fastest_form(request, held_bytes, Limits(reach, room_bytes=room))
+            self._measured_first = self.costs
         elif not self._is_checked:
             short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room)
             found = self._measured(request, short)
@@ -369,9 +381,9 @@ class CostedPlans:
         """What to raise in a window whose rest does not fit, before anything exceeds the budget."""
         assert self.costs is not None
         assert self.budget_bytes is not None
-        self._adopt(pilot.corrected(self.costs))  # so that another try knows from the start
+        self._adopt(self._corrected(pilot, self.costs))  # so that another try knows from the start
         try:
-            self._planned(pilot.shape, pilot.corrected(pilot.costs), self.budget_bytes)
+            self._planned(pilot.shape, self._corrected(pilot, pilot.costs), self.budget_bytes)
         except InfeasibleBudgetError as whole:
             error = whole
         return self._explained(error, pilot.shape)
