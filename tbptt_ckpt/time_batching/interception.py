@@ -50,23 +50,34 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _plain[F, "linear"](input, weight, bias) if output is None else output
 
 
+def _zeros(cell: nn.RNNCellBase, x: Tensor) -> Tensor | None:
+    """The state with which a cell begins by itself; None where it must judge its input first."""
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        return None
+    return x.new_zeros(x.shape[0], cell.hidden_size)
+
+
 def _lstm_forward(cell: nn.LSTMCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
     region, result = _region(), None
-    if region is not None and type(hx) is tuple and len(hx) == 2:
-        result = region.cells.call(cell, "LSTMCell", input, hx)
+    states = (_zeros(cell, input),) * 2 if region is not None and hx is None else hx
+    if region is not None and type(states) is tuple and len(states) == 2:
+        result = region.cells.call(cell, "LSTMCell", input, states)
     return _plain[nn.LSTMCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _gru_forward(cell: nn.GRUCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region = _region()
-    result = None if region is None else region.cells.call(cell, "GRUCell", input, (hx,))
+    region, result = _region(), None
+    if region is not None:
+        h = _zeros(cell, input) if hx is None else hx
+        result = region.cells.call(cell, "GRUCell", input, (h,))
     return _plain[nn.GRUCell, "forward"](cell, input, hx) if result is None else result
 
 
 def _rnn_forward(cell: nn.RNNCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
     region, result = _region(), None
     if region is not None and cell.nonlinearity in ("tanh", "relu"):
-        result = region.cells.call(cell, f"RNNCell {cell.nonlinearity}", input, (hx,))
+        h = _zeros(cell, input) if hx is None else hx
+        result = region.cells.call(cell, f"RNNCell {cell.nonlinearity}", input, (h,))
     return _plain[nn.RNNCell, "forward"](cell, input, hx) if result is None else result
 
 

@@ -37,6 +37,7 @@ _log = logging.getLogger("tbptt_ckpt")
 _RESERVE = 0.1  # of what the first plan may use, until its leaves are measured
 _MARGIN = 0.02  # the same ever after: kernels round sizes up, some lengths more than others
 _MOST_METERED = 8  # windows; overlaps that grow make a new plan for each
+_MUCH_LONGER = 2  # than any metered one: measured all the same, as its plan is of another kind
 _MOST_CACHED = 64
 
 
@@ -78,7 +79,7 @@ class CostedPlans:
         self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
         self._confirmed: set[Shape] = set()
         self._longest_seen = 0  # windows up to this reach were found to fit
-        self._num_metered = 0
+        self._num_metered, self._longest_metered = 0, 0
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
@@ -91,10 +92,16 @@ class CostedPlans:
         shape, found = request.shape, self._prepare(request, held_bytes)
         costs = self._costs_of(found, shape, request, held_bytes)
         chosen = self._chosen(shape, costs).at(window.first)
-        is_known = shape in self._confirmed or self._num_metered >= _MOST_METERED
-        if is_known or not self._promised:
+        if shape in self._confirmed or self._has_seen_alike(shape) or not self._promised:
             return PlannedWindow(chosen)
         return self._watched(request, chosen, costs)
+
+    def _has_seen_alike(self, shape: Shape) -> bool:
+        """Whether so many windows were measured, of such lengths, that one more tells nothing."""
+        return (
+            self._num_metered >= _MOST_METERED
+            and shape.run_steps < _MUCH_LONGER * self._longest_metered
+        )
 
     @property
     def has_costs(self) -> bool:
@@ -107,6 +114,7 @@ class CostedPlans:
         if not isinstance(pilot, _Watched) or self.costs is None:
             return
         self._num_metered += 1
+        self._longest_metered = max(self._longest_metered, pilot.shape.run_steps)
         costs = self._corrected(pilot, self.costs)
         fixed = self._with_optimizer(pilot.costs).fixed.total(pilot.shape.run_steps)
         if update.peak_bytes > fixed + costs.update_bytes:
@@ -169,6 +177,7 @@ class CostedPlans:
             "budget_bytes": self.budget_bytes,
             "reserve": self._reserve,
             "num_metered": self._num_metered,
+            "longest_metered": self._longest_metered,
             "plans": [
                 {
                     "shape": asdict(shape),
@@ -190,6 +199,7 @@ class CostedPlans:
         self._batching.pays_off = state.get("time_batching", True)  # older ones followed the rule
         self.budget_bytes = self._budget.num_bytes or state["budget_bytes"]
         self._reserve, self._num_metered = state["reserve"], state["num_metered"]
+        self._longest_metered = state.get("longest_metered", 0)  # older ones do not say
         for entry in state["plans"]:
             shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
             self._plans[shape] = _Planned(entry["fixed_bytes"], Plan.from_dict(entry["plan"]))
