@@ -521,3 +521,23 @@ def test_leaves_of_one_length_that_took_less_say_nothing_of_others():
     raised = replace(costs, leaf_bytes=scaled(measured, 1.2))
     assert not_below(raised, costs) == raised
     assert not_below(lowered, None) == lowered  # costs that were given may be wrong at all lengths
+
+
+@pytest.mark.parametrize("time_batching", [True, False])
+def test_long_sequences_after_many_short_ones_keep_the_budget(time_batching):
+    """As short ones with room to spare tell little of how long ones are run."""
+    long = data(800)
+    budget = smallest_budget("LSTMCell loop", 800, k1=800, k2=800, time_batching=time_batching)
+    tbptt = make(
+        "LSTMCell loop",
+        800,
+        800,
+        memory_budget=int(1.05 * budget),
+        measure_memory=True,
+        time_batching=time_batching,
+    )
+    for num_steps in range(40, 50):
+        tbptt.train(data(num_steps))
+    (window,) = tbptt.windows(long)
+    assert window.peak_bytes <= int(1.05 * budget)
+    assert window.plan.predicted_peak_bytes == pytest.approx(window.peak_bytes, rel=0.03)

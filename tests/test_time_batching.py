@@ -764,3 +764,28 @@ def test_auto_batches_what_has_a_large_weight(width: int, operations: set[str]) 
     tbptt = TBPTT(module, F.mse_loss, 4, None, strategy="uniform:2")
     tbptt.train(data, state)
     assert {o.operation for o in tbptt.batched_operations if not o.reason} == operations
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_cell_that_begins_by_itself_is_batched_from_its_first_step(kind: Any) -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = kind(3, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            state = self.cell(x, state)
+            return state[0] if isinstance(state, tuple) else state, state
+
+    module, inputs = Step(), torch.randn(6, 2, 3, dtype=torch.float64)
+    grads = []
+    for batching in (True, False):
+        module.zero_grad()
+        tbptt = TBPTT(
+            module, nn.functional.mse_loss, 6, 6, strategy="uniform:3", time_batching=batching
+        )
+        tbptt.train(TensorSequence(inputs, torch.zeros_like(inputs)))
+        grads.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+        if batching:
+            assert not [done for done in tbptt.batched_operations if done.reason]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
