@@ -162,7 +162,8 @@ class _Pass:
         loss = WindowLoss(self._loss_function, counted, "sum")
         sink = LossSink(task, loss, graph=False)
         state = self._runner.run(task, start, stop, state, sink)
-        if loss.total is not None and not loss.is_empty():
-            self._loss_sum += float(loss.total)
+        loss_sum = loss.loss_sum
+        if loss_sum is not None and not loss.is_empty():
+            self._loss_sum += loss_sum
             self._weight += float(loss.weight)
         return state

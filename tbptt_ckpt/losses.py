@@ -1,4 +1,10 @@
-"""What a loss function returns, and how step weights enter: sums and weights, never means."""
+"""What a loss function returns, and how step weights enter: sums and weights, never means.
+
+NOTE [A mean is not multiplied out]
+A segment's loss is a mean that stands for so many steps, and most windows divide by that very
+number. Between two large kernels an operation on one number takes as long as a thousand where
+caches are warm, so the number of steps is kept beside the mean as a factor.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +22,32 @@ StepWeight = float | Sequence[float]
 
 
 class LossSum:
-    """A running sum of losses and of their weights."""
+    """A running sum of losses, `total * factor`, and of their weights."""
 
-    __slots__ = ("total", "weight")
+    __slots__ = ("factor", "total", "weight")
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
+        self.factor = 1.0
         self.weight: float | Tensor = 0.0
 
-    def add(self, total: Tensor, weight: float | Tensor) -> None:
-        """Add one more loss."""
-        self.total = total if self.total is None else self.total + total
+    def add(self, total: Tensor, weight: float | Tensor, factor: float = 1.0) -> None:
+        """Add one more loss, `total * factor`."""
+        if self.total is None:
+            self.total, self.factor = total, factor
+        elif self.factor == factor:
+            self.total = self.total + total
+        else:
+            self.total, self.factor = _times(self.total, self.factor) + _times(total, factor), 1.0
         self.weight = self.weight + weight
+
+    def value(self) -> Tensor | None:
+        """The sum; None of nothing."""
+        return None if self.total is None else _times(self.total, self.factor)
+
+
+def _times(total: Tensor, factor: float) -> Tensor:
+    return total if factor == 1.0 else total * factor
 
 
 class LossFunction:
@@ -75,12 +95,13 @@ class LossFunction:
                 self._add(losses, chosen, count, value)
 
     def _add(self, losses: LossSum, part: tuple[Tree, Tree], count: int, value: float) -> None:
-        total, weight = self._evaluate(part[0], part[1], count)
-        if value != 1.0:
-            total, weight = total * value, weight * value
-        losses.add(total, weight)
+        total, weight, factor = self._evaluate(part[0], part[1], count)
+        losses.add(total, weight if value == 1.0 else weight * value, factor * value)
 
-    def _evaluate(self, outputs: Tree, targets: Tree, count: int) -> tuple[Tensor, float | Tensor]:
+    def _evaluate(
+        self, outputs: Tree, targets: Tree, count: int
+    ) -> tuple[Tensor, float | Tensor, float]:
+        """A loss, the weight of all its steps, and the factor that makes it their sum."""
         if self.returns_pairs is None:
             value = self._first_call(outputs, targets)
         else:
@@ -92,8 +113,8 @@ class LossFunction:
             )
         if isinstance(value, Tensor):
             _check_scalar(value, "a loss")
-            return (value if count == 1 else value * count), float(count)
-        return _checked_pair(value)
+            return value, float(count), float(count)
+        return *_checked_pair(value), 1.0
 
     def _first_call(self, outputs: Tree, targets: Tree) -> Any:
         before = torch.get_rng_state()

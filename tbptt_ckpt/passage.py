@@ -149,13 +149,14 @@ class Passage:
         schedule = meter.schedule(plan.schedule, planned.pilot)
         planned.pilot.attach(partial(setattr, work, "longest_advance"))
         state_grads = settings.executor.run(work, schedule, self._boundary_at(window.first))
-        if state_grads is None or loss.total is None:
+        loss_sum = loss.loss_sum
+        if state_grads is None or loss_sum is None:
             return Outcome(task.executed_steps)
         self._check_graph(loss, max(loss_start, window.start))
         return Outcome(
             executed_steps=task.executed_steps,
             loss=loss.value,
-            loss_sum=float(loss.total),
+            loss_sum=loss_sum,
             weight=float(loss.weight),
             state_grads=state_grads,
             grad_scale=work.grad_scale,

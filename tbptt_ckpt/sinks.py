@@ -60,7 +60,7 @@ class WindowLoss:
         self.function, self.reduction = function, reduction
         self._counted, self._summed = counted_weight, LossSum()
         self._first_run_until = 0
-        self.total: Tensor | None = None
+        self._losses = LossSum()
         self.has_graph = False
 
     @property
@@ -76,14 +76,23 @@ class WindowLoss:
     @property
     def value(self) -> Tensor | None:
         """The window's loss, detached."""
-        return None if self.total is None else self.total / self.divisor
+        losses, divisor = self._losses, self.divisor
+        if isinstance(divisor, float) and divisor == losses.factor:
+            return losses.total
+        total = losses.value()
+        return None if total is None else total / divisor
 
-    def add(self, total: Tensor | None) -> None:
-        """Add a sum of losses that was differentiated, or that is constant."""
-        if total is not None:
-            self.has_graph = self.has_graph or total.requires_grad
-            total = total.detach()
-            self.total = total if self.total is None else self.total + total
+    @property
+    def loss_sum(self) -> float | None:
+        """The summed loss, not divided."""
+        losses = self._losses
+        return None if losses.total is None else float(losses.total) * losses.factor
+
+    def add(self, losses: LossSum) -> None:
+        """Add losses that were differentiated, or that are constant."""
+        if losses.total is not None:
+            self.has_graph = self.has_graph or losses.total.requires_grad
+            self._losses.add(losses.total.detach(), 0.0, losses.factor)
 
     def is_empty(self) -> bool:
         """Whether the weights, now that all are known, sum to zero: every position was masked.
@@ -116,12 +125,15 @@ class LossSink:
         loss: Its loss.
         graph: Whether the run is differentiated. An advance evaluates a loss only where it
             is constant or where its weight is not known otherwise.
+
+    Attributes:
+        losses: Their sum, with its graph.
     """
 
     def __init__(self, task: WindowTask, loss: WindowLoss, graph: bool) -> None:
         self._task, self._loss, self._graph = task, loss, graph
         self._piece = LossSum()
-        self.total: Tensor | None = None
+        self.losses = LossSum()
 
     def wanted(self, begin: int, end: int) -> range:
         """The steps of a piece that have a loss."""
@@ -153,13 +165,13 @@ class LossSink:
         if piece.total is None:
             return
         if self._graph:
-            self.total = piece.total if self.total is None else self.total + piece.total
+            self.losses.add(piece.total, 0.0, piece.factor)
         elif first_run and end <= self._task.start:
-            self._loss.add(piece.total)
+            self._loss.add(piece)
 
     def tensors(self) -> list[Tensor]:
-        """The summed loss, if there is one."""
-        return [] if self.total is None else [self.total]
+        """What is summed, if there is anything."""
+        return [] if self.losses.total is None else [self.losses.total]
 
 
 class OutputSink:

@@ -142,8 +142,9 @@ def _plain_loop(
             loss.add_segment(
                 losses, outputs, sequence.targets, None, len(sequence), sequence.time_dim
             )
-        assert losses.total is not None, "every step has a target"
-        value = losses.total / losses.weight
+        total = losses.value()
+        assert total is not None, "every step has a target"
+        value = total / losses.weight
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), state
 

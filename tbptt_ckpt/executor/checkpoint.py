@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from tbptt_ckpt.ambient import AmbientState
 from tbptt_ckpt.executor.spans import Span, parse_spans
-from tbptt_ckpt.executor.window_run import StateGrads, WindowRun
+from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
 from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.runner import Runner, rejoin
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
@@ -44,9 +44,13 @@ class CheckpointExecutor:
             boundary, actions = self._advance_to_start(work, schedule, first)
         boundary.check_untouched()
         task.ambient.restore(boundary.ambient)
-        spans = CheckpointedSpans(
-            task, work.runner, lambda: LossSink(task, work.loss, graph=True), self._context_fn
-        )
+        sinks: list[LossSink] = []
+
+        def new_sink() -> LossSink:
+            sinks.append(LossSink(task, work.loss, graph=True))
+            return sinks[-1]
+
+        spans = CheckpointedSpans(task, work.runner, new_sink, self._context_fn)
         spans.note, spans.check = work.note, lambda: work.guard.check(task.stop)
         spans.leaf_has_run = work.observer.differentiates
         if actions and actions[0] == Keep(task.start):
@@ -55,16 +59,17 @@ class CheckpointExecutor:
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         with work.differentiating():
             with torch.enable_grad():
-                totals, _ = spans.run(parse_spans(actions, task.start, task.stop), state)
+                spans.run(parse_spans(actions, task.start, task.stop), state)
                 if work.loss.is_empty():
                     return None
-                loss = _sum_in_order(totals) if totals else None
-            if loss is not None and loss.requires_grad:
-                torch.autograd.backward([loss], [work.gradient_of(loss)])
+            parts = [sink.losses for sink in sinks]  # each leaf's first run made one
+            # The sinks of recomputations must not outlive them.
+            spans.new_sink = lambda: LossSink(task, work.loss, graph=True)
+            differentiate(work.roots(parts))
         spans.finish()
         work.observer.ends()
-        for total in totals:
-            work.loss.add(total)
+        for losses in parts:
+            work.loss.add(losses)
         return [leaf.grad for leaf in leaves]
 
     def _advance_to_start(
@@ -102,7 +107,7 @@ class CheckpointedSpans:
         context_fn: ContextFn = noop_context_fn,
     ) -> None:
         self._task, self._runner = task, runner
-        self._new_sink, self._context_fn = new_sink, context_fn
+        self.new_sink, self._context_fn = new_sink, context_fn
         self.note: Callable[[Action], None] = lambda _: None
         self.check: Callable[[], None] = lambda: None
         self.leaf_has_run: Callable[[], None] = lambda: None
@@ -156,7 +161,7 @@ class CheckpointedSpans:
         self._drop_after(-1)
 
     def _run_plain(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
-        sink = self._new_sink()
+        sink = self.new_sink()
         state = self._runner.run(self._task, span.start, span.stop, state, sink)
         return sink.tensors(), state
 
@@ -224,10 +229,3 @@ _NO_TENSOR = torch.empty(0)
 
 def _without_tensors(state: Tree) -> Tree:
     return map_tensors(lambda _: _NO_TENSOR, state)
-
-
-def _sum_in_order(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total

@@ -9,9 +9,8 @@ and freed before the next one is built, so that host memory does not grow with t
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from tbptt_ckpt.executor.window_run import StateGrads, WindowRun
+from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
 from tbptt_ckpt.hooks import hooks_can_be_silent
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.sinks import LossSink
@@ -78,16 +77,11 @@ class _Replay:
             work.observer.differentiates()
             states = tensors_of(state_out)
             grads_out = self.state_grads or [None] * len(states)
-            roots = [(total, work.gradient_of(total)) for total in sink.tensors()]
-            _backward([*roots, *zip(states, grads_out, strict=True)])
-        work.loss.add(sink.total)
+            roots = work.roots([sink.losses])
+            for state, grad in zip(states, grads_out, strict=True):
+                if grad is not None and state.requires_grad:
+                    roots.append((state, grad))
+            differentiate(roots)
+        work.loss.add(sink.losses)
         self.state_grads = [leaf.grad for leaf in leaves]
         return True
-
-
-def _backward(roots: list[tuple[Tensor, Tensor | None]]) -> None:
-    """Differentiate a leaf: its losses and its last states, each with its gradient."""
-    known = [(root, grad) for root, grad in roots if grad is not None and root.requires_grad]
-    if known:
-        tensors, grads = zip(*known, strict=True)
-        torch.autograd.backward(tensors, grads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 from tbptt_ckpt.errors import StaleWeightsError, TbpttError
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.hooks import silent_hooks
+from tbptt_ckpt.losses import LossSum
 from tbptt_ckpt.runner import Runner
 from tbptt_ckpt.schedule import Action, Schedule
 from tbptt_ckpt.sinks import LossSink, WindowLoss
@@ -24,6 +25,7 @@ from tbptt_ckpt.task import Boundary, WindowTask
 _ADVANCE_STEPS = 64
 
 StateGrads = list[Tensor | None]  # one per tensor of a state
+Root = tuple[Tensor, Tensor | None]  # to differentiate, with its gradient; None stands for one
 
 
 class WeightGuard:
@@ -122,12 +124,28 @@ class WindowRun:
             return joint
         return Boundary(step, detach_state(state), self.task.ambient.capture())
 
-    def gradient_of(self, total: Tensor) -> Tensor:
-        """The gradient of the window's loss with respect to a sum of its losses."""
-        divisor = self.loss.divisor
-        if isinstance(divisor, float):
-            return torch.full_like(total, self.grad_scale / divisor)
-        return torch.full_like(total, self.grad_scale) / divisor
+    def roots(self, parts: Iterable[LossSum]) -> list[Root]:
+        """What to differentiate: parts of the window's loss."""
+        return [
+            (losses.total, self._gradient_of(losses.total, losses.factor))
+            for losses in parts
+            if losses.total is not None and losses.total.requires_grad
+        ]
+
+    def _gradient_of(self, total: Tensor, factor: float) -> Tensor | None:
+        """The gradient of the window's loss with respect to `total`, a part's sum over `factor`."""
+        divisor, scale = self.loss.divisor, self.grad_scale * factor
+        if not isinstance(divisor, float):
+            return torch.full_like(total, scale) / divisor
+        # torch makes the gradient one by itself, faster than it checks one that is given.
+        return None if scale == divisor else torch.full_like(total, scale / divisor)
+
+
+def differentiate(roots: Sequence[Root]) -> None:
+    """Add the gradients of roots that are differentiated together."""
+    if roots:
+        tensors, grads = zip(*roots, strict=True)
+        torch.autograd.backward(tensors, grads)
 
 
 class Executor(Protocol):
