@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt.ambient import Ambient
-from tbptt_ckpt.hooks import hooks_can_be_silent, silent_hooks
+from tbptt_ckpt.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.initial_state import for_lanes
 from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.modules import parameters_of
@@ -91,7 +91,7 @@ def run_evaluation(
     reader = WindowReader(sequence, segment_steps, segment_steps)
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
-    with in_eval_mode(*owners), torch.no_grad(), hooks_can_be_silent(), silent_hooks():
+    with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
         return _Pass(runner, loss_function, reader, initial).run(segment_steps)
 
 

@@ -18,22 +18,24 @@ _originals: dict[str, Callable[..., Any]] = {}
 _thread = threading.local()
 
 
-@contextmanager
-def hooks_can_be_silent() -> Iterator[None]:
+class SilenceableHooks:
     """While entered, `silent_hooks` has an effect.
 
     Kept apart from `silent_hooks`, which is entered once per advance: the methods of
     `torch.Tensor` are replaced at the first one and put back here, since that is not cheap.
     It also makes the interpreter forget what it knew of every other method of tensors.
     """
-    outer = getattr(_thread, "patched", None)
-    _thread.patched = False
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        self._outer = getattr(_thread, "patched", None)
+        _thread.patched = False
+
+    def __exit__(self, *_: object) -> None:
         if _thread.patched:
             _change_patches(-1)
-        _thread.patched = outer
+        _thread.patched = self._outer
 
 
 @contextmanager

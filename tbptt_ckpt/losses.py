@@ -113,6 +113,8 @@ class LossFunction:
             )
         if isinstance(value, Tensor):
             _check_scalar(value, "a loss")
+            if _is_in_large_storage(value):
+                return value * count, float(count), 1.0
             return value, float(count), float(count)
         return *_checked_pair(value), 1.0
 
@@ -126,6 +128,14 @@ class LossFunction:
             )
         self.returns_pairs = not isinstance(value, Tensor)
         return value
+
+
+def _is_in_large_storage(value: Tensor) -> bool:
+    """Whether a number keeps more memory alive than it needs, as torch's `mse_loss` does.
+
+    That one takes the mean in place of the squares, so that they live as long as it.
+    """
+    return value.untyped_storage().nbytes() > value.nbytes
 
 
 def _check_scalar(value: Tensor, what: str) -> None:

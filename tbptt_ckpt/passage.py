@@ -13,7 +13,7 @@ from tbptt_ckpt.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.calibration import SegmentProbe
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import StateGrads, WeightGuard, WindowRun
-from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.hooks import SilenceableHooks
 from tbptt_ckpt.initial_state import InitialState
 from tbptt_ckpt.plans import Plan
 from tbptt_ckpt.predictions import ADVANCE_STEPS
@@ -221,10 +221,16 @@ class Passage:
         """Leave generators and buffers as the first run of the new steps left them."""
         self._ambient.restore(self._found if self._final is None else self._final.ambient)
 
-    def hand_on(self) -> None:
-        """Leave to the next windows what they start from."""
+    def hand_on(self, *, ran_again: bool) -> None:
+        """Leave to the next windows what they start from.
+
+        Args:
+            ran_again: Whether any step has run more than once.
+        """
         records, final = self._records, self.final
-        self._ambient.check_complete()
+        # What a new buffer held matters to steps that run again; the run's end asks once more.
+        if ran_again or records.carried is None:
+            self._ambient.check_complete()
         check_no_hidden_tensors(final.state)
         if records.carried is not None:
             check_same_structure(final.state, records.carried.state)
@@ -259,7 +265,7 @@ class Passage:
         work = self._work(
             task, WindowLoss(self._settings.loss_function, 0.0, "sum"), guard, ADVANCE_STEPS
         )
-        with hooks_can_be_silent():
+        with SilenceableHooks():
             work.advance(boundary, stop)
         return task.executed_steps
 

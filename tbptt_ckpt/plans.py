@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -256,7 +256,6 @@ def plan_window(
     return plan
 
 
-@lru_cache(maxsize=256)
 def _nested_plan(strategy: NestedStrategy, lead_steps: int, lengths: tuple[int, ...]) -> Plan:
     """The plan of a window that begins at step 0, with blocks of the given lengths."""
     num_steps = sum(lengths)

@@ -34,6 +34,8 @@ from tbptt_ckpt.state import (
 from tbptt_ckpt.task import WindowTask
 from tbptt_ckpt.time_batching import TimeBatching
 
+_NOTHING = nullcontext()
+
 
 class Runner:
     """Calls a module over steps.
@@ -167,7 +169,7 @@ class Runner:
         if self._autocast_dtype is not None:
             return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
         nested = torch.is_autocast_enabled(device_type)
-        return _uncached(nullcontext()) if nested else nullcontext()
+        return _uncached(_NOTHING) if nested else _NOTHING
 
     def _device_type(self, task: WindowTask, state: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""

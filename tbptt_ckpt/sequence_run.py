@@ -59,7 +59,7 @@ class SequenceRun:
         self._present: AmbientState | None = None  # to start from, once devices are known
         self._first_ambient: AmbientState | None = None
         self.index = 0
-        self.inspect: Inspect = _accept
+        self.inspect: Inspect | None = None
         self.on_plan: Callable[[], None] = do_nothing
 
     def __iter__(self) -> Iterator[WindowResult]:
@@ -140,6 +140,7 @@ class SequenceRun:
         loss_start = self._loss_start(window)
         guard = WeightGuard(self.settings.weights())
         blocks, passage, planned = self._begin(window)
+        num_tokens = passage.num_tokens()
         self.settings.updater.clear(self.initial.leaves())
         with self._meter(planned, blocks) as meter:
             try:
@@ -153,15 +154,16 @@ class SequenceRun:
                 raise
             finally:
                 passage.restore_ambient()
-            self.inspect(window, outcome.loss, passage.states())
+            if self.inspect is not None:
+                self.inspect(window, outcome.loss, passage.states())
             self._weights_before = guard.expected
-            passage.hand_on()
+            passage.hand_on(ran_again=outcome.executed_steps > window.num_new_steps)
             self.state_grads = outcome.state_grads
             updated = self._update(window, outcome)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             self.settings.plans.learn(planned, lap, peak_bytes)
-        self.totals.add(window, outcome, passage.num_tokens())
+        self.totals.add(window, outcome, num_tokens)
         self.totals.add_peak(peak_bytes)
         self.index += 1
         return WindowResult(
@@ -308,10 +310,6 @@ class SequenceRun:
 
     def _weights(self) -> object:
         return WeightGuard(self.settings.weights()).fingerprint()
-
-
-def _accept(window: Window, loss: Tensor | None, states: list[Tree]) -> None:
-    """Every window is fine."""
 
 
 def do_nothing() -> None:

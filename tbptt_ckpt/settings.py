@@ -71,7 +71,8 @@ class Settings:
     @property
     def device_type(self) -> str:
         """Where the weights are; "cpu" where none are known."""
-        return next((weight.device.type for weight in self.weights()), "cpu")
+        weights = self.parameters or self.updater.optimized()
+        return weights[0].device.type if weights else "cpu"
 
     @property
     def strategy(self) -> Strategy:

@@ -726,6 +726,20 @@ def test_fields_of_a_window() -> None:
             result.loss = None
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "loss_fn", [mean_loss, lambda y, target: (mean_loss(y, target, reduction="sum"), 6.0)]
+)
+@pytest.mark.parametrize("make", [lstm, tanh_cell])
+def test_the_loss_of_a_window_keeps_no_outputs_alive(make: Any, loss_fn: Any, reduction: str):
+    """`mse_loss` leaves its mean in memory as large as the outputs."""
+    _, targets = random_data(NUM_STEPS)
+    assert mean_loss(targets, targets).untyped_storage().nbytes() > 8, "nothing is left to test"
+    for window in TBPTT(make(), loss_fn, 6, 6, reduction=reduction).windows(data()):
+        assert window.loss is not None
+        assert window.loss.untyped_storage().nbytes() == window.loss.nbytes
+
+
 def test_fields_of_a_run() -> None:
     module = tanh_cell()
     tbptt = TBPTT(module, mean_loss, K1, K2)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tbptt_ckpt.ambient import AmbientState
 from tbptt_ckpt.executor.spans import Span, parse_spans
 from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
-from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.hooks import SilenceableHooks
 from tbptt_ckpt.runner import Runner, rejoin
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.sinks import LossSink, Sink
@@ -40,7 +40,7 @@ class CheckpointExecutor:
     def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
         task = work.task
-        with hooks_can_be_silent():
+        with SilenceableHooks():
             boundary, actions = self._advance_to_start(work, schedule, first)
         boundary.check_untouched()
         task.ambient.restore(boundary.ambient)
@@ -58,11 +58,12 @@ class CheckpointExecutor:
         state = task.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         with work.differentiating():
-            with torch.enable_grad():
-                spans.run(parse_spans(actions, task.start, task.stop), state)
-                if work.loss.is_empty():
-                    return None
-            parts = [sink.losses for sink in sinks]  # each leaf's first run made one
+            totals, _ = spans.run(parse_spans(actions, task.start, task.stop), state)
+            if work.loss.is_empty():
+                return None
+            # A module that differentiates inside may have had steps recomputed already.
+            losses_of = {id(sink.losses.total): sink.losses for sink in sinks}
+            parts = [losses_of[id(total)] for total in totals]
             # The sinks of recomputations must not outlive them.
             spans.new_sink = lambda: LossSink(task, work.loss, graph=True)
             differentiate(work.roots(parts))

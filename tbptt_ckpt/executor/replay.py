@@ -8,10 +8,8 @@ and freed before the next one is built, so that host memory does not grow with t
 
 from __future__ import annotations
 
-import torch
-
 from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
-from tbptt_ckpt.hooks import hooks_can_be_silent
+from tbptt_ckpt.hooks import SilenceableHooks
 from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.sinks import LossSink
 from tbptt_ckpt.state import tensors_of
@@ -24,7 +22,7 @@ class ReplayExecutor:
     def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
         replay = _Replay(work, first)
-        with hooks_can_be_silent():
+        with SilenceableHooks():
             for action in schedule:
                 work.note(action)
                 if not replay.take(action):
@@ -70,10 +68,9 @@ class _Replay:
         task.ambient.restore(boundary.ambient)
         sink = LossSink(task, work.loss, graph=True)
         with work.differentiating():
-            with torch.enable_grad():
-                state_out = work.runner.run(task, boundary.step, stop, state, sink)
-                if stop == task.stop and work.loss.is_empty():
-                    return False
+            state_out = work.runner.run(task, boundary.step, stop, state, sink)
+            if stop == task.stop and work.loss.is_empty():
+                return False
             work.observer.differentiates()
             states = tensors_of(state_out)
             grads_out = self.state_grads or [None] * len(states)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,26 +95,9 @@ class WindowRun:
         boundary.check_untouched()
         return self.boundary(stop, state)
 
-    @contextmanager
-    def differentiating(self) -> Iterator[None]:
-        """Watch the weights, and explain torch's errors about writes into what a gradient needs."""
-        self.guard.check(self.task.stop)
-        try:
-            yield
-        except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise TbpttError(
-                    "a tensor with the graph of an earlier run was used: whatever the module "
-                    "carries from step to step with its gradient belongs in the state it returns"
-                ) from error
-            if "in-place operation" not in str(error) and "inplace operation" not in str(error):
-                raise
-            self.guard.check(self.task.stop)
-            raise TbpttError(
-                "a tensor that the gradient needs was modified in place; the module must return a "
-                f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"
-            ) from error
-        self.guard.check(self.task.stop)
+    def differentiating(self) -> _Differentiating:
+        """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
+        return _Differentiating(self.guard, self.task.stop)
 
     def boundary(self, step: int, state: object) -> Boundary:
         """The state at `step`: the recorded one at a joint, otherwise the one just reached."""
@@ -139,6 +121,44 @@ class WindowRun:
             return torch.full_like(total, scale) / divisor
         # torch makes the gradient one by itself, faster than it checks one that is given.
         return None if scale == divisor else torch.full_like(total, scale / divisor)
+
+
+class _Differentiating:
+    """See `WindowRun.differentiating`."""
+
+    __slots__ = ("_guard", "_stop", "_was_recording")
+
+    def __init__(self, guard: WeightGuard, stop: int) -> None:
+        self._guard, self._stop = guard, stop
+
+    def __enter__(self) -> None:
+        self._guard.check(self._stop)
+        self._was_recording = torch.is_grad_enabled()
+        if not self._was_recording:
+            torch.set_grad_enabled(True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._was_recording:
+            torch.set_grad_enabled(False)
+        if error is None:
+            self._guard.check(self._stop)
+        elif isinstance(error, RuntimeError):
+            self._explain(error)
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raise what a user can act on, where torch's error has a known cause."""
+        if "backward through the graph a second time" in str(error):
+            raise TbpttError(
+                "a tensor with the graph of an earlier run was used: whatever the module "
+                "carries from step to step with its gradient belongs in the state it returns"
+            ) from error
+        if "in-place operation" not in str(error) and "inplace operation" not in str(error):
+            return
+        self._guard.check(self._stop)
+        raise TbpttError(
+            "a tensor that the gradient needs was modified in place; the module must return a "
+            f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def differentiate(roots: Sequence[Root]) -> None:

@@ -41,7 +41,7 @@ def as_tensors(tree: Tree) -> Tree:
     Raises:
         ArgumentError: An array that torch cannot read.
     """
-    return map_tensors(_from_numpy, tree, np.ndarray)
+    return tree if isinstance(tree, Tensor) else map_tensors(_from_numpy, tree, np.ndarray)
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from tbptt_ckpt.time_batching.report import SLOWER, BatchedOperation, Tally
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
 _LARGE = 250_000
+_PLAIN = nullcontext()
 
 
 def pays(_rows: int, elements: int) -> bool:
@@ -73,7 +74,7 @@ class TimeBatching:
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
         if is_open and not self.pays_off:
             self._tally.left("step", SLOWER)
-        return nullcontext() if not chosen or watched else self._opened(num_steps)
+        return _PLAIN if not chosen or watched else self._opened(num_steps)
 
     @contextmanager
     def _opened(self, num_steps: int) -> Iterator[None]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tbptt_ckpt.memory import Lap
-from tbptt_ckpt.plans import plan_window
-from tbptt_ckpt.strategies import Strategy
+from tbptt_ckpt.plans import Plan, plan_window
+from tbptt_ckpt.strategies import NestedStrategy, Strategy
 from tbptt_ckpt.window_plans.requests import PlannedWindow, Request
 from tbptt_ckpt.windows import Window
+
+# Where windows grow with the sequence every one has a plan of its own.
+_MOST_PLANS = 256
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class FixedPlans:
     """Follows a fixed strategy; its memory is what it is."""
 
     strategy: Strategy
+    _plans: dict[tuple[int, ...], Plan] = field(default_factory=dict)
 
     @property
     def has_costs(self) -> bool:
@@ -27,10 +31,20 @@ class FixedPlans:
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
     ) -> PlannedWindow:
-        """The strategy's plan."""
-        return PlannedWindow(
-            plan_window(self.strategy, window.first, window.start, window.stop, joints)
-        )
+        """The strategy's plan; windows of one shape share it."""
+        first = window.first
+        shape = (window.start - first, window.stop - first, *(joint - first for joint in joints))
+        plan = self._plans.get(shape)
+        if plan is None:
+            plan = plan_window(self.strategy, first, window.start, window.stop, joints)
+            if isinstance(self.strategy, NestedStrategy):  # what a user writes may not repeat
+                self._remember(shape, plan)
+        return PlannedWindow(plan.at(first))
+
+    def _remember(self, shape: tuple[int, ...], plan: Plan) -> None:
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[shape] = plan
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """There is nothing to correct."""
