@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt import optimizer_calls
 from tbptt_ckpt.accumulation import Accumulation
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.undo import Update
@@ -90,7 +91,7 @@ class Updater:
         if self.optimizer is None or self.group.pending:
             return
         tensors = (*self._cleared, *init_state_leaves)
-        if _clears_as_torch_does(self.optimizer):
+        if optimizer_calls.clears_as_torch_does(self.optimizer):
             tensors += tuple(self.optimized())
         else:
             self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +204,8 @@ class Updater:
 
     def _step_optimizer(self) -> bool:
         if self._scaler is None or all(p.grad is None for p in self.optimized()):
-            self.optimizer.step()  # a scaler raises where there is no gradient at all
+            # A scaler raises where there is no gradient at all.
+            optimizer_calls.step(self.optimizer)
             return True
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
@@ -242,12 +244,3 @@ class Updater:
             raise ArgumentError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
         if scheduler is not None and not hasattr(scheduler, "step"):
             raise ArgumentError(f"scheduler={scheduler!r} has no step(); pass a LRScheduler")
-
-
-def _clears_as_torch_does(optimizer: Any) -> bool:
-    """Whether `zero_grad` does no more than torch's own.
-
-    That one tells a profiler of itself each time, which takes longer than all the rest of it.
-    """
-    method = getattr(optimizer.zero_grad, "__func__", None)
-    return method is torch.optim.Optimizer.zero_grad

@@ -6,6 +6,7 @@ Also what is asked to leave results alone: autocast, gradient scaling, the calle
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +36,12 @@ from cases import (
 from models_for_tests import CountedCalls, check_same_windows, moving, observe
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from tbptt_ckpt import TBPTT, TensorSequence, TrainResult, tbptt_windows
+from tbptt_ckpt import TBPTT, TensorSequence, TrainResult, optimizer_calls, tbptt_windows
 from tbptt_ckpt.ambient import Ambient
 from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.settings import make_runner
@@ -381,6 +386,88 @@ def test_autocast_after_the_run_still_trains_the_callers_own_steps() -> None:
         loss = mean_loss(y, targets[0])
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+# Who wants to see a step is called
+
+
+NUM_UPDATES = len(tbptt_windows(NUM_STEPS, K1, K2))
+
+
+def test_an_unseen_step_is_run_without_torchs_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("torch's wrapper was called")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "_optimizer_step_code", fail)
+    module = tanh_cell()
+    before = [p.detach().clone() for p in module.parameters()]
+    run(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    assert relative_error(list(module.parameters()), before) > 1e-6
+
+
+def test_a_wrapper_that_is_not_known_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def note(optimizer: object) -> None:
+        calls.append(optimizer)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "_optimizer_step_code", note)
+    monkeypatch.setattr(optimizer_calls, "_WRAPPER", None)
+    module = tanh_cell()
+    run(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    assert len(calls) == NUM_UPDATES
+
+
+@pytest.mark.parametrize("kind", ["pre", "post", "global pre", "global post"])
+def test_hooks_of_a_step_are_called(kind: str) -> None:
+    module, calls = tanh_cell(), []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    register = {
+        "pre": optimizer.register_step_pre_hook,
+        "post": optimizer.register_step_post_hook,
+        "global pre": register_optimizer_step_pre_hook,
+        "global post": register_optimizer_step_post_hook,
+    }[kind]
+    handle = register(lambda *_: calls.append(kind))
+    try:
+        run(module, optimizer)
+    finally:
+        handle.remove()
+    assert len(calls) == NUM_UPDATES
+
+
+def test_a_profiler_sees_every_step() -> None:
+    module = tanh_cell()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#SGD.step"] == NUM_UPDATES
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_step_that_somebody_replaced_is_called(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    module, calls = tanh_cell(), []
+    optimizer = Own(module.parameters(), lr=0.1)
+    owner: Any = optimizer if where == "instance" else Own
+    original = owner.step
+
+    @functools.wraps(original)  # which also copies the marks that torch leaves on its wrapper
+    def replaced(*args: Any) -> Any:
+        calls.append(where)
+        return original(*args)
+
+    monkeypatch.setattr(owner, "step", replaced)
+    run(module, optimizer)
+    assert len(calls) == NUM_UPDATES
+
+
+def run(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    TBPTT(module, mean_loss, K1, K2, optimizer).train(data())
 
 
 # Accumulation and laziness
