@@ -113,7 +113,7 @@ class LossFunction:
             )
         if isinstance(value, Tensor):
             _check_scalar(value, "a loss")
-            if _is_in_large_storage(value):
+            if count > 1 and _is_in_large_storage(value):
                 return value * count, float(count), 1.0
             return value, float(count), float(count)
         return *_checked_pair(value), 1.0

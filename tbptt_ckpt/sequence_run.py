@@ -145,7 +145,7 @@ class SequenceRun:
         with self._meter(planned, blocks) as meter:
             try:
                 if planned is not None:
-                    scale = self.settings.updater.grad_scale(self.settings.device_type)
+                    scale = self._grad_scale()
                     outcome = passage.differentiate(loss_start, guard, scale, planned, meter)
                 else:
                     outcome = passage.only_advance(guard, self._weights_before)
@@ -180,6 +180,10 @@ class SequenceRun:
             plan=outcome.plan,
             updated=updated,
         )
+
+    def _grad_scale(self) -> float:
+        updater = self.settings.updater
+        return 1.0 if updater.scaler is None else updater.grad_scale(self.settings.device_type)
 
     def _update(self, window: Window, outcome: Outcome) -> bool:
         updater = self.settings.updater

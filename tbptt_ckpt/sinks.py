@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.losses import LossFunction, LossSum, StepWeight
-from tbptt_ckpt.state import Tree, detach_state, tensors_of
+from tbptt_ckpt.state import Tree, tensors_of
 from tbptt_ckpt.task import WindowTask
 
 
@@ -77,8 +77,8 @@ class WindowLoss:
     def value(self) -> Tensor | None:
         """The window's loss, detached."""
         losses, divisor = self._losses, self.divisor
-        if isinstance(divisor, float) and divisor == losses.factor:
-            return losses.total
+        if isinstance(divisor, float) and divisor == losses.factor != 1.0:
+            return losses.total  # a mean that was small enough in memory to be kept as it is
         total = losses.value()
         return None if total is None else total / divisor
 
@@ -92,7 +92,7 @@ class WindowLoss:
         """Add losses that were differentiated, or that are constant."""
         if losses.total is not None:
             self.has_graph = self.has_graph or losses.total.requires_grad
-            self._losses.add(detach_state(losses.total), 0.0, losses.factor)
+            self._losses.add(losses.total.detach(), 0.0, losses.factor)
 
     def is_empty(self) -> bool:
         """Whether the weights, now that all are known, sum to zero: every position was masked.

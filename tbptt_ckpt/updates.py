@@ -35,8 +35,10 @@ class Updater:
         group: The windows of an update; one by default.
 
     Attributes:
-        protects_updates: Whether a copy is taken during each update, so that one that is cut
-            short can be taken back.
+        watches_updates: Whether an update that is cut short may be taken back, as long as it has
+            changed nothing.
+        protects_updates: Whether a copy is taken during each that is watched, so that it can be
+            taken back in any case.
         watch_norm: Called with the norm of the gradients before they are clipped; None leaves
             it unmeasured where nothing is clipped.
         grad_norm: The last norm.
@@ -58,7 +60,7 @@ class Updater:
         self._scaler, self._scheduler = scaler, scheduler
         self._cleared = list(parameters)
         self._update: Update | None = None  # while one is going on
-        self.protects_updates = False
+        self.watches_updates = self.protects_updates = False
         self.watch_norm: Callable[[Tensor], None] | None = None
         self.grad_norm: Tensor | None = None
 
@@ -142,9 +144,10 @@ class Updater:
     def step(self, loss: Tensor) -> bool:
         """Update the weights from the gradients at hand; False where a scaler skipped it."""
         self._measure_and_clip()
-        self._update = Update(self.optimizer, self._scheduler, self._scaler)
-        if self.protects_updates:
-            self._update.copy()
+        if self.watches_updates:
+            self._update = Update(self.optimizer, self._scheduler, self._scaler)
+            if self.protects_updates:
+                self._update.copy()
         updated = self._step_optimizer()
         if updated and self._scheduler is not None:
             self._step_scheduler(loss)

@@ -53,13 +53,13 @@ class Recovery:
     def watching(self) -> Iterator[None]:
         """Have the engine measure gradients, and copy what an update changes."""
         updater = self._settings.updater
-        before = updater.watch_norm, updater.protects_updates
-        updater.watch_norm = self._check_norm
+        before = updater.watch_norm, updater.watches_updates, updater.protects_updates
+        updater.watch_norm, updater.watches_updates = self._check_norm, True
         updater.protects_updates = self._out_of_memory.protect_update
         try:
             yield
         finally:
-            updater.watch_norm, updater.protects_updates = before
+            updater.watch_norm, updater.watches_updates, updater.protects_updates = before
 
     def next_window(self, run: SequenceRun) -> Window | None:
         """The run's next window; reading it is tried again where memory is missing."""
