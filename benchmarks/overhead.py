@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="windows in a timed run")
     parser.add_argument("--lanes", type=int, default=32)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=40)
     add_output_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
