@@ -108,6 +108,7 @@ FIXED = (
     ),
     _ours("ours-cell-revolve", "LSTMCell, revolve:40", strategy="revolve:40"),
     _ours("ours-lstm-16", "nn.LSTM, uniform:16", fused=True, strategy="uniform:16"),
+    _ours("ours-lstm-retain", "nn.LSTM, retain", fused=True, strategy="retain"),
 )
 
 
