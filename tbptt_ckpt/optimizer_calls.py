@@ -9,18 +9,13 @@ here, and there is neither a profiler nor a hook to be told.
 
 from __future__ import annotations
 
-from types import CodeType
+from types import FunctionType
 from typing import Any, TypeGuard
 
-import torch
 from torch.autograd import profiler
-from torch.optim.optimizer import (
-    Optimizer,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim import Optimizer
 
-# Everything that the wrapper refers to. One that does more, in a torch to come, is called.
+# All that the wrapper refers to. One that does anything else, in another torch, is called.
 _KNOWN_NAMES = {
     "Optimizer",
     "RuntimeError",
@@ -44,11 +39,12 @@ _KNOWN_NAMES = {
 }
 
 
-def _known_wrapper() -> CodeType | None:
-    """The code of torch's wrapper around `step`; None if it is not as it is known here."""
+def _known_wrapper() -> FunctionType | None:
+    """The wrapper that torch makes; None if it is not as it is known here."""
     wrap = getattr(Optimizer, "profile_hook_step", None)
-    code: CodeType | None = None if wrap is None else getattr(wrap(print), "__code__", None)
-    return code if code is not None and set(code.co_names) <= _KNOWN_NAMES else None
+    wrapper = None if wrap is None else wrap(print)
+    is_known = isinstance(wrapper, FunctionType) and set(wrapper.__code__.co_names) == _KNOWN_NAMES
+    return wrapper if is_known else None
 
 
 _WRAPPER = _known_wrapper()
@@ -65,18 +61,19 @@ def step(optimizer: Any) -> None:
 
 
 def _is_torchs_wrapper(function: Any) -> TypeGuard[Any]:
-    return _WRAPPER is not None and getattr(function, "__code__", None) is _WRAPPER
+    return _WRAPPER is not None and getattr(function, "__code__", None) is _WRAPPER.__code__
 
 
 def _is_seen(optimizer: Any) -> bool:
     """Whether a profiler or a hook is to be told of a step."""
+    assert _WRAPPER is not None
+    around = _WRAPPER.__globals__
     return bool(
-        profiler._is_profiler_enabled
-        or torch.compiler.is_compiling()
+        getattr(profiler, "_is_profiler_enabled", True)
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
+        or around["_global_optimizer_pre_hooks"]
+        or around["_global_optimizer_post_hooks"]
     )
 
 
