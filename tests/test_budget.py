@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -464,6 +465,23 @@ def test_plans_and_costs_go_on_as_they_were_saved(caplog):
         found = [window.plan for window in again.windows(data(240))]
     assert "measured segments" not in caplog.text
     assert [p.blocks for p in found[1:]] == [p.blocks for p in plans[2:]] + [plans[-1].blocks]
+
+
+def test_a_reserve_is_no_reason_for_a_plan_that_takes_many_times_as_long():
+    """Near the smallest budget a tenth of the room is most of the states."""
+    options = {"k1": 150, "k2": 150, "autocast_dtype": torch.bfloat16}
+    smallest = smallest_budget("deep transition", 150, **options)
+    measured = make("deep transition", memory_budget=2 * smallest, **options)
+    next(measured.windows(data(150)))
+    costs = measured.settings.plans.costs
+    seconds = []
+    for states in range(1, 20, 2):
+        budget = smallest + states * costs.state_bytes
+        tbptt = make("deep transition", memory_budget=budget, costs=costs, **options)
+        seconds.append(next(tbptt.windows(data(150))).plan.predicted_seconds)
+    fastest_so_far = itertools.accumulate(seconds, min)
+    for budgeted, fastest in zip(seconds, fastest_so_far, strict=True):
+        assert budgeted <= 1.25 * fastest
 
 
 def test_one_window_is_not_worth_measuring():

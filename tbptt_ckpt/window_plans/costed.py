@@ -36,6 +36,9 @@ _log = logging.getLogger("tbptt_ckpt")
 
 _RESERVE = 0.1  # of what the first plan may use, until its leaves are measured
 _MARGIN = 0.02  # the same ever after: kernels round sizes up, some lengths more than others
+# Near the smallest budget a few states are most of the room, and all of the speed: a plan beside
+# the reserve may take so many times the seconds of one without, or there is less of a reserve.
+_PRICE_OF_RESERVE, _LESS_OF_RESERVE = 1.25, (1.0, 0.5, 0.25)
 _MOST_METERED = 8  # windows; overlaps that grow make a new plan for each
 _MUCH_LONGER = 2  # than any metered one: measured all the same, as its plan is of another kind
 _MOST_CACHED = 64
@@ -303,19 +306,35 @@ class CostedPlans:
 
     def _fitting(self, shape: Shape, costs: Costs) -> Plan:
         assert self.budget_bytes is not None
-        free = max(0, self.budget_bytes - costs.fixed.total(shape.run_steps))
-        reserved = int(self._reserve * free)
         try:
-            return self._planned(shape, costs, self.budget_bytes - reserved)
-        except InfeasibleBudgetError:
-            pass  # it may fit without a reserve
-        try:
-            return self._planned(shape, costs, self.budget_bytes)
+            whole = self._planned(shape, costs, self.budget_bytes)
         except InfeasibleBudgetError as error:
             if self._promised or shape.num_steps > self._longest_seen:
                 raise self._explained(error, shape) from None
             _log.warning("windows take slightly more than was free at first: %s", error)
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+        return self._beside_reserve(shape, costs, whole)
+
+    def _beside_reserve(self, shape: Shape, costs: Costs, whole: Plan) -> Plan:
+        """A plan that leaves as much of the reserve as is worth its price.
+
+        Args:
+            shape: The window's.
+            costs: Its costs.
+            whole: The plan that leaves none.
+        """
+        assert self.budget_bytes is not None
+        free = max(0, self.budget_bytes - costs.fixed.total(shape.run_steps))
+        affordable = _PRICE_OF_RESERVE * (whole.predicted_seconds or 0.0)
+        for share in _LESS_OF_RESERVE if self._reserve else ():
+            reserved = int(share * self._reserve * free)
+            try:
+                chosen = self._planned(shape, costs, self.budget_bytes - reserved)
+            except InfeasibleBudgetError:
+                continue
+            if (chosen.predicted_seconds or 0.0) <= affordable:
+                return chosen
+        return whole
 
     def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> Plan:
         return plan(
