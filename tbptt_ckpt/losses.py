@@ -1,4 +1,4 @@
-"""What a loss function returns, and how step weights enter: sums and weights, never means.
+"""What a loss function returns, and how step weights enter: as sums and their weights.
 
 NOTE [A mean is not multiplied out]
 A segment's loss is a mean that stands for so many steps, and most windows divide by that very
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.state import Tree, map_tensors, tensors_of
+from tbptt_ckpt.state import Tree, keeps_more_than_its_values, map_tensors, tensors_of
 
 # The weight of one step: a number, or one number per lane.
 StepWeight = float | Sequence[float]
@@ -113,7 +113,8 @@ class LossFunction:
             )
         if isinstance(value, Tensor):
             _check_scalar(value, "a loss")
-            if count > 1 and _is_in_large_storage(value):
+            # torch's `mse_loss` takes the mean in place of the squares, which live on with it.
+            if count > 1 and keeps_more_than_its_values(value):
                 return value * count, float(count), 1.0
             return value, float(count), float(count)
         return *_checked_pair(value), 1.0
@@ -128,14 +129,6 @@ class LossFunction:
             )
         self.returns_pairs = not isinstance(value, Tensor)
         return value
-
-
-def _is_in_large_storage(value: Tensor) -> bool:
-    """Whether a number keeps more memory alive than it needs, as torch's `mse_loss` does.
-
-    That one takes the mean in place of the squares, so that they live as long as it.
-    """
-    return value.untyped_storage().nbytes() > value.nbytes
 
 
 def _check_scalar(value: Tensor, what: str) -> None:

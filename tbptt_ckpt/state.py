@@ -131,9 +131,12 @@ def detach_state(state: Tree) -> Tree:
 def _detach_compact(tensor: Tensor) -> Tensor:
     detached = tensor.detach()
     # A state that is a slice of a segment's output would keep all of the output alive.
-    if detached.untyped_storage().nbytes() > detached.nbytes:
-        return detached.clone()
-    return detached
+    return detached.clone() if keeps_more_than_its_values(detached) else detached
+
+
+def keeps_more_than_its_values(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more memory alive than its own values need."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 def state_as_leaves(state: Tree) -> Tree:

@@ -75,9 +75,8 @@ class _Replay:
             states = tensors_of(state_out)
             grads_out = self.state_grads or [None] * len(states)
             roots = work.roots([sink.losses])
-            for state, grad in zip(states, grads_out, strict=True):
-                if grad is not None and state.requires_grad:
-                    roots.append((state, grad))
+            ends = zip(states, grads_out, strict=True)
+            roots += [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
             differentiate(roots)
         work.loss.add(sink.losses)
         self.state_grads = [leaf.grad for leaf in leaves]

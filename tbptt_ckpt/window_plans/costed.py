@@ -313,6 +313,8 @@ class CostedPlans:
                 raise self._explained(error, shape) from None
             _log.warning("windows take slightly more than was free at first: %s", error)
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+        if not self._finds_fastest or not self._reserve:  # a fixed strategy has but one plan
+            return whole
         return self._beside_reserve(shape, costs, whole)
 
     def _beside_reserve(self, shape: Shape, costs: Costs, whole: Plan) -> Plan:
@@ -326,7 +328,7 @@ class CostedPlans:
         assert self.budget_bytes is not None
         free = max(0, self.budget_bytes - costs.fixed.total(shape.run_steps))
         affordable = _PRICE_OF_RESERVE * (whole.predicted_seconds or 0.0)
-        for share in _LESS_OF_RESERVE if self._reserve else ():
+        for share in _LESS_OF_RESERVE:
             reserved = int(share * self._reserve * free)
             try:
                 chosen = self._planned(shape, costs, self.budget_bytes - reserved)
