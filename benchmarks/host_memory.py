@@ -5,7 +5,9 @@ process of its own, with anonymous resident memory (RssAnon) sampled every 5 ms:
 
 - an LSTMCell loop fed by a plain generator of steps, ten times as long: how much higher is
   the peak?
-- `nn.LSTM` over a million memory-mapped steps: how much does the loaded process rise?
+- `nn.LSTM` over a million memory-mapped steps: how much does the loaded process rise? Where
+  the C library puts blocks differs from process to process, so several are run, and the
+  highest rise counts.
 
 Pages of the mapped files are resident too, but the kernel can drop them; they are reported
 beside it. The control retains everything, which shows what the figure would be otherwise.
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -65,22 +68,25 @@ def growth(
     )
 
 
-def rise(num_steps: int, strategy: str, threads: int, folder: str | None) -> Figure:
-    """How much a loaded and warm process rises in a long pass of `nn.LSTM`."""
+def rise(num_steps: int, strategy: str, threads: int, folder: str | None, runs: int) -> Figure:
+    """How much loaded and warm processes rise, at most, in a long pass of `nn.LSTM`."""
     with tempfile.TemporaryDirectory(dir=folder) as files:
         write_files(Path(files), num_steps)
-        figures = measured("fused", num_steps, strategy, threads, files)
+        processes = [measured("fused", num_steps, strategy, threads, files) for _ in range(runs)]
+    rises = [(p["anonymous_peak"] - p["anonymous_before"]) / MIB for p in processes]
+    highest = processes[rises.index(max(rises))]
     return Figure(
-        f"nn.LSTM, {num_steps:,} mapped steps over the loaded process",
-        (figures["anonymous_peak"] - figures["anonymous_before"]) / MIB,
+        f"nn.LSTM, {num_steps:,} mapped steps over the loaded process, highest of {runs}",
+        max(rises),
         "MiB",
         LIMIT_FUSED_MIB,
-        None,
+        (min(rises), max(rises)),
         {
-            "loaded MiB": figures["anonymous_before"] / MIB,
-            "file-backed before MiB": figures["file_backed_before"] / MIB,
-            "after MiB": figures["file_backed_after"] / MIB,
-            "seconds": figures["seconds"],
+            "median MiB": median(rises),
+            "loaded MiB": highest["anonymous_before"] / MIB,
+            "file-backed before MiB": highest["file_backed_before"] / MIB,
+            "after MiB": highest["file_backed_after"] / MIB,
+            "seconds": highest["seconds"],
         },
     )
 
@@ -90,11 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all lengths")
     # "auto" would take what is free, since that is faster; here memory is what counts.
     parser.add_argument("--strategy", default="sqrt")
+    parser.add_argument("--runs", type=int, default=20, help="processes of nn.LSTM")
     parser.add_argument("--folder", help="for the mapped files, 72 MB; a real disk, not tmpfs")
     add_output_arguments(parser, threads=1)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.scale = 0.01
+        arguments.scale, arguments.runs = 0.01, 2
     return arguments
 
 
@@ -111,12 +118,12 @@ def main() -> None:
     figures = []
     for make in (
         lambda: growth("LSTMCell loop", lengths, strategy, LIMIT_CELL_MIB, threads),
-        lambda: rise(scaled(1_000_000), strategy, threads, arguments.folder),
+        lambda: rise(scaled(1_000_000), strategy, threads, arguments.folder, arguments.runs),
         lambda: growth("control: retain, LSTMCell loop", shorter, "retain", None, threads),
     ):
         figures.append(make())
         print(figures[-1].line(), flush=True)
-    publish("host_memory", figures, arguments)
+    publish("host_memory", figures, arguments, interval_is="range")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from tbptt_ckpt.ambient import Ambient, AmbientState
 from tbptt_ckpt.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.resets import Resets
-from tbptt_ckpt.state import Tree, copy_containers, state_as_leaves, tensors_of
+from tbptt_ckpt.state import Tree, copy_containers, map_tensors, state_as_leaves, tensors_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +26,10 @@ class Boundary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._state_versions())
+
+    def copied(self) -> Boundary:
+        """The same in memory of its own."""
+        return Boundary(self.step, map_tensors(torch.clone, self.state), self.ambient)
 
     def check_untouched(self) -> None:
         """Raise if something wrote into the state since it was kept."""
