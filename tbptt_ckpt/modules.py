@@ -148,6 +148,39 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
             )
 
 
+def check_autocast(module: object, dtype: torch.dtype | None) -> None:
+    """Raise `ArgumentError` for an `nn.LSTM` that this CPU cannot run under autocast.
+
+    torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
+    whose error names neither.
+
+    Args:
+        module: The user's module.
+        dtype: The dtype of autocast; None for no autocast.
+    """
+    if dtype is None:
+        return
+    for name, layer in _recurrent_layers(module):
+        on_cpu = any(parameter.device.type == "cpu" for parameter in layer.parameters())
+        if isinstance(layer, nn.LSTM) and on_cpu and not _cpu_runs_lstm(dtype):
+            raise ArgumentError(
+                f"autocast_dtype={dtype} does not fit module: torch cannot run "
+                f"{name or 'it'}, an nn.LSTM, under it on this CPU; use full precision "
+                "(autocast_dtype=None, --dtype float32), nn.GRU or nn.LSTMCell"
+            )
+
+
+@functools.cache
+def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
+    lstm = nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # draws no random numbers
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            lstm(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
+
+
 def check_initialised(name: str, module: object) -> None:
     """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet.
 

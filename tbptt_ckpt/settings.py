@@ -23,6 +23,7 @@ from tbptt_ckpt.executor import (
 from tbptt_ckpt.losses import LossFunction
 from tbptt_ckpt.modules import (
     Recurrence,
+    check_autocast,
     check_differentiable,
     check_initialised,
     parameters_of,
@@ -110,6 +111,7 @@ def make_runner(
             f"autocast_dtype={autocast_dtype!r} must be a floating dtype such as torch.bfloat16"
         )
     check_initialised("module", module)
+    check_autocast(module, autocast_dtype)
     return Runner(recognise(module, per_step, time_dim, lane_dim), autocast_dtype)
 
 

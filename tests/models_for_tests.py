@@ -6,11 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from cases import bitwise, gradients, relative_error
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT
+
+
+def skip_unless_torch_runs_lstm(dtype: torch.dtype) -> None:
+    """Skip where plain `nn.LSTM` fails under CPU autocast: without AVX-512 in bfloat16."""
+    try:
+        with torch.autocast("cpu", dtype=dtype):
+            nn.LSTM(2, 2)(torch.zeros(3, 1, 2))
+    except RuntimeError:
+        pytest.skip(f"torch cannot run nn.LSTM in {dtype} on this CPU")
 
 
 class CountedCalls(nn.Module):

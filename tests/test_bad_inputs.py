@@ -12,6 +12,7 @@ import io
 import mmap
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ from tbptt_ckpt import (
     Uniform,
     tbptt_windows,
 )
-from tbptt_ckpt.modules import check_differentiable
+from tbptt_ckpt.modules import check_autocast, check_differentiable
 
 NUM_STEPS = 6
 
@@ -850,6 +851,39 @@ def test_after_an_error_the_same_tbptt_runs() -> None:
     with pytest.raises(ArgumentError):
         tbptt.train(list(bench.inputs))
     assert tbptt.train(bench.sequence()).num_windows == 3
+
+
+# oneDNN has nn.LSTM in bfloat16 for some CPUs only.
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_an_lstm_that_the_cpu_cannot_run_under_autocast_is_refused(
+    monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    monkeypatch.setattr("tbptt_ckpt.modules._cpu_runs_lstm", lambda dtype: runs)
+    bench = Bench()
+    bench.make(module=bench.watch(lstm()))
+    for fits in (nn.GRU(2, 3), nn.LSTMCell(2, 3), nn.LSTM(2, 3, device="meta")):
+        check_autocast(fits, torch.bfloat16)
+    refused = pytest.raises(
+        ArgumentError, match=r"^autocast_dtype=torch\.bfloat16 does not fit module: .*float32"
+    )
+    with nullcontext() if runs else refused:
+        bench.make(module=bench.watch(lstm()), autocast_dtype=torch.bfloat16)
+    assert not bench.changes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_said_of_an_lstm_under_autocast_is_what_torch_does(dtype: torch.dtype) -> None:
+    module, cannot = nn.Sequential(nn.LSTM(2, 3)), nullcontext()
+    random = torch.get_rng_state()
+    try:
+        check_autocast(module, dtype)
+    except ArgumentError:
+        cannot = pytest.raises(RuntimeError)
+    assert torch.equal(torch.get_rng_state(), random)
+    with cannot, torch.autocast("cpu", dtype=dtype):
+        module(torch.zeros(4, 1, 2))
 
 
 # A cuDNN recurrent layer keeps what its backward needs in training mode only.

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models_for_tests import skip_unless_torch_runs_lstm
 from torch import nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
@@ -333,6 +334,8 @@ class TestTraining:
         ],
     )
     def test_every_way_to_train_learns(self, capsys, small, words):
+        if words == "--dtype bfloat16":
+            skip_unless_torch_runs_lstm(torch.bfloat16)
         outcome = outcome_of(capsys, [*small, *words.split()])
         assert outcome["bits_per_byte"]["after"] < outcome["bits_per_byte"]["before"]
         assert outcome["work"]["num_steps"] == 64

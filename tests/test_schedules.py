@@ -458,3 +458,34 @@ def test_an_observer_is_told_of_every_action_and_of_every_gradient(executor, str
         told.clear()
         tbptt.record.clear()
     assert all(torch.equal(p.grad, g) for p, g in zip(cell.parameters(), plain, strict=True))
+
+
+class Addresses(nn.Module):
+    """A step that notes where the states lie that it makes and is given; all of them stay alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(2, 3)
+        self.advanced: list[Tensor] = []
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new = self.cell(x, h)
+        if torch.is_grad_enabled():
+            self.given.append(h.detach())
+        else:
+            self.advanced.append(new)
+        return new, new
+
+
+@pytest.mark.parametrize("strategy", ["step", "uniform:3", "sqrt", "revolve:2"])
+def test_kept_states_do_not_lie_in_what_an_advance_took(strategy: str) -> None:
+    module = Addresses()
+    tbptt = TBPTT(module, F.mse_loss, 14, None, strategy=strategy, time_batching=False)
+    tbptt.record = []
+    tbptt.train(TensorSequence(torch.randn(14, 1, 2), torch.randn(14, 1, 3)), torch.zeros(1, 3))
+    keeps = {action.step for action in tbptt.record if isinstance(action, Keep)}
+    leaves = {action.start for action in tbptt.record if isinstance(action, Differentiate)}
+    assert keeps & leaves
+    shared = {t.data_ptr() for t in module.advanced} & {t.data_ptr() for t in module.given}
+    assert len(shared) == len(leaves - keeps - {0})  # these begin where an advance has just ended
