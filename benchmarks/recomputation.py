@@ -4,6 +4,8 @@ One window over T = 1000 steps (k1 = k2 = T, no optimizer) with segments of 32 s
 plain BPTT written by hand: run everything, then one backward. Peaks are tensor-allocator
 bytes above those at the start, where weights, inputs and `.grad` already exist.
 
+The modules ask `outputs_needed`, so that an advance makes no readout; one case does not ask.
+
     python -m benchmarks.recomputation
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.paired import time_pairs
 from benchmarks.report import Figure, add_output_arguments, publish
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed
 from tbptt_ckpt.memory import peak_memory
 
 NUM_BYTES = 256
@@ -43,21 +45,22 @@ class ByteCell(nn.Module):
         super().__init__()
         self.cell, self.readout = nn.LSTMCell(width, width), nn.Linear(width, NUM_BYTES)
 
-    def forward(self, x: Tensor, state: object) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         h, c = self.cell(x, state)
-        return self.readout(h), (h, c)
+        return self.readout(h) if outputs_needed() else None, (h, c)
 
 
 class ByteLSTM(nn.Module):
     """A segment: `nn.LSTM` and a readout over bytes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, asks: bool = True) -> None:
         super().__init__()
         self.lstm, self.readout = nn.LSTM(width, width), nn.Linear(width, NUM_BYTES)
+        self.asks = asks
 
-    def forward(self, x: Tensor, state: object) -> tuple[Tensor, object]:
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor | None, object]:
         h, state = self.lstm(x, state)
-        return self.readout(h), state
+        return self.readout(h) if outputs_needed() or not self.asks else None, state
 
 
 @dataclass(frozen=True)
@@ -183,9 +186,11 @@ def main() -> None:
     targets = torch.randint(0, NUM_BYTES, inputs.shape[:2])
     cell = Case(ByteCell(arguments.width), inputs, targets, arguments.segment)
     fused = Case(ByteLSTM(arguments.width), inputs, targets, arguments.segment)
+    unasking = Case(ByteLSTM(arguments.width, asks=False), inputs, targets, arguments.segment)
     figures = [
         *compare("LSTMCell loop, replay", cell, "replay", LIMITS_CELL, arguments),
         *compare("nn.LSTM per segment, replay", fused, "replay", LIMITS_FUSED, arguments),
+        *compare("nn.LSTM that reads out in advances too", unasking, "replay", None, arguments),
         *compare("LSTMCell loop, checkpoint", cell, "checkpoint", None, arguments),
         *compare("nn.LSTM per segment, checkpoint", fused, "checkpoint", None, arguments),
     ]

@@ -17,6 +17,7 @@ from tbptt_ckpt.evaluation import Evaluation, evaluate
 from tbptt_ckpt.events import EventSink, JsonLines, Notice, TensorBoard, UpdateEvent, WindowEvent
 from tbptt_ckpt.initial_state import SharedState
 from tbptt_ckpt.measured_costs import measure_costs
+from tbptt_ckpt.outputs import outputs_needed
 from tbptt_ckpt.planning import plan
 from tbptt_ckpt.plans import Plan
 from tbptt_ckpt.profiling import profile_strategies, profile_window
@@ -100,6 +101,7 @@ __all__ = [
     "evaluate",
     "map_file",
     "measure_costs",
+    "outputs_needed",
     "plan",
     "profile_strategies",
     "profile_window",

@@ -19,6 +19,7 @@ from tbptt_ckpt.modules import (
     parameters_of,
     split_result,
 )
+from tbptt_ckpt.outputs import OutputsNeeded
 from tbptt_ckpt.packing import join_blocks
 from tbptt_ckpt.sinks import Sink
 from tbptt_ckpt.sources import check_time_exists
@@ -91,15 +92,17 @@ class Runner:
     def _run_steps(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
         wanted = sink.wanted(begin, end)
         quiet_until = wanted.start if wanted else end
-        for low, high in task.resets.stretches(begin, quiet_until):
-            state = task.resets.apply(low, state)
-            for block in task.steps(low, high):
-                for inputs in self.time_batching.step_inputs(block):
-                    _, state = self._call_step(inputs, state)
-        for low, high in task.resets.stretches(quiet_until, end):
-            state = task.resets.apply(low, state)
-            for block in task.steps(low, high):
-                state = self._run_steps_with_outputs(block, state, sink)
+        with OutputsNeeded(False):
+            for low, high in task.resets.stretches(begin, quiet_until):
+                state = task.resets.apply(low, state)
+                for block in task.steps(low, high):
+                    for inputs in self.time_batching.step_inputs(block):
+                        _, state = self._call_step(inputs, state)
+        with OutputsNeeded(True):
+            for low, high in task.resets.stretches(quiet_until, end):
+                state = task.resets.apply(low, state)
+                for block in task.steps(low, high):
+                    state = self._run_steps_with_outputs(block, state, sink)
         return state
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
@@ -128,9 +131,11 @@ class Runner:
         for low, high in task.resets.stretches(begin, end):
             block = join_blocks(list(task.steps(low, high)))
             state = task.resets.apply(low, state)
-            result = self.recurrence.call(self._segment_inputs(block), state)
+            inputs, wants_outputs = self._segment_inputs(block), first_wanted < high
+            with OutputsNeeded(wants_outputs):
+                result = self.recurrence.call(inputs, state)
             outputs, state = split_result(result, self.recurrence)
-            if first_wanted < high:
+            if wants_outputs:
                 check_segment_output(
                     outputs, high - low, self._time_dim(block), self.recurrence.module
                 )

@@ -24,7 +24,17 @@ PACKAGE = Path(tbptt_ckpt.__file__).parent
 # be built.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("windows", "schedule", "costs", "state", "hooks", "report", "environment", "optimizer_calls"),
+    (
+        "windows",
+        "schedule",
+        "costs",
+        "state",
+        "hooks",
+        "report",
+        "environment",
+        "optimizer_calls",
+        "outputs",
+    ),
     ("nesting", "simulator", "trace", "plots"),
     ("fixed_schedules", "predictions", "accumulation"),
     ("planner", "snapshot", "randomness"),

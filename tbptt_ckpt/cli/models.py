@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.cli.byte_model import VOCAB_SIZE
 from tbptt_ckpt.cli.own_models import call_factory
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.outputs import outputs_needed
 
 EMBEDDING_WIDTH = 64
 
@@ -39,10 +40,10 @@ class SegmentModel(nn.Module):
         self.recurrent = make_recurrent(EMBEDDING_WIDTH, hidden, layers)
         self.readout = nn.Linear(hidden, vocab_size)
 
-    def forward(self, symbols: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Logits [T, B, V] and the next state, for symbols [T, B]."""
+    def forward(self, symbols: Tensor, state: Any) -> tuple[Tensor | None, Any]:
+        """Logits [T, B, V], where they are needed, and the next state, for symbols [T, B]."""
         outputs, state = self.recurrent(self.embedding(symbols), state)
-        return self.readout(outputs), state
+        return self.readout(outputs) if outputs_needed() else None, state
 
 
 class CellModel(nn.Module):
@@ -63,13 +64,16 @@ class CellModel(nn.Module):
         self.cells = nn.ModuleList(nn.LSTMCell(width, hidden) for width in widths)
         self.readout = nn.Linear(hidden, vocab_size)
 
-    def forward(self, symbols: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Logits [B, V] and the next state, a tuple of (h, c), for symbols [B]."""
+    def forward(self, symbols: Tensor, state: Any) -> tuple[Tensor | None, Any]:
+        """Logits [B, V], where they are needed, and the next state, (h, c) of each layer.
+
+        Symbols are [B].
+        """
         output, new_state = self.embedding(symbols), []
         for cell, cell_state in zip(self.cells, state or [None] * len(self.cells), strict=True):
             new_state.append(cell(output, cell_state))
             output = new_state[-1][0]
-        return self.readout(output), tuple(new_state)
+        return self.readout(output) if outputs_needed() else None, tuple(new_state)
 
 
 _FUSED: dict[str, Callable[[int, int, int], nn.Module]] = {
