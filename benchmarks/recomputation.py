@@ -4,7 +4,8 @@ One window over T = 1000 steps (k1 = k2 = T, no optimizer) with segments of 32 s
 plain BPTT written by hand: run everything, then one backward. Peaks are tensor-allocator
 bytes above those at the start, where weights, inputs and `.grad` already exist.
 
-The modules ask `outputs_needed`, so that an advance makes no readout; one case does not ask.
+The modules ask `outputs_needed`, so that an advance makes no readout. What it costs not to ask
+is shown for bytes and for a large vocabulary.
 
     python -m benchmarks.recomputation
 """
@@ -51,11 +52,11 @@ class ByteCell(nn.Module):
 
 
 class ByteLSTM(nn.Module):
-    """A segment: `nn.LSTM` and a readout over bytes."""
+    """A segment: `nn.LSTM` and a readout over bytes, or over more symbols."""
 
-    def __init__(self, width: int, asks: bool = True) -> None:
+    def __init__(self, width: int, num_symbols: int = NUM_BYTES, asks: bool = True) -> None:
         super().__init__()
-        self.lstm, self.readout = nn.LSTM(width, width), nn.Linear(width, NUM_BYTES)
+        self.lstm, self.readout = nn.LSTM(width, width), nn.Linear(width, num_symbols)
         self.asks = asks
 
     def forward(self, x: Tensor, state: object) -> tuple[Tensor | None, object]:
@@ -111,7 +112,7 @@ class Case:
 
 
 def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.reshape(-1, NUM_BYTES), targets.flatten())
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.flatten())
 
 
 def gradients_of(case: Case, run: Callable[[], float]) -> Tensor:
@@ -163,18 +164,24 @@ def compare(
     return figures
 
 
+def random_symbols(steps: int, lanes: int, width: int, num_symbols: int) -> tuple[Tensor, Tensor]:
+    """Inputs [T, B, F] and targets [T, B]."""
+    return torch.randn(steps, lanes, width), torch.randint(0, num_symbols, (steps, lanes))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lanes", type=int, default=32)
     parser.add_argument("--width", type=int, default=256, help="of inputs and state")
     parser.add_argument("--segment", type=int, default=32, help="steps recomputed as one piece")
+    parser.add_argument("--symbols", type=int, default=10_000, help="of the large vocabulary")
     parser.add_argument("--pairs", type=int, default=20)
     add_output_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.lanes, arguments.width = 64, 2, 16
-        arguments.segment, arguments.pairs = 8, 4
+        arguments.segment, arguments.pairs, arguments.symbols = 8, 4, 300
     return arguments
 
 
@@ -182,18 +189,25 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    inputs = torch.randn(arguments.steps, arguments.lanes, arguments.width)
-    targets = torch.randint(0, NUM_BYTES, inputs.shape[:2])
-    cell = Case(ByteCell(arguments.width), inputs, targets, arguments.segment)
-    fused = Case(ByteLSTM(arguments.width), inputs, targets, arguments.segment)
-    unasking = Case(ByteLSTM(arguments.width, asks=False), inputs, targets, arguments.segment)
+    inputs, targets = random_symbols(arguments.steps, arguments.lanes, arguments.width, NUM_BYTES)
+    width, segment = arguments.width, arguments.segment
+    cell = Case(ByteCell(width), inputs, targets, segment)
+    fused = Case(ByteLSTM(width), inputs, targets, segment)
     figures = [
         *compare("LSTMCell loop, replay", cell, "replay", LIMITS_CELL, arguments),
         *compare("nn.LSTM per segment, replay", fused, "replay", LIMITS_FUSED, arguments),
-        *compare("nn.LSTM that reads out in advances too", unasking, "replay", None, arguments),
         *compare("LSTMCell loop, checkpoint", cell, "checkpoint", None, arguments),
         *compare("nn.LSTM per segment, checkpoint", fused, "checkpoint", None, arguments),
     ]
+    unasking = Case(ByteLSTM(width, asks=False), inputs, targets, segment)
+    figures += compare("nn.LSTM, readouts in advances too", unasking, "replay", None, arguments)
+    num_symbols, steps, lanes = arguments.symbols, arguments.steps // 4, arguments.lanes // 2
+    inputs, targets = random_symbols(steps, lanes, width, num_symbols)
+    for asks, name in ((True, ""), (False, ", readouts in advances too")):
+        large = Case(ByteLSTM(width, num_symbols, asks), inputs, targets, segment // 2)
+        figures += compare(
+            f"nn.LSTM, {num_symbols} symbols{name}", large, "replay", None, arguments
+        )
     publish("recomputation", figures, arguments)
 
 
