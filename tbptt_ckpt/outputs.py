@@ -21,8 +21,9 @@ _thread = _Thread()
 def outputs_needed() -> bool:
     """Whether the outputs of the module call that is running will be used; for a module to ask.
 
-    False while a window only advances to a later state, or runs steps that have no loss. The
-    module may then return anything as its output, such as None, and save what it costs:
+    False while a window only advances to a later state, or runs the steps before those whose
+    loss it counts. The module may then return anything as its output, such as None, and save
+    what it costs:
 
         def forward(self, inputs, state):
             hidden, state = self.lstm(inputs, state)

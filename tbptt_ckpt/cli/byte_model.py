@@ -3,7 +3,8 @@
 A model reads bytes and answers with logits over the next byte: `(symbols, state) -> (logits,
 state)`, over one step, symbols [B] and logits [B, 256], or, where its attribute `per_step` is
 False, over a segment, symbols [T, B] and logits [T, B, 256]. Its first state is what its method
-`init_state(lanes)` returns, or None where it has none.
+`init_state(lanes)` returns, or None where it has none. Where `outputs_needed()` says that nobody
+looks at the logits, it may return None for them.
 """
 
 from __future__ import annotations
