@@ -102,6 +102,11 @@ class LossFunction:
         self, outputs: Tree, targets: Tree, count: int
     ) -> tuple[Tensor, float | Tensor, float]:
         """A loss, the weight of all its steps, and the factor that makes it their sum."""
+        if outputs is None:
+            raise ArgumentError(
+                "module returned None as the output of a step whose loss counts; it may leave "
+                "outputs out only where outputs_needed() is False"
+            )
         if self.returns_pairs is None:
             value = self._first_call(outputs, targets)
         else:

@@ -27,7 +27,15 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, TensorSequence, evaluate, outputs_needed, unroll, verify
+from tbptt_ckpt import (
+    TBPTT,
+    ArgumentError,
+    TensorSequence,
+    evaluate,
+    outputs_needed,
+    unroll,
+    verify,
+)
 from tbptt_ckpt.outputs import OutputsNeeded
 
 NUM_STEPS, K1, K2 = 9, 3, 5
@@ -181,6 +189,22 @@ def test_compiled_code_always_makes_outputs() -> None:
         with OutputsNeeded(needed):
             output, _ = compiled(x, random_state())
         assert output is not None, needed
+
+
+@pytest.mark.parametrize("make", [asking_cell, asking_segments])
+def test_outputs_left_out_where_a_loss_counts_are_an_error(make: Any) -> None:
+    module = make()
+    weights = [p.detach().clone() for p in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+
+    def confused(x: Tensor, state: Any) -> tuple[None, Any]:
+        return None, module(x, state)[1]
+
+    per_step = isinstance(module, AskingCell)
+    tbptt = TBPTT(confused, mean_loss, K1, K2, optimizer, per_step=per_step, strategy="step")
+    with pytest.raises(ArgumentError, match=r"returned None .* only where outputs_needed\(\)"):
+        tbptt.train(TensorSequence(*random_data(NUM_STEPS)))
+    assert bitwise([p.detach() for p in module.parameters()], weights)
 
 
 def test_verify_finds_a_state_that_hangs_on_the_answer() -> None:
