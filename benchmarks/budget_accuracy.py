@@ -33,8 +33,9 @@ from tbptt_ckpt import (
     WindowResult,
     measure_costs,
 )
-from tbptt_ckpt.environment import describe_environment
-from tbptt_ckpt.memory import format_bytes, tensor_bytes
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.profiling.environment import describe_environment
 
 LANES, WIDTH, CLASSES, READOUT = 8, 64, 32, 2048
 SMALLEST_RUN, MORE_STATES = 100, 12

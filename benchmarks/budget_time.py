@@ -23,7 +23,7 @@ from benchmarks.paired import time_pairs
 from benchmarks.recomputation import NUM_BYTES, ByteCell, ByteLSTM, Case, byte_loss, peak_bytes_of
 from benchmarks.report import Figure, add_output_arguments, publish
 from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.memory import tensor_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
 
 SHARES = {"nn.LSTM": {0.05: 1.08}, "LSTMCell loop": {0.05: 1.40, 0.02: 1.50}}
 FIXED = ("retain", "uniform:16", "uniform:32", "uniform:64", "uniform:128")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.memory import RssSampler, rss_bytes
+from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 
 CELL_WIDTH = 16
 INPUT_WIDTH, FUSED_WIDTH = 16, 64

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.paired import time_pairs
 from benchmarks.report import Figure, add_output_arguments, publish
 from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed
-from tbptt_ckpt.memory import peak_memory
+from tbptt_ckpt.memory.meter import peak_memory
 
 NUM_BYTES = 256
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tbptt_ckpt.environment import describe_environment
+from tbptt_ckpt.profiling.environment import describe_environment
 
 
 @dataclass(frozen=True)

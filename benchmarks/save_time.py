@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.paired import time_pairs
 from benchmarks.report import Figure, add_output_arguments, publish
 from tbptt_ckpt import TBPTT, TensorSequence, Trainer
-from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.snapshot.store import SnapshotStore
 
 MIB = 2**20
 LIMIT = 1.3

@@ -1,5 +1,7 @@
 """The errors that users see; every one derives from `TbpttError`."""
 
+from __future__ import annotations
+
 
 class TbpttError(Exception):
     """Base of every error this package raises on purpose."""
@@ -56,3 +58,18 @@ class NonFiniteError(TbpttError):
 
 class OutOfMemoryError(TbpttError, MemoryError):
     """A window that did not fit into memory under any plan that was tried."""
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise `ArgumentError` unless `value` is one of `choices`."""
+    if value not in choices:
+        options = " or ".join(repr(choice) for choice in choices)
+        raise ArgumentError(f"{name}={value!r} must be {options}")
+
+
+def check_positive_int(name: str, value: object, alternative: str | None = None) -> None:
+    """Raise `ArgumentError` unless `value` is an int of at least 1."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return
+    also = f", or {alternative}" if alternative else ""
+    raise ArgumentError(f"{name}={value!r} must be an integer of at least 1{also}")

@@ -38,7 +38,7 @@ def _auto_follows_from_the_window_alone(
     marker `times_the_module`; a budget has its costs measured in every test.
     """
     if request.node.get_closest_marker("times_the_module") is None:
-        from tbptt_ckpt.window_plans import costed
+        from tbptt_ckpt.budget import costed_plans as costed
 
         monkeypatch.setattr(costed, "SHORT_WINDOW_STEPS", sys.maxsize)
 

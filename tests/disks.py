@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tbptt_ckpt.snapshot import Disk
+from tbptt_ckpt.snapshot.disk import Disk
 
 CALLS = (
     *("make_directory", "create", "write", "sync", "close"),

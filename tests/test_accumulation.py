@@ -27,7 +27,8 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence
-from tbptt_ckpt.trainer import NonFinite, Trainer
+from tbptt_ckpt.trainer.options import NonFinite
+from tbptt_ckpt.trainer.trainer import Trainer
 
 NUM_STEPS = 9
 WINDOWS = [(1, 1), (2, 2), (2, 5), (3, 1), (4, None)]

@@ -39,7 +39,7 @@ from tbptt_ckpt import (
     Uniform,
     tbptt_windows,
 )
-from tbptt_ckpt.modules import check_autocast, check_differentiable
+from tbptt_ckpt.module.recurrence import check_autocast, check_differentiable
 
 NUM_STEPS = 6
 
@@ -860,7 +860,7 @@ def test_after_an_error_the_same_tbptt_runs() -> None:
 def test_an_lstm_that_the_cpu_cannot_run_under_autocast_is_refused(
     monkeypatch: pytest.MonkeyPatch, runs: bool
 ) -> None:
-    monkeypatch.setattr("tbptt_ckpt.modules._cpu_runs_lstm", lambda dtype: runs)
+    monkeypatch.setattr("tbptt_ckpt.module.recurrence._cpu_runs_lstm", lambda dtype: runs)
     bench = Bench()
     bench.make(module=bench.watch(lstm()))
     for fits in (nn.GRU(2, 3), nn.LSTMCell(2, 3), nn.LSTM(2, 3, device="meta")):
@@ -913,7 +913,7 @@ def test_eval_mode_is_found_before_the_first_window(monkeypatch: pytest.MonkeyPa
     own = bench.watch(lstm())
     tbptt = bench.make(module=own)
     own.eval()
-    monkeypatch.setattr("tbptt_ckpt.engine.check_differentiable", _as_on_cuda)
+    monkeypatch.setattr("tbptt_ckpt.engine.tbptt.check_differentiable", _as_on_cuda)
     with pytest.raises(ArgumentError, match="eval mode"):
         tbptt.train(bench.sequence())
     assert not bench.changes()

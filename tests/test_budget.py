@@ -29,9 +29,12 @@ from tbptt_ckpt import (
     plan,
     run_window,
 )
-from tbptt_ckpt.memory import free_memory, peak_memory, tensor_bytes
-from tbptt_ckpt.schedule import check_schedule
-from tbptt_ckpt.window_plans.corrections import Ratios, not_below, scaled
+from tbptt_ckpt.budget.corrections import Ratios
+from tbptt_ckpt.budget.curves import not_below, scaled
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.schedule.actions import check_schedule
 
 pytestmark = pytest.mark.times_the_module
 
@@ -430,7 +433,7 @@ def test_auto_on_the_cpu_fits_host_memory_too(monkeypatch):
     costs = replace(costs, host_step_bytes=1e6, host_state_bytes=10.0)
 
     def longest_leaf(free_bytes):
-        monkeypatch.setattr("tbptt_ckpt.budget.free_memory", lambda device: free_bytes)
+        monkeypatch.setattr("tbptt_ckpt.budget.amount.free_memory", lambda device: free_bytes)
         (window,) = make("LSTMCell loop", costs=costs).windows(data(60))
         return window.plan.longest_leaf
 

@@ -20,13 +20,15 @@ import torch
 
 from tbptt_ckpt import MemoryReport, StrategyReport
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.profile_config import ProfileConfig
-from tbptt_ckpt.cli.profile_table import print_profile
-from tbptt_ckpt.plans import plan_window
-from tbptt_ckpt.profiling import Configuration, ProcessBench, sweep
+from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling.bench import Resident
-from tbptt_ckpt.profiling.outcome import BenchError, Failure
-from tbptt_ckpt.strategies import parse_strategy
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.failure import BenchError, Failure
+from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.sweep import sweep
+from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.schedule.strategies import parse_strategy
 
 SMALL = ["--hidden", "8", "--lanes", "2", "--k1", "4", "--k2", "12", "--repeats", "1"]
 PLAIN = ["--strategy", "retain", "--time-batching", "false"]  # one row: plain BPTT

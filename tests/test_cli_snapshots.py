@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.snapshot.store import SnapshotStore
 
 TEXT = b"it is what it is, and it was what it was. " * 200
 

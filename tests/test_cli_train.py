@@ -17,16 +17,16 @@ from models_for_tests import skip_unless_torch_runs_lstm
 from torch import nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
-from tbptt_ckpt.cli import train as train_command
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.config import TrainingConfig
-from tbptt_ckpt.cli.corpus import ByteLanes
-from tbptt_ckpt.cli.evaluation import bits_per_byte, byte_loss
-from tbptt_ckpt.cli.models import build_model
-from tbptt_ckpt.cli.outcome import Progress
-from tbptt_ckpt.cli.progress_bar import figures
-from tbptt_ckpt.cli.training_job import run_training_job
-from tbptt_ckpt.cli.window_memory import fullest_window
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
+from tbptt_ckpt.cli.progress import figures
+from tbptt_ckpt.cli.train import command as train_command
+from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.cli.train.job import run_training_job
+from tbptt_ckpt.cli.train.outcome import Progress
+from tbptt_ckpt.cli.train.window_memory import fullest_window
 from tbptt_ckpt.errors import ArgumentError
 
 FACTORIES = '''
@@ -268,7 +268,7 @@ class TestReport:
     def test_extrapolated_peaks_are_near_measured_ones(self, capsys, small, monkeypatch, model):
         words = [*small, "--model", model, "--k1", "16", "--k2", "128", "--max-steps", "160"]
         measured = outcome_of(capsys, words)["memory"]
-        monkeypatch.setattr("tbptt_ckpt.cli.window_memory._MOST_RETAINED_STEPS", 100)
+        monkeypatch.setattr("tbptt_ckpt.cli.train.window_memory._MOST_RETAINED_STEPS", 100)
         extrapolated = outcome_of(capsys, words)["memory"]
         assert measured["retained_is_measured"]
         assert not extrapolated["retained_is_measured"]
@@ -458,7 +458,7 @@ class TestSaving:
         assert torch.load(path, weights_only=True)
 
     def test_it_is_refused_before_training(self, small, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("tbptt_ckpt.cli.training_job._Job", None)  # calling it would raise
+        monkeypatch.setattr("tbptt_ckpt.cli.train.job._Job", None)  # calling it would raise
         (tmp_path / "there").touch()
         message = refusal_of(capsys, [*small, "--save", str(tmp_path / "there")])
         assert "there exists; add --force" in message

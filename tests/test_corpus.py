@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tbptt_ckpt.cli.bigram import bigram_bits, pair_counts
-from tbptt_ckpt.cli.corpus import (
+from tbptt_ckpt.cli.bytes.bigram import bigram_bits, pair_counts
+from tbptt_ckpt.cli.bytes.corpus import (
     ByteLanes,
     load_corpus,
     map_bytes,
@@ -192,7 +192,7 @@ def test_pair_counts_do_not_depend_on_chunks(monkeypatch):
     for first, second in pairwise(data):
         expected[first, second] += 1
     for chunk in (1, 7, 999, 1000, 10_000):
-        monkeypatch.setattr("tbptt_ckpt.cli.bigram._CHUNK_BYTES", chunk)
+        monkeypatch.setattr("tbptt_ckpt.cli.bytes.bigram._CHUNK_BYTES", chunk)
         assert np.array_equal(pair_counts(data), expected)
 
 
@@ -209,7 +209,7 @@ def test_bigram_bits_against_the_definition(monkeypatch):
     ]
     expected = sum(bits) / len(bits)
     assert bigram_bits(train, held_out) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr("tbptt_ckpt.cli.bigram._CHUNK_BYTES", 8)
+    monkeypatch.setattr("tbptt_ckpt.cli.bytes.bigram._CHUNK_BYTES", 8)
     assert bigram_bits(train, held_out) == pytest.approx(expected, rel=1e-12)
 
 

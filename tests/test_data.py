@@ -42,7 +42,7 @@ from models_for_tests import CountedCalls, Seen, check_same_windows, flat, movin
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.reading import WindowReader
+from tbptt_ckpt.data.window_reader import WindowReader
 
 NUM_STEPS = 13
 REACHES = ((3, 7), (3, 2), (4, None), (2, 2))

@@ -23,14 +23,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import (
-    TBPTT,
-    ArgumentError,
-    BurnIn,
-    LaneSource,
-    TensorSequence,
-    evaluate,
-)
+from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, TensorSequence, evaluate
 
 NUM_STEPS = 7
 SEGMENTS = (1, 2, 3, 7, 64)

@@ -24,7 +24,7 @@ from tbptt_ckpt import (
     TensorSequence,
     Trainer,
 )
-from tbptt_ckpt.events import Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
 STEPS, K1, K2 = 11, 3, 6
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, Trainer
-from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.snapshot.store import SnapshotStore
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS, SAVED = 13, 6

@@ -19,20 +19,15 @@ import torch
 from torch import nn
 
 from tbptt_ckpt.errors import ArgumentError, TbpttError
-from tbptt_ckpt.memory import (
-    RssSampler,
-    can_measure,
-    format_bytes,
-    free_memory,
-    older_garbage_kept,
-    parse_bytes,
-    peak_memory,
-    rss_bytes,
-    sources,
-    tensor_bytes,
-)
-from tbptt_ckpt.memory.events import KinetoRecorder
+from tbptt_ckpt.memory import allocators as sources
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.exhausted import older_garbage_kept
+from tbptt_ckpt.memory.meter import can_measure, peak_memory
 from tbptt_ckpt.memory.native import has_operator_callbacks
+from tbptt_ckpt.memory.recorders import KinetoRecorder
+from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
+from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
 
 MIB = 1024**2
 LINUX = sys.platform == "linux"

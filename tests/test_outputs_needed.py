@@ -36,7 +36,7 @@ from tbptt_ckpt import (
     unroll,
     verify,
 )
-from tbptt_ckpt.outputs import OutputsNeeded
+from tbptt_ckpt.module.outputs import OutputsNeeded
 
 NUM_STEPS, K1, K2 = 9, 3, 5
 

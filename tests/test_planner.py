@@ -22,8 +22,9 @@ from tbptt_ckpt import (
     plan,
     simulate,
 )
-from tbptt_ckpt.planner import Demand, SecondsBound
-from tbptt_ckpt.schedule import check_schedule
+from tbptt_ckpt.planner.bounds import SecondsBound
+from tbptt_ckpt.planner.feasibility import Demand
+from tbptt_ckpt.schedule.actions import check_schedule
 
 # (state bytes, bytes of a leaf's step, bytes of a leaf in addition)
 RATIOS = [(1, 5, 0), (1, 1, 0), (3, 2, 0), (5, 1, 0), (20, 1, 0), (2, 3, 4)]

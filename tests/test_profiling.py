@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, profile_strategies, profile_window
-from tbptt_ckpt.memory import peak_memory, tensor_bytes
+from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.storages import tensor_bytes
 
 MSE = nn.functional.mse_loss
 STRATEGIES = ("retain", "step", "uniform:5", "sqrt", "revolve:3")

@@ -31,7 +31,7 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, unroll, verify
-from tbptt_ckpt.buffers import find_buffers
+from tbptt_ckpt.module.buffers import find_buffers
 
 NUM_STEPS, LANES = 13, 4
 STRATEGIES = ("retain", "uniform:2", "uniform:3", "revolve:2")

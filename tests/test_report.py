@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tbptt_ckpt import ArgumentError, MemoryReport, StrategyReport
-from tbptt_ckpt.report import ActionSpan, WindowTrace, pareto_front
+from tbptt_ckpt.profiling.report import ActionSpan, WindowTrace, pareto_front
 
 TRACE = WindowTrace(
     0.5,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, SharedState, TensorSequence
-from tbptt_ckpt.snapshot import Disk, SnapshotStore
-from tbptt_ckpt.trainer import Trainer
+from tbptt_ckpt.snapshot.disk import Disk
+from tbptt_ckpt.snapshot.store import SnapshotStore
+from tbptt_ckpt.trainer.trainer import Trainer
 
 STEPS, K1, K2 = 13, 2, 5
 

@@ -39,10 +39,10 @@ from tbptt_ckpt import (
     run_window,
     tbptt_windows,
 )
-from tbptt_ckpt.plans import plan_window
-from tbptt_ckpt.schedule import check_schedule, executed_steps
-from tbptt_ckpt.strategies import parse_strategy
-from tbptt_ckpt.windows import later_starts
+from tbptt_ckpt.schedule.actions import check_schedule, executed_steps
+from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.schedule.strategies import parse_strategy
+from tbptt_ckpt.schedule.windows import later_starts
 
 REACHES = ((2, 5), (3, 3), (3, None), (4, 2), (5, 12), (14, 14), (20, 6))
 NUM_STEPS = 14

@@ -36,15 +36,10 @@ from disks import (
 from torch import Tensor
 
 from tbptt_ckpt import ArgumentError, SnapshotError
-from tbptt_ckpt.snapshot import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Disk,
-    SnapshotStore,
-    SnapshotWarning,
-    from_plain,
-    to_plain,
-)
+from tbptt_ckpt.snapshot.disk import Disk
+from tbptt_ckpt.snapshot.manifest import FORMAT_VERSION, MANIFEST
+from tbptt_ckpt.snapshot.plain import from_plain, to_plain
+from tbptt_ckpt.snapshot.store import SnapshotStore, SnapshotWarning
 
 GOLDEN = Path(__file__).parent / "golden"
 Injected = Callable[..., None]

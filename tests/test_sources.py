@@ -28,9 +28,9 @@ from tbptt_ckpt import (
     TensorSequence,
     map_file,
 )
-from tbptt_ckpt.cli.corpus import ByteLanes
-from tbptt_ckpt.reading import WindowReader
-from tbptt_ckpt.sources.layout import shuffled
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.data.layout import shuffled
+from tbptt_ckpt.data.window_reader import WindowReader
 
 LENGTHS = (3, 1, 4, 1, 5, 2)
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
-from tbptt_ckpt.memory import peak_memory
+from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.time_batching import taps
 
 STEPS, LANES, INPUTS, WIDTH, OUTPUTS, WORDS = 7, 3, 4, 5, 2, 6

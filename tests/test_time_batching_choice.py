@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence, Trainer
+from tbptt_ckpt.budget import costed_plans as costed
+from tbptt_ckpt.budget.curves import scaled
 from tbptt_ckpt.time_batching.report import SLOWER
-from tbptt_ckpt.window_plans import costed
-from tbptt_ckpt.window_plans.corrections import scaled
 
 WIDTH, LANES, K, STEPS = 256, 2, 10, 30  # wide enough for the rule of "auto"
 Inject = Callable[..., list[tuple[object, float]]]

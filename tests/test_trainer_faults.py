@@ -44,8 +44,8 @@ from tbptt_ckpt import (
     TensorSequence,
     Trainer,
 )
-from tbptt_ckpt.events import Notice, UpdateEvent, WindowEvent
-from tbptt_ckpt.snapshot import SnapshotStore, SnapshotWarning
+from tbptt_ckpt.snapshot.store import SnapshotStore, SnapshotWarning
+from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 from tbptt_ckpt.trainer.saving import Saving
 
 Injected = Callable[..., None]
@@ -725,7 +725,7 @@ def test_measured_costs_are_saved_before_the_first_update_and_never_measured_aga
     def no_measuring(*_: Any, **__: Any) -> None:
         raise AssertionError("costs were measured again")
 
-    monkeypatch.setattr("tbptt_ckpt.window_plans.costed.calibrate", no_measuring)
+    monkeypatch.setattr("tbptt_ckpt.budget.costed_plans.calibrate", no_measuring)
     accounts = []
     for stops in ((), (1, 3)):
         folder = tmp_path / str(len(accounts))

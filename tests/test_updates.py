@@ -41,12 +41,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from tbptt_ckpt import TBPTT, TensorSequence, TrainResult, optimizer_calls, tbptt_windows
-from tbptt_ckpt.ambient import Ambient
-from tbptt_ckpt.blocks import StepBlock
-from tbptt_ckpt.settings import make_runner
-from tbptt_ckpt.sinks import OutputSink
-from tbptt_ckpt.task import WindowTask
+from tbptt_ckpt import TBPTT, TensorSequence, TrainResult, tbptt_windows
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.executor.runner import make_runner
+from tbptt_ckpt.executor.sinks import OutputSink
+from tbptt_ckpt.executor.task import WindowTask
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.updates import optimizer_calls
 
 NUM_STEPS, K1, K2 = 13, 3, 7
 STRATEGIES = ("retain", "uniform:2", "revolve:2")

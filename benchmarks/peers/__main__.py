@@ -26,7 +26,7 @@ from benchmarks.peers import campaign, planners, plot, summary
 from benchmarks.peers.entries import BASELINE, ENTRIES, Entry
 from benchmarks.peers.work import Size
 from benchmarks.report import add_output_arguments, print_origin, write_result
-from tbptt_ckpt.environment import describe_environment
+from tbptt_ckpt.profiling.environment import describe_environment
 
 DISTRIBUTIONS = ("jax", "jaxlib", "equinox", "pytorch-ignite", "checkpoint-schedules", "numba")
 SHAPES = ((256, 32), (512, 8))  # width, lanes

@@ -10,7 +10,7 @@ from benchmarks.peers.torch_peer import WARMUP_STEPS, TorchPeer
 from benchmarks.peers.work import Work
 from benchmarks.recomputation import byte_loss
 from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.memory import tensor_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
 
 # Windows of as many lengths are metered before the package trusts its costs.
 WARMUP_LENGTHS = range(WARMUP_STEPS - 9, WARMUP_STEPS)

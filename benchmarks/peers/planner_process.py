@@ -48,7 +48,7 @@ def our_planner(strategy: str) -> Planner:
 
     def forward_steps(num_steps: int, num_states: int) -> Iterator[int]:
         from tbptt_ckpt import Costs, plan
-        from tbptt_ckpt.schedule import Advance, Differentiate
+        from tbptt_ckpt.schedule.actions import Advance, Differentiate
 
         costs = Costs.linear(state_bytes=1, step_bytes=1, backward_ratio=0)
         if strategy == "optimal":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.work import Arrays, Work
 from benchmarks.recomputation import ByteCell, ByteLSTM
-from tbptt_ckpt.memory import peak_memory
+from tbptt_ckpt.memory.meter import peak_memory
 
 WARMUP_STEPS = 128
 

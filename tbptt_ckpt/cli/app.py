@@ -12,21 +12,29 @@ from typing import NoReturn, TextIO
 
 import typer
 
-from tbptt_ckpt.cli.plan import plan
-from tbptt_ckpt.cli.profile import profile
+from tbptt_ckpt.cli.plan.command import plan
+from tbptt_ckpt.cli.profile.command import profile
 from tbptt_ckpt.cli.snapshots import snapshots
-from tbptt_ckpt.cli.train import train
+from tbptt_ckpt.cli.train.command import train
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
-from tbptt_ckpt.memory import is_out_of_memory
-from tbptt_ckpt.trainer import TrainingStopped
+from tbptt_ckpt.memory.exhausted import is_out_of_memory
+from tbptt_ckpt.trainer.signals import TrainingStopped
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(name="tbptt-ckpt", add_completion=False)
+
+
 app.command("train")(train)
+
+
 app.command("plan")(plan)
+
+
 app.command("snapshots")(snapshots)
+
+
 app.command("profile")(profile)
 
 

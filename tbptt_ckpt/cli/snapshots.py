@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.memory import format_bytes
-from tbptt_ckpt.snapshot import SnapshotReport, SnapshotStore
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.snapshot.store import SnapshotReport, SnapshotStore
 
 
 def snapshots(

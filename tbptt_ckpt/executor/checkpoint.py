@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from tbptt_ckpt.ambient import AmbientState
+from tbptt_ckpt.executor.runner import Runner, rejoin
+from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
+from tbptt_ckpt.executor.task import Boundary, WindowTask
 from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
-from tbptt_ckpt.hooks import SilenceableHooks
-from tbptt_ckpt.runner import Runner, rejoin
-from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
-from tbptt_ckpt.sinks import LossSink, Sink
-from tbptt_ckpt.state import Tree, map_tensors, replace_tensors, tensors_of
-from tbptt_ckpt.task import Boundary, WindowTask
+from tbptt_ckpt.module.ambient import AmbientState
+from tbptt_ckpt.module.hooks import SilenceableHooks
+from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 

@@ -14,12 +14,12 @@ the run's memory is free lies among other small blocks.
 
 from __future__ import annotations
 
+from tbptt_ckpt.executor.sinks import LossSink
+from tbptt_ckpt.executor.task import Boundary
 from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
-from tbptt_ckpt.hooks import SilenceableHooks
-from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep, Schedule
-from tbptt_ckpt.sinks import LossSink
-from tbptt_ckpt.state import tensors_of
-from tbptt_ckpt.task import Boundary
+from tbptt_ckpt.module.hooks import SilenceableHooks
+from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule
 
 
 class ReplayExecutor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tbptt_ckpt.errors import ScheduleError
-from tbptt_ckpt.schedule import Action, Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,43 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import StaleWeightsError, TbpttError
-from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
-from tbptt_ckpt.hooks import silent_hooks
-from tbptt_ckpt.losses import LossSum
-from tbptt_ckpt.runner import Runner
-from tbptt_ckpt.schedule import Action, Schedule
-from tbptt_ckpt.sinks import LossSink, WindowLoss
-from tbptt_ckpt.state import copy_containers, detach_state
-from tbptt_ckpt.task import Boundary, WindowTask
+from tbptt_ckpt.executor.losses import LossSum
+from tbptt_ckpt.executor.runner import Runner
+from tbptt_ckpt.executor.sinks import LossSink, WindowLoss
+from tbptt_ckpt.executor.task import Boundary, WindowTask
+from tbptt_ckpt.module.hooks import silent_hooks
+from tbptt_ckpt.module.trees import copy_containers, detach_state
+from tbptt_ckpt.schedule.actions import Action, Schedule
+
+
+class Observer(Protocol):
+    """Told what a window is doing as it does it; it must change nothing."""
+
+    def begins(self, action: Action) -> None:
+        """An action is about to be run; the one before it is done."""
+
+    def differentiates(self) -> None:
+        """A leaf has been run with its graph; its gradient comes next."""
+
+    def ends(self) -> None:
+        """All actions are done."""
+
+
+class _Unobserved:
+    """Watches nothing."""
+
+    def begins(self, action: Action) -> None:
+        """Nothing to do."""
+
+    def differentiates(self) -> None:
+        """Nothing to do."""
+
+    def ends(self) -> None:
+        """Nothing to do."""
+
+
+UNOBSERVED: Observer = _Unobserved()
+
 
 # A segment module's advance may span a long stretch; it is cut into calls of at most this
 # many steps (or of the longest leaf), so that its outputs stay small.

@@ -1,8 +1,7 @@
 """What memory is used, exactly: peaks over a region, bytes held by tensors, bytes still free."""
 
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
-from tbptt_ckpt.memory.garbage import older_garbage_kept
+from tbptt_ckpt.memory.exhausted import is_out_of_memory, older_garbage_kept, release_memory
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, can_measure, peak_memory
 from tbptt_ckpt.memory.resident import RssBytes, RssSampler, rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes

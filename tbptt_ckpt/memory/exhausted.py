@@ -6,6 +6,8 @@ import ctypes
 import errno
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -36,3 +38,21 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+@contextmanager
+def older_garbage_kept() -> Iterator[None]:
+    """While entered, the collector frees nothing that was garbage before, only newer garbage.
+
+    Tensors in circles that it frees inside a region would count as the region's frees. Costs
+    nothing, unless someone else has frozen objects: then what is garbage is collected first.
+    """
+    if gc.get_freeze_count():
+        gc.collect()
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.memory.allocators import Source, accelerator_source, cpu_source
 from tbptt_ckpt.memory.available import accelerator_or_cpu
-from tbptt_ckpt.memory.events import Events, profiler_is_active
+from tbptt_ckpt.memory.recorders import Events, profiler_is_active
 from tbptt_ckpt.memory.resident import RssSampler
-from tbptt_ckpt.memory.sources import Source, accelerator_source, cpu_source
 from tbptt_ckpt.memory.timeline import LiveBytes
 
 

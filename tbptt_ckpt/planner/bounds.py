@@ -12,12 +12,12 @@ from collections import Counter
 
 import numpy as np
 
-from tbptt_ckpt.costs import Costs
 from tbptt_ckpt.planner.feasibility import Demand
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.pricing import BEYOND, Floats, Ints, best_leaves, best_rows
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_seconds
-from tbptt_ckpt.predictions import usual_advance_steps
+from tbptt_ckpt.schedule.actions import usual_advance_steps
+from tbptt_ckpt.schedule.costs import Costs
 
 _MANY_LEVELS = 512
 _ROUNDS = 60  # prices tried at most; about ten are needed

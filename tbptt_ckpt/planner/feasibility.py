@@ -6,8 +6,8 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from tbptt_ckpt.costs import Costs
-from tbptt_ckpt.predictions import leaf_curve
+from tbptt_ckpt.planner.predictions import leaf_curve
+from tbptt_ckpt.schedule.costs import Costs
 
 _DIGITS = 10  # of budgets that plans are made for
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tbptt_ckpt.costs import Costs, Curve
-from tbptt_ckpt.predictions import leaf_curve
+from tbptt_ckpt.planner.predictions import leaf_curve
+from tbptt_ckpt.schedule.costs import Costs, Curve
 
 _MOST_FULL = 1 << 14  # leaves looked at
 

@@ -24,7 +24,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.nesting import NestingBuilder
+from tbptt_ckpt.schedule.nesting import NestingBuilder
 
 _ROUNDS = 60  # prices tried at most; about ten are needed
 _MANY_LEVELS = 512  # up to which a price is looked for

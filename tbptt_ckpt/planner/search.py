@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tbptt_ckpt.costs import Costs
-from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.feasibility import Demand
 from tbptt_ckpt.planner.leaves import LeafRoom
+from tbptt_ckpt.planner.predictions import Prediction, predict
 from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels, with_one_state
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
-from tbptt_ckpt.predictions import ADVANCE_STEPS, Prediction, predict, usual_advance_steps
+from tbptt_ckpt.schedule.actions import ADVANCE_STEPS, usual_advance_steps
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
 _MORE_LEVELS = 2  # levels allowed beyond the fewest that reach: fewer calls, more steps
 _SLOWER = 1 + 1e-9  # than rounding errors make it

@@ -8,9 +8,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.costs import Costs
-from tbptt_ckpt.nesting import Nesting, NestingBuilder
 from tbptt_ckpt.planner.leaves import LeafRoom
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
 SHORT_STEPS = 256
 _SIZES = (64, 128, SHORT_STEPS)

@@ -13,16 +13,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tbptt_ckpt.engine import TBPTT
-from tbptt_ckpt.executor import UNOBSERVED
-from tbptt_ckpt.memory import PeakMeter, RssSampler, peak_memory, rss_bytes, tensor_bytes
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.tbptt import TBPTT
+from tbptt_ckpt.executor.window_run import UNOBSERVED
+from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
+from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
 from tbptt_ckpt.profiling.foretelling import Foretold, measure_forecast
+from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.work import Work
-from tbptt_ckpt.report import MemoryReport, WindowTrace
-from tbptt_ckpt.results import WindowResult
 
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2

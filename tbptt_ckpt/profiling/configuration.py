@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.report import MemoryReport
-from tbptt_ckpt.strategies import parse_strategy
-from tbptt_ckpt.windows import check_positive_int
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.profiling.report import MemoryReport
+from tbptt_ckpt.schedule.strategies import parse_strategy
 
 BASELINE = "retain"
 

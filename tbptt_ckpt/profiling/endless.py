@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.data.source import as_tensors
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.sources import as_tensors
-from tbptt_ckpt.state import Tree, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
 
 class EndlessSource:

@@ -16,21 +16,23 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from tbptt_ckpt.ambient import Ambient
-from tbptt_ckpt.blocks import StepBlock
-from tbptt_ckpt.calibration import Limits, SegmentProbe, calibrate, update_bytes
-from tbptt_ckpt.costs import Costs, FixedBytes
-from tbptt_ckpt.memory import tensor_bytes
+from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.update_bytes import update_bytes
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
 from tbptt_ckpt.profiling.leaf_parts import LeafParts, QuietProbe, loud_parts, quiet_parts
+from tbptt_ckpt.profiling.report import ActionSpan
 from tbptt_ckpt.profiling.work import Work
-from tbptt_ckpt.report import ActionSpan
-from tbptt_ckpt.results import WindowResult
-from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
-from tbptt_ckpt.settings import Settings
-from tbptt_ckpt.state import tensors_of
-from tbptt_ckpt.task import Boundary
+from tbptt_ckpt.schedule.actions import Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 16, 21, 32, 34, 55, 64, 89)
 _SECONDS = 0.6

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tbptt_ckpt.ambient import Ambient
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.modules import parameters_of
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.bench import Resident, WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.outcome import BenchError, describe_failure
+from tbptt_ckpt.profiling.failure import BenchError, describe_failure
+from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.profiling.work import Work
-from tbptt_ckpt.report import MemoryReport
-from tbptt_ckpt.state import tensors_of
 
 
 class BenchHere:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tbptt_ckpt.calibration import SegmentProbe
-from tbptt_ckpt.calibration.segments import SegmentBytes
-from tbptt_ckpt.costs import Curve
-from tbptt_ckpt.executor import ReplayExecutor, WeightGuard, WindowRun
-from tbptt_ckpt.memory import Lap, PeakMeter, peak_memory
-from tbptt_ckpt.schedule import Action, Advance, Differentiate, Schedule
-from tbptt_ckpt.settings import Settings
-from tbptt_ckpt.sinks import WindowLoss
-from tbptt_ckpt.task import Boundary, WindowTask
+from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe
+from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.executor.replay import ReplayExecutor
+from tbptt_ckpt.executor.sinks import WindowLoss
+from tbptt_ckpt.executor.task import Boundary, WindowTask
+from tbptt_ckpt.executor.window_run import WeightGuard, WindowRun
+from tbptt_ckpt.memory.meter import Lap, PeakMeter, peak_memory
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Schedule
+from tbptt_ckpt.schedule.costs import Curve
 
 
 @dataclass(frozen=True, slots=True)

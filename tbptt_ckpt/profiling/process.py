@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.profiling.bench import Resident
-from tbptt_ckpt.profiling.child import serve
+from tbptt_ckpt.profiling.bench import Resident, WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.outcome import BenchError, Failure
+from tbptt_ckpt.profiling.failure import BenchError, Failure, describe_failure
+from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, MemoryReport
 from tbptt_ckpt.profiling.work import Workload
-from tbptt_ckpt.report import FAILED, OUT_OF_MEMORY, MemoryReport
 
 _PATIENCE_SECONDS = 10.0
 
@@ -111,3 +113,40 @@ def _pickled(workload: Workload) -> bytes:
             f"({type(error).__name__}: {error}); define classes and functions at the top of a "
             "file, or measure in this process"
         ) from error
+
+
+def serve(pipe: Connection, configuration: Configuration) -> None:
+    """Answer requests for the methods of a `WindowBench` until the pipe is closed.
+
+    The pickled workload comes first. A request is (name, keywords); an answer is what the
+    method returns, or a `Failure`.
+    """
+    _stand_back()
+    pickled_workload = pipe.recv_bytes()
+    bench: WindowBench | None = None
+    while (request := _next_request(pipe)) is not None:
+        name, keywords = request
+        try:
+            if bench is None:
+                work = pickle.loads(pickled_workload).build()
+                bench = WindowBench(work, configuration, alone=True)
+            answer = getattr(bench, name)(**keywords)
+        except Exception as error:
+            answer = describe_failure(error, traceback.format_exc())
+        pipe.send(answer)
+
+
+def _next_request(pipe: Connection) -> tuple[str, dict[str, Any]] | None:
+    try:
+        request: tuple[str, dict[str, Any]] = pipe.recv()
+    except EOFError:  # the parent is gone
+        return None
+    return request
+
+
+def _stand_back() -> None:
+    """Leave the terminal to the parent, and be the first to go when memory runs out."""
+    os.dup2(2, 1)  # what the user's module prints must not mix with a report
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    with contextlib.suppress(OSError):  # not everywhere is Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")

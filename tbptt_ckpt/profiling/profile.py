@@ -7,19 +7,18 @@ from contextlib import AbstractContextManager
 from itertools import product
 from typing import Any
 
-from tbptt_ckpt.environment import describe_environment
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.memory import parse_bytes
-from tbptt_ckpt.modules import recognise
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.memory.sizes import parse_bytes
+from tbptt_ckpt.module.recurrence import recognise
 from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.environment import describe_environment
+from tbptt_ckpt.profiling.failure import BenchError
 from tbptt_ckpt.profiling.here import BenchHere
-from tbptt_ckpt.profiling.outcome import BenchError
 from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
 from tbptt_ckpt.profiling.work import GivenWork, Work
-from tbptt_ckpt.report import FAILED, MemoryReport, StrategyReport
-from tbptt_ckpt.sources import TensorSequence
-from tbptt_ckpt.windows import check_positive_int
 
 DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")

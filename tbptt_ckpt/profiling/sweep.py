@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from tbptt_ckpt.memory import free_memory
+from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.profiling.bench import Resident
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.outcome import BenchError, Failure, ProfileError
-from tbptt_ckpt.report import FAILED, MemoryReport
+from tbptt_ckpt.profiling.failure import BenchError, Failure, ProfileError
+from tbptt_ckpt.profiling.report import FAILED, MemoryReport
 
 # Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
 _KEPT_PART_OF_FREE = 0.25

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tbptt_ckpt.modules import parameters_of
-from tbptt_ckpt.state import tensors_of
+from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.trees import tensors_of
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

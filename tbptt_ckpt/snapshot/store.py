@@ -14,12 +14,12 @@ from threading import Thread
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttWarning
+from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.manifest import Manifest
 from tbptt_ckpt.snapshot.plain import to_plain
 from tbptt_ckpt.snapshot.reading import load_state, read_manifest, verify_files
 from tbptt_ckpt.snapshot.writing import write_files
-from tbptt_ckpt.state import iterate_tensors
 
 _NAME = re.compile(r"step-(0|[1-9]\d*)")
 _TEMPORARY = re.compile(r"\.(step-\d+)\.(part|old|replaced)")

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.digests import PIECE_BYTES, PieceDigests
 from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
-from tbptt_ckpt.state import iterate_tensors
 
 STATE_FILE = "state.pt"
 _WRITE_BYTES = 16 << 20

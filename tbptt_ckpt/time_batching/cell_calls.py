@@ -14,9 +14,8 @@ from tbptt_ckpt.time_batching.lstm import LSTMNode, lstm_step
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import SMALL, Tally
 from tbptt_ckpt.time_batching.rnn import RNNNode, rnn_step
-from tbptt_ckpt.time_batching.rows import Row
+from tbptt_ckpt.time_batching.rows import Row, is_plain, is_stable
 from tbptt_ckpt.time_batching.taps import tap
-from tbptt_ckpt.time_batching.weights import is_plain, is_stable
 
 # A buffer for calls that bring their input is made for at most so many bytes at a time.
 _BUFFER_BYTES = 8 << 20

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.modules import parameters_of
+from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
 from tbptt_ckpt.time_batching.report import SLOWER, BatchedOperation, Tally
@@ -100,9 +100,9 @@ class TimeBatching:
         """Whether anything was batched so far."""
         return self._tally.has_batched
 
-    def step_inputs(self, block: StepBlock) -> Iterator[Any]:
-        """The input of each step of a block, in the region that is entered."""
-        return block.step_inputs() if self._region is None else self._region.step_inputs(block)
+    def step_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
+        """The input of each step, in the region that is entered; None where there is none."""
+        return None if self._region is None else self._region.step_inputs(inputs, time_dim)
 
     def report(self) -> list[BatchedOperation]:
         """What was batched so far, and what was left to the plain operation."""

@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.blocks import Column, StepBlock
-from tbptt_ckpt.state import replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.linear import TappedLinear, whole_linear
 from tbptt_ckpt.time_batching.operations import Embedding, Operation, Product, TappedOperation
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import SMALL, Tally
-from tbptt_ckpt.time_batching.rows import Row, Rows
+from tbptt_ckpt.time_batching.rows import Row, Rows, is_plain, is_stable, transposed_weight
 from tbptt_ckpt.time_batching.taps import Versions
-from tbptt_ckpt.time_batching.weights import is_plain, is_stable, transposed_weight
 
 # Rows of one product over time: more gain little and take memory.
 _ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
@@ -48,35 +46,45 @@ class Region:
         self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
         self.cells = CellCalls(num_steps, pays, tally, self.row)
 
-    def step_inputs(self, block: StepBlock) -> Iterator[Any]:
-        """The input of each step of a block, known as rows of the whole while its step runs."""
-        tensors = [] if isinstance(block.inputs, Column) else tensors_of(block.inputs)
+    def step_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
+        """The input of each step, known as rows of the whole while its step runs.
+
+        Args:
+            inputs: Nested tensors with time on `time_dim`.
+            time_dim: Where time is.
+
+        Returns:
+            None where the inputs cannot be rows.
+        """
+        tensors = tensors_of(inputs)
         if not tensors or any(t.is_inference() for t in tensors):
-            yield from block.step_inputs()
-            return
-        length = self._chunk_steps(block)
-        for begin in range(block.start, block.stop, length):
-            part = block.part(begin, min(begin + length, block.stop))
-            yield from self._chunk_inputs(part)
+            return None
+        return self._rows_of(inputs, time_dim)
+
+    def _rows_of(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
+        first = tensors_of(inputs)[0]
+        num_steps, length = first.shape[time_dim], self._chunk_steps(first, time_dim)
+        for begin in range(0, num_steps, length):
+            size = min(length, num_steps - begin)
+            yield from self._chunk_inputs(_narrow(inputs, time_dim, begin, size), time_dim)
         self._rows.clear()
 
-    def _chunk_steps(self, block: StepBlock) -> int:
-        first = tensors_of(block.inputs)[0]
-        lanes = first.shape[1 - min(block.time_dim, 1)] if first.dim() > 1 else 1
+    def _chunk_steps(self, first: Tensor, time_dim: int) -> int:
+        lanes = first.shape[1 - min(time_dim, 1)] if first.dim() > 1 else 1
         rows = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
         return min(max(_FEWEST_STEPS, rows // max(lanes, 1)), _MOST_STEPS)
 
-    def _chunk_inputs(self, block: StepBlock) -> Iterator[Any]:
-        tensors = tensors_of(block.inputs)
-        wholes = [Rows(t.movedim(block.time_dim, 0) if t.dim() else t) for t in tensors]
+    def _chunk_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
+        tensors = tensors_of(inputs)
+        wholes = [Rows(t.movedim(time_dim, 0) if t.dim() else t) for t in tensors]
         columns = [whole.whole.unbind(0) for whole in wholes]
-        is_tensor = isinstance(block.inputs, Tensor)
+        is_tensor = isinstance(inputs, Tensor)
         for index, leaves in enumerate(zip(*columns, strict=True)):
             self._rows = {
                 id(leaf): Row(rows, index, leaf, rows.version)
                 for leaf, rows in zip(leaves, wholes, strict=True)
             }
-            yield leaves[0] if is_tensor else replace_tensors(block.inputs, list(leaves))
+            yield leaves[0] if is_tensor else replace_tensors(inputs, list(leaves))
 
     def row(self, x: Tensor) -> Row | None:
         """The row that x is, if it is one."""
@@ -262,6 +270,13 @@ class Region:
         """The steps are done."""
         self._rows.clear()
         self.cells.close()
+
+
+def _narrow(inputs: Tree, time_dim: int, begin: int, size: int) -> Tree:
+    """Some of the steps, as views; the very tensors where these are all."""
+    return map_tensors(
+        lambda t: t if size == t.shape[time_dim] else t.narrow(time_dim, begin, size), inputs
+    )
 
 
 class _MadeRows:

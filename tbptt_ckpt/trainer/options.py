@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.windows import check_positive_int
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -9,22 +10,24 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.sequence_run import Mark, SequenceRun
 from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError
-from tbptt_ckpt.memory import (
-    format_bytes,
-    free_memory,
-    is_out_of_memory,
-    release_memory,
-    rss_bytes,
-)
-from tbptt_ckpt.results import WindowResult
-from tbptt_ckpt.sequence_run import Mark, SequenceRun
-from tbptt_ckpt.settings import Settings
-from tbptt_ckpt.shrinking import smaller_strategy
-from tbptt_ckpt.state import Tree, is_differentiable, iterate_tensors
-from tbptt_ckpt.trainer.announcing import Announcer
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
+from tbptt_ckpt.memory.resident import rss_bytes
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.module.trees import Tree, is_differentiable, iterate_tensors
+from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.schedule.strategies import Revolve, Strategy, Uniform
+from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
-from tbptt_ckpt.windows import Window
+
+# Below a quarter of the square root of the window, uniform leaves need more for their first
+# states than they save; several levels of few states take over.
+_FEW_STATES = (16, 4, 1)
 
 
 class Recovery:
@@ -174,3 +177,18 @@ class Recovery:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def smaller_strategy(strategy: Strategy, window: Window) -> Strategy | None:
+    """The next strategy to try, or None where `strategy` takes the least there is.
+
+    Leaves are halved, then states are kept at several levels; the gradient stays the same.
+    """
+    if isinstance(strategy, Revolve):
+        fewer = [count for count in _FEW_STATES if count < strategy.num_states]
+        return Revolve(fewer[0]) if fewer else None
+    first, start, stop = window.first, window.start, window.stop
+    leaf_steps = plan_window(strategy, first, start, stop).longest_leaf // 2
+    if leaf_steps >= max(1, math.isqrt(stop - start) // 4):
+        return Uniform(leaf_steps)
+    return Revolve(_FEW_STATES[0])

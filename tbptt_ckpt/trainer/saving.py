@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
-from tbptt_ckpt.snapshot import Disk, Loaded, SnapshotStore, SnapshotWarning
+from tbptt_ckpt.snapshot.disk import Disk
+from tbptt_ckpt.snapshot.store import Loaded, SnapshotStore, SnapshotWarning
 from tbptt_ckpt.trainer.options import Snapshots
 
 

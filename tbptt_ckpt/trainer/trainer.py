@@ -9,24 +9,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from tbptt_ckpt.engine import TBPTT
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.events import EventSink, JsonLines
-from tbptt_ckpt.modules import check_differentiable
-from tbptt_ckpt.randomness import random_state, set_random_state
-from tbptt_ckpt.results import WindowResult
-from tbptt_ckpt.sequence_run import SequenceRun, do_nothing
-from tbptt_ckpt.state import tensors_of
-from tbptt_ckpt.strategies import parse_strategy
-from tbptt_ckpt.trainer.announcing import Announcer
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.sequence_run import SequenceRun, do_nothing
+from tbptt_ckpt.engine.tbptt import TBPTT
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.module.recurrence import check_differentiable
+from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.schedule.strategies import parse_strategy
+from tbptt_ckpt.trainer.announcer import Announcer
+from tbptt_ckpt.trainer.events import EventSink
+from tbptt_ckpt.trainer.json_lines import JsonLines
+from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
 from tbptt_ckpt.trainer.passes import Passes
 from tbptt_ckpt.trainer.progress import Progress, TrainerResult
+from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.saving import Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
-from tbptt_ckpt.trainer.state import learning_state, load_learning_state
-from tbptt_ckpt.windows import check_positive_int
 
 LOG = "events.jsonl"
 

@@ -1,0 +1,264 @@
+"""From a few short segments to the costs of a module."""
+
+from __future__ import annotations
+
+import logging
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
+from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe, SegmentSeconds, kept_bytes
+from tbptt_ckpt.budget.update_bytes import UpdateBytes
+from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.memory.exhausted import older_garbage_kept
+from tbptt_ckpt.memory.malloc import malloc_bytes
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module.trees import copy_containers
+from tbptt_ckpt.schedule.costs import Costs, Curve, FixedBytes
+
+_log = logging.getLogger("tbptt_ckpt")
+
+# Lengths that are metered, odd ones among them, since kernels round some sizes up.
+_METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
+_SHORT_METERED = 8  # metered whatever the time
+# Metered before anything longer is timed: bytes are a straight line from some 13 steps on. One
+# through 5 and 8 steps foretells long leaves of an nn.LSTM of 3 layers 3.5 % too low.
+_STRAIGHT_BY = 21
+_LONG_ADVANCE = 64  # what most advances are cut into
+_HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
+_BACKWARD_SHARE = 1.5  # bytes a step adds to a peak, over those of its graph, at most
+_METERED_SHARE = 0.5  # of the time, for metering; the rest is for timing
+_TIMED = (1, 3, 8, 21, 55)  # lengths that are timed as well
+_LONGER = 4  # factor between lengths that are only timed
+_ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
+_ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
+_NUM_BOUNDARIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What measuring may take.
+
+    Attributes:
+        max_steps: Longest segment.
+        max_seconds: Time after which no longer segment is begun; segments of up to 8 steps
+            are always run.
+        room_bytes: Bytes above those live at the start; segments of one step are always run.
+    """
+
+    max_steps: int
+    max_seconds: float = 1.6
+    room_bytes: float = float("inf")
+
+
+def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+    """Measure a module; gradients, generators and buffers are left as they were.
+
+    Args:
+        probe: Runs segments.
+        limits: Bound them.
+        update: What an update takes.
+        fixed: The weights and inputs; the rest is filled in.
+    """
+    begun = time.perf_counter()
+    with _untouched(probe), older_garbage_kept():
+        probe.go_on()
+        before = probe.go_on()
+        measuring = _Measuring(probe, limits, begun)
+        measuring.run()
+        costs = measuring.costs(kept_bytes(probe.boundary, before), update, fixed)
+    _log.info(measuring.summary(costs))
+    return costs
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """Samples of growing length, as far as time and memory allow."""
+
+    probe: SegmentProbe
+    limits: Limits
+    begun: float
+    bytes: list[SegmentBytes] = field(default_factory=list)
+    seconds: dict[int, SegmentSeconds] = field(default_factory=dict)
+    host: list[tuple[int, int | None]] = field(default_factory=list)
+    spent: float = 0.0
+    long_advance: tuple[int, int] | None = None
+
+    def run(self) -> None:
+        """Meter growing lengths, and time longer ones too."""
+        for steps in _METERED:
+            if steps > self.limits.max_steps or not self._may_meter(steps):
+                break
+            self._meter(steps)
+        while (steps := self._longest_that_fits()) > self.bytes[-1].steps:
+            self._meter(steps)
+        self._meter_long_advance()
+        lengths = self._timed_lengths()
+        for number in range(_ROUNDS):
+            for steps in lengths:
+                if self._may_time(steps, is_first=number == 0):
+                    self._time(steps)
+
+    def _meter(self, steps: int) -> None:
+        began = time.perf_counter()
+        self.bytes.append(self.probe.bytes_of(steps))
+        if steps in _HOST_STEPS:
+            self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
+        self.spent = time.perf_counter() - began
+
+    def _longest_that_fits(self) -> int:
+        """The longest leaf to meter between two of the usual lengths, where room ends there.
+
+        Kernels may take more from some length on, and plans use every length that fits.
+        """
+        last = self.bytes[-1].steps
+        usual = next((steps for steps in _METERED if steps > last), last)
+        longest = min(usual - 1, self.limits.max_steps)
+        while longest > last and not self._may_meter(longest):
+            longest -= 1
+        return longest
+
+    def _meter_long_advance(self) -> None:
+        """An advance may batch what short ones do not, and must not take more than foreseen."""
+        steps, longest = min(_LONG_ADVANCE, self.limits.max_steps), self.bytes[-1]
+        per_step = (longest.advance + 3 * longest.graph) / longest.steps
+        in_time = self._elapsed() + self.spent * steps / longest.steps / 2
+        if steps <= longest.steps or in_time > self.limits.max_seconds:
+            return
+        if per_step * steps <= self.limits.room_bytes:
+            self.long_advance = (steps, self.probe.advance_bytes_of(steps))
+
+    def _timed_lengths(self) -> list[int]:
+        """Lengths from one step to the whole window, in rounds of which none depends on luck."""
+        longest = self.bytes[-1].steps
+        lengths = [steps for steps in _TIMED if steps <= longest]
+        while (longest := min(_LONGER * longest, self.limits.max_steps)) > lengths[-1]:
+            lengths.append(longest)
+        return lengths
+
+    def _time(self, steps: int) -> None:
+        sample = self.probe.seconds_of(steps)
+        known = self.seconds.get(steps)
+        self.seconds[steps] = sample if known is None else sample.least(known)
+
+    def _may_meter(self, steps: int) -> bool:
+        if steps == 1:
+            return True
+        ends = self._elapsed() + 1.7 * self.spent
+        share = 1.0 if steps <= _STRAIGHT_BY else _METERED_SHARE
+        in_time = steps <= _SHORT_METERED or ends <= share * self.limits.max_seconds
+        return in_time and self._peak(steps) <= self.limits.room_bytes
+
+    def _may_time(self, steps: int, *, is_first: bool) -> bool:
+        if steps > 1 and self._peak(steps) > self.limits.room_bytes:
+            return False
+        if is_first and steps <= _SHORT_METERED:
+            return True
+        known = self.seconds.get(steps) or self.seconds[max(self.seconds)]
+        seconds = (known.leaf + known.advance) * steps / known.steps
+        return self._elapsed() + 1.1 * seconds <= self.limits.max_seconds
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def _peak(self, steps: int) -> float:
+        """What a longer segment may take: its graph grows, what a backward adds does not."""
+        last = self.bytes[-1]
+        if last.steps == 1:
+            return last.peak * float(steps) - self.probe.once_made_bytes() * (steps - 1)
+        per_step = _BACKWARD_SHARE * last.graph / last.steps
+        return last.peak + per_step * (steps - last.steps)
+
+    def costs(self, state_bytes: int, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+        """The samples as curves."""
+        longest = self.bytes[-1]
+        anew = longest.gradients + longest.state_gradients
+        return Costs(
+            state_bytes=state_bytes,
+            leaf_bytes=self._bytes_curve([s.leaf for s in self.bytes]),
+            leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds.values()),
+            advance_bytes=self._advance_curve(),
+            advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds.values()),
+            last_leaf_bytes=self._bytes_curve([max(0, s.last_leaf - anew) for s in self.bytes]),
+            update_bytes=update.transient,
+            fixed=FixedBytes(
+                weights=fixed.weights,
+                gradients=longest.gradients,
+                optimizer=update.state,
+                states=4 * state_bytes + longest.state_gradients,
+                step_inputs=fixed.step_inputs,
+                other=fixed.other,
+            ),
+            host_step_bytes=self._host_step_bytes(),
+            host_state_bytes=_host_state_bytes(self.probe.boundary),
+            ambient_bytes=state_bytes - tensor_bytes(self.probe.boundary.state),
+        )
+
+    def _bytes_curve(self, values: list[int]) -> Curve:
+        samples = [(s.steps, value) for s, value in zip(self.bytes, values, strict=True)]
+        if len(samples) == 1 and self.limits.max_steps > 1:
+            # Two steps would not have fitted, and must not look as if they did.
+            samples.append((2, 2 * max(values[0], self.bytes[0].peak)))
+        return bounding_curve(samples)
+
+    def _advance_curve(self) -> Curve:
+        curve = self._bytes_curve([s.advance for s in self.bytes])
+        if self.long_advance is None:
+            return curve
+        known = [p for p in curve.points if p[0] < self.long_advance[0]]
+        return Curve.through([*known, self.long_advance])
+
+    def _host_step_bytes(self) -> float:
+        known = [(steps, size) for steps, size in self.host if size is not None]
+        if not known:
+            return _ASSUMED_HOST_STEP_BYTES if self.probe.runner.recurrence.per_step else 0.0
+        (short, low), (long, high) = ([(0, 0), *known])[-2:]
+        return max(0.0, (high - low) / (long - short))
+
+    def summary(self, costs: Costs) -> str:
+        """What was done, in a line."""
+        leaf = costs.leaf_bytes
+        return (
+            f"measured segments of 1 to {max(self.seconds)} steps in {self._elapsed():.2f} s: "
+            f"a leaf takes {format_bytes(leaf(0))} + {format_bytes(leaf.slope)} per step, "
+            f"a boundary state {format_bytes(costs.state_bytes)}, "
+            f"a step {1e3 * costs.advance_seconds.slope:.3g} ms, "
+            f"with its gradient {1e3 * costs.leaf_seconds.slope:.3g} ms"
+        )
+
+
+def _host_state_bytes(boundary: Boundary) -> float:
+    """Python objects and tensor headers of one kept state."""
+    tracing = tracemalloc.is_tracing()
+    if not tracing:
+        tracemalloc.start()
+    objects, in_use = tracemalloc.get_traced_memory()[0], malloc_bytes()
+    kept = [
+        Boundary(step, copy_containers(boundary.state), boundary.ambient)
+        for step in range(_NUM_BOUNDARIES)
+    ]
+    objects = tracemalloc.get_traced_memory()[0] - objects
+    native = 0 if in_use is None else (malloc_bytes() or 0) - in_use
+    if not tracing:
+        tracemalloc.stop()
+    return max(0, objects + native) / len(kept)
+
+
+@contextmanager
+def _untouched(probe: SegmentProbe) -> Iterator[None]:
+    """Put gradients, generators and buffers back at the end."""
+    tensors: Sequence[Tensor] = probe.parameters
+    start, grads = probe.ambient.capture(), [tensor.grad for tensor in tensors]
+    probe.forget_gradients()
+    try:
+        yield
+    finally:
+        probe.ambient.restore(start)
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = grad

@@ -1,0 +1,1 @@
+"""The example that the commands run: a byte-level language model on text."""

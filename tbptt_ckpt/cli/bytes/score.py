@@ -1,0 +1,52 @@
+"""How well a model predicts held-out bytes, found without changing anything."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tbptt_ckpt import evaluate
+from tbptt_ckpt.cli.bytes.contract import initial_state, is_per_step
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+
+NATS_PER_BIT = math.log(2.0)
+
+
+def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, at least in float32, over one step or over a segment."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def bits_per_byte(
+    module: nn.Module,
+    source: ByteLanes,
+    *,
+    segment_steps: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> float:
+    """Mean bits per byte over all of `source`, with the state carried through it.
+
+    Memory does not grow with the source: nothing is recorded, and outputs exist for
+    `segment_steps` steps at a time.
+
+    Args:
+        module: The model, run in eval mode and given back in the mode it had.
+        source: The bytes to predict.
+        segment_steps: Steps to read at a time.
+        autocast_dtype: As in training.
+    """
+    found = evaluate(
+        module,
+        byte_loss,
+        source,
+        initial_state(module, source.lanes),
+        segment_steps=segment_steps,
+        per_step=is_per_step(module),
+        autocast_dtype=autocast_dtype,
+    )
+    assert found.loss is not None, "every byte has a next byte"
+    return found.loss / NATS_PER_BIT

@@ -1,0 +1,1 @@
+"""`tbptt-ckpt plan`."""

@@ -1,0 +1,143 @@
+"""A plan as tables and a drawing, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tbptt_ckpt import Plan
+from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan, format_seconds
+from tbptt_ckpt.cli.plan.job import PlanningOutcome
+from tbptt_ckpt.memory.sizes import format_bytes
+
+
+def print_plan(outcome: PlanningOutcome) -> None:
+    """Print the plan, its drawing and the table of budgets on the standard output."""
+    console = Console(highlight=False)
+    console.print(_plan_table(outcome))
+    drawing = draw_plan(outcome.plan, outcome.costs)
+    for line in drawing or [f"(no drawing: above {MOST_ACTIONS:,} actions)"]:
+        console.print(Text(line), soft_wrap=True)
+    if drawing:
+        legend = "-: advanced   #: differentiated   o: state kept   | leaf begins   down: time"
+        console.print(Text(legend, style="dim"))
+    console.print()
+    console.print(_budget_table(outcome))
+
+
+def _plan_table(outcome: PlanningOutcome) -> Table:
+    table = Table(
+        title=Text(f"{outcome.config.steps:,} steps: {outcome.what}"),
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+        min_width=60,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in plan_rows(outcome):
+        table.add_row(name, value)
+    return table
+
+
+def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
+    """What the table says, line by line."""
+    plan, retained = outcome.plan, outcome.retained
+    peak, seconds = _predicted(plan)
+    retained_peak, retained_seconds = _predicted(retained)
+    limit = "none" if outcome.budget_bytes is None else format_bytes(outcome.budget_bytes)
+    fixed = outcome.costs.fixed.total(outcome.config.steps)
+    return [
+        ("strategy", plan.strategy),
+        ("budget", limit),
+        ("predicted peak", format_bytes(peak)),
+        ("  of it there in any case", format_bytes(fixed)),
+        ("  everything retained", format_bytes(retained_peak)),
+        ("predicted time", format_seconds(seconds)),
+        ("  over everything retained", f"{_ratio(seconds, retained_seconds):.3f}"),
+        ("executed steps per step", f"{plan.executed_steps / plan.num_steps:.3f}"),
+        ("levels", f"{plan.num_levels:,}"),
+        ("leaves", f"{plan.num_leaves:,}, up to {plan.longest_leaf:,} steps"),
+        ("states at once", f"{plan.num_boundaries:,} of {format_bytes(outcome.costs.state_bytes)}"),
+        ("longest call of an advance", f"{plan.advance_steps:,} steps"),
+    ]
+
+
+def _budget_table(outcome: PlanningOutcome) -> Table:
+    table = Table(
+        title="From the smallest budget to keeping everything", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name in ("budget", "time", "over retained", "executed/step", "saved per MiB"):
+        table.add_column(name, justify="right")
+    for row in ladder_rows(outcome):
+        saved = row["saved_seconds_per_mib"]
+        table.add_row(
+            format_bytes(row["budget_bytes"]),
+            format_seconds(row["predicted_seconds"]),
+            f"{row['over_retained']:.3f}",
+            f"{row['executed_steps_per_step']:.3f}",
+            "" if saved is None else format_seconds(saved),
+        )
+    return table
+
+
+def ladder_rows(outcome: PlanningOutcome) -> list[dict[str, Any]]:
+    """The table of budgets, as data."""
+    rows: list[dict[str, Any]] = []
+    _, retained_seconds = _predicted(outcome.retained)
+    before: tuple[int, float] | None = None
+    for rung in outcome.ladder:
+        peak, seconds = _predicted(rung.plan)
+        saved = None
+        if before is not None and rung.budget_bytes > before[0]:
+            saved = (before[1] - seconds) * 2**20 / (rung.budget_bytes - before[0])
+        rows.append(
+            {
+                "budget_bytes": rung.budget_bytes,
+                "predicted_peak_bytes": peak,
+                "predicted_seconds": seconds,
+                "over_retained": _ratio(seconds, retained_seconds),
+                "executed_steps_per_step": rung.plan.executed_steps / rung.plan.num_steps,
+                "saved_seconds_per_mib": saved,
+            }
+        )
+        before = rung.budget_bytes, seconds
+    return rows
+
+
+def plan_json(outcome: PlanningOutcome) -> str:
+    """The outcome as one JSON object on one line."""
+    plan = outcome.plan
+    return json.dumps(
+        {
+            "what": outcome.what,
+            "steps": outcome.config.steps,
+            "budget_bytes": outcome.budget_bytes,
+            "plan": {
+                **plan.to_dict(),
+                "executed_steps": plan.executed_steps,
+                "longest_leaf": plan.longest_leaf,
+                "num_boundaries": plan.num_boundaries,
+                "num_levels": plan.num_levels,
+                "num_leaves": plan.num_leaves,
+            },
+            "retained": outcome.retained.to_dict(),
+            "budgets": ladder_rows(outcome),
+            "costs": outcome.costs.to_dict(),
+        },
+        allow_nan=False,
+    )
+
+
+def _predicted(plan: Plan) -> tuple[int, float]:
+    assert plan.predicted_peak_bytes is not None, "costs were given"
+    assert plan.predicted_seconds is not None, "costs were given"
+    return plan.predicted_peak_bytes, plan.predicted_seconds
+
+
+def _ratio(seconds: float, over: float) -> float:
+    return seconds / over if over else 1.0

@@ -1,0 +1,154 @@
+"""The training job: options in, a measured outcome out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tbptt_ckpt import NonFiniteError
+from tbptt_ckpt.cli.bytes.bigram import bigram_bits
+from tbptt_ckpt.cli.bytes.contract import check_model
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
+from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.score import bits_per_byte
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
+from tbptt_ckpt.cli.files import save_weights
+from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.cli.train.loop import TrainingLoop
+from tbptt_ckpt.cli.train.outcome import (
+    MemoryUse,
+    Progress,
+    Scores,
+    TrainingOutcome,
+    Watch,
+    unwatched,
+)
+from tbptt_ckpt.cli.train.window_memory import live_bytes, metered, retained_peak
+from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
+from tbptt_ckpt.module.ambient import untouched
+
+# Held-out text is scored in pieces of k1 steps, but of no more than this many, so that scoring
+# does not take more memory than training; and no more than this many bytes of it are scored.
+_MOST_EVALUATION_STEPS = 32
+_MOST_SCORED_BYTES = 1 << 20
+
+
+def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> TrainingOutcome:
+    """Train a byte-level language model, score it on held-out bytes, measure its memory.
+
+    The same options on the same machine give the same weights. Torch's global seed is set.
+    Weights are saved as soon as they are trained, before memory is compared.
+
+    Args:
+        config: The options.
+        watch: Told of every stage and window.
+
+    Raises:
+        ArgumentError: Options that cannot work; found before training where possible.
+        NonFiniteError: The loss became infinite or NaN; nothing is saved then.
+    """
+    config.check()
+    device = find_device(config.device)
+    corpus = load_corpus(config.data, config.lanes)
+    with repeatable(device):
+        return _Job(config, corpus, device, watch).run()
+
+
+class _Job:
+    """One run and what its stages share."""
+
+    def __init__(
+        self, config: TrainingConfig, corpus: Corpus, device: torch.device, watch: Watch
+    ) -> None:
+        self.config, self.corpus, self.device, self.watch = config, corpus, device, watch
+        self.evaluation_steps = min(config.k1, _MOST_EVALUATION_STEPS)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, hidden=config.hidden, layers=config.layers)
+        self.module = model.to(device, DTYPES[config.dtype])
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
+        self.held_out = self._held_out_lanes(_MOST_SCORED_BYTES // config.lanes)
+        self.loop = TrainingLoop(config, self.module, self.optimizer, corpus.train, device)
+
+    def run(self) -> TrainingOutcome:
+        """Score, train, score, save, compare memory."""
+        self._check_model()
+        rss_before_bytes = rss_bytes().total
+        with RssSampler() as rss:
+            if not (self.config.resume and self.loop.resume()):
+                self.loop.tally.untrained_bits = self._score("scoring the untrained model")
+            self.loop.run(self.watch)
+            after = self._score("scoring the trained model")
+        self._save()
+        bigram = bigram_bits(self.corpus.train, self.held_out)
+        num_bytes = len(self.held_out) * self.config.lanes
+        before = self.loop.tally.untrained_bits
+        scores = Scores(before=before, after=after, bigram=bigram, num_bytes=num_bytes)
+        return self._outcome(scores, self._memory_use(rss_before_bytes, rss.peak_bytes))
+
+    def _held_out_lanes(self, max_steps: int) -> ByteLanes:
+        lanes = self.config.lanes
+        return ByteLanes(
+            self.corpus.held_out, lanes, device=self.device, max_steps=max(1, max_steps)
+        )
+
+    def _check_model(self) -> None:
+        inputs, _ = self.held_out.read(0, min(2, len(self.held_out)))
+        with untouched(self.module):
+            check_model(self.config.model, self.module, inputs, self.config.lanes)
+
+    def _score(self, stage: str) -> float:
+        self._tell(stage)
+        bits = self._bits_per_byte(self.held_out)
+        if not math.isfinite(bits):
+            raise NonFiniteError(f"the held-out loss is {bits}; a lower --lr may help")
+        return bits
+
+    def _bits_per_byte(self, source: ByteLanes) -> float:
+        return bits_per_byte(
+            self.module,
+            source,
+            segment_steps=self.evaluation_steps,
+            autocast_dtype=autocast_dtype(self.config.dtype),
+        )
+
+    def _save(self) -> None:
+        if self.config.save is not None:
+            save_weights(self.module, self.config.save, force=self.config.force)
+
+    def _memory_use(self, rss_before_bytes: int, rss_peak_bytes: int) -> MemoryUse:
+        self._tell("measuring the same window retained")
+        window, first_pass = self.loop.metered_window, self.loop.first_pass
+        peak_bytes = max(self.loop.tally.peak_bytes, self._evaluation_peak_bytes())
+        retained = retained_peak(self.config, self.module, self.optimizer, first_pass, window)
+        return MemoryUse(
+            window_steps=window.stop - window.first,
+            peak_bytes=peak_bytes,
+            retained_peak_bytes=retained.peak_bytes,
+            retained_is_measured=retained.measured,
+            rss_before_bytes=rss_before_bytes,
+            rss_peak_bytes=rss_peak_bytes,
+        )
+
+    def _evaluation_peak_bytes(self) -> int:
+        """Peak of tensor memory while scoring, measured on a piece of the held-out text."""
+        piece = self._held_out_lanes(2 * self.evaluation_steps)
+        live = live_bytes(self.device)
+        with metered(self.device, self.module) as meter:
+            self._bits_per_byte(piece)
+        return live + meter.peak_bytes
+
+    def _outcome(self, scores: Scores, memory: MemoryUse) -> TrainingOutcome:
+        return TrainingOutcome(
+            config=self.config,
+            corpus=self.corpus.name,
+            num_train_bytes=len(self.corpus.train),
+            device=str(self.device),
+            num_parameters=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+            bits_per_byte=scores,
+            work=self.loop.tally.work(),
+            memory=memory,
+        )
+
+    def _tell(self, stage: str) -> None:
+        self.watch(Progress(stage, self.loop.tally.num_steps, self.config.max_steps))

@@ -1,0 +1,219 @@
+"""Consecutive steps packed into tensors, read step by step or as a segment."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors, replace_tensors, tensors_of
+
+# The weight of one step: a number, or one number per lane.
+StepWeight = float | Sequence[float]
+
+
+_PLAIN = (int, float, complex, bool, str, bytes, type(None), Tensor)
+
+
+# Views made at a time when a block is read step by step; each costs host memory.
+_VIEWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Values of consecutive steps that cannot be one tensor: other types, other shapes."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBlock:
+    """The steps `[start, stop)`.
+
+    Attributes:
+        start: First step.
+        stop: End.
+        inputs: Nested tensors with time on `time_dim`, or a `Column`.
+        targets: The same; None where no step has a target.
+        weight: [n] or [n, B] on the CPU, zero where a target is absent; None stands for ones.
+        time_dim: Where time is.
+        resets: [n] or [n, B] of bools on the CPU: steps that begin a new sequence, in every
+            lane or in each; None where none does.
+    """
+
+    start: int
+    stop: int
+    inputs: Tree
+    targets: Tree
+    weight: Tensor | None
+    time_dim: int
+    resets: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> StepBlock:
+        """The steps `[start, stop)` of the block, as views."""
+        if (start, stop) == (self.start, self.stop):
+            return self
+        low, high = start - self.start, stop - self.start
+        return StepBlock(
+            start,
+            stop,
+            _slice(self.inputs, low, high, self.time_dim),
+            _slice(self.targets, low, high, self.time_dim),
+            None if self.weight is None else self.weight[low:high],
+            self.time_dim,
+            None if self.resets is None else self.resets[low:high],
+        )
+
+    def num_bytes(self) -> int:
+        """Bytes of inputs and targets, as far as they are these steps'."""
+        tensors = tensors_of((self.inputs, self.targets))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def step_weights(self) -> list[StepWeight] | None:
+        """The weight of each step; None where every step has a target and weight one."""
+        if self.targets is None:
+            return [0.0] * (self.stop - self.start)
+        return None if self.weight is None else self.weight.tolist()
+
+    def has_loss(self) -> bool:
+        """Whether any step has a target that counts."""
+        return self.targets is not None and (self.weight is None or bool(self.weight.any()))
+
+    def weight_sum(self) -> float:
+        """What the steps add to the divisor of a scalar loss."""
+        if self.targets is None:
+            return 0.0
+        return float(self.stop - self.start if self.weight is None else self.weight.sum())
+
+    def num_tokens(self) -> int:
+        """Steps times lanes, without the lanes whose weight is zero."""
+        if self.weight is not None and self.weight.dim() == 2:
+            return int(torch.count_nonzero(self.weight))
+        return (self.stop - self.start) * self._num_lanes()
+
+    def _num_lanes(self) -> int:
+        """Lanes of one step: its first dimension, where its inputs have one for lanes."""
+        first = self.inputs.values[0] if isinstance(self.inputs, Column) else self.inputs
+        tensors = tensors_of(first)
+        if not tensors:
+            return 1
+        shape = list(tensors[0].shape)
+        if not isinstance(self.inputs, Column):
+            del shape[self.time_dim]
+        is_one_lane = len(shape) == 1 and tensors[0].is_floating_point()  # its features
+        return shape[0] if shape and not is_one_lane else 1
+
+    def step_inputs(self) -> Iterator[Any]:
+        """The input of each step, without its time dimension."""
+        return _unpack(self.inputs, self.time_dim, self.stop - self.start)
+
+    def step_targets(self) -> Iterator[Any]:
+        """The target of each step, without its time dimension."""
+        return _unpack(self.targets, self.time_dim, self.stop - self.start)
+
+
+def narrow_blocks(blocks: Sequence[StepBlock], start: int, stop: int) -> Iterator[StepBlock]:
+    """The steps `[start, stop)`, block by block."""
+    position = 0
+    if len(blocks) > 1:
+        position = bisect_right(blocks, start, key=lambda block: block.start) - 1
+    while start < stop:
+        block = blocks[position]
+        end = min(stop, block.stop)
+        yield block.part(start, end)
+        start, position = end, position + 1
+
+
+def to_time_dim(tree: Tree, source_dim: int, module_dim: int) -> Tree:
+    """A view with time where the module wants it; tensors of one dimension stay."""
+    if source_dim == module_dim:
+        return tree
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= max(source_dim, module_dim):
+            return tensor
+        return tensor.movedim(source_dim, module_dim)
+
+    return map_tensors(move, tree)
+
+
+def _slice(tree: Tree, low: int, high: int, time_dim: int) -> Tree:
+    if isinstance(tree, Column):
+        return Column(tree.values[low:high])
+    return map_tensors(lambda t: t.narrow(time_dim, low, high - low), tree)
+
+
+def _unpack(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+    if isinstance(tree, Column):
+        return iter(tree.values)
+    if tree is None:
+        return repeat(None, num_steps)
+    return _unbind(tree, time_dim, num_steps)
+
+
+def _unbind(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+    for low in range(0, num_steps, _VIEWS):
+        views = _slice(tree, low, min(low + _VIEWS, num_steps), time_dim)
+        if isinstance(views, Tensor):
+            yield from views.unbind(time_dim)
+            continue
+        columns: Iterable[Any] = (t.unbind(time_dim) for t in tensors_of(views))
+        for leaves in zip(*columns, strict=True):
+            yield replace_tensors(views, list(leaves))
+
+
+def store_block(block: StepBlock) -> dict[str, Any]:
+    """A block as containers of numbers, strings and tensors.
+
+    Raises:
+        ArgumentError: Steps of other types, which could not be loaded without running code.
+    """
+    return {
+        "start": block.start,
+        "stop": block.stop,
+        "inputs": _store(block.inputs),
+        "targets": _store(block.targets),
+        "weight": block.weight,
+        "time_dim": block.time_dim,
+        "resets": block.resets,
+    }
+
+
+def load_block(stored: dict[str, Any]) -> StepBlock:
+    """The block that was stored."""
+    return StepBlock(
+        **{**stored, "inputs": _load(stored["inputs"]), "targets": _load(stored["targets"])}
+    )
+
+
+def _store(values: Tree) -> dict[str, Any]:
+    if isinstance(values, Column):
+        _check_plain(values.values)
+        return {"column": list(detach_state(values.values))}
+    _check_plain(values)
+    return {"packed": detach_state(values)}
+
+
+def _load(stored: dict[str, Any]) -> Tree:
+    return Column(tuple(stored["column"])) if "column" in stored else stored["packed"]
+
+
+def _check_plain(tree: Tree) -> None:
+    if type(tree) in (tuple, list):
+        for item in tree:
+            _check_plain(item)
+    elif type(tree) is dict:
+        for key, item in tree.items():
+            _check_plain(key)
+            _check_plain(item)
+    elif not isinstance(tree, _PLAIN):
+        raise ArgumentError(
+            f"steps of a stream hold a {type(tree).__name__}, which cannot be stored; use tuples, "
+            "lists, dicts, tensors, numbers and strings, or a source with a length"
+        )

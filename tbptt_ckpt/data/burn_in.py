@@ -1,0 +1,99 @@
+"""Sequences whose first steps warm the state up and have no loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.data.source import Source, check_range, check_same_source, rows_of
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.module.trees import Tree
+
+
+class BurnIn:
+    """A source whose sequences run their first steps without loss.
+
+    Those steps have weight zero: after step 0 in all lanes, after a reset in the lanes that
+    reset. They are left out of every divisor. Gradients flow back through them as far as `k2`
+    reaches. Steps count in sequence time, so a sequence that is not longer has no loss at all.
+
+    Args:
+        source: A source with a length.
+        num_steps: Steps without loss at the beginning of each sequence.
+
+    Raises:
+        ArgumentError: A source without a length, whose earlier resets could not be asked for.
+    """
+
+    def __init__(self, source: Source, num_steps: int) -> None:
+        if not isinstance(source, Source) or not isinstance(source, Sized):
+            raise ArgumentError(
+                f"source={source!r} must be a source with a length; in a stream, give the first "
+                "targets as None or weight zero"
+            )
+        check_positive_int("num_steps", num_steps)
+        self.source, self.num_burn_in_steps = source, num_steps
+        self.time_dim: int = getattr(source, "time_dim", 0)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
+        """What the source reads."""
+        return self.source.read(start, stop)
+
+    def resets(self, start: int, stop: int) -> Tensor | None:
+        """The source's resets."""
+        return rows_of(self.source, "resets", start, stop)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """[n] or [n, B]: the source's weights, zero while a sequence burns in."""
+        check_range(start, stop, len(self))
+        weights = rows_of(self.source, "weights", start, stop)
+        kept = self._steps_since_beginning(start, stop) >= self.num_burn_in_steps
+        if weights is None:
+            return kept.to(torch.float64)
+        if weights.dim() < kept.dim():
+            weights = weights.unsqueeze(1)
+        elif kept.dim() < weights.dim():
+            kept = kept.unsqueeze(1)
+        return weights * kept
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on, where the source has an order."""
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The source's state, and the number of steps without loss."""
+        state: dict[str, Any] = getattr(self.source, "state_dict", dict)()
+        return {"num_burn_in_steps": self.num_burn_in_steps, "source": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the source.
+
+        Raises:
+            ArgumentError: The source is not the same, or burnt in otherwise.
+        """
+        saved = state["num_burn_in_steps"]
+        check_same_source(
+            f"one of {saved} burn-in steps", f"one of {self.num_burn_in_steps} burn-in steps"
+        )
+        if hasattr(self.source, "load_state_dict"):
+            self.source.load_state_dict(state["source"])
+
+    def _steps_since_beginning(self, start: int, stop: int) -> Tensor:
+        """[n] or [n, B]: steps since a sequence began, or `num_burn_in_steps` if more."""
+        first = max(0, start - self.num_burn_in_steps + 1)
+        resets = self.resets(first, stop)
+        begins = torch.zeros(stop - first, dtype=torch.bool) if resets is None else resets.clone()
+        if first == 0:
+            begins[0] = True
+        rows = torch.arange(stop - first).reshape(-1, *[1] * (begins.dim() - 1)).expand_as(begins)
+        # A sequence that began before `first` has burnt in.
+        long_ago = -self.num_burn_in_steps
+        last = torch.where(begins, rows, long_ago).cummax(0).values
+        return (rows - last)[start - first :]

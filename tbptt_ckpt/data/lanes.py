@@ -1,0 +1,271 @@
+"""Sequences of any lengths side by side: lanes that are refilled as they end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
+from tbptt_ckpt.data.source import (
+    Source,
+    as_tensors,
+    check_range,
+    check_same_source,
+    check_time_dim,
+    rows_of,
+)
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
+
+
+class LaneSource:
+    """One long sequence, or many of different lengths, as parallel lanes.
+
+    A lane that ends takes the next sequence at once, and resets at that sequence's first step,
+    wherever in a window it falls. The lane that ends first takes the next one. Once no sequence
+    is left, lanes that have ended hold zeros of weight zero: padding, of which there is at most
+    as much as the longest sequence in each lane. No step is left out or read twice.
+
+    A step has a weight per lane, so that losses are summed, and a mean divides, over steps of
+    lanes: over B of them in a step that all lanes run.
+
+    Args:
+        sequences: Sources with a length and without lanes, whose inputs are [T, ...]; or one
+            such source.
+        lanes: Number of lanes, B. Inputs and targets that are read are [n, B, ...].
+        lengths: With one source, the lengths of the sequences that follow each other in it;
+            by default it is cut into one stretch per lane, as equal as can be.
+        seed: Shuffles the sequences, anew in each epoch; None keeps their order.
+        device: Where `read` puts its tensors; by default they stay where they are.
+
+    Raises:
+        ArgumentError: Sequences that are empty, have no length, or cannot fill the lanes.
+    """
+
+    time_dim = 0
+
+    def __init__(
+        self,
+        sequences: Source | Sequence[Source],
+        lanes: int,
+        *,
+        lengths: Iterable[int] | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_positive_int("lanes", lanes)
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise ArgumentError(f"seed={seed!r} must be an integer, or None to keep the order")
+        self._sequences: _Sequences
+        if isinstance(sequences, Source):
+            self._sequences = _StretchesOfOne(
+                sequences, _stretch_lengths(sequences, lanes, lengths)
+            )
+        elif lengths is not None:
+            raise ArgumentError("lengths cut one source; with several, each has its own length")
+        else:
+            self._sequences = _Several(sequences)
+        self.lanes, self._seed, self._device = lanes, seed, device
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lay the sequences out for a pass over them: with a seed, each epoch has its order."""
+        lengths = self._sequences.lengths
+        order = np.arange(len(lengths), dtype=np.int64)
+        if self._seed is not None:
+            order = shuffled(len(lengths), self._seed, epoch)
+        self.epoch = epoch
+        self._layout = LaneLayout(lengths, order, self.lanes)
+
+    def __len__(self) -> int:
+        return self._layout.num_steps
+
+    def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
+        """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
+        check_range(start, stop, len(self))
+        inputs = _LaneBatch("inputs", start, stop, self.lanes)
+        targets = _LaneBatch("targets", start, stop, self.lanes)
+        for piece in self._layout.pieces(start, stop):
+            source, low, high = self._sequences.find(piece)
+            read, time_dim = source.read(low, high), getattr(source, "time_dim", 0)
+            inputs.put(piece, as_tensors(read[0]), time_dim)
+            targets.put(piece, as_tensors(read[1]), time_dim)
+        return inputs.result(self._device), targets.result(self._device)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """[n, lanes]: the sequences' own weights, or one; zero in padding."""
+        weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64)
+        for piece in self._layout.pieces(start, stop):
+            rows = self._rows_of(piece, "weights")
+            column = weights[piece.start - start : piece.stop - start, piece.lane]
+            column.copy_(torch.ones_like(column) if rows is None else rows)
+        return weights
+
+    def resets(self, start: int, stop: int) -> Tensor:
+        """[n, lanes]: where a lane begins a sequence, or the sequence itself has a reset."""
+        resets = torch.zeros(stop - start, self.lanes, dtype=torch.bool)
+        for piece in self._layout.pieces(start, stop):
+            rows = self._rows_of(piece, "resets")
+            if rows is not None:
+                resets[piece.start - start : piece.stop - start, piece.lane] = rows
+            if piece.offset == 0:
+                resets[piece.start - start, piece.lane] = True
+        return resets
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and what identifies the lanes; a read depends on its arguments alone."""
+        lengths = self._sequences.lengths
+        return {
+            "epoch": self.epoch,
+            "seed": self._seed,
+            "lanes": self.lanes,
+            "num_sequences": len(lengths),
+            "lengths_sha256": hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the epoch at which `state_dict` of equal lanes was called.
+
+        Raises:
+            ArgumentError: The lanes are not the same.
+        """
+        check_same_source({**state, "epoch": None}, {**self.state_dict(), "epoch": None})
+        self.set_epoch(state["epoch"])
+
+    def _rows_of(self, piece: Piece, method: str) -> Tensor | None:
+        source, low, high = self._sequences.find(piece)
+        rows = rows_of(source, method, low, high)
+        if rows is not None and rows.dim() != 1:
+            raise ArgumentError(
+                f"{method} of a sequence in a LaneSource have shape {tuple(rows.shape)}; a "
+                f"sequence has no lanes of its own, so they must be [{high - low}]"
+            )
+        return rows
+
+
+class _Sequences:
+    """Numbered sequences: where each can be read."""
+
+    def __init__(self, sources: Sequence[Source], lengths: Integers) -> None:
+        self.sources, self.lengths = sources, lengths
+        if not len(lengths):
+            raise ArgumentError("sequences are empty; at least one is needed")
+        if lengths.min() < 1:
+            raise ArgumentError(f"sequence {int(lengths.argmin())} is empty; leave it out")
+
+    def find(self, piece: Piece) -> tuple[Source, int, int]:
+        """The source of a piece and the range to read there."""
+        raise NotImplementedError
+
+
+class _Several(_Sequences):
+    """Each sequence is a source of its own."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        if not isinstance(sources, Sequence):
+            raise ArgumentError(
+                f"sequences={sources!r} must be a source, or a list of sources with a length"
+            )
+        for number, source in enumerate(sources):
+            if not isinstance(source, Source):
+                raise ArgumentError(
+                    f"sequence {number} is a {type(source).__name__}, not a source; wrap tensors: "
+                    "TensorSequence(inputs, targets)"
+                )
+            _check_source(source, f"sequence {number}")
+        super().__init__(sources, np.array([len(s) for s in sources], dtype=np.int64))  # type: ignore[arg-type]
+
+    def find(self, piece: Piece) -> tuple[Source, int, int]:
+        """See `_Sequences.find`."""
+        stop = piece.offset + piece.stop - piece.start
+        return self.sources[piece.sequence], piece.offset, stop
+
+
+class _StretchesOfOne(_Sequences):
+    """Sequences that follow each other in one source."""
+
+    def __init__(self, source: Source, lengths: Integers) -> None:
+        super().__init__([source], lengths)
+        self._starts = np.cumsum(lengths) - lengths
+
+    def find(self, piece: Piece) -> tuple[Source, int, int]:
+        """See `_Sequences.find`."""
+        start = int(self._starts[piece.sequence]) + piece.offset
+        return self.sources[0], start, start + piece.stop - piece.start
+
+
+class _LaneBatch:
+    """Inputs or targets of some steps of all lanes, put together piece by piece.
+
+    Args:
+        name: What they are, for errors.
+        start: First step.
+        stop: End.
+        lanes: Number of lanes.
+    """
+
+    def __init__(self, name: str, start: int, stop: int, lanes: int) -> None:
+        self._name, self._start, self._shape = name, start, (stop - start, lanes)
+        self._tree: Tree = None
+        self._tensors: list[Tensor] | None = None
+
+    def put(self, piece: Piece, tree: Tree, time_dim: int) -> None:
+        """Fill in a piece of one lane."""
+        rows = [tensor.movedim(time_dim, 0) for tensor in tensors_of(tree)]
+        if self._tensors is None:
+            self._tree = tree
+            self._tensors = [row.new_zeros(self._shape + row.shape[1:]) for row in rows]
+        self._check_alike(piece, tree, rows, self._tensors)
+        low, high = piece.start - self._start, piece.stop - self._start
+        for whole, row in zip(self._tensors, rows, strict=True):
+            whole[low:high, piece.lane] = row
+
+    def result(self, device: torch.device | str | None) -> Tree:
+        """The tree of tensors [n, B, ...]."""
+        assert self._tensors is not None, "some lane runs at every step"
+        return replace_tensors(self._tree, [t.to(device) for t in self._tensors])
+
+    def _check_alike(
+        self, piece: Piece, tree: Tree, rows: list[Tensor], known: list[Tensor]
+    ) -> None:
+        if structure(tree) != structure(self._tree):
+            raise ArgumentError(
+                f"{self._name} of sequence {piece.sequence} are {structure(tree)}, those of others "
+                f"are {structure(self._tree)}; where targets are absent, give them weight zero"
+            )
+        for row, whole in zip(rows, known, strict=True):
+            if row.shape[1:] != whole.shape[2:] or row.dtype != whole.dtype:
+                raise ArgumentError(
+                    f"{self._name} of sequence {piece.sequence} have steps of shape "
+                    f"{tuple(row.shape[1:])} and dtype {row.dtype}, those of others "
+                    f"{tuple(whole.shape[2:])} and {whole.dtype}"
+                )
+
+
+def _stretch_lengths(source: Source, lanes: int, lengths: Iterable[int] | None) -> Integers:
+    num_steps = _check_source(source, "sequences")
+    if lengths is None:
+        if num_steps < lanes:
+            raise ArgumentError(f"{num_steps} steps are too few for lanes={lanes}")
+        short, longer = divmod(num_steps, lanes)
+        return np.array([short + (lane < longer) for lane in range(lanes)], dtype=np.int64)
+    found = np.asarray(list(lengths))
+    if found.dtype.kind not in "iu" or found.ndim != 1:
+        raise ArgumentError("lengths must be integers, one per sequence")
+    if found.sum() != num_steps:
+        raise ArgumentError(
+            f"lengths sum to {int(found.sum())}, but the sequence has {num_steps} steps"
+        )
+    return found.astype(np.int64)
+
+
+def _check_source(source: Source, name: str) -> int:
+    if not isinstance(source, Sized):
+        raise ArgumentError(f"{name} has no length, so lanes cannot be laid out; give it __len__")
+    check_time_dim(getattr(source, "time_dim", 0))
+    return len(source)

@@ -1,0 +1,118 @@
+"""Makes blocks: of single steps, and of other blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.data.blocks import Column, StepBlock
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, structure, tensors_of
+
+
+def join_blocks(parts: Sequence[StepBlock]) -> StepBlock:
+    """Consecutive blocks as one; copies only where there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    weight = _joined_weight(parts)
+    targets = [part.targets for part in parts]
+    known = next((t for t in targets if t is not None), None)
+    if known is not None:  # steps without a target get zeros, which their weight hides
+        targets = [
+            _zeros_like_steps(known, p.stop - p.start, p.time_dim) if t is None else t
+            for t, p in zip(targets, parts, strict=True)
+        ]
+    return StepBlock(
+        parts[0].start,
+        parts[-1].stop,
+        _concatenate([part.inputs for part in parts], parts[0].time_dim),
+        None if known is None else _concatenate(targets, parts[0].time_dim),
+        weight,
+        parts[0].time_dim,
+    )
+
+
+def pack_steps(steps: Sequence[tuple[Any, Any]], start: int) -> StepBlock:
+    """A block of `(input, target)` steps; a target None is absent."""
+    targets = [target for _, target in steps]
+    known = next((t for t in targets if t is not None), None)
+    weight = None
+    if known is not None and any(t is None for t in targets):
+        weight = torch.tensor([0.0 if t is None else 1.0 for t in targets], dtype=torch.float64)
+        blank = map_tensors(torch.zeros_like, known)
+        targets = [blank if t is None else t for t in targets]
+    return StepBlock(
+        start,
+        start + len(steps),
+        _pack([given for given, _ in steps]),
+        None if known is None else _pack(targets),
+        weight,
+        0,
+    )
+
+
+def _pack(values: list[Any]) -> Tree:
+    leaves = [tensors_of(value) for value in values]
+    first = structure(values[0])
+    if leaves[0] and all(structure(value) == first for value in values):
+        columns = list(zip(*leaves, strict=True))
+        if all(_stackable(column) for column in columns) and _only_tensors(values[0]):
+            return replace_tensors(values[0], [torch.stack(column) for column in columns])
+    return Column(tuple(values))
+
+
+def _stackable(column: Sequence[Tensor]) -> bool:
+    first = column[0]
+    return all(
+        t.shape == first.shape and t.dtype == first.dtype and t.device == first.device
+        for t in column
+    )
+
+
+def _only_tensors(tree: Tree) -> bool:
+    """Whether packing loses nothing: a leaf that is no tensor may differ from step to step."""
+    if isinstance(tree, Tensor):
+        return True
+    if isinstance(tree, dict):
+        return all(_only_tensors(item) for item in tree.values())
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return all(_only_tensors(getattr(tree, f.name)) for f in dataclasses.fields(tree))
+    return isinstance(tree, tuple | list) and all(_only_tensors(item) for item in tree)
+
+
+def _concatenate(trees: Sequence[Tree], time_dim: int) -> Tree:
+    if any(isinstance(tree, Column) for tree in trees):
+        raise ArgumentError(
+            "inputs and targets of a segment module must be tensors of one shape and type at "
+            "every step; use per_step=True for others"
+        )
+    columns = zip(*(tensors_of(tree) for tree in trees), strict=True)
+    return replace_tensors(trees[0], [torch.cat(column, dim=time_dim) for column in columns])
+
+
+def _zeros_like_steps(tree: Tree, num_steps: int, time_dim: int) -> Tree:
+    def zeros(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        shape[time_dim] = num_steps
+        return tensor.new_zeros(shape)
+
+    return map_tensors(zeros, tree)
+
+
+def _joined_weight(parts: Sequence[StepBlock]) -> Tensor | None:
+    if all(p.weight is None and p.targets is not None for p in parts):
+        return None
+    lanes = next((p.weight.shape[1:] for p in parts if p.weight is not None), torch.Size())
+    rows = []
+    for part in parts:
+        if part.targets is None:
+            rows.append(torch.zeros(part.stop - part.start, *lanes, dtype=torch.float64))
+        elif part.weight is None:
+            rows.append(torch.ones(part.stop - part.start, *lanes, dtype=torch.float64))
+        else:
+            rows.append(part.weight)
+    return torch.cat(rows)

@@ -1,0 +1,118 @@
+"""What a sequence must offer, and checks that sources share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.trees import Tree, map_tensors
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a sequence must offer.
+
+    It may also have `__len__` (without it the length is unknown, and a read that returns
+    fewer steps than asked marks the end), `time_dim` (where time is in what `read` returns,
+    default 0), `weights(start, stop)` (a tensor [n] or [n, B], zero where a target is
+    absent), `resets(start, stop)` (a bool tensor [n] or [n, B], true at the steps whose input
+    is the first of a new sequence, or None), and `state_dict`/`load_state_dict`, whose state
+    consists of numbers, strings, tensors and containers of them.
+
+    With a length any range may be read, and again; without one, ranges are read in order.
+    `weights` and `resets` return tensors of one kind, or None, for all ranges alike. A source
+    with an order of its own may have `set_epoch(epoch)`, called before each pass over it.
+    """
+
+    def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
+        """Inputs and targets (or None) of the steps `[start, stop)`."""
+        ...
+
+
+def as_tensors(tree: Tree) -> Tree:
+    """The tree with numpy arrays as tensors that share their memory.
+
+    Raises:
+        ArgumentError: An array that torch cannot read.
+    """
+    return tree if isinstance(tree, Tensor) else map_tensors(_from_numpy, tree, np.ndarray)
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    with warnings.catch_warnings():  # read-only maps are fine: nothing writes to inputs
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        try:
+            return torch.from_numpy(array)
+        except (TypeError, ValueError) as error:  # texts, other byte orders, reversed arrays
+            raise ArgumentError(
+                f"a numpy array of dtype {array.dtype}, shape {array.shape} and strides "
+                f"{array.strides} cannot be read as a tensor; convert or copy it ({error})"
+            ) from error
+
+
+def check_time_dim(time_dim: object) -> None:
+    """Raise `ArgumentError` unless `time_dim` is an int of at least 0."""
+    if not isinstance(time_dim, int) or isinstance(time_dim, bool) or time_dim < 0:
+        raise ArgumentError(f"time_dim={time_dim!r} must be an integer of at least 0")
+
+
+def check_time_exists(name: str, tensor: Tensor, time_dim: int) -> None:
+    """Raise `ArgumentError` unless a tensor has the dimension."""
+    if time_dim >= tensor.dim():
+        raise ArgumentError(
+            f"time_dim={time_dim} does not exist in {name} of shape {tuple(tensor.shape)}"
+        )
+
+
+def checked_weight(weight: Tensor, num_steps: int) -> Tensor:
+    """The weight of `num_steps` steps, [T] or [T, B], in float64 on the CPU."""
+    if not isinstance(weight, Tensor | np.ndarray | list):
+        raise ArgumentError(f"weight={weight!r} must be a tensor [{num_steps}] or with lanes")
+    weight = torch.as_tensor(weight).detach().to("cpu", torch.float64)
+    if weight.dim() not in (1, 2) or weight.shape[0] != num_steps:
+        raise ArgumentError(
+            f"weight of shape {tuple(weight.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
+        )
+    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+        raise ArgumentError("weight must be finite and not negative; zero means absent")
+    return weight
+
+
+def checked_resets(resets: Tensor, num_steps: int) -> Tensor:
+    """Which of `num_steps` steps begin a new sequence, [T] or [T, B], as bools on the CPU."""
+    if not isinstance(resets, Tensor | np.ndarray | list):
+        raise ArgumentError(f"resets={resets!r} must be a tensor [{num_steps}] or with lanes")
+    resets = torch.as_tensor(resets).detach().cpu()
+    if resets.dtype != torch.bool:
+        raise ArgumentError(
+            f"resets of dtype {resets.dtype} must be torch.bool, true where a sequence begins"
+        )
+    if resets.dim() not in (1, 2) or resets.shape[0] != num_steps:
+        raise ArgumentError(
+            f"resets of shape {tuple(resets.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
+        )
+    return resets
+
+
+def rows_of(source: object, method: str, start: int, stop: int) -> Tensor | None:
+    """What a source's `weights` or `resets` say about some steps; None without that method."""
+    rows: Callable[[int, int], Tensor | None] | None = getattr(source, method, None)
+    return None if rows is None else rows(start, stop)
+
+
+def check_range(start: int, stop: int, num_steps: int) -> None:
+    """Raise `ArgumentError` unless the steps `[start, stop)` exist."""
+    if not 0 <= start < stop <= num_steps:
+        raise ArgumentError(f"steps [{start}, {stop}) are not in [0, {num_steps})")
+
+
+def check_same_source(saved: object, present: object) -> None:
+    """Raise `ArgumentError` unless a saved source was equal to this one."""
+    if saved != present:
+        raise ArgumentError(f"the saved source was {saved}, this one is {present}")

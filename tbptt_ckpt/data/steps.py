@@ -1,0 +1,190 @@
+"""Reads steps into blocks, from an iterable or from a source."""
+
+from __future__ import annotations
+
+import io
+import mmap
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.packing import pack_steps
+from tbptt_ckpt.data.source import (
+    Source,
+    as_tensors,
+    check_time_exists,
+    checked_resets,
+    checked_weight,
+    rows_of,
+)
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
+
+
+class StepIterable:
+    """An iterable of `(input, target)` steps, read once from front to back.
+
+    Args:
+        steps: The iterable; its length is used where it has one.
+    """
+
+    time_dim = 0
+
+    def __init__(self, steps: Iterable[Any]) -> None:
+        self._iterator: Iterator[Any] = iter(steps)
+        self.position = 0
+        self.num_steps = _length_of(steps)
+
+    def read_block(self, start: int, stop: int) -> StepBlock | None:
+        """The next steps, packed; fewer than asked at the end, None if there are none."""
+        assert start == self.position, "steps are read in order"
+        steps = []
+        for item in self._iterator:
+            steps.append(_checked_step(item, self.position))
+            self.position += 1
+            if self.position == stop:
+                break
+        if self.position == self.num_steps and next(self._iterator, None) is not None:
+            raise ArgumentError(
+                f"the sequence has length {self.num_steps} but there are more steps than that"
+            )
+        return pack_steps(steps, start) if steps else None
+
+    def skip_to(self, step: int) -> None:
+        """Pass over steps that were read before.
+
+        Raises:
+            ArgumentError: The iterable ends before.
+        """
+        while self.position < step:
+            if next(self._iterator, self) is self:
+                raise ArgumentError(
+                    f"the sequence ended after {self.position} steps, but it had {step} when its "
+                    "state was saved; iterate it anew from its first step to go on"
+                )
+            self.position += 1
+
+
+class SourceReader:
+    """Reads a user's source into blocks."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.time_dim: int = getattr(source, "time_dim", 0)
+        self.num_steps = _length_of(source)
+
+    def read_block(self, start: int, stop: int) -> StepBlock | None:
+        """The steps `[start, stop)`; fewer only where the source ends and has no length."""
+        result = self.source.read(start, stop)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise ArgumentError(
+                f"the source's read({start}, {stop}) must return (inputs, targets), "
+                f"not {type(result).__name__}"
+            )
+        inputs, targets = as_tensors(result[0]), as_tensors(result[1])
+        length = self._length(inputs, targets, start, stop)
+        if length != stop - start and (self.num_steps is not None or length > stop - start):
+            raise ArgumentError(
+                f"the source's read({start}, {stop}) returned {length} steps on "
+                f"time_dim={self.time_dim}"
+            )
+        if not length:
+            return None
+        weight = rows_of(self.source, "weights", start, start + length)
+        resets = rows_of(self.source, "resets", start, start + length)
+        return StepBlock(
+            start,
+            start + length,
+            inputs,
+            targets,
+            None if weight is None else checked_weight(weight, length),
+            self.time_dim,
+            None if resets is None else checked_resets(resets, length),
+        )
+
+    def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
+        if not tensors_of(inputs):
+            return 0
+        shapes = {}
+        for name, tree in (("inputs", inputs), ("targets", targets)):
+            for tensor in tensors_of(tree):
+                check_time_exists(name, tensor, self.time_dim)
+                shapes[tensor.shape[self.time_dim]] = name, tensor.shape
+        if len(shapes) > 1:
+            found = " and ".join(f"{name} of shape {tuple(s)}" for name, s in shapes.values())
+            raise ArgumentError(
+                f"the source's read({start}, {stop}) returned {found}, "
+                f"which differ in their steps on time_dim={self.time_dim}"
+            )
+        return next(iter(shapes))
+
+
+def reader_for(sequence: object) -> StepIterable | SourceReader:
+    """The reader of a user's sequence.
+
+    Raises:
+        ArgumentError: Something that is no sequence of steps.
+    """
+    if isinstance(sequence, io.IOBase):
+        raise ArgumentError(
+            f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
+        )
+    if isinstance(sequence, mmap.mmap):  # has a read(), but of bytes
+        raise ArgumentError(
+            "sequence is an mmap.mmap, which has bytes but no steps; map the file with "
+            "map_file(path, dtype, step_shape) or np.memmap, and pass ArraySequence(array)"
+        )
+    if isinstance(sequence, TensorSequence):
+        _check_usable(sequence.inputs, "inputs")
+        _check_usable(sequence.targets, "targets")
+    if isinstance(sequence, Source):
+        return SourceReader(sequence)
+    if isinstance(sequence, Tensor | np.ndarray):
+        raise ArgumentError(
+            f"sequence is a {type(sequence).__name__} of shape {tuple(sequence.shape)}; wrap it: "
+            "TensorSequence(inputs, targets)"
+        )
+    if isinstance(sequence, Iterable):
+        return StepIterable(sequence)
+    raise ArgumentError(
+        f"sequence={sequence!r} is neither an iterable of (input, target) steps, nor a "
+        "TensorSequence, nor a source with read(start, stop)"
+    )
+
+
+def _checked_step(item: Any, step: int) -> tuple[Any, Any]:
+    if isinstance(item, tuple | list) and len(item) == 2:
+        inputs, target = as_tensors(item[0]), as_tensors(item[1])
+        _check_usable(inputs, "inputs")
+        _check_usable(target, "targets")
+        return inputs, target
+    raise ArgumentError(
+        f"step {step} of the sequence is a {type(item).__name__}, not a pair (input, target); "
+        "for whole tensors use TensorSequence(inputs, targets)"
+    )
+
+
+def _check_usable(tree: Tree, name: str) -> None:
+    if any(tensor.grad_fn is not None for tensor in iterate_tensors(tree)):
+        raise ArgumentError(
+            f"{name} were computed with a graph, which every window would have to differentiate "
+            "again; detach them, or move what computes them into the module"
+        )
+    if any(tensor.is_inference() for tensor in iterate_tensors(tree)):
+        raise ArgumentError(
+            f"{name} hold tensors of torch.inference_mode, which cannot be differentiated; clone "
+            "them outside of it"
+        )
+
+
+def _length_of(sequence: object) -> int | None:
+    if not isinstance(sequence, Sized):
+        return None
+    try:
+        return len(sequence)
+    except (TypeError, NotImplementedError):  # a DataLoader of a stream has __len__, and raises
+        return None

@@ -1,0 +1,104 @@
+"""A sequence held in tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tbptt_ckpt.data.source import (
+    as_tensors,
+    check_range,
+    check_same_source,
+    check_time_dim,
+    check_time_exists,
+    checked_resets,
+    checked_weight,
+)
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
+
+
+class TensorSequence:
+    """A sequence held in tensors, memory-mapped ones included; a read is a view.
+
+    Args:
+        inputs: Nested tensors (or numpy arrays) with time on `time_dim`.
+        targets: The same, or None where no step has a target.
+        time_dim: Where time is in inputs and targets.
+        weight: [T] or [T, B], not negative. [T] scales the loss of each step; with [T, B]
+            a lane whose weight is zero is left out of that step's loss. Zero means absent.
+        resets: Bools [T] or [T, B], true at the steps whose input is the first of a new
+            sequence, in every lane or in each; those steps run from the initial state.
+
+    Raises:
+        ArgumentError: Lengths that differ, an empty sequence, weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        inputs: Tree,
+        targets: Tree = None,
+        time_dim: int = 0,
+        weight: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> None:
+        self.inputs, self.targets = as_tensors(inputs), as_tensors(targets)
+        check_time_dim(time_dim)
+        self.time_dim = time_dim
+        self._num_steps = self._check_lengths()
+        self.weight = None if weight is None else checked_weight(weight, self._num_steps)
+        self._resets = None if resets is None else checked_resets(resets, self._num_steps)
+        if weight is not None and targets is None:
+            raise ArgumentError("weight was given without targets, so it would weigh nothing")
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
+        """Views of the steps `[start, stop)`."""
+        check_range(start, stop, self._num_steps)
+
+        def narrow(tensor: Tensor) -> Tensor:
+            return tensor.narrow(self.time_dim, start, stop - start)
+
+        return map_tensors(narrow, self.inputs), map_tensors(narrow, self.targets)
+
+    def weights(self, start: int, stop: int) -> Tensor | None:
+        """The weights of the steps `[start, stop)`; None where all are one."""
+        return None if self.weight is None else self.weight[start:stop]
+
+    def resets(self, start: int, stop: int) -> Tensor | None:
+        """Which of the steps `[start, stop)` begin a new sequence."""
+        return None if self._resets is None else self._resets[start:stop]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What identifies the sequence; a read depends on its arguments alone."""
+        return {"num_steps": self._num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accept what `state_dict` of an equal sequence returned.
+
+        Raises:
+            ArgumentError: The sequence has another length.
+        """
+        check_same_source(state, self.state_dict())
+
+    def _check_lengths(self) -> int:
+        named = [("inputs", t) for t in tensors_of(self.inputs)]
+        named += [("targets", t) for t in tensors_of(self.targets)]
+        if not named or named[0][0] != "inputs":
+            raise ArgumentError(f"inputs={self.inputs!r} holds no tensor")
+        lengths = []
+        for name, tensor in named:
+            check_time_exists(name, tensor, self.time_dim)
+            lengths.append(tensor.shape[self.time_dim])
+        for (name, tensor), length in zip(named, lengths, strict=True):
+            if length != lengths[0]:
+                raise ArgumentError(
+                    f"{name} of shape {tuple(tensor.shape)} has {length} steps on "
+                    f"time_dim={self.time_dim}, inputs have {lengths[0]}"
+                )
+        if lengths[0] == 0:
+            raise ArgumentError("inputs hold an empty sequence; at least one step is needed")
+        return lengths[0]

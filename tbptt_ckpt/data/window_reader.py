@@ -1,0 +1,116 @@
+"""Reads a sequence window by window, and finds out where it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbptt_ckpt.data.blocks import StepBlock, load_block, store_block
+from tbptt_ckpt.data.steps import StepIterable, reader_for
+from tbptt_ckpt.errors import ArgumentError
+
+
+class WindowReader:
+    """Holds the steps of the current window and finds out where the sequence ends.
+
+    A source with a length is read window by window. One without is read in order, up to
+    `k1` steps ahead, and its steps are held until no window needs them.
+    """
+
+    # Steps packed into tensors at a time: one tensor per step would cost over a kilobyte
+    # of host memory each.
+    PACK_STEPS = 256
+
+    def __init__(self, sequence: object, k1: int, k2: int | None) -> None:
+        self._k1, self._k2 = k1, k2
+        self._reader = reader_for(sequence)
+        self.num_steps = self._reader.num_steps
+        self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
+        self._held: list[StepBlock] = []
+        self._position = 0
+        if self.num_steps == 0:
+            raise ArgumentError("the sequence is empty; at least one step is needed")
+
+    def drop_before(self, step: int) -> None:
+        """Forget steps that no later window needs."""
+        self._held = [block for block in self._held if block.stop > step]
+
+    def look_ahead(self, stop: int) -> None:
+        """Make sure that the end is known if it lies before `stop`."""
+        if self.num_steps is None:
+            self._pull(stop)
+            if self.num_steps == 0:
+                raise ArgumentError("the sequence is empty; at least one step is needed")
+
+    def window(self, first: int, stop: int) -> list[StepBlock]:
+        """The steps `[first, stop)` in blocks; blocks at the ends may reach further."""
+        if not self._in_order:
+            block = self._reader.read_block(first, stop)
+            assert block is not None, "a source with a length has its steps"
+            return [block]
+        self.drop_before(first)
+        self._pull(stop)
+        return [block for block in self._held if block.start < stop]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the reader of an equal sequence needs to go on from here.
+
+        An iterable of steps is iterated anew and passed over up to the first step that is
+        still needed. A source without a length goes on after the last step that it gave; the
+        steps that are held are part of the state.
+
+        Raises:
+            ArgumentError: A source without a length that has no `state_dict`, or whose steps
+                cannot be stored.
+        """
+        if isinstance(self._reader, StepIterable):
+            return {"first": self._held[0].start if self._held else self._position}
+        source = self._reader.source
+        state: dict[str, Any] = {"source": getattr(source, "state_dict", dict)()}
+        if not self._in_order:
+            return state
+        if not hasattr(source, "load_state_dict"):
+            raise ArgumentError(
+                f"source={source!r} has neither a length nor state_dict and load_state_dict, so "
+                "where it stands cannot be saved; add one or the other"
+            )
+        held = [store_block(block) for block in self._held]
+        return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ArgumentError: The sequence is not the one that was saved.
+        """
+        if isinstance(self._reader, StepIterable):
+            self._reader.skip_to(state["first"])
+            self._position = state["first"]
+            return
+        if hasattr(self._reader.source, "load_state_dict"):
+            self._reader.source.load_state_dict(state["source"])
+        if self._in_order:
+            self._held = [load_block(block) for block in state["held"]]
+            self._position, self.num_steps = state["position"], state["num_steps"]
+
+    def _pull(self, stop: int) -> None:
+        while self._position < stop and (self.num_steps is None or self._position < self.num_steps):
+            wanted = min(self._position + self.PACK_STEPS, stop, self._next_start())
+            block = self._reader.read_block(self._position, wanted)
+            if block is not None:
+                self._held.append(block)
+                self._position = block.stop
+            if block is None or block.stop < wanted:
+                self._end()
+
+    def _next_start(self) -> int:
+        """The next step at which a window may start: a block must not reach across it."""
+        if self._k2 is None:
+            return self._position + self.PACK_STEPS
+        return self._position + self._k1 - (self._position + self._k2) % self._k1
+
+    def _end(self) -> None:
+        if self.num_steps is not None:
+            raise ArgumentError(
+                f"the sequence has length {self.num_steps} but ended after {self._position} steps"
+            )
+        self.num_steps = self._position

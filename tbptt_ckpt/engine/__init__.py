@@ -1,0 +1,1 @@
+"""Runs the windows of a sequence: `TBPTT`, one window, evaluation, verification."""

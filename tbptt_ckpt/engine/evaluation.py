@@ -1,0 +1,140 @@
+"""How well a module does on a sequence, found without changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tbptt_ckpt.data.window_reader import WindowReader
+from tbptt_ckpt.engine.initial_state import for_lanes
+from tbptt_ckpt.errors import check_positive_int
+from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.executor.resets import Resets
+from tbptt_ckpt.executor.runner import Runner, make_runner
+from tbptt_ckpt.executor.sinks import LossSink, WindowLoss
+from tbptt_ckpt.executor.task import WindowTask, counted_weight
+from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
+from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
+from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """What running a module over a sequence gave.
+
+    Attributes:
+        loss: Summed loss over summed weight; None if no step had a target that counts.
+        weight: The summed weight: the number of loss steps where no weight is given, of steps
+            of lanes where weights are per lane.
+        num_steps: Steps of the sequence.
+        state: The final state.
+    """
+
+    loss: float | None
+    weight: float
+    num_steps: int
+    state: Any = field(repr=False)
+
+
+def evaluate(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    sequence: object,
+    init_state: Any = None,
+    *,
+    segment_steps: int = 64,
+    per_step: bool | None = None,
+    time_dim: int = 0,
+    lane_dim: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Mean loss over a whole sequence, with the state carried through it.
+
+    Module and loss run in eval mode and without gradients. Modes, buffers, gradients, random
+    generators and the state of a training run are left as they were. Memory does not grow
+    with the sequence: inputs and outputs exist for `segment_steps` steps at a time.
+
+    Args:
+        module: As for `TBPTT`.
+        loss_fn: As for `TBPTT`.
+        sequence: As for `TBPTT.train`; weights and resets count as they do there.
+        init_state: The state at step 0, and where lanes reset.
+        segment_steps: Steps read at a time, and run at a time by segment modules.
+        per_step: As for `TBPTT`.
+        time_dim: As for `TBPTT`.
+        lane_dim: As for `TBPTT`.
+        autocast_dtype: As for `TBPTT`.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+    runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
+    return run_evaluation(runner, LossFunction(loss_fn), sequence, init_state, segment_steps)
+
+
+def run_evaluation(
+    runner: Runner,
+    loss_function: LossFunction,
+    sequence: object,
+    init_state: Tree,
+    segment_steps: int,
+) -> Evaluation:
+    """`evaluate` for what is made and checked already."""
+    check_positive_int("segment_steps", segment_steps)
+    reader = WindowReader(sequence, segment_steps, segment_steps)
+    owners = (runner.recurrence.module, loss_function.loss_fn)
+    initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
+    with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
+        return _Pass(runner, loss_function, reader, initial).run(segment_steps)
+
+
+class _Pass:
+    """One pass over a sequence, piece by piece."""
+
+    def __init__(
+        self, runner: Runner, loss_function: LossFunction, reader: WindowReader, initial: Tree
+    ) -> None:
+        self._runner, self._loss_function = runner, loss_function
+        self._reader, self._initial = reader, initial
+        module = runner.recurrence.module
+        self._ambient = Ambient([module], parameters_of(module))
+        self._loss_sum, self._weight = 0.0, 0.0
+
+    def run(self, segment_steps: int) -> Evaluation:
+        position, state, reader = 0, copy_containers(self._initial), self._reader
+        reader.look_ahead(segment_steps)
+        while reader.num_steps is None or position < reader.num_steps:
+            stop = position + segment_steps
+            reader.look_ahead(stop)
+            stop = stop if reader.num_steps is None else min(stop, reader.num_steps)
+            if stop == position:
+                break  # the end turned out to lie here
+            state = self._run_piece(position, stop, state)
+            position = stop
+        loss = self._loss_sum / self._weight if self._weight else None
+        return Evaluation(loss, self._weight, position, detach_state(state))
+
+    def _run_piece(self, start: int, stop: int, state: Tree) -> Tree:
+        blocks = self._reader.window(start, stop)
+        task = WindowTask(
+            blocks=blocks,
+            first=start,
+            start=stop,  # nothing is differentiated: all losses are constants
+            stop=stop,
+            loss_start=start,
+            ambient=self._ambient,
+            resets=Resets(blocks, self._initial, self._runner.recurrence.lane_dim),
+        )
+        counted = counted_weight(blocks, start, stop)
+        loss = WindowLoss(self._loss_function, counted, "sum")
+        sink = LossSink(task, loss, graph=False)
+        state = self._runner.run(task, start, stop, state, sink)
+        loss_sum = loss.loss_sum
+        if loss_sum is not None and not loss.is_empty():
+            self._loss_sum += loss_sum
+            self._weight += float(loss.weight)
+        return state

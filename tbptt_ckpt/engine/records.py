@@ -1,0 +1,155 @@
+"""What passes from window to window: states to start from, generators, buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.module.ambient import AmbientState
+from tbptt_ckpt.module.buffers import BufferValue
+from tbptt_ckpt.module.trees import Tree
+
+
+class Records:
+    """States at steps where later windows begin or restart, dropped when none will.
+
+    Attributes:
+        boundaries: States by step.
+        ambients: Generators and buffers by step, as found when the step was new.
+        carried: The state at the last update point.
+        origin: The step that no window reaches across, 0 unless a window was skipped.
+        origin_state: The state there; None where it is the sequence's first state, or has
+            not been replaced by another.
+        has_origin_state: Whether `origin_state` counts.
+    """
+
+    def __init__(self) -> None:
+        self.boundaries: dict[int, Boundary] = {}
+        self.ambients: dict[int, AmbientState] = {}
+        self.carried: Boundary | None = None
+        self.origin = 0
+        self.origin_state: Tree = None
+        self.has_origin_state = False
+
+    def copy(self) -> Records:
+        """Another holder of the same states."""
+        other = Records()
+        other.boundaries, other.ambients = dict(self.boundaries), dict(self.ambients)
+        other.carried, other.origin = self.carried, self.origin
+        other.origin_state, other.has_origin_state = self.origin_state, self.has_origin_state
+        return other
+
+    def restart_at(self, step: int, ambient: AmbientState) -> None:
+        """Go on at `step` from the state carried so far, as if no step lay in between."""
+        self.boundaries, self.ambients, self.origin = {}, {}, step
+        if self.carried is not None:
+            self.origin_state, self.has_origin_state = self.carried.state, True
+            self.carried = Boundary(step, self.carried.state, ambient)
+            self.keep(self.carried)
+
+    def keep(self, boundary: Boundary) -> None:
+        """Keep a state."""
+        self.boundaries[boundary.step] = boundary
+
+    def last_at_or_before(self, step: int) -> Boundary | None:
+        """The kept state nearest before `step`, or at it."""
+        steps = [s for s in self.boundaries if s <= step]
+        return self.boundaries[max(steps)] if steps else None
+
+    def first_at_or_after(self, step: int) -> int:
+        """The first step with a kept state."""
+        return min(s for s in self.boundaries if s >= step)
+
+    def drop_before(self, step: int) -> None:
+        """Forget what lies before `step`."""
+        self.boundaries = {s: b for s, b in self.boundaries.items() if s >= step}
+        self.ambients = {s: a for s, a in self.ambients.items() if s >= step}
+
+    def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
+        """What a run that begins at `first` restores, there and at update points, in order."""
+        return {s: self.ambients[s] for s in sorted(self.ambients) if s == first or s % k1 == 0}
+
+
+def changes(ambients: dict[int, AmbientState]) -> list[int]:
+    """Steps whose generators or buffers are not those of the step before them in order."""
+    last, changed = None, []
+    for step, ambient in ambients.items():
+        if ambient is not last:
+            changed.append(step)
+        last = ambient
+    return changed
+
+
+def store_records(records: Records, present: AmbientState) -> dict[str, Any]:
+    """Records and the present generators and buffers as containers of numbers and tensors."""
+    boundaries = _Table(records.boundaries.values())
+    carried = None if records.carried is None else boundaries.index(records.carried)
+    found = [boundary.ambient for boundary in boundaries.items]
+    ambients = _Table([*records.ambients.values(), *found, present])
+    random = _Table(r for a in ambients.items for r in (a.cpu_random, *a.device_random))
+    values = _Table(value for a in ambients.items for value in a.buffers)
+    return {
+        "random": random.items,
+        "values": [None if value.is_none else value.values for value in values.items],
+        "ambients": [
+            {
+                "cpu": random.index(a.cpu_random),
+                "devices": [random.index(r) for r in a.device_random],
+                "buffers": [values.index(value) for value in a.buffers],
+            }
+            for a in ambients.items
+        ],
+        "boundaries": [
+            {"step": b.step, "state": b.state, "ambient": ambients.index(b.ambient)}
+            for b in boundaries.items
+        ],
+        "kept": {step: boundaries.index(b) for step, b in records.boundaries.items()},
+        "recorded": {step: ambients.index(a) for step, a in records.ambients.items()},
+        "carried": carried,
+        "present": ambients.index(present),
+        "origin": records.origin,
+        "origin_state": records.origin_state,
+        "has_origin_state": records.has_origin_state,
+    }
+
+
+def load_records(stored: dict[str, Any]) -> tuple[Records, AmbientState]:
+    """What was given to `store_records`."""
+    random = stored["random"]
+    values = [BufferValue(tensor) for tensor in stored["values"]]
+    ambients = [
+        AmbientState(
+            random[a["cpu"]],
+            tuple(random[index] for index in a["devices"]),
+            tuple(values[index] for index in a["buffers"]),
+        )
+        for a in stored["ambients"]
+    ]
+    boundaries = [
+        Boundary(b["step"], b["state"], ambients[b["ambient"]]) for b in stored["boundaries"]
+    ]
+    records = Records()
+    records.boundaries = {step: boundaries[index] for step, index in stored["kept"].items()}
+    records.ambients = {step: ambients[index] for step, index in stored["recorded"].items()}
+    records.carried = None if stored["carried"] is None else boundaries[stored["carried"]]
+    records.origin, records.origin_state = stored["origin"], stored["origin_state"]
+    records.has_origin_state = stored["has_origin_state"]
+    return records, ambients[stored["present"]]
+
+
+class _Table:
+    """Distinct objects in order."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items: list[Any] = []
+        self._indices: dict[int, int] = {}
+        for item in items:
+            self.index(item)
+
+    def index(self, item: Any) -> int:
+        """Where the object is; it is added if it is new."""
+        if id(item) not in self._indices:
+            self._indices[id(item)] = len(self.items)
+            self.items.append(item)
+        return self._indices[id(item)]

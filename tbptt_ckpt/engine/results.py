@@ -1,0 +1,117 @@
+"""What a window and a whole run give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.executor.window_run import StateGrads
+from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.windows import Window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowResult:
+    """One window, after its update.
+
+    Attributes:
+        index: Number of the window, from 0.
+        start: First step that the gradient reaches.
+        new_start: First step that no window before has run.
+        stop: End of the window.
+        loss: What was differentiated: a detached tensor without dimensions, or None where
+            no step has a target.
+        state: The detached state at `stop`.
+        recomputed_steps: Module steps run beyond one run of each new step.
+        peak_bytes: Peak of tensor memory in bytes; None if it was not measured.
+        drift: Relative change of recorded states when they are recomputed with today's
+            weights; 0.0 where no step of an earlier window runs again.
+        seconds: Wall-clock time.
+        plan: How it was run; None where nothing was differentiated.
+        updated: Whether the weights were updated.
+    """
+
+    index: int
+    start: int
+    new_start: int
+    stop: int
+    loss: Tensor | None
+    state: Any = field(repr=False)  # tensors would bury the rest
+    recomputed_steps: int
+    peak_bytes: int | None
+    drift: float
+    seconds: float
+    plan: Plan | None
+    updated: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainResult:
+    """A whole run.
+
+    Attributes:
+        loss: Summed loss over summed weight; None if no step had a target.
+        state: The detached final state.
+        num_steps: Steps of the sequence.
+        num_windows: Windows.
+        peak_bytes: Largest peak of its windows in bytes; None if not measured.
+        seconds: Wall-clock time.
+        tokens_per_second: Valid steps of all lanes per second.
+    """
+
+    loss: float | None
+    state: Any = field(repr=False)
+    num_steps: int
+    num_windows: int
+    peak_bytes: int | None
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What running a window gave."""
+
+    executed_steps: int
+    loss: Tensor | None = None
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    state_grads: StateGrads | None = None
+    grad_scale: float = 1.0
+    plan: Plan | None = None
+
+
+class Totals:
+    """Sums over the windows of a run."""
+
+    def __init__(self) -> None:
+        self.loss_sum, self.weight = 0.0, 0.0
+        self.num_steps, self.num_windows, self.num_tokens = 0, 0, 0
+        self.peak_bytes: int | None = None
+
+    def add(self, window: Window, outcome: Outcome, num_tokens: int) -> None:
+        """Add a window."""
+        self.loss_sum += outcome.loss_sum
+        self.weight += outcome.weight
+        self.num_steps, self.num_windows = window.stop, window.index + 1
+        self.num_tokens += num_tokens
+
+    def add_peak(self, peak_bytes: int | None) -> None:
+        """Take the peak of a window, where it was measured."""
+        if peak_bytes is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, peak_bytes)
+
+    def result(self, final: Boundary, seconds: float) -> TrainResult:
+        """The run's result."""
+        return TrainResult(
+            loss=self.loss_sum / self.weight if self.weight else None,
+            state=final.state,
+            num_steps=self.num_steps,
+            num_windows=self.num_windows,
+            peak_bytes=self.peak_bytes,
+            seconds=seconds,
+            tokens_per_second=self.num_tokens / seconds,
+        )

@@ -1,0 +1,181 @@
+"""One window for people who own their training loop: its gradient, or its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import noop_context_fn
+
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.engine.parts import make_settings
+from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
+from tbptt_ckpt.executor.runner import make_runner
+from tbptt_ckpt.executor.sinks import OutputSink
+from tbptt_ckpt.executor.spans import parse_spans
+from tbptt_ckpt.executor.task import WindowTask
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.recurrence import _time_dim, check_differentiable, parameters_of
+from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.schedule.actions import Action
+from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.schedule.strategies import parse_strategy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowGradient:
+    """What differentiating one window gave; weights have their gradients in `.grad`.
+
+    Attributes:
+        loss: The window's loss, detached; None if no step has a target.
+        state: The detached final state.
+        init_state_grad: Nested like the initial state, with the gradient of each of its
+            tensors, or None where there is none.
+        executed_steps: Module steps run.
+    """
+
+    loss: Tensor | None
+    state: Any
+    init_state_grad: Any
+    executed_steps: int
+
+
+def run_window(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    init_state: Any = None,
+    *,
+    weight: Tensor | None = None,
+    strategy: object = "auto",
+    executor: str = "replay",
+    time_batching: object = "auto",
+    reduction: str = "mean",
+    per_step: bool | None = None,
+    time_dim: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    record: list[Action] | None = None,
+) -> WindowGradient:
+    """Differentiate one window over all the given steps; gradients accumulate in `.grad`.
+
+    Args:
+        module: As for `TBPTT`.
+        loss_fn: As for `TBPTT`.
+        inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
+        targets: The same, such as [T, B].
+        init_state: The state at the first step.
+        weight: [T] or [T, B], as for `TensorSequence`.
+        strategy: As for `TBPTT`.
+        executor: As for `TBPTT`.
+        time_batching: As for `TBPTT`.
+        reduction: As for `TBPTT`.
+        per_step: As for `TBPTT`.
+        time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
+        autocast_dtype: As for `TBPTT`.
+        record: The actions are appended here as they are run.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+    time_dim = _time_dim(module, per_step, time_dim)
+    sequence = TensorSequence(inputs, targets, time_dim, weight)
+    settings = make_settings(
+        module,
+        loss_fn,
+        len(sequence),
+        None,
+        None,
+        loss="new",
+        reduction=reduction,
+        overlap="refresh",
+        strategy=strategy,
+        executor=executor,
+        per_step=per_step,
+        time_dim=time_dim,
+        clip_grad_norm=None,
+        autocast_dtype=autocast_dtype,
+        scaler=None,
+        scheduler=None,
+        time_batching=time_batching,
+    )
+    settings.record = record
+    run = SequenceRun(settings, sequence, init_state)
+    (window,) = run
+    grads = run.initial.over_lanes(run.state_grads) or [None] * len(tensors_of(init_state))
+    return WindowGradient(
+        loss=window.loss,
+        state=window.state,
+        init_state_grad=replace_tensors(init_state, list(grads)),
+        executed_steps=window.recomputed_steps + len(sequence),
+    )
+
+
+def unroll(
+    module: Callable[..., Any],
+    inputs: Any,
+    init_state: Any = None,
+    *,
+    strategy: object = "auto",
+    per_step: bool | None = None,
+    time_dim: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    context_fn: ContextFn = noop_context_fn,
+) -> tuple[Any, Any]:
+    """Run a module over a sequence so that the result can be differentiated in little memory.
+
+    Segments are recomputed in the backward, nested as the strategy says. All outputs are
+    returned, so they take memory for every step, and so does the graph itself: 12-20 KiB of
+    host memory per step in a loop over cells. `run_window` has neither cost.
+
+    Args:
+        module: As for `TBPTT`.
+        inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
+        init_state: The state at the first step; gradients flow to it.
+        strategy: As for `TBPTT`.
+        per_step: As for `TBPTT`.
+        time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
+        autocast_dtype: As for `TBPTT`.
+        context_fn: Passed to `torch.utils.checkpoint`, for selective recomputation.
+
+    Returns:
+        The outputs, with time on `time_dim`, and the final state.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+    time_dim = _time_dim(module, per_step, time_dim)
+    check_differentiable(module)
+    runner = make_runner(module, per_step, time_dim, autocast_dtype)
+    sequence = TensorSequence(inputs, time_dim=time_dim)
+    inputs, num_steps = sequence.inputs, len(sequence)
+    plan = plan_window(parse_strategy(strategy), 0, 0, num_steps)
+    tensors = [*parameters_of(module), *tensors_of(init_state), *tensors_of(inputs)]
+    # With the inputs as targets every step has one, so that every output is collected.
+    block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
+    ambient = Ambient([runner.recurrence.module], tensors)
+    task = WindowTask([block], 0, 0, num_steps, 0, ambient)
+    sinks: list[OutputSink] = []
+
+    def new_sink() -> OutputSink:
+        sinks.append(OutputSink())
+        return sinks[-1]
+
+    spans = CheckpointedSpans(task, runner, new_sink, context_fn)
+    collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
+    ambient.check_complete()
+    frame = map_tensors(lambda _: torch.empty(0), sinks[0].outputs[0])
+    return _over_time(collected, frame, runner.recurrence.per_step, time_dim), state
+
+
+def _over_time(collected: list[Tensor], frame: Tree, per_step: bool, time_dim: int) -> Tree:
+    """Outputs of steps, or of segments, as one tree."""
+    join = torch.stack if per_step else torch.cat
+    width = len(tensors_of(frame))
+    columns = [collected[leaf::width] for leaf in range(width)]
+    return replace_tensors(frame, [join(column, dim=time_dim) for column in columns])

@@ -1,0 +1,218 @@
+"""`TBPTT`: truncated backpropagation through time over a sequence of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
+from tbptt_ckpt.engine.parts import Settings, make_settings
+from tbptt_ckpt.engine.results import TrainResult, WindowResult
+from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.executor.window_run import Observer
+from tbptt_ckpt.module.recurrence import check_differentiable
+from tbptt_ckpt.schedule.actions import Action
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.windows import check_reach
+from tbptt_ckpt.time_batching.report import BatchedOperation
+
+
+class TBPTT:
+    """Updates the weights every `k1` steps, from gradients that reach `k2` steps back.
+
+    Consecutive windows overlap where `k2 > k1`. No graph is retained for the overlap:
+    detached states are kept at segment boundaries, and segments are recomputed in each
+    window's backward. The gradient is fixed by `(k1, k2, loss, overlap)`; `strategy` and
+    `executor` change only memory and time.
+
+    Args:
+        module: Per step `(x_t, state) -> (y_t, state)`, or over a segment
+            `(x[t0:t1], state) -> (y[t0:t1], state)`. `nn.RNN/LSTM/GRU` and their cells are
+            recognised. A function works too, but buffers of modules that it calls are not
+            found.
+        loss_fn: `(y, target) -> ` a scalar, the mean over the steps given, or
+            `(loss_sum, weight)`. It must be a function of its arguments.
+        k1: Steps between updates.
+        k2: Steps an update reaches back; None reaches back to the start of the sequence.
+        optimizer: Steps once per window, or per `accumulate` windows. None lets gradients
+            accumulate in `.grad`.
+        loss: "new" takes the losses of a window's new steps, "last" that of its last step.
+        reduction: "mean" divides a window's summed loss by its summed weight (the number
+            of loss steps, where no weight is given), "sum" does not.
+        overlap: "refresh" runs the whole window with today's weights; "stale" restarts each
+            block of `k1` steps from the state recorded when it was new: cheaper, and not
+            the exact gradient once weights have moved.
+        strategy: "auto" or "optimal": the fastest plan within the memory budget, or, where none
+            is given, within the free memory. "retain", "step", "sqrt", "uniform:LENGTH",
+            "revolve:STATES", the equal object, a list of actions, or a function
+            `(start, stop) -> actions`.
+        memory_budget: Peak of tensor memory on the device, everything included: bytes, text
+            such as "512MiB", or a fraction of what is free. The first window measures what
+            steps take. With a fixed strategy the budget is only checked.
+        executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
+            of nested `torch.utils.checkpoint` calls.
+        time_batching: Whether weight gradients and products of the inputs are made over all
+            steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
+            gains time. A plan from measured costs weighs both forms and may leave all plain.
+            Gradients agree to rounding.
+        per_step: Whether an unrecognised module takes one step (the default) or a segment.
+        time_dim: Where a segment module wants time; `batch_first` sets it.
+        clip_grad_norm: Largest gradient norm of an update.
+        autocast_dtype: Run module and loss under autocast with this dtype.
+        scaler: A `torch.amp.GradScaler`.
+        scheduler: Stepped after each update.
+        lane_dim: Where lanes are in the tensors of a state, for sources that reset lanes. By
+            default 1 for `nn.RNN/LSTM/GRU` and modules that contain one, 0 for others.
+        accumulate: Windows with a loss per update. With reduction "mean" the update takes the
+            mean of their gradients, with "sum" their sum. A group that the end of the
+            sequence leaves short updates as it is.
+        costs: What the module takes, as `measure_costs` gives it; nothing is measured then,
+            except that under a memory budget segments of up to 8 steps are run first, and bytes
+            that are given too low are raised to theirs.
+        measure_memory: Whether every window's peak is measured; see `peak_memory` for what
+            that costs.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+
+    References:
+        Williams & Peng (1990), doi:10.1162/neco.1990.2.4.490; Sutskever (2013), PhD thesis,
+        section 2.8.6.
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., Any],
+        loss_fn: Callable[[Any, Any], Any],
+        k1: int,
+        k2: int | None,
+        optimizer: Any = None,
+        loss: str = "new",
+        reduction: str = "mean",
+        overlap: str = "refresh",
+        strategy: object = "auto",
+        memory_budget: object = None,
+        executor: str = "replay",
+        time_batching: object = "auto",
+        per_step: bool | None = None,
+        time_dim: int = 0,
+        clip_grad_norm: float | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        scaler: Any = None,
+        scheduler: Any = None,
+        lane_dim: int | None = None,
+        accumulate: int = 1,
+        costs: Costs | None = None,
+        measure_memory: bool = False,
+    ) -> None:
+        check_reach(k1, k2)
+        self._settings = make_settings(
+            module,
+            loss_fn,
+            k1,
+            k2,
+            optimizer,
+            loss=loss,
+            reduction=reduction,
+            overlap=overlap,
+            strategy=strategy,
+            executor=executor,
+            per_step=per_step,
+            time_dim=time_dim,
+            clip_grad_norm=clip_grad_norm,
+            autocast_dtype=autocast_dtype,
+            scaler=scaler,
+            scheduler=scheduler,
+            lane_dim=lane_dim,
+            time_batching=time_batching,
+            accumulate=accumulate,
+            memory_budget=memory_budget,
+            costs=costs,
+            measure_memory=measure_memory,
+            measured=True,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The checked arguments; `Trainer` runs on them."""
+        return self._settings
+
+    @property
+    def record(self) -> list[Action] | None:
+        """Set to a list to have every action appended to it as it is run."""
+        return self._settings.record
+
+    @record.setter
+    def record(self, record: list[Action] | None) -> None:
+        self._settings.record = record
+
+    @property
+    def observer(self) -> Observer:
+        """Set to an object that is told of every action as it is run."""
+        return self._settings.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._settings.observer = observer
+
+    @property
+    def batched_operations(self) -> list[BatchedOperation]:
+        """What time batching has done so far, and what it left to the plain operation and why."""
+        return self._settings.runner.time_batching.report()
+
+    def train(self, sequence: object, init_state: Any = None) -> TrainResult:
+        """Run a whole sequence, one update per window.
+
+        Args:
+            sequence: An iterable of `(input, target)` steps, a `TensorSequence`, or a source.
+                A target None is absent.
+            init_state: The state at step 0 and of lanes that reset, nested in any way; a
+                `SharedState`; None if the module accepts it.
+
+        Raises:
+            ArgumentError: A sequence, state or module that cannot work.
+            InfeasibleBudgetError: No plan fits the memory budget: before the first window, or,
+                where steps turn out to take more than was measured, before the update of a later
+                one.
+            StaleWeightsError: Weights changed inside a window.
+        """
+        run = self._start(sequence, init_state)
+        for _ in run:
+            pass
+        return run.result()
+
+    def windows(self, sequence: object, init_state: Any = None) -> Iterator[WindowResult]:
+        """Run a sequence one window at a time; arguments and errors as for `train`.
+
+        When a window is yielded the optimizer has stepped and `.grad` still holds the
+        window's gradient, after clipping. With `accumulate` it holds the sum of the group so far,
+        and what the optimizer has stepped with where it has. The next window runs when the
+        next one is asked for.
+        """
+        return iter(self._start(sequence, init_state))
+
+    def evaluate(
+        self, sequence: object, init_state: Any = None, *, segment_steps: int = 64
+    ) -> Evaluation:
+        """Mean loss of a sequence, as the function `evaluate` gives it.
+
+        It may be called between two windows of a run, whose state it leaves alone.
+
+        Args:
+            sequence: As for `train`.
+            init_state: As for `train`.
+            segment_steps: Steps read at a time, and run at a time by segment modules.
+
+        Raises:
+            ArgumentError: A sequence, state or module that cannot work.
+        """
+        settings = self._settings
+        loss_function = LossFunction(settings.loss_function.loss_fn)
+        return run_evaluation(settings.runner, loss_function, sequence, init_state, segment_steps)
+
+    def _start(self, sequence: object, init_state: Any) -> SequenceRun:
+        check_differentiable(self._settings.recurrence.module)
+        return SequenceRun(self._settings, sequence, init_state)

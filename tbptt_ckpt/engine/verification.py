@@ -1,0 +1,194 @@
+"""Does a plan give a user's own module the gradient of a plain loop?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.engine.single_window import run_window
+from tbptt_ckpt.executor.losses import LossFunction, LossSum
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.recurrence import Recurrence, owner_of, recognise
+from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far a plan is from a plain loop that retains everything.
+
+    Attributes:
+        loss_error: Relative difference of the losses.
+        state_error: Relative difference of the final states.
+        gradient_errors: Relative difference of each weight's gradient, by name.
+        tolerance: The largest difference that counts as rounding.
+        description: What was compared.
+    """
+
+    loss_error: float
+    state_error: float
+    gradient_errors: dict[str, float]
+    tolerance: float
+    description: str
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest relative difference of a gradient."""
+        return max(self.gradient_errors.values(), default=0.0)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all differences are rounding."""
+        worst = max(self.loss_error, self.state_error, self.max_relative_error)
+        return worst <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "equal to rounding" if self.ok else "DIFFERENT"
+        lines = [f"{self.description}: {verdict} (tolerance {self.tolerance:.1e})"]
+        rows = {"loss": self.loss_error, "final state": self.state_error, **self.gradient_errors}
+        lines += [f"  {name:30s} {error:.1e}" for name, error in rows.items()]
+        return "\n".join(lines)
+
+
+def verify(
+    module: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    init_state: Any = None,
+    *,
+    strategy: object = "auto",
+    executor: str = "replay",
+    per_step: bool | None = None,
+    time_dim: int | None = None,
+    tolerance: float | None = None,
+) -> Verification:
+    """Compare a module under a plan with a plain loop that retains the whole graph.
+
+    Use a short sequence: the plain loop holds all of it. Weights, gradients, buffers and
+    random generators are left as they were. A module with inner dropout over whole segments
+    draws other numbers when it is cut, and differs; set its dropout to 0.
+
+    Args:
+        module: As for `TBPTT`.
+        loss_fn: As for `TBPTT`.
+        inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
+        targets: The same.
+        init_state: The state at the first step.
+        strategy: As for `TBPTT`.
+        executor: As for `TBPTT`.
+        per_step: As for `TBPTT`.
+        time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
+        tolerance: Largest relative difference; the square root of the machine epsilon by
+            default.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+    recurrence = recognise(module, per_step, 0 if time_dim is None else time_dim)
+    time_dim = recurrence.time_dim if time_dim is None else time_dim
+    sequence = TensorSequence(inputs, targets, time_dim)
+    init_state = state_as_leaves(init_state)  # both runs differentiate it
+    named = _named_parameters(module, loss_fn)
+    tensors = [*named.values(), *tensors_of(init_state), *tensors_of(inputs)]
+    with _untouched(recurrence.module, tensors) as start_over:
+        loss, state = _plain_loop(recurrence, LossFunction(loss_fn), sequence, init_state)
+        expected = [_grad(p) for p in named.values()]
+        start_over()
+        window = run_window(
+            module,
+            loss_fn,
+            inputs,
+            targets,
+            init_state,
+            strategy=strategy,
+            executor=executor,
+            per_step=per_step,
+            time_dim=time_dim,
+        )
+        found = [_grad(p) for p in named.values()]
+    planned_loss = torch.zeros_like(loss) if window.loss is None else window.loss
+    return Verification(
+        loss_error=_difference([planned_loss], [loss]),
+        state_error=_difference(tensors_of(window.state), tensors_of(state)),
+        gradient_errors={
+            name: _difference([ours], [theirs])
+            for name, ours, theirs in zip(named, found, expected, strict=True)
+        },
+        tolerance=torch.finfo(loss.dtype).eps ** 0.5 if tolerance is None else tolerance,
+        description=f"{len(sequence)} steps, strategy {strategy}, executor {executor}",
+    )
+
+
+def _plain_loop(
+    recurrence: Recurrence, loss: LossFunction, sequence: TensorSequence, state: Tree
+) -> tuple[Tensor, Tree]:
+    """Everything retained, one backward: the definition of the gradient."""
+    block = StepBlock(0, len(sequence), sequence.inputs, sequence.targets, None, sequence.time_dim)
+    losses = LossSum()
+    with torch.enable_grad():
+        if recurrence.per_step:
+            for inputs, target in zip(block.step_inputs(), block.step_targets(), strict=True):
+                output, state = recurrence.call(inputs, state)
+                loss.add_step(losses, output, target, 1.0)
+        else:
+            outputs, state = recurrence.call(sequence.inputs, state)
+            loss.add_segment(
+                losses, outputs, sequence.targets, None, len(sequence), sequence.time_dim
+            )
+        total = losses.value()
+        assert total is not None, "every step has a target"
+        value = total / losses.weight
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach(), state
+
+
+@contextmanager
+def _untouched(module: object, tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put gradients, buffers and generators back at the end, and whenever asked to."""
+    ambient = Ambient([module], tensors)
+    start, grads = ambient.capture(), [tensor.grad for tensor in tensors if tensor.is_leaf]
+    leaves = [tensor for tensor in tensors if tensor.is_leaf]
+
+    def start_over() -> None:
+        ambient.check_complete()
+        ambient.restore(start)
+        for leaf in leaves:
+            leaf.grad = None
+
+    start_over()
+    try:
+        yield start_over
+    finally:
+        ambient.restore(start)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+
+
+def _named_parameters(*owners: object) -> dict[str, torch.nn.Parameter]:
+    named: dict[str, torch.nn.Parameter] = {}
+    for prefix, owner in zip(("", "loss_fn."), map(owner_of, owners), strict=True):
+        if isinstance(owner, torch.nn.Module):
+            named.update((prefix + name, p) for name, p in owner.named_parameters())
+    return named
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected, all tensors together."""
+    change, size = 0.0, 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        dtype = torch.complex128 if theirs.is_complex() else torch.float64
+        ours, theirs = ours.detach().to(dtype), theirs.detach().to(dtype)
+        change += float((ours - theirs).norm()) ** 2
+        size += float(theirs.norm()) ** 2
+    return 0.0 if change == 0.0 else (change / size) ** 0.5 if size else float("inf")

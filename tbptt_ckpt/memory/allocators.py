@@ -1,0 +1,179 @@
+"""Who tells meters about changes: one source per thread on the CPU, one per accelerator.
+
+Meters may nest and may end in any order: a source hands every change to all that listen.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.memory.native import make_known
+from tbptt_ckpt.memory.recorders import Events, Recorder, new_recorder, require_no_profiler
+from tbptt_ckpt.memory.storages import distinct_storages, live_storages
+
+
+class Listener(Protocol):
+    """What a source reports to."""
+
+    def observe(self, events: Events, reserved_bytes: int | None) -> None:
+        """Take in changes, in order, and the allocator's reserved peak if it has one."""
+
+
+class Source(Protocol):
+    """Reports changes of a device's live bytes to its listeners."""
+
+    def attach(self, listener: Listener, held: object) -> None:
+        """Report everything from now on; `held` as for `peak_memory`."""
+
+    def detach(self, listener: Listener) -> None:
+        """Report everything up to now, and nothing more."""
+
+    def drain(self) -> None:
+        """Report everything up to now."""
+
+    def retries(self) -> int | None:
+        """How often the allocator had to free its cache and try again, ever."""
+
+
+class CpuSource:
+    """Changes made by the CPU allocator for one thread."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+        self._thread = threading.get_ident()
+        self._recorder: Recorder
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether somebody listens."""
+        return bool(self._listeners)
+
+    def attach(self, listener: Listener, held: object) -> None:
+        """Report everything from now on."""
+        older = live_storages() if held is None else distinct_storages(held, grads=True)
+        if self._listeners:
+            self.drain()
+        else:
+            require_no_profiler()
+            _end_recording_in_forks()
+            self._recorder = new_recorder()
+            self._recorder.start()
+        entered = make_known(older)
+        seconds, deltas = self._recorder.drain()
+        # What was entered is no allocation. It is taken off first, so that listeners
+        # from before see a dip and never a spike.
+        self._report((np.append(time.time(), seconds), np.append(-entered, deltas)))
+        self._listeners.append(listener)
+
+    def detach(self, listener: Listener) -> None:
+        """Report everything up to now, and nothing more."""
+        if listener not in self._listeners:
+            return  # a fork's copy of a region: its source was silenced
+        if threading.get_ident() != self._thread:
+            raise TbpttError("peak_memory() was left on another thread than it was entered on")
+        last = len(self._listeners) == 1
+        try:
+            self._report(self._recorder.stop() if last else self._recorder.drain())
+        finally:
+            self._listeners.remove(listener)
+
+    def drain(self) -> None:
+        """Report everything up to now."""
+        if not self._listeners:
+            return
+        try:
+            events = self._recorder.drain()
+        except RuntimeError as error:
+            raise TbpttError(
+                "flush() has to be called on the thread that entered peak_memory(), "
+                "or inside the backward pass that thread started"
+            ) from error
+        self._report(events)
+
+    def retries(self) -> int | None:
+        """The CPU allocator has no cache."""
+        return None
+
+    def silence(self) -> None:
+        """Stop recording and forget all listeners."""
+        if self._listeners:
+            self._listeners.clear()
+            self._recorder.stop()
+
+    def _report(self, events: Events) -> None:
+        for listener in self._listeners:
+            listener.observe(events, None)
+
+
+class AcceleratorSource:
+    """Changes of an accelerator's allocator, from its own statistics.
+
+    Those are counted per process, so every thread's allocations are in them. Reading
+    resets the allocator's peak statistics, the user's view of them included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._listeners: list[Listener] = []
+        self._lock = threading.RLock()
+        self._live = 0
+
+    def attach(self, listener: Listener, held: object) -> None:
+        """Report everything from now on; the allocator counts every free by itself."""
+        with self._lock:
+            self.drain()
+            self._listeners.append(listener)
+
+    def detach(self, listener: Listener) -> None:
+        """Report everything up to now, and nothing more."""
+        with self._lock:
+            self.drain()
+            self._listeners.remove(listener)
+
+    def drain(self) -> None:
+        """Report everything up to now as a rise to the peak and a fall to what is live."""
+        with self._lock:
+            peak = torch.accelerator.max_memory_allocated(self._device)
+            live = torch.accelerator.memory_allocated(self._device)
+            reserved = torch.accelerator.max_memory_reserved(self._device)
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            deltas = np.array([peak - self._live, live - peak], np.int64)
+            self._live = live
+            for listener in self._listeners:
+                listener.observe((np.full(2, time.time()), deltas), reserved)
+
+    def retries(self) -> int | None:
+        """How often the allocator had to free its cache and try again, ever."""
+        return torch.accelerator.memory_stats(self._device).get("num_alloc_retries")
+
+
+_this_thread = threading.local()
+
+
+def cpu_source() -> CpuSource:
+    """The calling thread's source."""
+    source: CpuSource | None = getattr(_this_thread, "source", None)
+    if source is None:
+        source = _this_thread.source = CpuSource()
+    return source
+
+
+@functools.cache
+def accelerator_source(device: torch.device) -> AcceleratorSource:
+    """The device's source."""
+    return AcceleratorSource(device)
+
+
+@functools.cache
+def _end_recording_in_forks() -> None:
+    """A data loader's worker forked inside a region would record for ever, unread."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: cpu_source().silence())

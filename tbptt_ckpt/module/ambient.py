@@ -1,0 +1,158 @@
+"""What a step reads and changes besides its arguments: random generators and buffers.
+
+Both belong to a boundary state: a step that runs again must draw the numbers it drew when
+it was new and find the buffers it found then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
+from tbptt_ckpt.module.recurrence import parameters_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AmbientState:
+    """Generators and buffers at one step.
+
+    States between which nothing was drawn or changed share these parts, or are one
+    object, so that keeping many of them costs nothing.
+    """
+
+    cpu_random: Tensor
+    device_random: tuple[Tensor, ...]
+    buffers: tuple[BufferValue, ...]
+
+
+class Ambient:
+    """Captures and restores the generators of all devices in use and the buffers of modules.
+
+    Args:
+        modules: Whose buffers count; anything that is not an `nn.Module` is passed over.
+        tensors: Name the devices whose generators count, besides the CPU's.
+    """
+
+    def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
+        self._modules = list(modules)
+        self._buffers = find_buffers(self._modules)
+        self._census = BufferCensus(self._modules)
+        self._device_ids, self._device_type, self._examples = _accelerators(tensors)
+        self._last: AmbientState | None = None
+
+    def about_to_run(self) -> None:
+        """Steps run from here on."""
+        for buffer in self._buffers:
+            buffer.about_to_run()
+
+    def capture(self) -> AmbientState:
+        """The present state; the very object returned before where nothing has changed."""
+        cpu_random, device_random = torch.get_rng_state(), self._get_device_states()
+        buffers = tuple(buffer.capture() for buffer in self._buffers)
+        last = self._last
+        if last is not None:
+            cpu_random = _shared(cpu_random, last.cpu_random)
+            device_random = tuple(map(_shared, device_random, last.device_random))
+            unchanged = cpu_random is last.cpu_random and all(
+                new is old
+                for new, old in zip(
+                    (*device_random, *buffers), (*last.device_random, *last.buffers), strict=True
+                )
+            )
+            if unchanged:
+                return last
+        self._last = AmbientState(cpu_random, device_random, buffers)
+        return self._last
+
+    def restore(self, state: AmbientState) -> None:
+        """Put generators and buffers back to `state`."""
+        torch.set_rng_state(state.cpu_random)
+        if self._device_ids:
+            set_device_states(
+                self._device_ids, list(state.device_random), device_type=self._device_type
+            )
+        for buffer, value in zip(self._buffers, state.buffers, strict=True):
+            buffer.restore(value)
+        self._last = state
+
+    def adopt(self, state: AmbientState) -> None:
+        """Put buffers back to `state`, and take the generators to be there already.
+
+        They may since have been used to read the first steps, and then count as changed.
+
+        Raises:
+            ArgumentError: The state is that of a module with other buffers.
+        """
+        if len(state.buffers) != len(self._buffers):
+            raise ArgumentError(
+                f"the module has {len(self._buffers)} buffers, the saved one had "
+                f"{len(state.buffers)}; a saved run goes on with a module of the same buffers"
+            )
+        for buffer, value in zip(self._buffers, state.buffers, strict=True):
+            buffer.restore(value)
+        self._last = state
+
+    def check_complete(self, *, searches: bool = False) -> None:
+        """Raise `ArgumentError` if a module has registered a buffer since this was made.
+
+        Nothing is known of what such a buffer held when its steps were new.
+
+        Args:
+            searches: Look everywhere, whatever the modules that are known say.
+        """
+        new = self._census.search() if searches else self._census.new_buffers()
+        if new:
+            raise ArgumentError(
+                f"module buffer {new[0]!r} was registered while the module ran, so that what it "
+                "held at earlier steps is not known; register it in __init__, as None if its "
+                "value comes later"
+            )
+
+    def _get_device_states(self) -> tuple[Tensor, ...]:
+        return tuple(get_device_states(*self._examples)[1]) if self._examples else ()
+
+
+def _accelerators(tensors: Iterable[Tensor]) -> tuple[list[int], str | None, list[Tensor]]:
+    """Device indices, their type, and a tensor on each accelerator among `tensors`."""
+    examples = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
+    if not examples:
+        return [], None, []
+    found = list(examples.values())
+    return list(get_device_states(*found)[0]), found[0].device.type, found
+
+
+def _shared(new: Tensor, old: Tensor) -> Tensor:
+    return old if torch.equal(new, old) else new
+
+
+@contextmanager
+def in_eval_mode(*owners: object) -> Iterator[None]:
+    """Modules in eval mode; modes, buffers and generators are put back, whatever happens."""
+    with untouched(*owners):
+        for owner in owners:
+            if isinstance(owner, nn.Module):
+                owner.eval()
+        yield
+
+
+@contextmanager
+def untouched(*owners: object) -> Iterator[None]:
+    """Leave modes, buffers and random generators as they were, whatever happens inside."""
+    parts = [part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()]
+    modes = [(part, part.training) for part in parts]
+    ambient = Ambient(owners, parameters_of(*owners))
+    before = ambient.capture()
+    try:
+        yield
+    finally:
+        ambient.restore(before)
+        for part, training in modes:
+            part.training = training
+    ambient.check_complete()

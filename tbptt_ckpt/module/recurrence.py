@@ -1,0 +1,219 @@
+"""What a user's module is: how it is called, over one step or over a segment."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tbptt_ckpt.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """A module together with the way it wants to be called.
+
+    Attributes:
+        module: The user's module, or the callable that was given.
+        call: `(inputs, state) -> (outputs, state)`, over one step or over a segment.
+        per_step: True where `call` takes one step without a time dimension.
+        time_dim: Where a segment module wants time in its inputs and has it in its outputs.
+        lane_dim: Where lanes are in the tensors of its state.
+    """
+
+    module: object
+    call: Callable[[Any, Any], Any]
+    per_step: bool
+    time_dim: int
+    lane_dim: int = 0
+
+
+def owner_of(function: object) -> object:
+    """The module that a bound method or a `functools.partial` calls, otherwise what was given."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else function
+
+
+def recognise(
+    module: object, per_step: bool | None, time_dim: int, lane_dim: int | None = None
+) -> Recurrence:
+    """How to call `module`.
+
+    `nn.RNN/LSTM/GRU` are segment modules whose `time_dim` follows from `batch_first`;
+    their cells are per-step modules that return only a state, and the output is its
+    first tensor. Anything else is per-step unless `per_step=False`.
+
+    The states of `nn.RNN/LSTM/GRU`, [layers, B, H], and of modules that contain one have
+    their lanes on dimension 1, others on 0, unless `lane_dim` says otherwise.
+
+    Raises:
+        ArgumentError: Not callable, bidirectional, or called in a way it cannot be.
+    """
+    if not callable(module):
+        raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
+    if per_step not in (None, True, False):
+        raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
+    if lane_dim is None:
+        lane_dim = 1 if any(_recurrent_layers(module)) else 0
+    if isinstance(module, nn.RNNBase):
+        return _fused_recurrence(module, per_step, lane_dim)
+    if isinstance(module, nn.RNNCellBase):
+        if per_step is False:
+            raise ArgumentError(
+                f"per_step=False does not fit {type(module).__name__}, which runs one step"
+            )
+        return Recurrence(module, _cell_call(module), True, 0, lane_dim)
+    return Recurrence(owner_of(module), module, per_step is not False, time_dim, lane_dim)
+
+
+def _fused_recurrence(module: nn.RNNBase, per_step: bool | None, lane_dim: int) -> Recurrence:
+    name = type(module).__name__
+    if per_step:
+        raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
+    if module.bidirectional:
+        raise ArgumentError(
+            f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
+            "carry from window to window; use bidirectional=False"
+        )
+    return Recurrence(module, module, False, 1 if module.batch_first else 0, lane_dim)
+
+
+def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:
+    def call(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        new_state = cell(inputs, state)
+        return (new_state if isinstance(new_state, Tensor) else new_state[0]), new_state
+
+    return call
+
+
+def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
+    """The `(output, state)` that a call returned, or an error that says what it returned."""
+    if isinstance(result, tuple | list) and len(result) == 2:
+        return result[0], result[1]
+    if isinstance(result, tuple | list):
+        returned = f"{type(result).__name__} of {len(result)}"
+    else:
+        returned = type(result).__name__
+    raise ArgumentError(
+        f"module={_name(recurrence.module)} returned a {returned}; it must return (output, state)"
+    )
+
+
+def check_segment_output(outputs: object, num_steps: int, time_dim: int, module: object) -> None:
+    """Raise `ArgumentError` unless a segment's output has one entry per step."""
+    if not isinstance(outputs, Tensor):
+        return
+    if outputs.dim() > time_dim and outputs.shape[time_dim] == num_steps:
+        return
+    raise ArgumentError(
+        f"module={_name(module)} returned outputs of shape {tuple(outputs.shape)} for "
+        f"{num_steps} steps with time_dim={time_dim}; a segment module returns one output per "
+        "step, a module of one step needs per_step=True"
+    )
+
+
+def parameters_of(*owners: object) -> list[nn.Parameter]:
+    """The distinct parameters of all the modules, or their methods, among `owners`."""
+    found: dict[int, nn.Parameter] = {}
+    for owner in map(owner_of, owners):
+        if isinstance(owner, nn.Module):
+            found.update((id(p), p) for p in owner.parameters())
+    return list(found.values())
+
+
+def check_differentiable(module: object, device_types: Iterable[str] | None = None) -> None:
+    """Raise `ArgumentError` for cuDNN recurrent layers in eval mode.
+
+    cuDNN keeps what its backward needs only in training mode (pytorch issue 15788), and
+    the error it raises otherwise comes late and names another call.
+
+    Args:
+        module: The user's module.
+        device_types: Where its weights are; read from them if None.
+    """
+    for name, layer in _recurrent_layers(module):
+        types = device_types or {p.device.type for p in layer.parameters()}
+        if not layer.training and "cuda" in types and torch.backends.cudnn.enabled:
+            raise ArgumentError(
+                f"module: {name or type(layer).__name__} is a cuDNN nn.{type(layer).__name__} in "
+                "eval mode, which cannot be differentiated; call .train() on it (with dropout=0 "
+                "if it must not drop), or disable cuDNN with torch.backends.cudnn.enabled = False"
+            )
+
+
+def check_autocast(module: object, dtype: torch.dtype | None) -> None:
+    """Raise `ArgumentError` for an `nn.LSTM` that this CPU cannot run under autocast.
+
+    torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
+    whose error names neither.
+
+    Args:
+        module: The user's module.
+        dtype: The dtype of autocast; None for no autocast.
+    """
+    if dtype is None:
+        return
+    for name, layer in _recurrent_layers(module):
+        on_cpu = any(parameter.device.type == "cpu" for parameter in layer.parameters())
+        if isinstance(layer, nn.LSTM) and on_cpu and not _cpu_runs_lstm(dtype):
+            raise ArgumentError(
+                f"autocast_dtype={dtype} does not fit module: torch cannot run "
+                f"{name or 'it'}, an nn.LSTM, under it on this CPU; use full precision "
+                "(autocast_dtype=None, --dtype float32), nn.GRU or nn.LSTMCell"
+            )
+
+
+@functools.cache
+def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
+    lstm = nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # draws no random numbers
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            lstm(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_initialised(name: str, module: object) -> None:
+    """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet.
+
+    Args:
+        name: The argument's name.
+        module: The user's module.
+    """
+    owner = owner_of(module)
+    if isinstance(owner, nn.Module):
+        for path, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
+            if is_lazy(tensor):
+                raise ArgumentError(
+                    f"{name}: {path!r} belongs to a lazy layer that has not run, so that it has "
+                    "no shape yet; run one step of the module first"
+                )
+
+
+def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
+    owner = owner_of(module)
+    if isinstance(owner, nn.Module):
+        for name, layer in owner.named_modules():
+            if isinstance(layer, nn.RNNBase):
+                yield name, layer
+
+
+def _name(module: object) -> str:
+    return getattr(module, "__name__", type(module).__name__)
+
+
+def device_of(parameters: list[nn.Parameter]) -> torch.device:
+    """Where the weights are; the CPU where there are none."""
+    return parameters[0].device if parameters else torch.device("cpu")
+
+
+def _time_dim(module: object, per_step: bool | None, time_dim: int | None) -> int:
+    return recognise(module, per_step, 0).time_dim if time_dim is None else time_dim

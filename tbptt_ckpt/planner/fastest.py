@@ -1,0 +1,252 @@
+"""`plan`: from costs and a byte budget to the fastest plan of a window."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, check_positive_int
+from tbptt_ckpt.planner.bounds import SecondsBound
+from tbptt_ckpt.planner.feasibility import Demand, certain_budget, largest_steps, smallest_budget
+from tbptt_ckpt.planner.predictions import Prediction, advance_peak, advance_seconds, predict
+from tbptt_ckpt.planner.search import fastest_nestings, is_exact
+from tbptt_ckpt.schedule.actions import usual_advance_steps
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.nesting import Nesting
+from tbptt_ckpt.schedule.plan import Plan, plan_window, run_length_coded
+from tbptt_ckpt.schedule.simulator import simulate
+from tbptt_ckpt.schedule.strategies import Retain, parse_strategy
+from tbptt_ckpt.schedule.stretch import Block
+
+OPTIMAL = "optimal"
+
+_MOST_MADE = 32  # plans for one window; two to eight are usual
+
+
+def plan(
+    num_steps: int,
+    costs: Costs,
+    *,
+    budget_bytes: int | None = None,
+    strategy: object = OPTIMAL,
+    new_steps: int = 0,
+    joints: Sequence[int] = (),
+    recorded_states: int = 0,
+    first: int = 0,
+) -> Plan:
+    """The plan of one window that takes the least predicted seconds within a byte budget.
+
+    It is made without writing its actions: ten million steps take a fraction of a second.
+
+    Args:
+        num_steps: Steps to differentiate: k2, fewer in the first windows.
+        costs: What steps and states take.
+        budget_bytes: Peak of device memory, everything included; None sets no limit.
+        strategy: "optimal", or a fixed strategy as for `TBPTT`, whose bytes and seconds are
+            predicted and held against the budget.
+        new_steps: Steps that no window before has run. Where they are more than `num_steps`
+            (k2 < k1), those before only advance.
+        joints: Steps, counted from the first one differentiated, whose states are given
+            (stale overlap). Blocks are cut there.
+        recorded_states: States that exist throughout beside the fixed part of the costs.
+        first: Step of the window's first state, from which the plan counts.
+
+    Raises:
+        ArgumentError: A number that cannot work.
+        InfeasibleBudgetError: No schedule, or not the fixed one, fits the budget.
+        ScheduleError: A user's schedule that does not differentiate the window.
+
+    References:
+        Griewank & Walther (2000), doi:10.1145/347837.347846, whose recursion is the case of
+        one-step leaves.
+    """
+    _check(num_steps, budget_bytes, new_steps, joints, recorded_states)
+    lengths = tuple(b - a for a, b in pairwise([0, *joints, num_steps]))
+    demand = Demand(lengths, new_steps, recorded_states)
+    if strategy == OPTIMAL:
+        return _fastest(demand, costs, budget_bytes).at(first)
+    start = first + demand.lead_steps
+    placed = [start + joint for joint in joints]
+    chosen = parse_strategy(strategy)
+    fixed = plan_window(chosen, first, start, start + num_steps, placed)
+    return _within(fixed, demand, costs, budget_bytes, placed)
+
+
+def _check(
+    num_steps: int,
+    budget_bytes: int | None,
+    new_steps: int,
+    joints: Sequence[int],
+    recorded_states: int,
+) -> None:
+    check_positive_int("num_steps", num_steps)
+    for name, number in (("new_steps", new_steps), ("recorded_states", recorded_states)):
+        if number != 0:
+            check_positive_int(name, number, "0")
+    if budget_bytes is not None:
+        check_positive_int("budget_bytes", budget_bytes, "None (no limit)")
+    if any(b <= a for a, b in pairwise([0, *joints, num_steps])):
+        raise ArgumentError(f"joints={list(joints)} must be in order within 1..{num_steps - 1}")
+    if joints and new_steps > num_steps:
+        raise ArgumentError(
+            f"joints={list(joints)} do not go with new_steps={new_steps} above num_steps="
+            f"{num_steps}: a window with steps that only advance has no recorded states inside"
+        )
+
+
+def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
+    """The fastest of the plans made for budgets up to the given one.
+
+    NOTE [More bytes never cost more seconds]
+    A plan made for more bytes may be slower than one made for fewer, by a call or two: leaves
+    have whole steps. So plans are made for certain budgets only, the same whatever is asked
+    for, and the fastest made for any of them up to the given one is taken. Few have to be
+    looked at, since below some budget no plan can be as fast as one that is known.
+    """
+    enough_bytes = _enough_bytes(demand, costs)
+    budget_bytes = enough_bytes if budget_bytes is None else min(budget_bytes, enough_bytes)
+    if not demand.fits(budget_bytes, costs):
+        raise _infeasible(demand, costs, budget_bytes)
+    if is_exact(demand):
+        return _made_for(budget_bytes, demand, costs)
+    best = _made_for(enough_bytes, demand, costs)
+    seconds, most_bytes = best.predicted_seconds or 0.0, best.predicted_peak_bytes or 0
+    if most_bytes > budget_bytes:
+        seconds, most_bytes = math.inf, budget_bytes
+    bound, smallest_bytes = SecondsBound(demand, costs), smallest_budget(demand, costs)
+    for _ in range(_MOST_MADE):
+        if most_bytes < smallest_bytes:
+            break
+        less_bytes = certain_budget(smallest_bytes, most_bytes)
+        free_bytes = demand.free_bytes(less_bytes, costs)
+        if bound.rules_out(seconds, free_bytes):
+            break
+        found = _made_for(less_bytes, demand, costs)
+        if (found.predicted_seconds or 0.0) < seconds:
+            best, seconds = found, found.predicted_seconds or 0.0
+        most_bytes = less_bytes - (free_bytes - bound.fewest_alike(free_bytes)) - 1
+    return best
+
+
+def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> Plan:
+    """A plan that uses so many bytes well."""
+    nestings = fastest_nestings(demand.lengths, demand.free_bytes(budget_bytes, costs), costs)
+    blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
+    planned = Plan(OPTIMAL, 0, demand.lead_steps, blocks, 1)
+    cut = _within(planned, demand, costs, budget_bytes, ())
+    if len(demand.lengths) == 1:
+        return cut
+    # A leaf over all blocks saves their calls.
+    leaf = Retain().nesting(demand.num_steps, demand.num_steps)
+    whole = replace(planned, blocks=(Block(demand.num_steps, leaf),))
+    if _predict_blocks(whole, demand, costs, 1).peak_bytes > budget_bytes:
+        return cut
+    whole = _within(whole, demand, costs, budget_bytes, ())
+    return min(cut, whole, key=lambda found: found.predicted_seconds or 0.0)
+
+
+def _enough_bytes(demand: Demand, costs: Costs) -> int:
+    """A budget beyond which more change nothing."""
+    steps = demand.num_steps + demand.lead_steps
+    leaf = costs.leaf_bytes(steps) + costs.advance_bytes(steps) + costs.update_bytes
+    if costs.last_leaf_bytes is not None:
+        leaf += costs.last_leaf_bytes(steps)
+    return demand.base_bytes(costs) + int(leaf) + 1 + (steps + 1) * costs.state_bytes
+
+
+def _within(
+    planned: Plan,
+    demand: Demand,
+    costs: Costs,
+    budget_bytes: int | None,
+    joints: Sequence[int],
+) -> Plan:
+    """The plan with its predictions, its advances in calls that fit the budget."""
+
+    def prediction(advance_steps: int) -> Prediction:
+        if all(isinstance(block.how, Nesting) for block in planned.blocks):
+            return _predict_blocks(planned, demand, costs, advance_steps)
+        simulation = simulate(
+            planned.schedule,
+            costs,
+            given=joints,
+            recorded_states=demand.recorded_states,
+            advance_steps=advance_steps,
+        )
+        return Prediction(simulation.peak_bytes, simulation.seconds)
+
+    usual = usual_advance_steps(planned.longest_leaf)
+    advance_steps, found = _largest_fitting(usual, prediction, budget_bytes)
+    if budget_bytes is not None and found.peak_bytes > budget_bytes:
+        raise _strategy_misses(planned.strategy, found.peak_bytes, demand, costs, budget_bytes)
+    return replace(
+        planned,
+        advance_steps=advance_steps,
+        predicted_peak_bytes=found.peak_bytes,
+        predicted_seconds=found.seconds,
+    )
+
+
+def _largest_fitting(
+    usual: int, prediction: Callable[[int], Prediction], budget_bytes: int | None
+) -> tuple[int, Prediction]:
+    """The longest calls of an advance that fit, and what they give; or the shortest."""
+    found = prediction(usual)
+    if budget_bytes is None or found.peak_bytes <= budget_bytes:
+        return usual, found
+
+    def misses(advance_steps: int) -> bool:
+        return prediction(advance_steps).peak_bytes > budget_bytes
+
+    advance_steps = max(1, bisect_left(range(1, usual), True, key=misses))
+    return advance_steps, prediction(advance_steps)
+
+
+def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: int) -> Prediction:
+    """All blocks and the lead; the last block ends the window."""
+    peaks, seconds = [costs.update_bytes], 0.0
+    lead_state = 0
+    if demand.lead_steps:
+        peaks.append(advance_peak(costs, demand.lead_steps, advance_steps))
+        seconds += advance_seconds(costs, demand.lead_steps, advance_steps)
+        lead_state = costs.state_bytes
+    for index, block in enumerate(reversed(planned.blocks)):
+        assert isinstance(block.how, Nesting), "others are simulated"
+        for is_last, count in (
+            ((True, 1), (False, block.count - 1)) if not index else ((False, block.count),)
+        ):
+            if count:
+                one = predict(block.how, costs, advance_steps, is_last=is_last)
+                peaks.append(lead_state + one.peak_bytes)
+                seconds += count * one.seconds
+    return Prediction(demand.base_bytes(costs) + max(peaks), seconds)
+
+
+def _infeasible(demand: Demand, costs: Costs, budget_bytes: int) -> InfeasibleBudgetError:
+    smallest = smallest_budget(demand, costs)
+    most = largest_steps(demand, budget_bytes, costs)
+    lower = f"reach back at most {most:,} steps" if most else "no number of steps fits this one"
+    return InfeasibleBudgetError(
+        f"no schedule meets budget_bytes={budget_bytes:,} for {demand.num_steps:,} steps; the "
+        f"smallest that works for them is {smallest:,} bytes, or {lower}",
+        smallest_budget_bytes=smallest,
+        optimal_budget_bytes=smallest,
+        largest_steps=most,
+    )
+
+
+def _strategy_misses(
+    strategy: str, needed_bytes: int, demand: Demand, costs: Costs, budget_bytes: int
+) -> InfeasibleBudgetError:
+    smallest = smallest_budget(demand, costs)
+    return InfeasibleBudgetError(
+        f"strategy={strategy!r} needs {needed_bytes:,} bytes for {demand.num_steps:,} steps, above "
+        f"budget_bytes={budget_bytes:,}; raise it, or use strategy='optimal', which works from "
+        f"{smallest:,} bytes",
+        smallest_budget_bytes=needed_bytes,
+        optimal_budget_bytes=smallest,
+        largest_steps=largest_steps(demand, budget_bytes, costs),
+    )

@@ -1,0 +1,49 @@
+"""What time each megabyte buys: plans from the smallest budget to keeping everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tbptt_ckpt.errors import check_positive_int
+from tbptt_ckpt.planner.fastest import plan
+from tbptt_ckpt.planner.feasibility import Demand, smallest_budget
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One budget.
+
+    Attributes:
+        budget_bytes: The budget.
+        plan: The fastest plan within it.
+    """
+
+    budget_bytes: int
+    plan: Plan
+
+
+def budget_ladder(num_steps: int, costs: Costs, *, count: int = 10) -> list[Rung]:
+    """The fastest plans at `count` budgets, each larger than the last by the same factor.
+
+    The factor applies to what is above the fixed part. Near the smallest budget a long window
+    runs its steps very often, and its plan takes seconds to make.
+
+    Args:
+        num_steps: Steps to differentiate.
+        costs: What steps and states take.
+        count: Budgets, the smallest and the one that keeps everything included.
+    """
+    check_positive_int("count", count)
+    demand = Demand((num_steps,))
+    least = smallest_budget(demand, costs)
+    most = plan(num_steps, costs, strategy="retain").predicted_peak_bytes
+    assert most is not None, "costs were given"
+    fixed = demand.base_bytes(costs)
+    low, high = max(1, least - fixed), max(1, most - fixed)
+    budgets = {least, most}
+    for step in range(1, count - 1):
+        budgets.add(fixed + round(low * (high / low) ** (step / (count - 1))))
+    chosen = sorted(budget for budget in budgets if least <= budget <= most)
+    return [Rung(budget, plan(num_steps, costs, budget_bytes=budget)) for budget in chosen]

@@ -1,0 +1,1 @@
+"""Schedules as data: windows, actions, nestings, plans, and what they cost; pure."""

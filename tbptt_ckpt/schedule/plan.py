@@ -1,0 +1,214 @@
+"""A plan: how one window is run, and what that is predicted to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+from tbptt_ckpt.errors import ScheduleError
+from tbptt_ckpt.schedule.actions import (
+    Action,
+    Advance,
+    Drop,
+    Keep,
+    Schedule,
+    check_schedule,
+    moved,
+    usual_advance_steps,
+)
+from tbptt_ckpt.schedule.nesting import Nesting
+from tbptt_ckpt.schedule.strategies import NestedStrategy, Retain, Strategy
+from tbptt_ckpt.schedule.stretch import Block, _plain_block, _read_block
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one window is run.
+
+    It is small however long the window: equal segments are written once. Plans can be
+    compared, printed, and written as JSON.
+
+    Attributes:
+        strategy: The name of the strategy that chose it.
+        first: Step of the window's first state.
+        lead_steps: Steps from there that only advance.
+        blocks: The rest, in time order. Blocks are run from the last to the first.
+        advance_steps: Most steps of one call of a segment module in an advance.
+        predicted_peak_bytes: Peak of device memory, everything included; None without costs.
+        predicted_seconds: Time; None without costs.
+    """
+
+    strategy: str
+    first: int
+    lead_steps: int
+    blocks: tuple[Block, ...]
+    advance_steps: int
+    predicted_peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are differentiated."""
+        return sum(block.count * block.steps for block in self.blocks)
+
+    @cached_property
+    def executed_steps(self) -> int:
+        """Module steps that run: advanced ones plus differentiated ones."""
+        return self.lead_steps + sum(b.count * b.executed_steps for b in self.blocks)
+
+    @cached_property
+    def longest_leaf(self) -> int:
+        """Steps of the longest leaf."""
+        return max(block.longest_leaf for block in self.blocks)
+
+    @cached_property
+    def num_boundaries(self) -> int:
+        """The most states at once, those that leaves start from included.
+
+        The window's first state and recorded ones exist anyway and are not counted.
+        """
+        return bool(self.lead_steps) + max(block.num_boundaries for block in self.blocks)
+
+    @cached_property
+    def num_leaves(self) -> int:
+        """Leaves of the window."""
+        return sum(block.count * block.num_leaves for block in self.blocks)
+
+    @cached_property
+    def num_levels(self) -> int:
+        """The most often that a step is advanced; leads are not counted."""
+        return max(block.num_levels for block in self.blocks)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The actions, made on demand."""
+        length = sum(block.count * block.num_actions for block in self.blocks)
+        if self.lead_steps:
+            length += 1 if self._is_one_leaf else 3
+        return Schedule(self._actions, length)
+
+    def at(self, first: int) -> Plan:
+        """The same plan for a window whose first state stands at another step."""
+        if first == self.first:
+            return self
+        return Plan(
+            self.strategy,
+            first,
+            self.lead_steps,
+            self.blocks,
+            self.advance_steps,
+            self.predicted_peak_bytes,
+            self.predicted_seconds,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "strategy": self.strategy,
+            "first": self.first,
+            "lead_steps": self.lead_steps,
+            "blocks": [_plain_block(block) for block in self.blocks],
+            "advance_steps": self.advance_steps,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "predicted_seconds": self.predicted_seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            ScheduleError: Anything else.
+        """
+        try:
+            blocks = tuple(_read_block(block) for block in plain["blocks"])
+            return cls(**{**plain, "blocks": blocks})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ScheduleError(f"not a plan: {error!r}") from error
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.strategy}: {self.num_steps:,} steps, {self.executed_steps:,} executed",
+            f"leaves up to {self.longest_leaf:,}",
+            f"{self.num_boundaries:,} states",
+        ]
+        if self.predicted_peak_bytes is not None and self.predicted_seconds is not None:
+            parts.append(f"{self.predicted_peak_bytes:,} bytes")
+            parts.append(f"{self.predicted_seconds:.3g} s predicted")
+        return ", ".join(parts)
+
+    @property
+    def _is_one_leaf(self) -> bool:
+        return len(self.blocks) == 1 and self.blocks[0].count == 1 and self.blocks[0].is_leaf
+
+    def _actions(self) -> Iterator[Action]:
+        start = self.first + self.lead_steps
+        if self.lead_steps:
+            yield Advance(self.first, start)
+        keeps_start = self.lead_steps and not self._is_one_leaf
+        if keeps_start:  # a single leaf begins with the working state
+            yield Keep(start)
+        stop = start + self.num_steps
+        for block in reversed(self.blocks):
+            for _ in range(block.count):
+                stop -= block.steps
+                yield from block.actions(stop)
+        if keeps_start:
+            yield Drop(start)
+
+
+def plan_window(
+    strategy: Strategy, first: int, start: int, stop: int, joints: Sequence[int] = ()
+) -> Plan:
+    """The plan of one window under a strategy that needs no costs.
+
+    Args:
+        strategy: How stretches are scheduled.
+        first: Step of the window's first state; the steps up to `start` only advance.
+        start: First step to differentiate.
+        stop: End of the window.
+        joints: Steps inside the window whose states are given (stale overlap). The blocks
+            between them are scheduled one by one, the last first, since none of them needs
+            the advance of the one before.
+
+    Raises:
+        ScheduleError: A user's schedule that does not differentiate the window.
+    """
+    if isinstance(strategy, Retain):
+        joints = ()  # one leaf, whatever lies inside
+    edges = [start, *joints, stop]
+    if isinstance(strategy, NestedStrategy):
+        lengths = tuple(end - begin for begin, end in pairwise(edges))
+        return _nested_plan(strategy, start - first, lengths).at(first)
+    blocks = [_written_block(strategy, *edge, stop - start) for edge in pairwise(edges)]
+    plan = _plan_of_blocks(strategy, start - first, blocks).at(first)
+    check_schedule(plan.schedule, first, start, stop, joints)
+    return plan
+
+
+def _nested_plan(strategy: NestedStrategy, lead_steps: int, lengths: tuple[int, ...]) -> Plan:
+    """The plan of a window that begins at step 0, with blocks of the given lengths."""
+    num_steps = sum(lengths)
+    stretches = ((steps, strategy.nesting(steps, num_steps)) for steps in lengths)
+    return _plan_of_blocks(strategy, lead_steps, run_length_coded(stretches))
+
+
+def _plan_of_blocks(strategy: Strategy, lead_steps: int, blocks: Sequence[Block]) -> Plan:
+    longest = max(block.longest_leaf for block in blocks)
+    return Plan(str(strategy), 0, lead_steps, tuple(blocks), usual_advance_steps(longest))
+
+
+def run_length_coded(stretches: Iterable[tuple[int, Nesting]]) -> tuple[Block, ...]:
+    """Blocks of neighbouring stretches, (steps, nesting) each, in time order."""
+    groups = groupby(stretches)
+    return tuple(Block(*stretch, count=len(list(group))) for stretch, group in groups)
+
+
+def _written_block(strategy: Strategy, start: int, stop: int, window_steps: int) -> Block:
+    def relative() -> Iterator[Action]:
+        return (moved(a, -start) for a in strategy.actions(start, stop, window_steps))
+
+    return Block(stop - start, Schedule(relative))

@@ -1,0 +1,246 @@
+"""How a schedule is chosen when no byte budget is involved.
+
+Every strategy differentiates the same steps and so gives the same gradient; they differ
+in how many states they keep, how long a leaf is, and how often a step runs again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from tbptt_ckpt.errors import ArgumentError, ScheduleError, check_positive_int
+from tbptt_ckpt.schedule.actions import Action, Differentiate, check_schedule, moved
+from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
+from tbptt_ckpt.schedule.revolve import revolve_nesting, uniform_nesting
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Chooses the schedule of one stretch of steps that begins at a given state."""
+
+    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """Actions that differentiate `[start, stop)`, part of a window of `window_steps` steps."""
+        ...
+
+
+class NestedStrategy:
+    """A strategy that answers with a nesting, compact however long the stretch."""
+
+    __slots__ = ()
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """How `steps` steps are differentiated, part of a window of `window_steps` steps."""
+        raise NotImplementedError
+
+    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """The nesting's actions."""
+        return self.nesting(stop - start, window_steps).actions(start)
+
+
+@dataclass(frozen=True, slots=True)
+class Retain(NestedStrategy):
+    """Everything in one leaf: plain BPTT, the most memory and no step run twice."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """One leaf."""
+        builder = NestingBuilder()
+        return builder.build(builder.leaf(steps))
+
+    def __str__(self) -> str:
+        return "retain"
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform(NestedStrategy):
+    """Leaves of a fixed number of steps; every step but those of the last leaf runs twice."""
+
+    leaf_steps: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("leaf_steps", self.leaf_steps)
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """Advance leaf by leaf, keep each leaf's first state, then differentiate backwards."""
+        return uniform_nesting(steps, self.leaf_steps)
+
+    def __str__(self) -> str:
+        return f"uniform:{self.leaf_steps}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step(NestedStrategy):
+    """A boundary state at every step: the smallest leaf, and as many states as steps."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """Leaves of one step."""
+        return uniform_nesting(steps, 1)
+
+    def __str__(self) -> str:
+        return "step"
+
+
+@dataclass(frozen=True, slots=True)
+class Sqrt(NestedStrategy):
+    """Leaves of ceil(sqrt(window steps)): about as many states as steps in a leaf."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """Uniform leaves whose length follows from the window's."""
+        return uniform_nesting(steps, math.isqrt(window_steps - 1) + 1)
+
+    def __str__(self) -> str:
+        return "sqrt"
+
+
+# Measuring what a step takes runs as many steps as a window of this length has.
+SHORT_WINDOW_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Auto(NestedStrategy):
+    """The fastest plan for the free memory, from measured costs.
+
+    Where nothing is measured, short windows are retained and others are cut as by `Sqrt`.
+    """
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """What is done without costs."""
+        is_short = window_steps <= SHORT_WINDOW_STEPS
+        return (Retain() if is_short else Sqrt()).nesting(steps, window_steps)
+
+    def __str__(self) -> str:
+        return "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Optimal(NestedStrategy):
+    """The fastest plan within a byte budget, from measured costs."""
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """There is none without costs."""
+        raise ArgumentError(
+            "strategy='optimal' needs measured costs, which TBPTT makes; elsewhere give the "
+            "strategy that `plan` found, or a fixed one such as 'sqrt'"
+        )
+
+    def __str__(self) -> str:
+        return "optimal"
+
+
+@dataclass(frozen=True, slots=True)
+class Revolve(NestedStrategy):
+    """One-step leaves from at most `num_states` kept states, in the fewest executed steps.
+
+    The window's first state is one of them; the working state of the leaf that is being
+    differentiated is not. Use it where steps are large and states few; for cheap steps
+    the calls of one step each cost more than they save.
+
+    References:
+        Griewank & Walther (2000), doi:10.1145/347837.347846.
+    """
+
+    num_states: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_states", self.num_states)
+
+    def nesting(self, steps: int, window_steps: int) -> Nesting:
+        """The binomial schedule."""
+        return revolve_nesting(steps, self.num_states)
+
+    def __str__(self) -> str:
+        return f"revolve:{self.num_states}"
+
+
+@dataclass(frozen=True, slots=True)
+class UserSchedule:
+    """A schedule that the user wrote, for windows of one length, counted from step 0."""
+
+    relative: tuple[Action, ...]
+
+    def __post_init__(self) -> None:
+        check_schedule(self.relative, 0, 0, self._covered())
+
+    def _covered(self) -> int:
+        return max((a.stop for a in self.relative if isinstance(a, Differentiate)), default=0)
+
+    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """The user's actions, moved to the window's start."""
+        covered = self._covered()
+        if covered != stop - start:
+            raise ScheduleError(
+                f"the schedule given as strategy covers {covered} steps, "
+                f"the window [{start}, {stop}) has {stop - start}; "
+                "pass a function of (start, stop) to serve windows of several lengths"
+            )
+        for action in self.relative:
+            yield moved(action, start)
+
+    def __str__(self) -> str:
+        return "user schedule"
+
+
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """A function of `(start, stop)` that returns the actions of that window."""
+
+    make: Callable[[int, int], Sequence[Action]]
+
+    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """What the user's function returns."""
+        actions = self.make(start, stop)
+        if not isinstance(actions, Sequence):
+            raise ScheduleError(
+                f"the function given as strategy returned {type(actions).__name__} for "
+                f"[{start}, {stop}); it must return a list of actions such as Differentiate(0, 5)"
+            )
+        return iter(actions)
+
+    def __str__(self) -> str:
+        return "user schedule"
+
+
+_NAMED: dict[str, Callable[[], Strategy]] = {
+    "auto": Auto,
+    "optimal": Optimal,
+    "retain": Retain,
+    "sqrt": Sqrt,
+    "step": Step,
+}
+_NUMBERED: dict[str, Callable[[int], Strategy]] = {"uniform": Uniform, "revolve": Revolve}
+
+
+def parse_strategy(strategy: object) -> Strategy:
+    """The strategy a user means: a name, `"uniform:32"`, an object, actions, or a function.
+
+    Raises:
+        ArgumentError: None of these.
+    """
+    if isinstance(strategy, str):
+        return _parse_name(strategy)
+    if isinstance(strategy, type):
+        raise ArgumentError(f"strategy={strategy!r} is a class, not {_WHAT_WORKS}")
+    if isinstance(strategy, Strategy):
+        return strategy
+    if isinstance(strategy, Sequence):
+        return UserSchedule(tuple(strategy))
+    if callable(strategy):
+        return UserFunction(strategy)
+    raise ArgumentError(f"strategy={strategy!r} is not {_WHAT_WORKS}")
+
+
+_WHAT_WORKS = (
+    "one of 'auto', 'optimal', 'retain', 'sqrt', 'step', 'uniform:LENGTH', 'revolve:STATES', "
+    "an object such as Uniform(32), a list of actions, or a function of (start, stop)"
+)
+
+
+def _parse_name(text: str) -> Strategy:
+    name, colon, number = text.partition(":")
+    if not colon and name in _NAMED:
+        return _NAMED[name]()
+    if name in _NUMBERED and number.isascii() and number.isdigit() and int(number) >= 1:
+        return _NUMBERED[name](int(number))
+    raise ArgumentError(f"strategy={text!r} is not {_WHAT_WORKS}")

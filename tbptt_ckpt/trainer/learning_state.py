@@ -1,0 +1,162 @@
+"""Everything of a training run but its windows, as plain data and back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.recurrence import owner_of
+from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
+
+
+def modules_of(settings: Settings) -> dict[str, nn.Module]:
+    """The modules whose weights are trained or whose buffers change."""
+    owners = {
+        "module": settings.recurrence.module,
+        "loss": owner_of(settings.loss_function.loss_fn),
+    }
+    return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
+
+
+def learning_state(settings: Settings) -> dict[str, Any]:
+    """Weights, buffers, optimizer, schedule and scale; the tensors are the run's own."""
+    updater, modules = settings.updater, modules_of(settings)
+    state: dict[str, Any] = {
+        "modules": {name: _module_state(module) for name, module in modules.items()},
+        "loose": [parameter.detach() for parameter in _loose_parameters(settings, modules)],
+        "grads": [p.grad for p in _parameters(settings)] if updater.accumulates else None,
+    }
+    for name, owner in _stateful(settings).items():
+        state[name] = None if owner is None else owner.state_dict()
+    return state
+
+
+def load_learning_state(settings: Settings, state: Mapping[str, Any]) -> None:
+    """Put back what `learning_state` gave.
+
+    Raises:
+        ArgumentError: It belongs to other modules or another optimizer; nothing has changed.
+    """
+    modules, loose = modules_of(settings), _loose_parameters(settings, modules_of(settings))
+    for name, module in modules.items():
+        _check_fits(name, module, state["modules"].get(name))
+    if [p.shape for p in loose] != [tensor.shape for tensor in state["loose"]]:
+        raise ArgumentError("the snapshot's optimizer has other parameters than this one")
+    owners = _stateful(settings)
+    for name, owner in owners.items():
+        if (owner is None) != (state[name] is None):
+            has, lacks = ("this run", "snapshot") if owner is not None else ("snapshot", "this run")
+            raise ArgumentError(f"the {has} has a {name}, the {lacks} has none")
+    for name, module in modules.items():
+        _load_module(module, state["modules"][name])
+    with torch.no_grad():
+        for parameter, tensor in zip(loose, state["loose"], strict=True):
+            parameter.copy_(tensor)
+    for name, owner in owners.items():
+        if owner is not None:
+            _load_owner(name, owner, state[name])
+    if state["grads"] is not None:
+        for parameter, grad in zip(_parameters(settings), state["grads"], strict=True):
+            parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def restored_state(state: Tree, saved: Sequence[Mapping[str, Any]]) -> Tree:
+    """The first state of a pass with the values it had; its own learned tensors are kept.
+
+    Raises:
+        ArgumentError: It has other tensors than the one that was saved.
+    """
+    tensors = tensors_of(state)
+    if [t.shape for t in tensors] != [item["value"].shape for item in saved]:
+        raise ArgumentError(
+            f"init_state has tensors {[tuple(t.shape) for t in tensors]}, that of the snapshot "
+            f"{[tuple(item['value'].shape) for item in saved]}"
+        )
+    restored = []
+    for tensor, item in zip(tensors, saved, strict=True):
+        if tensor.requires_grad and tensor.is_leaf:
+            with torch.no_grad():
+                tensor.copy_(item["value"])
+            tensor.grad = item["grad"]
+        restored.append(tensor if tensor.requires_grad else item["value"].to(tensor.device))
+    return replace_tensors(state, restored)
+
+
+def _stateful(settings: Settings) -> dict[str, Any]:
+    updater = settings.updater
+    return {
+        "optimizer": updater.optimizer,
+        "scheduler": updater.scheduler,
+        "scaler": updater.scaler,
+    }
+
+
+def _parameters(settings: Settings) -> list[Tensor]:
+    return [*settings.parameters, *_loose_parameters(settings, modules_of(settings))]
+
+
+def _loose_parameters(settings: Settings, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    """The optimizer's parameters that belong to no module."""
+    owned = {id(p) for module in modules.values() for p in module.parameters()}
+    return [p for p in settings.updater.optimized() if id(p) not in owned]
+
+
+def _module_state(module: nn.Module) -> dict[str, Any]:
+    state = module.state_dict()
+    others = {name: b for name, b in module.named_buffers() if name not in state}
+    metadata = getattr(state, "_metadata", {})
+    return {"state": dict(state), "metadata": dict(metadata), "other_buffers": others}
+
+
+def _check_fits(name: str, module: nn.Module, stored: Mapping[str, Any] | None) -> None:
+    here = {key: _shape(value) for key, value in module.state_dict().items()}
+    there = None
+    if stored is not None:  # a buffer that is None here is set by a step, and was there
+        unset = _unset_buffers(module)
+        there = {k: _shape(v) for k, v in stored["state"].items() if k not in unset}
+    if here != there:
+        different = sorted(set(here.items()) ^ set((there or {}).items()), key=str)[:3]
+        raise ArgumentError(
+            f"the snapshot is of another {name}: they differ in "
+            + ", ".join(f"{key} {shape}" for key, shape in different)
+        )
+
+
+def _shape(value: Any) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _load_module(module: nn.Module, stored: Mapping[str, Any]) -> None:
+    state = OrderedDict(stored["state"])
+    state._metadata = stored["metadata"]  # type: ignore[attr-defined]
+    values = {**state, **stored["other_buffers"]}
+    for path, (owner, name) in _unset_buffers(module).items():
+        if path in values:
+            owner._buffers[name] = values[path].clone()
+    module.load_state_dict(state)
+    buffers = dict(module.named_buffers())
+    for name, value in stored["other_buffers"].items():
+        buffers[name].copy_(value)
+
+
+def _unset_buffers(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The buffers that are None, by their full names."""
+    return {
+        f"{path}.{name}" if path else name: (owner, name)
+        for path, owner in module.named_modules()
+        for name, tensor in owner._buffers.items()
+        if tensor is None
+    }
+
+
+def _load_owner(name: str, owner: Any, stored: Any) -> None:
+    try:
+        owner.load_state_dict(stored)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ArgumentError(f"the snapshot is of another {name}: {error}") from error

@@ -1,0 +1,1 @@
+"""Updates of the weights: one per window or group of windows, and how to take one back."""

@@ -1,0 +1,71 @@
+"""Several windows whose gradients make up one update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from tbptt_ckpt.errors import check_positive_int
+
+
+class Accumulation:
+    """Counts the windows of a group, and averages their gradients.
+
+    With reduction "mean" an update takes the mean of its windows' gradients, as users of
+    PyTorch do who divide each loss by the number of backward passes; with "sum" it takes
+    their sum. Windows without a loss do not count. The last group of a sequence may be
+    short, and is then the mean of the windows that it has.
+
+    Args:
+        num_windows: Windows with a loss per update.
+        averages: Whether gradients are averaged, rather than summed.
+
+    Attributes:
+        num_windows: As given.
+        pending: Windows whose gradients wait for an update.
+
+    Raises:
+        ArgumentError: No positive number of windows.
+    """
+
+    def __init__(self, num_windows: int, averages: bool) -> None:
+        check_positive_int("accumulate", num_windows)
+        self.num_windows, self._averages = num_windows, averages
+        self.pending = 0
+        self._loss_sum: Tensor | None = None
+
+    def begin(self) -> None:
+        """A new group, of no window yet."""
+        self.pending, self._loss_sum = 0, None
+
+    def add(self, loss: Tensor) -> None:
+        """A window has added its gradients."""
+        self.pending += 1
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+
+    def is_due(self, is_last: bool) -> bool:
+        """Whether an update comes now: the group is full, or the sequence ends with it."""
+        return self.pending == self.num_windows or (is_last and self.pending > 0)
+
+    def mean_loss(self) -> Tensor:
+        """The mean loss of the windows in the group."""
+        assert self._loss_sum is not None, "a group that is due has a window"
+        return self._loss_sum if self.pending == 1 else self._loss_sum / self.pending
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Divide the gradients of the group by the number of its windows."""
+        if not self._averages or self.pending == 1:
+            return
+        for tensor in tensors:
+            if tensor.grad is not None:
+                tensor.grad.div_(self.pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the group stands; the gradients themselves are in `.grad`."""
+        return {"pending": self.pending, "loss_sum": self._loss_sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        self.pending, self._loss_sum = state["pending"], state["loss_sum"]
