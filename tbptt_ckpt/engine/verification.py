@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.single_window import run_window
 from tbptt_ckpt.executor.losses import LossFunction, LossSum
-from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.recurrence import Recurrence, owner_of, recognise
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
 
@@ -97,7 +96,7 @@ def verify(
     init_state = state_as_leaves(init_state)  # both runs differentiate it
     named = _named_parameters(module, loss_fn)
     tensors = [*named.values(), *tensors_of(init_state), *tensors_of(inputs)]
-    with _untouched(recurrence.module, tensors) as start_over:
+    with untouched(module, loss_fn, tensors=tensors) as start_over:
         loss, state = _plain_loop(recurrence, LossFunction(loss_fn), sequence, init_state)
         expected = [_grad(p) for p in named.values()]
         start_over()
@@ -147,28 +146,6 @@ def _plain_loop(
         value = total / losses.weight
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), state
-
-
-@contextmanager
-def _untouched(module: object, tensors: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Put gradients, buffers and generators back at the end, and whenever asked to."""
-    ambient = Ambient([module], tensors)
-    start, grads = ambient.capture(), [tensor.grad for tensor in tensors if tensor.is_leaf]
-    leaves = [tensor for tensor in tensors if tensor.is_leaf]
-
-    def start_over() -> None:
-        ambient.check_complete()
-        ambient.restore(start)
-        for leaf in leaves:
-            leaf.grad = None
-
-    start_over()
-    try:
-        yield start_over
-    finally:
-        ambient.restore(start)
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
 
 
 def _named_parameters(*owners: object) -> dict[str, torch.nn.Parameter]:

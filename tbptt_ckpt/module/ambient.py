@@ -6,7 +6,7 @@ it was new and find the buffers it found then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
-from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.recurrence import owner_of, parameters_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,25 +134,53 @@ def _shared(new: Tensor, old: Tensor) -> Tensor:
 
 @contextmanager
 def in_eval_mode(*owners: object) -> Iterator[None]:
-    """Modules in eval mode; modes, buffers and generators are put back, whatever happens."""
+    """Modules in eval mode; everything that is `untouched` is put back, whatever happens."""
     with untouched(*owners):
-        for owner in owners:
+        for owner in map(owner_of, owners):
             if isinstance(owner, nn.Module):
                 owner.eval()
         yield
 
 
 @contextmanager
-def untouched(*owners: object) -> Iterator[None]:
-    """Leave modes, buffers and random generators as they were, whatever happens inside."""
-    parts = [part for owner in owners if isinstance(owner, nn.Module) for part in owner.modules()]
-    modes = [(part, part.training) for part in parts]
-    ambient = Ambient(owners, parameters_of(*owners))
+def untouched(
+    *owners: object, tensors: Iterable[Tensor] = (), ambient: Ambient | None = None
+) -> Iterator[Callable[[], None]]:
+    """Leave modes, buffers, gradients and random generators as they were, whatever happens inside.
+
+    There are no gradients at the beginning: those that were there are neither read nor added to.
+
+    Args:
+        owners: Modules or their methods; anything else is passed over.
+        tensors: Others whose gradients, and whose devices' generators, count.
+        ambient: Keeps buffers and generators; made by default.
+
+    Yields:
+        Puts everything back as it was at the beginning, at any time.
+    """
+    modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
+    used = [*parameters_of(*modules), *tensors]
+    ambient = Ambient(modules, used) if ambient is None else ambient
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    # Leaves by identity: one that is named twice has no gradient any more the second time.
+    grads = [(t, t.grad) for t in {id(t): t for t in used if t.is_leaf}.values()]
     before = ambient.capture()
-    try:
-        yield
-    finally:
-        ambient.restore(before)
+
+    def start_over() -> None:
         for part, training in modes:
             part.training = training
+        for leaf, _ in grads:
+            leaf.grad = None
+        ambient.restore(before)
+        ambient.about_to_run()
+
+    try:
+        start_over()
+        yield start_over
+    finally:
+        try:
+            start_over()
+        finally:
+            for leaf, grad in grads:
+                leaf.grad = grad
     ambient.check_complete()

@@ -8,14 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-_SILENCED = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
-_lock = threading.Lock()
-_patches = 0
-_originals: dict[str, Callable[..., Any]] = {}
-_thread = threading.local()
+from tbptt_ckpt.module.replaced import ReplacedFunctions
 
 
 class SilenceableHooks:
@@ -29,12 +25,12 @@ class SilenceableHooks:
     __slots__ = ("_outer",)
 
     def __enter__(self) -> None:
-        self._outer = getattr(_thread, "patched", None)
+        self._outer = _thread.patched
         _thread.patched = False
 
     def __exit__(self, *_: object) -> None:
         if _thread.patched:
-            _change_patches(-1)
+            _methods.close()
         _thread.patched = self._outer
 
 
@@ -45,33 +41,34 @@ def silent_hooks() -> Iterator[None]:
     An advance has no gradients: a hook registered in it would raise, or, on a weight, be
     registered once more by the replay.
     """
-    if getattr(_thread, "patched", None) is False:
-        _change_patches(+1)
+    if _thread.patched is False:
+        _methods.open()
         _thread.patched = True
-    before, _thread.silent = getattr(_thread, "silent", False), True
+    before, _thread.silent = _thread.silent, True
     try:
         yield
     finally:
         _thread.silent = before
 
 
-def _change_patches(change: int) -> None:
-    global _patches  # one count for the process: `torch.Tensor` is shared by its threads
-    with _lock:
-        if _patches == 0:
-            for name in _SILENCED:
-                _originals[name] = getattr(torch.Tensor, name)
-                setattr(torch.Tensor, name, _silenceable(_originals[name]))
-        _patches += change
-        if _patches == 0:
-            for name in _SILENCED:
-                setattr(torch.Tensor, name, _originals[name])
+class _Thread(threading.local):
+    patched: bool | None = None  # None outside of `SilenceableHooks`
+    silent = False
 
 
 def _silenceable(original: Callable[..., Any]) -> Callable[..., Any]:
-    def register(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if getattr(_thread, "silent", False):
+    def register(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _thread.silent:
             return RemovableHandle(OrderedDict())  # a handle of no hook
         return original(tensor, *args, **kwargs)
 
     return register
+
+
+_thread = _Thread()
+_methods = ReplacedFunctions(
+    {
+        (Tensor, name): _silenceable
+        for name in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+    }
+)
