@@ -5,227 +5,47 @@ The reference is a plain loop with one graph and one backward, without the packa
 
 from __future__ import annotations
 
-import gc
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from batched_modules import (
+    CELLS,
+    EXECUTORS,
+    INPUTS,
+    LANES,
+    LINEAR_STEPS,
+    OUTPUTS,
+    STEPS,
+    STRATEGIES,
+    WIDTH,
+    WORDS,
+    OfLinears,
+    WithCell,
+    batched,
+    by_hand,
+    by_window,
+    check,
+    computed_weight,
+    elman,
+    make_cell,
+    make_data,
+    make_linears,
+    make_state,
+    other_ranks,
+    present,
+    through_functional_call,
+    used_twice,
+)
 from cases import bitwise, clear_gradients, gradients, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
+from tbptt_ckpt import TBPTT, TensorSequence, run_window
 from tbptt_ckpt.memory.meter import peak_memory
-from tbptt_ckpt.time_batching import taps
-
-STEPS, LANES, INPUTS, WIDTH, OUTPUTS, WORDS = 7, 3, 4, 5, 2, 6
-STRATEGIES = ("retain", "uniform:3", "step", "revolve:2")
-EXECUTORS = ("replay", "checkpoint")
-
-
-@pytest.fixture(params=["given back", "added in place"])
-def _where_gradients_go(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether gradients of small weights are added to `.grad` in place, as those of large ones."""
-    if request.param == "added in place":
-        monkeypatch.setattr(taps, "_SMALLEST_TOTAL", 0)
-
-
-class WithCell(nn.Module):
-    """A cell between two layers; `before` says what the cell is given."""
-
-    def __init__(self, cell: nn.RNNCellBase, before: str = "inputs") -> None:
-        super().__init__()
-        self.cell, self.before = cell, before
-        self.first = nn.Linear(INPUTS, INPUTS)
-        self.words = nn.Embedding(WORDS, INPUTS)
-        self.readout = nn.Linear(WIDTH, OUTPUTS)
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if self.before == "words":
-            x = self.words((x[:, 0].abs() * 2).long() % WORDS)
-        elif self.before != "inputs":
-            x = self.first(x)
-        if self.before == "tanh":
-            x = torch.tanh(x)
-        state = self.cell(x, state)
-        return self.readout(state[0] if isinstance(state, tuple) else state), state
-
-
-class OfLinears(nn.Module):
-    """A recurrence written with whatever `step` does; its weights are Wx, Wh and Wy."""
-
-    def __init__(
-        self, step: Callable[[OfLinears, Tensor, Tensor], tuple[Tensor, Tensor]], bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.step = step
-        self.wx, self.wh = nn.Linear(INPUTS, WIDTH, bias), nn.Linear(WIDTH, WIDTH, bias)
-        self.wy = nn.Linear(WIDTH, OUTPUTS, bias)
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.step(self, x, h)
-
-
-def elman(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(m.wx(x) + m.wh(h))
-    return m.wy(h), h
-
-
-def used_twice(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(m.wx(x) + m.wh(h))
-    h = torch.tanh(m.wh(h) + 0.3 * m.wx(x) + m.wx(x).square())
-    return m.wy(h) + m.wy(h * h), h
-
-
-def other_ranks(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    lifted = m.wx(torch.stack([x, x * x, x + 1], 1)[:, None]).sum((1, 2))  # [N, 1, 3, K]
-    one_by_one = torch.stack([m.wh(row) for row in h])  # [H]
-    h = torch.tanh(lifted + one_by_one)
-    return m.wy(h), h
-
-
-def written_into(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    projected = m.wx(x)
-    projected += 0.5
-    h = m.wh(h).add_(F.relu(projected, inplace=True)).tanh_()
-    return m.wy(h.clone()).mul_(2), h
-
-
-def functions(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(F.linear(input=x, weight=m.wx.weight) + F.linear(h, m.wh.weight, m.wh.bias))
-    return F.linear(h, m.wy.weight, bias=m.wy.bias), h
-
-
-def computed_weight(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(F.linear(x, m.wx.weight * 2) + F.linear(h, m.wh.weight.tanh(), m.wh.bias))
-    return m.wy(h), h
-
-
-def tied(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(m.wx(x) + m.wh(h))
-    return m.wy(h) + h @ m.wh.weight[:, :OUTPUTS] + F.linear(h, m.wh.weight)[:, :OUTPUTS], h
-
-
-def through_functional_call(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = functional_call(m.wh, {"weight": m.wh.weight, "bias": m.wh.bias}, (h,))
-    scaled = functional_call(m.wx, {"weight": m.wx.weight * 0.5, "bias": m.wx.bias}, (x,))
-    h = torch.tanh(leaf + scaled)
-    return m.wy(h), h
-
-
-def depends_on_data(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(m.wh(h) + (m.wx(x) if x[0, 0] > 0 else 0.1))
-    return m.wy(h), h
-
-
-def differentiates_inside(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    h = torch.tanh(m.wx(x) + m.wh(h))
-    if torch.is_grad_enabled():
-        (inner,) = torch.autograd.grad(m.wh(h).square().sum(), h, retain_graph=True)
-    else:
-        with torch.enable_grad():
-            leaf = h.detach().requires_grad_()
-            (inner,) = torch.autograd.grad(m.wh(leaf).square().sum(), leaf)
-    h = torch.tanh(h + 0.1 * inner)
-    return m.wy(h), h
-
-
-LINEAR_STEPS = (
-    elman,
-    used_twice,
-    other_ranks,
-    written_into,
-    functions,
-    computed_weight,
-    tied,
-    through_functional_call,
-    depends_on_data,
-    differentiates_inside,
-)
-CELLS: dict[str, Callable[..., nn.RNNCellBase]] = {
-    "lstm": nn.LSTMCell,
-    "gru": nn.GRUCell,
-    "tanh": nn.RNNCell,
-    "relu": lambda *sizes, bias: nn.RNNCell(*sizes, bias=bias, nonlinearity="relu"),
-}
-
-
-def make_cell(name: str, bias: bool = True, before: str = "inputs") -> WithCell:
-    torch.manual_seed(0)
-    return WithCell(CELLS[name](INPUTS, WIDTH, bias=bias), before).double()
-
-
-def make_linears(step: Any, bias: bool = True) -> OfLinears:
-    torch.manual_seed(0)
-    return OfLinears(step, bias).double()
-
-
-def make_data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(STEPS, LANES, INPUTS, generator=generator, dtype=dtype)
-    return inputs, torch.randn(STEPS, LANES, OUTPUTS, generator=generator, dtype=dtype)
-
-
-def make_state(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
-    generator = torch.Generator().manual_seed(2)
-    h, c = torch.randn(2, LANES, WIDTH, generator=generator, dtype=dtype)
-    return (h, c) if isinstance(getattr(module, "cell", None), nn.LSTMCell) else h
-
-
-def by_hand(
-    module: Callable[..., Any], parameters: list[nn.Parameter], data: Any, init_state: Any
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Loss and gradients of the weights and of the initial state."""
-    clear_gradients(parameters)
-    state = naive.mapped(lambda t: t.detach().clone().requires_grad_(), init_state)
-    leaves, losses = naive.tensors(state), []
-    for x, target in zip(*data, strict=True):
-        y, state = module(x, state)
-        losses.append(F.mse_loss(y, target))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    return loss.detach(), gradients([*parameters, *leaves])
-
-
-def by_window(
-    module: Callable[..., Any],
-    parameters: list[nn.Parameter],
-    data: Any,
-    init_state: Any,
-    **how: Any,
-) -> tuple[Tensor, list[Tensor | None]]:
-    clear_gradients(parameters)
-    result = run_window(module, F.mse_loss, *data, init_state, **{"time_batching": True, **how})
-    assert result.loss is not None
-    return result.loss, gradients(parameters) + naive.tensors(result.init_state_grad)
-
-
-def present(result: tuple[Tensor, list[Tensor | None]]) -> list[Tensor]:
-    return [result[0], *(grad for grad in result[1] if grad is not None)]
-
-
-def check(module: nn.Module, tolerance: float = 1e-12, **how: Any) -> None:
-    """Hold a window against plain BPTT, gradient by gradient."""
-    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
-    loss, expected = by_hand(module, parameters, data, state)
-    found_loss, found = by_window(module, parameters, data, state, **how)
-    assert relative_error([found_loss], [loss]) <= tolerance
-    assert [g is None for g in found] == [g is None for g in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert relative_error([ours], [theirs]) <= tolerance, (how, ours, theirs)
-
-
-def batched(module: nn.Module, data: Any, state: Any, **how: Any) -> set[str]:
-    """The operations that a window batches."""
-    how = {"strategy": "uniform:3", "time_batching": True, **how}
-    tbptt = TBPTT(module, F.mse_loss, STEPS, None, **how)
-    tbptt.train(TensorSequence(*data), state)
-    return {o.operation for o in tbptt.batched_operations if not o.reason}
 
 
 @pytest.mark.parametrize(
@@ -404,79 +224,6 @@ def test_a_hook_may_change_the_gradient_of_a_leaf() -> None:
     assert relative_error(found, expected) <= 1e-12
 
 
-def test_a_second_derivative_within_a_step_is_refused_with_the_remedy() -> None:
-    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            h = h if h.requires_grad else h.detach().requires_grad_()
-            energy = torch.tanh(m.wh(h)).square().sum()
-            (slope,) = torch.autograd.grad(energy, h, create_graph=True)
-        h = torch.tanh(m.wx(x) - slope)
-        return m.wy(h), h
-
-    check(make_linears(step), time_batching=False, strategy="uniform:3")
-    check(make_linears(step), time_batching="auto", strategy="uniform:3")
-    with pytest.raises(TbpttError, match="time_batching=False"):
-        check(make_linears(step), strategy="uniform:3")
-
-
-@pytest.mark.parametrize("make", [lambda s: make_linears(s)])
-def test_a_weight_that_is_written_to_within_the_segment_is_an_error_as_without(make: Any) -> None:
-    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(m.wx(x) + m.wh(h))
-        with torch.no_grad():
-            m.wh.weight.mul_(1.01)
-        return m.wy(h), h
-
-    for time_batching in (False, True):
-        module = make(step)
-        with pytest.raises(TbpttError):
-            by_window(module, [], make_data(), make_state(module), time_batching=time_batching)
-
-
-def test_a_state_that_is_written_to_is_an_error_as_without() -> None:
-    def step(m: WithCell, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        new_h = m.cell(x, h)
-        if h.grad_fn is not None:
-            h.mul_(2)
-        return m.readout(new_h), new_h
-
-    module = make_cell("gru")
-    for time_batching in (False, True):
-        with pytest.raises(TbpttError, match="modified in place"):
-            by_window(
-                lambda x, h: step(module, x, h),
-                [],
-                make_data(),
-                make_state(module),
-                time_batching=time_batching,
-                strategy="retain",
-            )
-
-
-def test_fast_weights_that_change_in_place_are_left_to_the_plain_operation() -> None:
-    class FastWeights(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.slow = nn.Linear(INPUTS, WIDTH)
-            self.readout = nn.Linear(WIDTH, OUTPUTS)
-            self.register_buffer("fast", torch.zeros(WIDTH, INPUTS))
-
-        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            new_h = torch.tanh(self.slow(x) + F.linear(x, self.fast.clone()) + h)
-            with torch.no_grad():
-                self.fast.add_(new_h.detach().t() @ x, alpha=0.1)
-            return self.readout(new_h), new_h
-
-    torch.manual_seed(0)
-    module = FastWeights().double()
-    fast = module.fast.clone()
-    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
-    expected = by_hand(module, parameters, data, state)[1]
-    module.fast = fast
-    found = by_window(module, parameters, data, state, strategy="uniform:3")[1]
-    assert relative_error(found, expected) <= 1e-12
-
-
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_same_run_twice_has_the_same_bits(cell: str, executor: str) -> None:
@@ -557,87 +304,6 @@ def test_checkpoints_drop_what_cells_keep() -> None:
         peaks[strategy] = memory.peak_bytes
     gates = steps * lanes * 4 * width * 4
     assert peaks["retain"] - peaks["uniform:8"] > 0.5 * gates
-
-
-def test_other_threads_meet_plain_functions() -> None:
-    module, seen = make_linears(elman), []
-    plain = torch._C._nn.linear
-
-    class Elsewhere(nn.Module):
-        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            def work() -> None:
-                y = F.linear(h.detach(), module.wh.weight)
-                seen.append(y.grad_fn.name())
-
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
-            return module(x, h)
-
-    expected = plain(torch.ones(1, WIDTH, dtype=torch.float64), module.wh.weight).grad_fn.name()
-    by_window(Elsewhere(), [], make_data(), make_state(module))
-    assert len(seen) >= STEPS
-    assert set(seen) == {expected}
-    assert F.linear is plain
-
-
-def test_functions_are_torchs_own_again_after_an_error() -> None:
-    def fail(x: Tensor, h: Tensor) -> Any:
-        raise KeyError("from the module")
-
-    forward = nn.LSTMCell.forward
-    with pytest.raises(KeyError):
-        by_window(fail, [], make_data(), torch.zeros(1))
-    assert F.linear is torch._C._nn.linear
-    assert nn.LSTMCell.forward is forward
-
-
-def test_what_was_batched_and_what_not_is_reported() -> None:
-    module, (inputs, targets) = make_linears(computed_weight), make_data()
-    tbptt = TBPTT(module, F.mse_loss, STEPS, None, strategy="uniform:3", time_batching=True)
-    assert tbptt.batched_operations == []
-    tbptt.train(TensorSequence(inputs, targets), make_state(module))
-    taken = [o for o in tbptt.batched_operations if not o.reason]
-    left = [o for o in tbptt.batched_operations if o.reason]
-    assert [(o.operation, o.shape, o.count) for o in taken] == [("linear", (OUTPUTS, WIDTH), 3)]
-    assert [o.operation for o in left] == ["linear"]
-    assert "computed in the step" in left[0].reason
-
-
-def test_auto_leaves_small_operations_alone_bit_for_bit() -> None:
-    module = make_cell("lstm")
-    arguments = (module, list(module.parameters()), make_data(), make_state(module))
-    one = by_window(*arguments, time_batching="auto", strategy="uniform:3")
-    other = by_window(*arguments, time_batching=False, strategy="uniform:3")
-    assert bitwise(present(one), present(other))
-    changed = by_window(*arguments, time_batching=True, strategy="uniform:3")
-    assert not bitwise(present(changed), present(other))
-
-
-@pytest.mark.parametrize("value", ["yes", None, 1, 0, "True"])
-def test_a_choice_that_is_none_is_refused(value: object) -> None:
-    module, (inputs, targets) = make_cell("gru"), make_data()
-    with pytest.raises(ArgumentError, match=r"time_batching=.*'auto', True or False"):
-        run_window(module, F.mse_loss, inputs, targets, make_state(module), time_batching=value)
-
-
-@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
-def test_a_window_leaves_nothing_to_the_garbage_collector(kind: type[nn.RNNCellBase]) -> None:
-    """Else tensors of a leaf would stay until Python happens to look for circles."""
-    cell = kind(INPUTS, WIDTH)
-    inputs, targets = torch.randn(STEPS, LANES, INPUTS), torch.randn(STEPS, LANES, WIDTH)
-
-    def run() -> None:
-        run_window(cell, F.mse_loss, inputs, targets, strategy="uniform:3", time_batching=True)
-
-    run()
-    gc.collect()
-    gc.disable()
-    try:
-        run()
-        assert gc.collect() == 0
-    finally:
-        gc.enable()
 
 
 def products(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -738,32 +404,6 @@ def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
         return m.wy(h), h
 
     check(make_linears(step), strategy="uniform:3")
-
-
-@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
-def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
-    module, (inputs, targets) = make(), make_data()
-    usual, inferring = (
-        TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2)
-    )
-    state = make_state(module)
-    expected = usual.evaluate(TensorSequence(inputs, targets), state).loss
-    with torch.inference_mode():
-        found = inferring.evaluate(TensorSequence(inputs, targets), state).loss
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert usual.batched_operations
-    assert not inferring.batched_operations
-
-
-@pytest.mark.parametrize(("width", "operations"), [(16, set()), (256, {"LSTMCell of inputs"})])
-def test_auto_batches_what_has_a_large_weight(width: int, operations: set[str]) -> None:
-    module = WithCell(nn.LSTMCell(width, width))
-    module.readout = nn.Linear(width, OUTPUTS)
-    data = TensorSequence(torch.randn(4, 1, width), torch.randn(4, 1, OUTPUTS))
-    state = (torch.zeros(1, width), torch.zeros(1, width))
-    tbptt = TBPTT(module, F.mse_loss, 4, None, strategy="uniform:2")
-    tbptt.train(data, state)
-    assert {o.operation for o in tbptt.batched_operations if not o.reason} == operations
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

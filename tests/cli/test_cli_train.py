@@ -1,0 +1,305 @@
+"""`tbptt-ckpt train`: what it takes, what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_lines import outcome_of, refusal_of
+from models_for_tests import skip_unless_torch_runs_lstm
+
+from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
+from tbptt_ckpt.cli.app import main
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
+from tbptt_ckpt.cli.progress import figures
+from tbptt_ckpt.cli.train import command as train_command
+from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.cli.train.job import run_training_job
+from tbptt_ckpt.cli.train.outcome import Progress
+from tbptt_ckpt.cli.train.window_memory import fullest_window
+from tbptt_ckpt.errors import ArgumentError
+
+
+class TestTraining:
+    @pytest.mark.parametrize("model", ["lstm", "gru", "rnn", "lstmcell"])
+    @pytest.mark.parametrize("layers", ["1", "2"])
+    def test_every_built_in_model_learns(self, capsys, small, model, layers):
+        words = [*small, "--model", model, "--layers", layers, "--lr", "0.02"]
+        bits = outcome_of(capsys, words)["bits_per_byte"]
+        assert bits["after"] < bits["before"] - 1
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "--k2 none",
+            "--k2 3",
+            "--overlap stale",
+            "--executor checkpoint",
+            "--strategy revolve:3",
+            "--strategy step",
+            "--dtype float64",
+            "--dtype bfloat16",
+            "--dtype bfloat16 --model lstmcell",
+            "--k1 100 --k2 100",
+            "--budget 64MiB",
+        ],
+    )
+    def test_every_way_to_train_learns(self, capsys, small, words):
+        if words == "--dtype bfloat16":
+            skip_unless_torch_runs_lstm(torch.bfloat16)
+        outcome = outcome_of(capsys, [*small, *words.split()])
+        assert outcome["bits_per_byte"]["after"] < outcome["bits_per_byte"]["before"]
+        assert outcome["work"]["num_steps"] == 64
+        assert math.isfinite(outcome["memory"]["retained_peak_bytes"])
+
+    def test_strategies_change_memory_and_not_what_is_learned(self, capsys, small):
+        words = [*small, "--model", "lstmcell", "--dtype", "float64"]
+        bits = [
+            outcome_of(capsys, [*words, "--strategy", strategy])["bits_per_byte"]["after"]
+            for strategy in ("retain", "step", "uniform:5", "revolve:3")
+        ]
+        assert bits == pytest.approx([bits[0]] * 4, rel=1e-9)
+
+    def test_a_trained_model_beats_the_bigram_table(self, capsys, text):
+        bits = outcome_of(
+            capsys,
+            f"train --data {text} --device cpu --hidden 32 --lanes 4 --k1 16 --k2 32 "
+            "--lr 0.01 --max-steps 3200".split(),
+        )["bits_per_byte"]
+        assert bits["after"] < 0.5 * bits["bigram"]
+        assert bits["bigram"] < bits["before"]
+
+    def test_steps_beyond_the_text_are_further_passes(self, capsys, small):
+        # 7,600 bytes give 4 lanes of 1,899 steps.
+        work = outcome_of(capsys, [*small, "--k1", "500", "--k2", "500", "--max-steps", "4000"])
+        assert work["work"]["num_steps"] == 4_000
+        assert work["work"]["num_passes"] == 3
+        assert work["work"]["num_windows"] == 4 + 4 + 1
+
+    def test_the_same_arguments_give_the_same_bytes(self, capsys, small, tmp_path):
+        runs = []
+        for name in ("first", "second"):
+            path = tmp_path / name
+            outcome = outcome_of(capsys, [*small, "--save", str(path)])
+            runs.append((outcome["bits_per_byte"], path.read_bytes()))
+        assert runs[0] == runs[1]
+        assert outcome_of(capsys, [*small, "--seed", "1"])["bits_per_byte"] != runs[0][0]
+
+    def test_lanes_feed_the_engine_as_the_same_tensors_do(self):
+        data = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
+        lanes = ByteLanes(data, 3)
+        results = []
+        for sequence in (lanes, TensorSequence(*lanes.read(0, len(lanes)))):
+            torch.manual_seed(0)
+            module = build_model("lstmcell", hidden=4, layers=1)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            tbptt = TBPTT(module, byte_loss, 8, 12, optimizer, strategy="uniform:5")
+            losses = [w.loss.item() for w in tbptt.windows(sequence)]
+            results.append((losses, *(p.tolist() for p in module.parameters())))
+        assert results[0] == results[1]
+
+
+class TestOptions:
+    def test_without_options_the_defaults_are_used(self, monkeypatch, capsys):
+        assert self.asked_for(monkeypatch, capsys, ["train"]) == TrainingConfig()
+
+    def test_the_defaults_are_the_documented_job(self):
+        config = TrainingConfig()
+        assert (config.model, config.hidden, config.layers, config.lanes) == ("lstm", 192, 1, 32)
+        assert (config.k1, config.k2, config.strategy) == (64, 128, "uniform:32")
+        assert (config.overlap, config.executor, config.lr) == ("refresh", "replay", 4e-3)
+        config.check()
+
+    def test_every_option_arrives(self, monkeypatch, capsys):
+        words = (
+            "train --data d --model gru --hidden 2 --layers 3 --lanes 4 --k1 5 --k2 6 "
+            "--strategy sqrt --overlap stale --executor checkpoint --lr 0.5 --max-steps 7 "
+            "--seed 8 --device cpu --dtype float64 --save s --force"
+        )
+        assert self.asked_for(monkeypatch, capsys, words.split()) == TrainingConfig(
+            data=Path("d"),
+            model="gru",
+            hidden=2,
+            layers=3,
+            lanes=4,
+            k1=5,
+            k2=6,
+            strategy="sqrt",
+            overlap="stale",
+            executor="checkpoint",
+            lr=0.5,
+            max_steps=7,
+            seed=8,
+            device="cpu",
+            dtype="float64",
+            save=Path("s"),
+            force=True,
+        )
+
+    def test_a_budget_asks_for_the_fastest_plan_within_it(self, monkeypatch, capsys):
+        config = self.asked_for(monkeypatch, capsys, ["train", "--budget", "200MiB"])
+        assert (config.strategy, config.memory_budget()) == ("optimal", "200MiB")
+        words = ["train", "--budget", "0.5", "--strategy", "uniform:8"]
+        config = self.asked_for(monkeypatch, capsys, words)
+        assert (config.strategy, config.memory_budget()) == ("uniform:8", 0.5)
+
+    def test_k2_none_reaches_back_to_the_start(self, monkeypatch, capsys):
+        assert self.asked_for(monkeypatch, capsys, ["train", "--k2", "none"]).k2 is None
+
+    def asked_for(self, monkeypatch, capsys, arguments):
+        asked = []
+
+        def record(config, watch):
+            asked.append(config)
+            raise ArgumentError("recorded")
+
+        monkeypatch.setattr(train_command, "run_training_job", record)
+        assert main(arguments) == 2
+        capsys.readouterr()
+        return asked[0]
+
+
+class TestReport:
+    def test_the_json_object_says_what_was_done(self, capsys, small, text):
+        outcome = outcome_of(capsys, small)
+        assert outcome["config"]["data"] == str(text)
+        assert outcome["config"]["save"] is None
+        assert outcome["device"] == "cpu"
+        assert outcome["num_train_bytes"] == 7_600
+        assert outcome["bits_per_byte"]["num_bytes"] == 396  # 399 // 4 steps of 4 lanes
+        work = outcome["work"]
+        assert (work["num_steps"], work["num_windows"], work["num_passes"]) == (64, 8, 1)
+        # The first window advances 4 of 8 steps; the other seven run 12 + 16 for 8 new ones.
+        assert work["recomputed_steps_per_step"] == pytest.approx((4 + 7 * 20) / 64)
+        assert work["mean_drift"] > 0
+        assert work["steps_per_second"] == pytest.approx(64 / work["seconds"])
+
+    def test_memory_is_measured_and_retaining_takes_more(self, capsys, small):
+        memory = outcome_of(capsys, [*small, "--k2", "64", "--max-steps", "128"])["memory"]
+        assert memory["window_steps"] == 64
+        assert memory["retained_is_measured"]
+        assert 0 < memory["peak_bytes"] < memory["retained_peak_bytes"]
+        assert 0 < memory["rss_before_bytes"] <= memory["rss_peak_bytes"]
+
+    def test_retaining_as_strategy_takes_what_retaining_takes(self, small):
+        # In a process of its own: the run's peak counts every live tensor of the process.
+        command = [sys.executable, "-m", "tbptt_ckpt", *small, "--strategy", "retain", "--json"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory = json.loads(run.stdout)["memory"]
+        assert memory["peak_bytes"] == pytest.approx(memory["retained_peak_bytes"], rel=0.02)
+
+    @pytest.mark.parametrize("model", ["lstm", "lstmcell"])
+    def test_extrapolated_peaks_are_near_measured_ones(self, capsys, small, monkeypatch, model):
+        words = [*small, "--model", model, "--k1", "16", "--k2", "128", "--max-steps", "160"]
+        measured = outcome_of(capsys, words)["memory"]
+        monkeypatch.setattr("tbptt_ckpt.cli.train.window_memory._MOST_RETAINED_STEPS", 100)
+        extrapolated = outcome_of(capsys, words)["memory"]
+        assert measured["retained_is_measured"]
+        assert not extrapolated["retained_is_measured"]
+        assert extrapolated["retained_peak_bytes"] == pytest.approx(
+            measured["retained_peak_bytes"], rel=0.05
+        )
+
+    def test_the_table_has_a_line_for_every_figure(self, capsys, small):
+        assert main(small) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        for words in (
+            "held-out bits per byte before",
+            "held-out bits per byte after",
+            "bigram table on the same 396 bytes",
+            "windows",
+            "time steps per lane",
+            "recomputed steps per step",
+            "peak tensor memory",
+            "the same window of 16 steps retained",
+            "resident memory",
+        ):
+            assert words in printed.out
+
+    def test_the_bar_is_shown_on_a_terminal_and_leaves_stdout_alone(
+        self, capsys, small, monkeypatch
+    ):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert json.loads(json.dumps(outcome_of(capsys, small)))["device"] == "cpu"
+
+    def test_the_bar_shows_loss_speed_and_memory(self):
+        progress = Progress("training", 5, 10, 1.25, 1234.5, 3 << 20)
+        assert figures(progress) == "1.250 bits/byte  1,234 steps/s  3.0 MiB"
+        assert figures(Progress("reading", 0, 10)) == ""
+
+    def test_help_is_shown_without_a_command(self, capsys):
+        assert main([]) == 0
+        assert "train" in capsys.readouterr().out
+
+
+class TestSaving:
+    def test_saved_weights_load_into_the_same_model(self, capsys, small, tmp_path):
+        path = tmp_path / "weights.pt"
+        bits = outcome_of(capsys, [*small, "--save", str(path)])["bits_per_byte"]
+        module = build_model("lstm", hidden=8, layers=1)
+        module.load_state_dict(torch.load(path, weights_only=True))
+        held_out = np.fromfile(tmp_path / "text", np.uint8)[7_600:]
+        found = bits_per_byte(module, ByteLanes(held_out, 4), segment_steps=32)
+        assert found == pytest.approx(bits["after"], rel=1e-6)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "weights.pt"]
+
+    def test_a_file_is_replaced_only_by_force(self, capsys, small, tmp_path):
+        path = tmp_path / "weights.pt"
+        path.write_bytes(b"precious")
+        message = refusal_of(capsys, [*small, "--save", str(path)])
+        assert f"--save {path} exists; add --force" in message
+        assert path.read_bytes() == b"precious"
+        outcome_of(capsys, [*small, "--save", str(path), "--force"])
+        assert torch.load(path, weights_only=True)
+
+    def test_it_is_refused_before_training(self, small, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("tbptt_ckpt.cli.train.job._Job", None)  # calling it would raise
+        (tmp_path / "there").touch()
+        message = refusal_of(capsys, [*small, "--save", str(tmp_path / "there")])
+        assert "there exists; add --force" in message
+
+    def test_a_failed_write_leaves_the_old_file(self, small, tmp_path, monkeypatch, capsys):
+        path = tmp_path / "weights.pt"
+        path.write_bytes(b"precious")
+
+        def fail(weights, file):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", fail)
+        message = refusal_of(capsys, [*small, "--save", str(path), "--force"])
+        assert "cannot be written: No space left on device" in message
+        assert path.read_bytes() == b"precious"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "weights.pt"]
+
+
+@pytest.mark.parametrize("k1", [1, 2, 3, 5])
+@pytest.mark.parametrize("k2", [1, 2, 4, 9, None])
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 30])
+def test_the_metered_window_is_as_long_as_any(num_steps, k1, k2):
+    windows = tbptt_windows(num_steps, k1, k2)
+    longest = max(w.stop - w.first for w in windows)
+    chosen = fullest_window(windows)
+    assert windows[chosen].stop - windows[chosen].first == longest
+    warm = [w.index for w in windows if w.stop - w.first == longest and w.index >= 2]
+    assert not warm or chosen >= 2
+
+
+def test_the_job_is_a_function_too(text):
+    seen = []
+    config = TrainingConfig(
+        data=text, hidden=4, lanes=2, k1=8, k2=8, max_steps=24, device="cpu", strategy="retain"
+    )
+    outcome = run_training_job(config, seen.append)
+    assert outcome.work.num_windows == 3
+    assert [p.num_steps for p in seen if p.stage == "training"] == [8, 16, 24]
+    assert all(p.memory_bytes > 0 for p in seen if p.stage == "training")

@@ -1,0 +1,214 @@
+"""Time batching: what is left to the plain operations, refused, or reported."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batched_modules import (
+    INPUTS,
+    LANES,
+    OUTPUTS,
+    STEPS,
+    WIDTH,
+    OfLinears,
+    WithCell,
+    by_hand,
+    by_window,
+    check,
+    computed_weight,
+    elman,
+    make_cell,
+    make_data,
+    make_linears,
+    make_state,
+    present,
+)
+from cases import bitwise, relative_error
+from torch import Tensor, nn
+
+from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
+
+
+def test_a_second_derivative_within_a_step_is_refused_with_the_remedy() -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            h = h if h.requires_grad else h.detach().requires_grad_()
+            energy = torch.tanh(m.wh(h)).square().sum()
+            (slope,) = torch.autograd.grad(energy, h, create_graph=True)
+        h = torch.tanh(m.wx(x) - slope)
+        return m.wy(h), h
+
+    check(make_linears(step), time_batching=False, strategy="uniform:3")
+    check(make_linears(step), time_batching="auto", strategy="uniform:3")
+    with pytest.raises(TbpttError, match="time_batching=False"):
+        check(make_linears(step), strategy="uniform:3")
+
+
+@pytest.mark.parametrize("make", [lambda s: make_linears(s)])
+def test_a_weight_that_is_written_to_within_the_segment_is_an_error_as_without(make: Any) -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(m.wx(x) + m.wh(h))
+        with torch.no_grad():
+            m.wh.weight.mul_(1.01)
+        return m.wy(h), h
+
+    for time_batching in (False, True):
+        module = make(step)
+        with pytest.raises(TbpttError):
+            by_window(module, [], make_data(), make_state(module), time_batching=time_batching)
+
+
+def test_a_state_that_is_written_to_is_an_error_as_without() -> None:
+    def step(m: WithCell, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new_h = m.cell(x, h)
+        if h.grad_fn is not None:
+            h.mul_(2)
+        return m.readout(new_h), new_h
+
+    module = make_cell("gru")
+    for time_batching in (False, True):
+        with pytest.raises(TbpttError, match="modified in place"):
+            by_window(
+                lambda x, h: step(module, x, h),
+                [],
+                make_data(),
+                make_state(module),
+                time_batching=time_batching,
+                strategy="retain",
+            )
+
+
+def test_fast_weights_that_change_in_place_are_left_to_the_plain_operation() -> None:
+    class FastWeights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = nn.Linear(INPUTS, WIDTH)
+            self.readout = nn.Linear(WIDTH, OUTPUTS)
+            self.register_buffer("fast", torch.zeros(WIDTH, INPUTS))
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            new_h = torch.tanh(self.slow(x) + F.linear(x, self.fast.clone()) + h)
+            with torch.no_grad():
+                self.fast.add_(new_h.detach().t() @ x, alpha=0.1)
+            return self.readout(new_h), new_h
+
+    torch.manual_seed(0)
+    module = FastWeights().double()
+    fast = module.fast.clone()
+    parameters, data, state = list(module.parameters()), make_data(), make_state(module)
+    expected = by_hand(module, parameters, data, state)[1]
+    module.fast = fast
+    found = by_window(module, parameters, data, state, strategy="uniform:3")[1]
+    assert relative_error(found, expected) <= 1e-12
+
+
+def test_other_threads_meet_plain_functions() -> None:
+    module, seen = make_linears(elman), []
+    plain = torch._C._nn.linear
+
+    class Elsewhere(nn.Module):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            def work() -> None:
+                y = F.linear(h.detach(), module.wh.weight)
+                seen.append(y.grad_fn.name())
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return module(x, h)
+
+    expected = plain(torch.ones(1, WIDTH, dtype=torch.float64), module.wh.weight).grad_fn.name()
+    by_window(Elsewhere(), [], make_data(), make_state(module))
+    assert len(seen) >= STEPS
+    assert set(seen) == {expected}
+    assert F.linear is plain
+
+
+def test_functions_are_torchs_own_again_after_an_error() -> None:
+    def fail(x: Tensor, h: Tensor) -> Any:
+        raise KeyError("from the module")
+
+    forward = nn.LSTMCell.forward
+    with pytest.raises(KeyError):
+        by_window(fail, [], make_data(), torch.zeros(1))
+    assert F.linear is torch._C._nn.linear
+    assert nn.LSTMCell.forward is forward
+
+
+def test_what_was_batched_and_what_not_is_reported() -> None:
+    module, (inputs, targets) = make_linears(computed_weight), make_data()
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, strategy="uniform:3", time_batching=True)
+    assert tbptt.batched_operations == []
+    tbptt.train(TensorSequence(inputs, targets), make_state(module))
+    taken = [o for o in tbptt.batched_operations if not o.reason]
+    left = [o for o in tbptt.batched_operations if o.reason]
+    assert [(o.operation, o.shape, o.count) for o in taken] == [("linear", (OUTPUTS, WIDTH), 3)]
+    assert [o.operation for o in left] == ["linear"]
+    assert "computed in the step" in left[0].reason
+
+
+def test_auto_leaves_small_operations_alone_bit_for_bit() -> None:
+    module = make_cell("lstm")
+    arguments = (module, list(module.parameters()), make_data(), make_state(module))
+    one = by_window(*arguments, time_batching="auto", strategy="uniform:3")
+    other = by_window(*arguments, time_batching=False, strategy="uniform:3")
+    assert bitwise(present(one), present(other))
+    changed = by_window(*arguments, time_batching=True, strategy="uniform:3")
+    assert not bitwise(present(changed), present(other))
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1, 0, "True"])
+def test_a_choice_that_is_none_is_refused(value: object) -> None:
+    module, (inputs, targets) = make_cell("gru"), make_data()
+    with pytest.raises(ArgumentError, match=r"time_batching=.*'auto', True or False"):
+        run_window(module, F.mse_loss, inputs, targets, make_state(module), time_batching=value)
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_a_window_leaves_nothing_to_the_garbage_collector(kind: type[nn.RNNCellBase]) -> None:
+    """Else tensors of a leaf would stay until Python happens to look for circles."""
+    cell = kind(INPUTS, WIDTH)
+    inputs, targets = torch.randn(STEPS, LANES, INPUTS), torch.randn(STEPS, LANES, WIDTH)
+
+    def run() -> None:
+        run_window(cell, F.mse_loss, inputs, targets, strategy="uniform:3", time_batching=True)
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
+def test_a_run_in_inference_mode_is_plain(make: Any) -> None:
+    module, (inputs, targets) = make(), make_data()
+    usual, inferring = (
+        TBPTT(module, F.mse_loss, STEPS, None, time_batching=True) for _ in range(2)
+    )
+    state = make_state(module)
+    expected = usual.evaluate(TensorSequence(inputs, targets), state).loss
+    with torch.inference_mode():
+        found = inferring.evaluate(TensorSequence(inputs, targets), state).loss
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert usual.batched_operations
+    assert not inferring.batched_operations
+
+
+@pytest.mark.parametrize(("width", "operations"), [(16, set()), (256, {"LSTMCell of inputs"})])
+def test_auto_batches_what_has_a_large_weight(width: int, operations: set[str]) -> None:
+    module = WithCell(nn.LSTMCell(width, width))
+    module.readout = nn.Linear(width, OUTPUTS)
+    data = TensorSequence(torch.randn(4, 1, width), torch.randn(4, 1, OUTPUTS))
+    state = (torch.zeros(1, width), torch.zeros(1, width))
+    tbptt = TBPTT(module, F.mse_loss, 4, None, strategy="uniform:2")
+    tbptt.train(data, state)
+    assert {o.operation for o in tbptt.batched_operations if not o.reason} == operations
