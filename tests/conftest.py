@@ -40,9 +40,9 @@ def _auto_follows_from_the_window_alone(
     marker `times_the_module`; a budget has its costs measured in every test.
     """
     if request.node.get_closest_marker("times_the_module") is None:
-        from tbptt_ckpt.budget import costed_plans as costed
+        from tbptt_ckpt.budget import measured_budget
 
-        monkeypatch.setattr(costed, "SHORT_WINDOW_STEPS", sys.maxsize)
+        monkeypatch.setattr(measured_budget, "SHORT_WINDOW_STEPS", sys.maxsize)
 
 
 @pytest.fixture

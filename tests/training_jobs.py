@@ -198,7 +198,7 @@ def at(function: Callable[..., Any], count: int, do: Callable[[], None]) -> Call
 
 
 def patch(trainer: Trainer, point: str, count: int, do: Callable[[], None]) -> None:
-    settings = trainer.tbptt.settings
+    settings = trainer.tbptt.parts
     owners = {
         "advance or replay": (settings.runner, "run"),
         "module": (settings.recurrence.module, "forward"),

@@ -16,7 +16,7 @@ AUTO_FRACTION = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class Amount:
     """The peak of tensor memory that a run may reach, everything included.
 
     Attributes:
@@ -37,10 +37,10 @@ class Budget:
         return held_bytes + int(self.fraction * free_memory(device))
 
 
-AUTO_BUDGET = Budget(None, None, AUTO_FRACTION)
+AUTO_BUDGET = Amount(None, None, AUTO_FRACTION)
 
 
-def parse_budget(given: object) -> Budget | None:
+def parse_budget(given: object) -> Amount | None:
     """A budget from bytes, text such as "512MiB", or a fraction of what is free; None for none.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_budget(given: object) -> Budget | None:
                 f"memory_budget={given!r} must be above 0 and at most 1, a fraction of the free "
                 'memory; write bytes as an integer, or text such as "512MiB"'
             )
-        return Budget(given, None, given)
+        return Amount(given, None, given)
     if not isinstance(given, int | str):
         raise ArgumentError(
             f"memory_budget={given!r} must be bytes as an integer, text such as "
@@ -63,12 +63,12 @@ def parse_budget(given: object) -> Budget | None:
     num_bytes = parse_bytes(given, "memory_budget")
     if num_bytes < 1:
         raise ArgumentError(f"memory_budget={given!r} must be at least one byte")
-    return Budget(given, num_bytes, 1.0)
+    return Amount(given, num_bytes, 1.0)
 
 
 def explained(
     error: InfeasibleBudgetError,
-    budget: Budget,
+    budget: Amount,
     budget_bytes: int,
     num_steps: int,
     fixed_strategy: str | None,

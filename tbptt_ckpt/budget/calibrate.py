@@ -14,7 +14,7 @@ from torch import Tensor
 from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
 from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe, SegmentSeconds, kept_bytes
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
-from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.malloc import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from typing import Protocol
 
 from tbptt_ckpt.budget.curves import ROUNDING_BYTES, TOLERANCE, raised, scaled
+from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule, moved
@@ -16,8 +18,77 @@ from tbptt_ckpt.schedule.stretch import Block
 
 _LEAST_RATIO = 0.1
 
-Replan = Callable[[int, int, int, Costs], Plan]
-Refuse = Callable[[InfeasibleBudgetError], InfeasibleBudgetError]
+
+class PlanWatch(Protocol):
+    """Follows a window action by action, and may change what comes next."""
+
+    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
+        """An action is done; whether the rest is to go on otherwise, in stretches.
+
+        Args:
+            action: Which.
+            begun: What was live before it.
+            ended: What it took.
+        """
+        ...
+
+    def next_stretch(self) -> Stretch | None:
+        """What comes next where the plan was left; None at the end, or if it was not."""
+        ...
+
+    def executed_plan(self, plan: Plan) -> Plan:
+        """The plan as it was followed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Actions that replace the rest of a plan, or a part of it.
+
+    Attributes:
+        actions: In order.
+        advance_steps: Most steps of one call in their advances.
+    """
+
+    actions: Iterable[Action]
+    advance_steps: int
+
+
+class _Uncorrected:
+    """Lets every plan go on."""
+
+    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
+        """Go on."""
+        return False
+
+    def next_stretch(self) -> Stretch | None:
+        """No plan is left."""
+        return None
+
+    def executed_plan(self, plan: Plan) -> Plan:
+        """The plan."""
+        return plan
+
+
+UNCORRECTED = _Uncorrected()
+
+
+class Replanner(Protocol):
+    """Plans the rest of a window."""
+
+    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
+        """A plan of steps `[start, stop)` beside so many bytes.
+
+        Raises:
+            InfeasibleBudgetError: There is none.
+        """
+        ...
+
+    def refusal(
+        self, corrections: Corrections, error: InfeasibleBudgetError
+    ) -> InfeasibleBudgetError:
+        """What to raise where the rest of a window does not fit."""
+        ...
 
 
 @dataclass(slots=True)
@@ -54,28 +125,32 @@ class Corrections:
     Attributes:
         plan: The window's plan.
         costs: What it was made from, with the window's fixed part.
+        shape: Of the window.
         stop: End of the window.
         given: Steps whose states need not be kept.
         budget_bytes: Never to be exceeded.
         missing_bytes: Of the fixed part, what does not exist before the update.
+        absent_bytes: Of these, states that only later windows have.
+        optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
-        replan: Plans steps `[start, stop)` beside so many bytes.
-        refuse: Explains that the rest of the window does not fit.
+        replanner: Plans the rest where it must be left.
         rest: The actions that replaced those of the plan, where it was left.
         peak_bytes: The highest so far.
     """
 
     plan: Plan
     costs: Costs
+    shape: Shape
     stop: int
     given: frozenset[int]
     budget_bytes: int
     missing_bytes: int
+    absent_bytes: int
+    optimizer_bytes: int
     gradient_bytes: int
     first_state_bytes: int
-    replan: Replan
-    refuse: Refuse = field(default=lambda error: error)
+    replanner: Replanner
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
     last_leaf: Ratios = field(default_factory=Ratios)
@@ -84,22 +159,15 @@ class Corrections:
     peak_bytes: int = 0
     _kept: list[int] = field(default_factory=list)
     _num_done: int = 0
-    _bound_calls: Callable[[int], None] | None = None
+    _left_at: int | None = None  # the end of the steps that are still to be replanned
 
-    def attach(self, bound_calls: Callable[[int], None]) -> None:
-        """The window begins; `bound_calls` sets the most steps of one call in an advance."""
-        self._bound_calls = bound_calls
-
-    def after(
-        self, action: Action, begun: Lap, ended: Lap, pending: Iterator[Action]
-    ) -> Iterator[Action]:
-        """Take in what an action took; a rest that would exceed the budget is planned anew.
-
-        Raises:
-            InfeasibleBudgetError: The rest does not fit however it is planned.
-        """
+    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
+        """Take in what an action took; whether the rest would exceed the budget as planned."""
         self.peak_bytes = max(self.peak_bytes, ended.peak_bytes)
-        self._num_done += not self.rest
+        if self._left_at is None:
+            self._num_done += 1
+        else:
+            self.rest.append(action)
         match action:
             case Keep(step):
                 self._kept.append(step)
@@ -113,8 +181,9 @@ class Corrections:
             case Differentiate(start, stop):
                 self._compare_leaf(start, stop, begun, ended)
                 if start > self._begin and self._must_replan(start):
-                    return self._replanned(start)
-        return pending
+                    self._left_at = start
+                    return True
+        return False
 
     def corrected(self, costs: Costs) -> Costs:
         """Costs that would have predicted this window, or slightly more."""
@@ -154,38 +223,38 @@ class Corrections:
         assert predicted is not None, "it was made from costs"
         longest = min(self.plan.longest_leaf, stop - self._begin)
         more = (self.leaf.factor - 1) * self.costs.leaf_bytes(longest) + self.excess_bytes
-        return not self.rest and more > ROUNDING_BYTES and predicted + more > self.budget_bytes
+        too_much = more > ROUNDING_BYTES and predicted + more > self.budget_bytes
+        return self._left_at is None and too_much
 
-    def _replanned(self, stop: int) -> Iterator[Action]:
-        """The steps before `stop`, block by block between the states that are kept."""
+    def next_stretch(self) -> Stretch | None:
+        """The steps that are left, from the last back, block by block between kept states.
+
+        Raises:
+            InfeasibleBudgetError: They do not fit however they are planned.
+        """
+        stop = self._left_at
+        if stop is None or stop <= self._begin:
+            return None
+        useless = [Drop(step) for step in self._kept if step >= stop]
+        if useless:
+            return Stretch(useless, self.plan.advance_steps)
         costs = self.corrected(replace(self.costs, last_leaf_bytes=None))
-        for step in [step for step in self._kept if step >= stop]:
-            yield self._noted(Drop(step))
-        while stop > self._begin:
-            start = max(s for s in {self._begin, *self.given, *self._kept} if s < stop)
-            kept = sum(step <= start for step in self._kept)
-            beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
-            drops = [Drop(start)] if start in self._kept else []
-            try:
-                part = self.replan(start, stop, beside, costs)
-            except InfeasibleBudgetError as error:
-                if not drops or start in self.given:
-                    raise self.refuse(error) from None
-                yield self._noted(drops[0])  # the steps from an earlier state need one less
-                continue
-            if self._bound_calls is not None:
-                self._bound_calls(part.advance_steps)
-            for action in chain(part.schedule, drops):
-                yield self._noted(action)
-            stop = start
-
-    def _noted(self, action: Action) -> Action:
-        self.rest.append(action)
-        return action
+        start = max(s for s in {self._begin, *self.given, *self._kept} if s < stop)
+        kept = sum(step <= start for step in self._kept)
+        beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
+        drops = [Drop(start)] if start in self._kept else []
+        try:
+            part = self.replanner.replan(start, stop, beside, costs)
+        except InfeasibleBudgetError as error:
+            if not drops or start in self.given:
+                raise self.replanner.refusal(self, error) from None
+            return Stretch(drops, self.plan.advance_steps)  # an earlier state needs one less
+        self._left_at = start
+        return Stretch(chain(part.schedule, drops), part.advance_steps)
 
     def executed_plan(self, plan: Plan) -> Plan:
         """The plan as it was followed."""
-        if not self.rest:
+        if self._left_at is None:
             return plan
         actions = [*islice(plan.schedule, self._num_done), *self.rest]
         if self.plan.lead_steps:  # the plan itself adds what comes before and after

@@ -13,9 +13,9 @@ from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.runner import make_runner
-from tbptt_ckpt.executor.task import Boundary
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient

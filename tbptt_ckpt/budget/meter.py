@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
+from tbptt_ckpt.budget.window_budget import PlannedWindow
+from tbptt_ckpt.executor.route import PlannedRoute, Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import Lap, peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.trees import tensors_of
-from tbptt_ckpt.schedule.actions import Action, Schedule
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.actions import Action
 
 # A call of a cell makes some 130 events of up to 0.9 KiB, those of its backward included.
 _CALLS_PER_FLUSH = 64
 _CALLS_PER_HOOK = 256
-
-
-class Pilot(Protocol):
-    """Follows a window action by action and may change what comes next."""
-
-    def attach(self, bound_calls: Callable[[int], None]) -> None:
-        """The window begins; `bound_calls` sets the most steps of one call in an advance."""
-        ...
-
-    def after(
-        self, action: Action, begun: Lap, ended: Lap, pending: Iterator[Action]
-    ) -> Iterator[Action]:
-        """An action is done; returns the actions to go on with."""
-        ...
-
-    def executed_plan(self, plan: Plan) -> Plan:
-        """The plan as it was followed."""
-        ...
 
 
 class UnmeteredWindow:
@@ -58,9 +40,9 @@ class UnmeteredWindow:
         """The same runner."""
         return runner
 
-    def schedule(self, schedule: Schedule, pilot: Pilot) -> Schedule:
-        """The same schedule."""
-        return schedule
+    def route(self, planned: PlannedWindow) -> Route:
+        """The plan as it is."""
+        return PlannedRoute(planned.plan.schedule, planned.plan.advance_steps)
 
     def lap(self) -> Lap | None:
         """Nothing is known."""
@@ -110,22 +92,12 @@ class WindowMeter:
 
     def runner(self, runner: Runner) -> Runner:
         """The same runner, reading the meter's records as it goes."""
-        metered = copy.copy(runner)
-        metered.recurrence = replace(runner.recurrence, call=self._flushing(runner.recurrence.call))
-        return metered
+        call = self._flushing(runner.recurrence.call)
+        return runner.calling(replace(runner.recurrence, call=call))
 
-    def schedule(self, schedule: Schedule, pilot: Pilot) -> Schedule:
-        """The same schedule, with a pilot who is told what each action took."""
-
-        def actions() -> Iterator[Action]:
-            pending, begun = iter(schedule), self.lap()
-            while (action := next(pending, None)) is not None:
-                yield action
-                ended = self.lap()
-                pending = pilot.after(action, begun, ended, pending)
-                begun = ended
-
-        return Schedule(actions)
+    def route(self, planned: PlannedWindow) -> Route:
+        """The plan, held against what each action takes, and left where it must be."""
+        return _MeteredRoute(planned, self)
 
     def lap(self) -> Lap:
         """What the last stretch took; bytes count from nothing."""
@@ -146,18 +118,25 @@ class WindowMeter:
         return flushing
 
 
-class Bystander:
-    """A pilot who lets everything go on."""
+class _MeteredRoute:
+    """Follows a plan while its watch lets it, and what the watch says from there on."""
 
-    def attach(self, bound_calls: Callable[[int], None]) -> None:
-        """Nothing will change."""
+    def __init__(self, planned: PlannedWindow, meter: WindowMeter) -> None:
+        self._watch, self._meter = planned.watch, meter
+        self._actions = iter(planned.plan.schedule)
+        self.advance_steps = planned.plan.advance_steps
+        self._action: Action | None = None
+        self._begun = meter.lap()
 
-    def after(
-        self, action: Action, begun: Lap, ended: Lap, pending: Iterator[Action]
-    ) -> Iterator[Action]:
-        """Go on."""
-        return pending
-
-    def executed_plan(self, plan: Plan) -> Plan:
-        """The plan."""
-        return plan
+    def next_action(self) -> Action | None:
+        """See `Route`."""
+        if self._action is not None:
+            ended = self._meter.lap()
+            if self._watch.take(self._action, self._begun, ended):
+                self._actions = iter(())
+            self._begun = ended
+        self._action = next(self._actions, None)
+        while self._action is None and (stretch := self._watch.next_stretch()) is not None:
+            self._actions, self.advance_steps = iter(stretch.actions), stretch.advance_steps
+            self._action = next(self._actions, None)
+        return self._action

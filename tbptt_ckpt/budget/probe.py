@@ -10,18 +10,21 @@ import torch
 from torch import nn
 
 from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.resets import Resets
+from tbptt_ckpt.executor.route import PlannedRoute
 from tbptt_ckpt.executor.runner import Runner
-from tbptt_ckpt.executor.sinks import WindowLoss
-from tbptt_ckpt.executor.task import Boundary, WindowTask
-from tbptt_ckpt.executor.window_run import StateGrads, WeightGuard, WindowRun
+from tbptt_ckpt.executor.window_loss import WindowLoss
+from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.memory.malloc import malloc_bytes
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
-from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Schedule
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +156,9 @@ class SegmentProbe:
     def go_on(self) -> AmbientState:
         """Start from the state one step later; the generators and buffers there before."""
         before = self.ambient.capture()
-        task = WindowTask(self.blocks, self.first, *(self.first + 1,) * 3, ambient=self.ambient)
-        work = self._work(task)
-        reached = work.advance(self._boundary_at(self.first), self.first + 1)
+        stop = self.first + 1
+        step = self._pass(self.first, stop, stop, stop, Observer())
+        reached = step.advance(self._boundary_at(self.first), stop, 1)
         self.boundary = reached
         return before
 
@@ -182,23 +185,26 @@ class SegmentProbe:
                 after()
 
         start = self.stop - steps
-        task = WindowTask(
-            self.blocks,
-            start,
-            start,
-            self.stop,
-            max(start, self.loss_start),
-            self.ambient,
-            resets=self.resets,
-            on_arrival=lambda *_: self._arrived(),
-        )
-        work = self._work(task)
-        work.longest_advance = steps
-        return ReplayExecutor().run(work, Schedule(watched), self._boundary_at(start))
+        this = self._pass(start, start, self.stop, max(start, self.loss_start), _Arrived(self))
+        route = PlannedRoute(watched(), steps)
+        return ReplayExecutor().run(this, route, self._boundary_at(start))
 
-    def _work(self, task: WindowTask) -> WindowRun:
-        loss = _UndividedLoss(self.loss, 1.0, "sum")
-        return WindowRun(task, self.runner, loss, WeightGuard(self.parameters))
+    def _pass(
+        self, first: int, start: int, stop: int, loss_start: int, observer: Observer
+    ) -> WindowPass:
+        return WindowPass(
+            blocks=self.blocks,
+            first=first,
+            start=start,
+            stop=stop,
+            loss_start=loss_start,
+            ambient=self.ambient,
+            runner=self.runner,
+            loss=_UndividedLoss(self.loss, 1.0, "sum"),
+            guard=WeightGuard(self.parameters),
+            resets=self.resets,
+            observer=observer,
+        )
 
     def _gradient_bytes(self, state_grads: StateGrads | None) -> tuple[int, int]:
         weights = [p.grad for p in self.parameters if p.grad is not None]
@@ -213,6 +219,14 @@ class SegmentProbe:
 def _now(meter: PeakMeter) -> int:
     meter.flush()
     return meter.net_bytes
+
+
+class _Arrived(Observer):
+    def __init__(self, probe: SegmentProbe) -> None:
+        self._probe = probe
+
+    def arrives(self, *_: object) -> None:
+        self._probe._arrived()
 
 
 class _UndividedLoss(WindowLoss):

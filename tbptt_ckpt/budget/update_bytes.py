@@ -37,8 +37,13 @@ class UpdateBytes:
     transient: int
 
 
-def update_bytes(updater: Updater) -> UpdateBytes:
-    """Measure an updater's optimizer; nothing for none."""
+def update_bytes(updater: Updater, *, copies_weights: bool = False) -> UpdateBytes:
+    """Measure an updater's optimizer; nothing for none.
+
+    Args:
+        updater: Whose.
+        copies_weights: Whether an update copies weights and state until it is done.
+    """
     if updater.optimizer is None:
         return UpdateBytes(0, 0)
     trained = [p for p in updater.optimized() if p.requires_grad]
@@ -50,7 +55,7 @@ def update_bytes(updater: Updater) -> UpdateBytes:
         found = UpdateBytes(_ASSUMED_STATES * size, _ASSUMED_TRANSIENTS * size)
     if trained and all(p in updater.optimizer.state for p in trained):
         found = UpdateBytes(tensor_bytes(updater.optimizer), found.transient)
-    if updater.protects_updates:  # copies of weights and state, until the step is done
+    if copies_weights:
         return UpdateBytes(found.state, found.transient + tensor_bytes(trained) + found.state)
     return found
 

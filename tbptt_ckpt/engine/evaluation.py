@@ -14,8 +14,8 @@ from tbptt_ckpt.errors import check_positive_int
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner, make_runner
-from tbptt_ckpt.executor.sinks import LossSink, WindowLoss
-from tbptt_ckpt.executor.task import WindowTask, counted_weight
+from tbptt_ckpt.executor.window_loss import WindowLoss, counted_weight
+from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.module.recurrence import parameters_of
@@ -120,19 +120,19 @@ class _Pass:
 
     def _run_piece(self, start: int, stop: int, state: Tree) -> Tree:
         blocks = self._reader.window(start, stop)
-        task = WindowTask(
+        loss = WindowLoss(self._loss_function, counted_weight(blocks, start, stop), "sum")
+        piece = WindowPass(
             blocks=blocks,
             first=start,
             start=stop,  # nothing is differentiated: all losses are constants
             stop=stop,
             loss_start=start,
             ambient=self._ambient,
+            runner=self._runner,
+            loss=loss,
             resets=Resets(blocks, self._initial, self._runner.recurrence.lane_dim),
         )
-        counted = counted_weight(blocks, start, stop)
-        loss = WindowLoss(self._loss_function, counted, "sum")
-        sink = LossSink(task, loss, graph=False)
-        state = self._runner.run(task, start, stop, state, sink)
+        state = piece.run(start, stop, state, piece.sink(graph=False))
         loss_sum = loss.loss_sum
         if loss_sum is not None and not loss.is_empty():
             self._loss_sum += loss_sum

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
-from tbptt_ckpt.executor.window_run import StateGrads
+from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.trees import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates.updater import Updater
 

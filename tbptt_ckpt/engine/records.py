@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.buffers import BufferValue
 from tbptt_ckpt.module.trees import Tree
 
 
+@dataclass(slots=True)
 class Records:
     """States at steps where later windows begin or restart, dropped when none will.
 
@@ -24,21 +26,16 @@ class Records:
         has_origin_state: Whether `origin_state` counts.
     """
 
-    def __init__(self) -> None:
-        self.boundaries: dict[int, Boundary] = {}
-        self.ambients: dict[int, AmbientState] = {}
-        self.carried: Boundary | None = None
-        self.origin = 0
-        self.origin_state: Tree = None
-        self.has_origin_state = False
+    boundaries: dict[int, Boundary] = field(default_factory=dict)
+    ambients: dict[int, AmbientState] = field(default_factory=dict)
+    carried: Boundary | None = None
+    origin: int = 0
+    origin_state: Tree = None
+    has_origin_state: bool = False
 
     def copy(self) -> Records:
         """Another holder of the same states."""
-        other = Records()
-        other.boundaries, other.ambients = dict(self.boundaries), dict(self.ambients)
-        other.carried, other.origin = self.carried, self.origin
-        other.origin_state, other.has_origin_state = self.origin_state, self.has_origin_state
-        return other
+        return replace(self, boundaries=dict(self.boundaries), ambients=dict(self.ambients))
 
     def restart_at(self, step: int, ambient: AmbientState) -> None:
         """Go on at `step` from the state carried so far, as if no step lay in between."""
@@ -46,11 +43,32 @@ class Records:
         if self.carried is not None:
             self.origin_state, self.has_origin_state = self.carried.state, True
             self.carried = Boundary(step, self.carried.state, ambient)
-            self.keep(self.carried)
+            self.boundaries[step] = self.carried
 
-    def keep(self, boundary: Boundary) -> None:
-        """Keep a state."""
-        self.boundaries[boundary.step] = boundary
+    def find_ambient(self, step: int, ambient: AmbientState) -> None:
+        """A window's new steps begin at `step`: what they find there is what counts."""
+        self.ambients[step] = ambient
+
+    def note_ambient(self, step: int, ambient: AmbientState) -> None:
+        """A first run passed `step`."""
+        self.ambients.setdefault(step, ambient)
+
+    def take(
+        self, noted: Iterable[Boundary], final: Boundary, next_start: int, *, keeps: bool
+    ) -> None:
+        """A window has run.
+
+        Args:
+            noted: States inside it that later windows start from.
+            final: The state at its end.
+            next_start: Where the next window starts.
+            keeps: Whether older states stay: their steps did not run again.
+        """
+        kept = self.boundaries if keeps else {}
+        kept = {**kept, **{boundary.step: boundary for boundary in (*noted, final)}}
+        self.boundaries = {s: b for s, b in kept.items() if s >= next_start}
+        self.ambients = {s: a for s, a in self.ambients.items() if s >= next_start}
+        self.carried = final
 
     def last_at_or_before(self, step: int) -> Boundary | None:
         """The kept state nearest before `step`, or at it."""
@@ -60,11 +78,6 @@ class Records:
     def first_at_or_after(self, step: int) -> int:
         """The first step with a kept state."""
         return min(s for s in self.boundaries if s >= step)
-
-    def drop_before(self, step: int) -> None:
-        """Forget what lies before `step`."""
-        self.boundaries = {s: b for s, b in self.boundaries.items() if s >= step}
-        self.ambients = {s: a for s, a in self.ambients.items() if s >= step}
 
     def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
         """What a run that begins at `first` restores, there and at update points, in order."""
@@ -129,12 +142,14 @@ def load_records(stored: dict[str, Any]) -> tuple[Records, AmbientState]:
     boundaries = [
         Boundary(b["step"], b["state"], ambients[b["ambient"]]) for b in stored["boundaries"]
     ]
-    records = Records()
-    records.boundaries = {step: boundaries[index] for step, index in stored["kept"].items()}
-    records.ambients = {step: ambients[index] for step, index in stored["recorded"].items()}
-    records.carried = None if stored["carried"] is None else boundaries[stored["carried"]]
-    records.origin, records.origin_state = stored["origin"], stored["origin_state"]
-    records.has_origin_state = stored["has_origin_state"]
+    records = Records(
+        boundaries={step: boundaries[index] for step, index in stored["kept"].items()},
+        ambients={step: ambients[index] for step, index in stored["recorded"].items()},
+        carried=None if stored["carried"] is None else boundaries[stored["carried"]],
+        origin=stored["origin"],
+        origin_state=stored["origin_state"],
+        has_origin_state=stored["has_origin_state"],
+    )
     return records, ambients[stored["present"]]
 
 

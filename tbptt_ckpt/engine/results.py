@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from tbptt_ckpt.executor.task import Boundary
-from tbptt_ckpt.executor.window_run import StateGrads
+from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
 
@@ -44,7 +43,7 @@ class WindowResult:
     peak_bytes: int | None
     drift: float
     seconds: float
-    plan: Plan | None
+    plan: Plan | None = field(repr=False)
     updated: bool
 
 
@@ -71,44 +70,40 @@ class TrainResult:
     tokens_per_second: float
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What running a window gave."""
-
-    executed_steps: int
-    loss: Tensor | None = None
-    loss_sum: float = 0.0
-    weight: float = 0.0
-    state_grads: StateGrads | None = None
-    grad_scale: float = 1.0
-    plan: Plan | None = None
-
-
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over the windows of a run."""
 
-    def __init__(self) -> None:
-        self.loss_sum, self.weight = 0.0, 0.0
-        self.num_steps, self.num_windows, self.num_tokens = 0, 0, 0
-        self.peak_bytes: int | None = None
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    num_steps: int = 0
+    num_windows: int = 0
+    num_tokens: int = 0
+    peak_bytes: int | None = None
 
-    def add(self, window: Window, outcome: Outcome, num_tokens: int) -> None:
-        """Add a window."""
-        self.loss_sum += outcome.loss_sum
-        self.weight += outcome.weight
-        self.num_steps, self.num_windows = window.stop, window.index + 1
-        self.num_tokens += num_tokens
+    def plus(
+        self, window: Window, loss: WindowLoss, num_tokens: int, peak_bytes: int | None
+    ) -> Totals:
+        """The sums with one more window, whose peak may not have been measured."""
+        peaks = [peak for peak in (self.peak_bytes, peak_bytes) if peak is not None]
+        return Totals(
+            loss_sum=self.loss_sum + (loss.loss_sum or 0.0),
+            weight=self.weight + float(loss.weight),
+            num_steps=window.stop,
+            num_windows=window.index + 1,
+            num_tokens=self.num_tokens + num_tokens,
+            peak_bytes=max(peaks, default=None),
+        )
 
-    def add_peak(self, peak_bytes: int | None) -> None:
-        """Take the peak of a window, where it was measured."""
-        if peak_bytes is not None:
-            self.peak_bytes = max(self.peak_bytes or 0, peak_bytes)
+    def skipping(self, window: Window) -> Totals:
+        """The sums where a window was left out."""
+        return replace(self, num_steps=window.stop, num_windows=window.index + 1)
 
-    def result(self, final: Boundary, seconds: float) -> TrainResult:
+    def result(self, state: Any, seconds: float) -> TrainResult:
         """The run's result."""
         return TrainResult(
             loss=self.loss_sum / self.weight if self.weight else None,
-            state=final.state,
+            state=state,
             num_steps=self.num_steps,
             num_windows=self.num_windows,
             peak_bytes=self.peak_bytes,

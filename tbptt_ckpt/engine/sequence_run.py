@@ -1,66 +1,114 @@
-"""One pass over a sequence: what each window starts from, notes, and hands on."""
+"""One run over a sequence, window by window: what each starts from and hands on."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
-from tbptt_ckpt.budget.planned_window import PlannedWindow
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
-from tbptt_ckpt.engine.parts import Settings
-from tbptt_ckpt.engine.passage import Passage
+from tbptt_ckpt.engine.open_window import OpenWindow
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Records, load_records, store_records
-from tbptt_ckpt.engine.results import Outcome, Totals, TrainResult, WindowResult
+from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
-from tbptt_ckpt.executor.task import has_loss
-from tbptt_ckpt.executor.window_run import StateGrads, WeightGuard
+from tbptt_ckpt.executor.guard import WeightGuard
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
+from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
-from tbptt_ckpt.module.recurrence import device_of
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 from tbptt_ckpt.updates.updater import UpdaterMark
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Standing:
+    """Where a run stands between two windows.
+
+    Attributes:
+        index: Of the next window.
+        records: What earlier windows left.
+        totals: Sums over them.
+        weights_before: Fingerprint of the weights that the last one ran with.
+        state_grads: Gradients of the last one's first state.
+    """
+
+    index: int = 0
+    records: Records = field(default_factory=Records)
+    totals: Totals = field(default_factory=Totals)
+    weights_before: object = None
+    state_grads: StateGrads | None = None
+
+    def copy(self) -> _Standing:
+        """The same; windows that follow do not change it."""
+        return replace(self, records=self.records.copy())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mark:
+    """A place between two windows to which a run can be rewound."""
+
+    standing: _Standing
+    ambient: AmbientState | None
+    random: Tensor | None
+    updater: UpdaterMark
+    collected: dict[int, Tensor]
 
 
 class SequenceRun:
     """Runs the windows of one sequence in order.
 
     Args:
-        settings: What the user asked for.
+        options: What the user asked for.
+        parts: What runs.
         sequence: The steps.
         init_state: The state at step 0.
+        observer: Told of what is done, after the parts' own one.
     """
 
-    def __init__(self, settings: Settings, sequence: object, init_state: Tree) -> None:
+    def __init__(
+        self,
+        options: Options,
+        parts: Parts,
+        sequence: object,
+        init_state: Tree,
+        observer: Observer = UNOBSERVED,
+    ) -> None:
         if torch.is_inference_mode_enabled():
             raise ArgumentError(
                 "a gradient was asked for under torch.inference_mode, which records none; call "
                 "this outside of it"
             )
-        self.settings = settings
-        self.reader = WindowReader(sequence, settings.k1, settings.k2)
-        self.has_length = self.reader.num_steps is not None
-        self.initial = InitialState(init_state, settings.updater, settings.recurrence.lane_dim)
-        self.records = Records()
-        self.totals = Totals()
-        self.state_grads: StateGrads | None = None
-        settings.updater.group.begin()
-        self._weights_before: object = None
+        self._options, self._parts = options, parts
+        self._observer = together(parts.observer, observer)
+        self._reader = WindowReader(sequence, options.k1, options.k2)
+        self._has_length = self._reader.num_steps is not None
+        self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
+        self._standing = _Standing()
+        parts.updater.group.begin()
         self._ambient: Ambient | None = None
         self._begun = time.perf_counter()
         self._present: AmbientState | None = None  # to start from, once devices are known
         self._first_ambient: AmbientState | None = None
-        self.index = 0
-        self.inspect: Inspect | None = None
-        self.on_plan: Callable[[], None] = do_nothing
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the windows so far."""
+        return self._standing.totals
+
+    @property
+    def state_grads(self) -> StateGrads | None:
+        """Gradients of the last window's first state."""
+        return self._standing.state_grads
 
     def __iter__(self) -> Iterator[WindowResult]:
         while (window := self.next_window()) is not None:
@@ -74,151 +122,164 @@ class SequenceRun:
         """
         if self._ambient is not None:
             self._ambient.check_complete(searches=True)
-        if self.totals.num_steps == self.reader.num_steps:
-            self.settings.updater.update(True, self.initial.leaves())
+        if self.totals.num_steps == self._reader.num_steps:
+            self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
     def result(self) -> TrainResult:
         """What all windows gave together, once they have run."""
-        assert self.records.carried is not None, "every sequence has a window"
-        seconds = time.perf_counter() - self._begun
-        return self.totals.result(self.records.carried, seconds)
+        carried = self._standing.records.carried
+        assert carried is not None, "every sequence has a window"
+        return self.totals.result(carried.state, time.perf_counter() - self._begun)
 
     def next_window(self) -> Window | None:
         """The next window, or None at the end; reads up to k1 steps past its end."""
-        k1, k2, index = self.settings.k1, self.settings.k2, self.index
-        self.reader.look_ahead(update_point(index + 1, None, k1))
-        num_steps = self.reader.num_steps
+        k1, k2, index = self._options.k1, self._options.k2, self._standing.index
+        self._reader.look_ahead(update_point(index + 1, None, k1))
+        num_steps = self._reader.num_steps
         if num_steps is not None and index * k1 >= num_steps:
             return None
-        self.reader.drop_before(window_at(index, num_steps, k1, k2).first)
-        self.reader.look_ahead(update_point(index + 2, None, k1))
-        window = window_at(index, self.reader.num_steps, k1, k2)
+        self._reader.drop_before(window_at(index, num_steps, k1, k2).first)
+        self._reader.look_ahead(update_point(index + 2, None, k1))
+        window = window_at(index, self._reader.num_steps, k1, k2)
         return self._from_recorded_start(self._from_origin(window))
 
     def _from_origin(self, window: Window) -> Window:
         """No window reaches back across windows that were skipped."""
-        start = max(window.start, self.records.origin)
-        return Window(window.index, start, window.new_start, window.stop)
+        return replace(window, start=max(window.start, self._standing.records.origin))
 
     def _from_recorded_start(self, window: Window) -> Window:
         """Under stale overlap a last window of unforeseen length starts at a recorded state."""
-        foreseen = window.start in (self.records.origin, window.new_start)
+        records = self._standing.records
+        foreseen = window.start in (records.origin, window.new_start)
         foreseen = foreseen or window.start > window.new_start
-        if foreseen or self.has_length or self.settings.overlap == "refresh":
+        if foreseen or self._has_length or not self._options.is_stale:
             return window
-        start = self.records.first_at_or_after(window.start)
-        return Window(window.index, start, window.new_start, window.stop)
-
-    def _begin(self, window: Window) -> tuple[Sequence[StepBlock], Passage, PlannedWindow | None]:
-        """The window's steps, its passage, and its plan; None where it has no loss."""
-        blocks = self.reader.window(window.first, window.stop)
-        passage = Passage(
-            self.settings,
-            window,
-            self.reader.num_steps,
-            blocks,
-            self._ambient_for(blocks),
-            self.initial,
-            self.records,
-        )
-        loss_start = self._loss_start(window)
-        if not has_loss(blocks, loss_start, window.stop):
-            return blocks, passage, None
-        planned = self.settings.plans.plan(
-            window, passage.joints(), lambda: passage.request(loss_start, self._held())
-        )
-        self.on_plan()
-        return blocks, passage, planned
-
-    def _loss_start(self, window: Window) -> int:
-        return window.new_start if self.settings.loss == "new" else window.stop - 1
+        return replace(window, start=records.first_at_or_after(window.start))
 
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
         begun = time.perf_counter()
-        loss_start = self._loss_start(window)
-        guard = WeightGuard(self.settings.weights())
-        blocks, passage, planned = self._begin(window)
-        num_tokens = passage.num_tokens()
-        self.settings.updater.clear(self.initial.leaves())
-        with self._meter(planned, blocks) as meter:
-            try:
-                if planned is not None:
-                    scale = self._grad_scale()
-                    outcome = passage.differentiate(loss_start, guard, scale, planned, meter)
-                else:
-                    outcome = passage.only_advance(guard, self._weights_before)
-            except InfeasibleBudgetError:  # found out in the middle: half a gradient is none
-                self.settings.updater.clear(self.initial.leaves())
-                raise
-            finally:
-                passage.restore_ambient()
-            if self.inspect is not None:
-                self.inspect(window, outcome.loss, passage.states())
-            self._weights_before = guard.expected
-            passage.hand_on(ran_again=outcome.executed_steps > window.num_new_steps)
-            self.state_grads = outcome.state_grads
-            updated = self._update(window, outcome)
+        parts = self._parts
+        guard = WeightGuard(parts.weights())
+        opened = self._open(window)
+        planned = self._plan(window, opened) if opened.has_loss() else None
+        num_tokens = opened.num_tokens()
+        parts.updater.clear(self.initial.leaves())
+        with self._meter(planned, opened) as meter:
+            state_grads = self._differentiate(opened, planned, guard, meter)
+            loss = opened.loss.value
+            self._observer.differentiated(window, loss, opened.states())
+            opened.hand_on()
+            updated = self._update(window, loss, state_grads)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
-            self.settings.plans.learn(planned, lap, peak_bytes)
-        self.totals.add(window, outcome, num_tokens)
-        self.totals.add_peak(peak_bytes)
-        self.index += 1
+            parts.budget.learn(planned, lap, peak_bytes)
+        self._standing = replace(
+            self._standing,
+            index=self._standing.index + 1,
+            totals=self.totals.plus(window, opened.loss, num_tokens, peak_bytes),
+            weights_before=guard.expected,
+            state_grads=state_grads,
+        )
         return WindowResult(
             index=window.index,
             start=window.start,
             new_start=window.new_start,
             stop=window.stop,
-            loss=outcome.loss,
-            state=passage.final.state,
-            recomputed_steps=outcome.executed_steps - window.num_new_steps,
+            loss=loss,
+            state=opened.final.state,
+            recomputed_steps=opened.executed_steps - window.num_new_steps,
             peak_bytes=peak_bytes,
-            drift=passage.drift,
+            drift=opened.drift,
             seconds=time.perf_counter() - begun,
-            plan=outcome.plan,
+            plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
         )
 
-    def _grad_scale(self) -> float:
-        updater = self.settings.updater
-        return 1.0 if updater.scaler is None else updater.grad_scale(self.settings.device_type)
+    def _open(self, window: Window) -> OpenWindow:
+        """The window with its steps; what generators and buffers they find is recorded."""
+        blocks = self._reader.window(window.first, window.stop)
+        ambient = self._ambient_for(blocks)
+        ambient.about_to_run()  # whoever got the window before may have run the module
+        self._standing.records.find_ambient(window.new_start, ambient.capture())
+        return OpenWindow(
+            self._options,
+            self._parts,
+            window,
+            self._reader.num_steps,
+            blocks,
+            ambient,
+            self.initial,
+            self._standing.records,
+            self._observer,
+        )
 
-    def _update(self, window: Window, outcome: Outcome) -> bool:
-        updater = self.settings.updater
-        if outcome.loss is not None:
-            if window.start == self.records.origin and not self.records.has_origin_state:
-                self.initial.collect(outcome.state_grads)
-            updater.add(outcome.loss)
-        return updater.update(window.stop == self.reader.num_steps, self.initial.leaves())
+    def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:
+        def request() -> Request:
+            return opened.request(self._held(), copies_weights=self._observer.wants_copies)
+
+        planned = self._parts.budget.plan(window, opened.joints(), request)
+        self._observer.planned(window)
+        return planned
+
+    def _differentiate(
+        self,
+        opened: OpenWindow,
+        planned: PlannedWindow | None,
+        guard: WeightGuard,
+        meter: WindowMeter | UnmeteredWindow,
+    ) -> StateGrads | None:
+        """Run a window, with its gradient where it has a plan."""
+        try:
+            if planned is None:
+                opened.only_advance(guard, self._standing.weights_before)
+                return None
+            return opened.differentiate(guard, self._grad_scale(), planned, meter)
+        except InfeasibleBudgetError:  # found out in the middle: half a gradient is none
+            self._parts.updater.clear(self.initial.leaves())
+            raise
+        finally:
+            opened.restore_ambient()
+
+    def _grad_scale(self) -> float:
+        updater = self._parts.updater
+        return 1.0 if updater.scaler is None else updater.grad_scale(self._parts.device)
+
+    def _update(self, window: Window, loss: Tensor | None, state_grads: StateGrads | None) -> bool:
+        updater, records = self._parts.updater, self._standing.records
+        if loss is not None:
+            if window.start == records.origin and not records.has_origin_state:
+                self.initial.collect(state_grads)
+            updater.add(loss)
+        is_last = window.stop == self._reader.num_steps
+        return updater.update(is_last, self.initial.leaves(), self._observer)
 
     def _held(self) -> tuple[object, ...]:
         """What is live between windows and belongs to the run: inputs and states aside."""
-        settings, records = self.settings, self.records
+        parts = self._parts
         return (
-            settings.parameters,
-            settings.recurrence.module,
-            settings.loss_function.loss_fn,
-            settings.updater.optimizer,
+            parts.parameters,
+            parts.recurrence.module,
+            parts.loss_function.loss_fn,
+            parts.updater.optimizer,
             self.initial.state,
-            list(records.ambients.values()),
+            list(self._standing.records.ambients.values()),
         )
 
     def _meter(
-        self, planned: PlannedWindow | None, blocks: Sequence[StepBlock]
+        self, planned: PlannedWindow | None, opened: OpenWindow
     ) -> WindowMeter | UnmeteredWindow:
-        if not self.settings.measure_memory and not (planned and planned.metered):
+        if not self._options.measure_memory and not (planned and planned.metered):
             return UnmeteredWindow()
-        input_bytes = sum(block.num_bytes() for block in blocks)
-        held = (*self._held(), *self.records.boundaries.values())
-        return WindowMeter(device_of(self.settings.parameters), held, input_bytes)
+        held = (*self._held(), *self._standing.records.boundaries.values())
+        return WindowMeter(self._parts.device, held, opened.num_input_bytes())
 
     def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
         if self._ambient is None:
-            tensors = [*self.settings.parameters, *tensors_of(self.initial.state)]
+            tensors = [*self._parts.parameters, *tensors_of(self.initial.state)]
             tensors += tensors_of(blocks[0].inputs)
-            self._ambient = Ambient([self.settings.recurrence.module], tensors)
+            self._ambient = Ambient([self._parts.recurrence.module], tensors)
             if self._present is not None:
                 self._ambient.adopt(self._present)
             self._first_ambient = self._ambient.capture()
@@ -231,14 +292,10 @@ class SequenceRun:
         """
         ambient = self._present_ambient()
         return Mark(
-            index=self.index,
-            records=self.records.copy(),
-            totals=copy.copy(self.totals),
+            standing=self._standing.copy(),
             ambient=ambient,
             random=torch.get_rng_state() if ambient is None else None,
-            weights_before=self._weights_before,
-            state_grads=self.state_grads,
-            updater=self.settings.updater.mark(self.initial.leaves()),
+            updater=self._parts.updater.mark(self.initial.leaves()),
             collected=self.initial.collected(),
         )
 
@@ -248,11 +305,8 @@ class SequenceRun:
         Raises:
             TbpttError: Some weights were updated already, and no copy was taken.
         """
-        settings = self.settings
-        settings.updater.rewind(mark.updater, self.initial.leaves(), settings.device_type)
-        self.index, self.records = mark.index, mark.records.copy()
-        self.totals, self.state_grads = copy.copy(mark.totals), mark.state_grads
-        self._weights_before = mark.weights_before
+        self._parts.updater.rewind(mark.updater, self.initial.leaves(), self._parts.device)
+        self._standing = mark.standing.copy()
         self.initial.set_collected(mark.collected)
         ambient = mark.ambient or self._first_ambient
         if self._ambient is not None and ambient is not None:
@@ -262,29 +316,29 @@ class SequenceRun:
 
     def skip(self, window: Window) -> None:
         """Go on after `window`, which is next, from the state before it and without an update."""
-        ambient = self._ambient_for(self.reader.window(window.first, window.stop)).capture()
-        self.records.restart_at(window.stop, ambient)
-        self.index += 1
-        self.totals.num_steps, self.totals.num_windows = window.stop, self.index
+        ambient = self._ambient_for(self._reader.window(window.first, window.stop)).capture()
+        self._standing.records.restart_at(window.stop, ambient)
+        self._standing = replace(
+            self._standing, index=window.index + 1, totals=self.totals.skipping(window)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands between windows, in containers of numbers and tensors.
 
         The tensors are the run's own; write them out before the next window.
         """
-        present = self._present_ambient()
-        stored = None if present is None else store_records(self.records, present)
-        before = self._weights_before
+        present, standing = self._present_ambient(), self._standing
+        before = standing.weights_before
         changed = before is not None and before != self._weights()
         return {
-            "index": self.index,
-            "records": stored,
-            "totals": vars(self.totals).copy(),
+            "index": standing.index,
+            "records": None if present is None else store_records(standing.records, present),
+            "totals": asdict(standing.totals),
             "weights": "unknown" if before is None else "changed" if changed else "unchanged",
             "collected": self.initial.collected(),
-            "group": self.settings.updater.group.state_dict(),
-            "returns_pairs": self.settings.loss_function.returns_pairs,
-            "reader": self.reader.state_dict(),
+            "group": self._parts.updater.group.state_dict(),
+            "returns_pairs": self._parts.loss_function.returns_pairs,
+            "reader": self._reader.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,16 +348,20 @@ class SequenceRun:
         the caller's to restore.
         """
         assert self._ambient is None, "the run has not begun"
-        self.reader.load_state_dict(state["reader"])
-        self.index = state["index"]
-        vars(self.totals).update(state["totals"])
+        self._reader.load_state_dict(state["reader"])
         self.initial.set_collected(state["collected"])
-        self.settings.updater.group.load_state_dict(state["group"])
-        self.settings.loss_function.returns_pairs = state["returns_pairs"]
+        self._parts.updater.group.load_state_dict(state["group"])
+        self._parts.loss_function.load_state(state["returns_pairs"])
+        records = Records()
         if state["records"] is not None:
-            self.records, self._present = load_records(state["records"])
+            records, self._present = load_records(state["records"])
         known = {"unknown": None, "changed": "changed", "unchanged": self._weights()}
-        self._weights_before = known[state["weights"]]
+        self._standing = _Standing(
+            index=state["index"],
+            records=records,
+            totals=Totals(**state["totals"]),
+            weights_before=known[state["weights"]],
+        )
 
     def _present_ambient(self) -> AmbientState | None:
         """Generators and buffers now; None before devices are known."""
@@ -313,27 +371,4 @@ class SequenceRun:
         return self._ambient.capture()
 
     def _weights(self) -> object:
-        return WeightGuard(self.settings.weights()).fingerprint()
-
-
-def do_nothing() -> None:
-    """A window is planned; `SequenceRun.on_plan` is called before anything of it has run."""
-
-
-# Called before a window's update with its loss and the states later windows start from.
-Inspect = Callable[[Window, Tensor | None, list[Tree]], None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mark:
-    """Where a run stood between two windows."""
-
-    index: int
-    records: Records
-    totals: Totals
-    ambient: AmbientState | None
-    random: Tensor | None
-    weights_before: object
-    state_grads: StateGrads | None
-    updater: UpdaterMark
-    collected: dict[int, Tensor]
+        return WeightGuard(self._parts.weights()).fingerprint()

@@ -12,17 +12,18 @@ from torch.utils.checkpoint import noop_context_fn
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.engine.parts import make_settings
+from tbptt_ckpt.engine.options import ExecutorName, Options, Reduction
+from tbptt_ckpt.engine.parts import make_parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import OutputSink
 from tbptt_ckpt.executor.spans import parse_spans
-from tbptt_ckpt.executor.task import WindowTask
+from tbptt_ckpt.executor.window_pass import Executor, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import _time_dim, check_differentiable, parameters_of
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
-from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
@@ -54,13 +55,13 @@ def run_window(
     *,
     weight: Tensor | None = None,
     strategy: object = "auto",
-    executor: str = "replay",
+    executor: ExecutorName | Executor = "replay",
     time_batching: object = "auto",
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     per_step: bool | None = None,
     time_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
-    record: list[Action] | None = None,
+    observer: Observer = UNOBSERVED,
 ) -> WindowGradient:
     """Differentiate one window over all the given steps; gradients accumulate in `.grad`.
 
@@ -78,34 +79,26 @@ def run_window(
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         autocast_dtype: As for `TBPTT`.
-        record: The actions are appended here as they are run.
+        observer: As for `TBPTT`.
 
     Raises:
         ArgumentError: An argument that cannot work.
     """
     time_dim = _time_dim(module, per_step, time_dim)
     sequence = TensorSequence(inputs, targets, time_dim, weight)
-    settings = make_settings(
-        module,
-        loss_fn,
-        len(sequence),
-        None,
-        None,
-        loss="new",
+    options = Options(
+        k1=len(sequence),
+        k2=None,
         reduction=reduction,
-        overlap="refresh",
         strategy=strategy,
         executor=executor,
         per_step=per_step,
         time_dim=time_dim,
-        clip_grad_norm=None,
         autocast_dtype=autocast_dtype,
-        scaler=None,
-        scheduler=None,
         time_batching=time_batching,
     )
-    settings.record = record
-    run = SequenceRun(settings, sequence, init_state)
+    parts = make_parts(module, loss_fn, None, options, observer=observer, measured=False)
+    run = SequenceRun(options, parts, sequence, init_state)
     (window,) = run
     grads = run.initial.over_lanes(run.state_grads) or [None] * len(tensors_of(init_state))
     return WindowGradient(
@@ -159,14 +152,14 @@ def unroll(
     # With the inputs as targets every step has one, so that every output is collected.
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
     ambient = Ambient([runner.recurrence.module], tensors)
-    task = WindowTask([block], 0, 0, num_steps, 0, ambient)
+    whole = WindowPass([block], 0, 0, num_steps, 0, ambient, runner)
     sinks: list[OutputSink] = []
 
     def new_sink() -> OutputSink:
         sinks.append(OutputSink())
         return sinks[-1]
 
-    spans = CheckpointedSpans(task, runner, new_sink, context_fn)
+    spans = CheckpointedSpans(whole, new_sink, context_fn)
     collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
     ambient.check_complete()
     frame = map_tensors(lambda _: torch.empty(0), sinks[0].outputs[0])

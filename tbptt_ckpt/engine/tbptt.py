@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
-from tbptt_ckpt.engine.parts import Settings, make_settings
+from tbptt_ckpt.engine.options import ExecutorName, LossSteps, Options, Overlap, Reduction
+from tbptt_ckpt.engine.parts import Parts, make_parts
 from tbptt_ckpt.engine.results import TrainResult, WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.losses import LossFunction
-from tbptt_ckpt.executor.window_run import Observer
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
+from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.recurrence import check_differentiable
-from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.windows import check_reach
 from tbptt_ckpt.time_batching.report import BatchedOperation
 
 
@@ -53,7 +53,8 @@ class TBPTT:
             such as "512MiB", or a fraction of what is free. The first window measures what
             steps take. With a fixed strategy the budget is only checked.
         executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
-            of nested `torch.utils.checkpoint` calls.
+            of nested `torch.utils.checkpoint` calls; or an executor, such as
+            `CheckpointExecutor(context_fn)` for selective recomputation.
         time_batching: Whether weight gradients and products of the inputs are made over all
             steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
             gains time. A plan from measured costs weighs both forms and may leave all plain.
@@ -74,6 +75,7 @@ class TBPTT:
             that are given too low are raised to theirs.
         measure_memory: Whether every window's peak is measured; see `peak_memory` for what
             that costs.
+        observer: Told of every action as it is run; see `tbptt_ckpt.executor.Observer`.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -90,12 +92,13 @@ class TBPTT:
         k1: int,
         k2: int | None,
         optimizer: Any = None,
-        loss: str = "new",
-        reduction: str = "mean",
-        overlap: str = "refresh",
+        *,
+        loss: LossSteps = "new",
+        reduction: Reduction = "mean",
+        overlap: Overlap = "refresh",
         strategy: object = "auto",
         memory_budget: object = None,
-        executor: str = "replay",
+        executor: ExecutorName | Executor = "replay",
         time_batching: object = "auto",
         per_step: bool | None = None,
         time_dim: int = 0,
@@ -107,19 +110,18 @@ class TBPTT:
         accumulate: int = 1,
         costs: Costs | None = None,
         measure_memory: bool = False,
+        observer: Observer = UNOBSERVED,
     ) -> None:
-        check_reach(k1, k2)
-        self._settings = make_settings(
-            module,
-            loss_fn,
-            k1,
-            k2,
-            optimizer,
+        self._options = Options(
+            k1=k1,
+            k2=k2,
             loss=loss,
             reduction=reduction,
             overlap=overlap,
             strategy=strategy,
+            memory_budget=memory_budget,
             executor=executor,
+            time_batching=time_batching,
             per_step=per_step,
             time_dim=time_dim,
             clip_grad_norm=clip_grad_norm,
@@ -127,41 +129,33 @@ class TBPTT:
             scaler=scaler,
             scheduler=scheduler,
             lane_dim=lane_dim,
-            time_batching=time_batching,
             accumulate=accumulate,
-            memory_budget=memory_budget,
             costs=costs,
             measure_memory=measure_memory,
-            measured=True,
+        )
+        self._parts = make_parts(module, loss_fn, optimizer, self._options, observer=observer)
+
+    def __repr__(self) -> str:
+        options, name = self._options, type(self._parts.recurrence.module).__name__
+        return (
+            f"TBPTT({name}, k1={options.k1}, k2={options.k2}, {options.overlap} overlap, "
+            f"strategy {self._parts.budget.strategy}, executor {self._parts.executor})"
         )
 
     @property
-    def settings(self) -> Settings:
-        """The checked arguments; `Trainer` runs on them."""
-        return self._settings
+    def options(self) -> Options:
+        """The arguments, checked."""
+        return self._options
 
     @property
-    def record(self) -> list[Action] | None:
-        """Set to a list to have every action appended to it as it is run."""
-        return self._settings.record
-
-    @record.setter
-    def record(self, record: list[Action] | None) -> None:
-        self._settings.record = record
-
-    @property
-    def observer(self) -> Observer:
-        """Set to an object that is told of every action as it is run."""
-        return self._settings.observer
-
-    @observer.setter
-    def observer(self, observer: Observer) -> None:
-        self._settings.observer = observer
+    def parts(self) -> Parts:
+        """What runs; `Trainer` runs on it."""
+        return self._parts
 
     @property
     def batched_operations(self) -> list[BatchedOperation]:
         """What time batching has done so far, and what it left to the plain operation and why."""
-        return self._settings.runner.time_batching.report()
+        return self._parts.runner.time_batching.report()
 
     def train(self, sequence: object, init_state: Any = None) -> TrainResult:
         """Run a whole sequence, one update per window.
@@ -209,10 +203,10 @@ class TBPTT:
         Raises:
             ArgumentError: A sequence, state or module that cannot work.
         """
-        settings = self._settings
-        loss_function = LossFunction(settings.loss_function.loss_fn)
-        return run_evaluation(settings.runner, loss_function, sequence, init_state, segment_steps)
+        parts = self._parts
+        loss_function = LossFunction(parts.loss_function.loss_fn)
+        return run_evaluation(parts.runner, loss_function, sequence, init_state, segment_steps)
 
     def _start(self, sequence: object, init_state: Any) -> SequenceRun:
-        check_differentiable(self._settings.recurrence.module)
-        return SequenceRun(self._settings, sequence, init_state)
+        check_differentiable(self._parts.recurrence.module)
+        return SequenceRun(self._options, self._parts, sequence, init_state)

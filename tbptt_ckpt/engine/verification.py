@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.engine.options import ExecutorName
 from tbptt_ckpt.engine.single_window import run_window
 from tbptt_ckpt.executor.losses import LossFunction, LossSum
+from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.recurrence import Recurrence, owner_of, recognise
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
@@ -63,7 +65,7 @@ def verify(
     init_state: Any = None,
     *,
     strategy: object = "auto",
-    executor: str = "replay",
+    executor: ExecutorName | Executor = "replay",
     per_step: bool | None = None,
     time_dim: int | None = None,
     tolerance: float | None = None,

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from tbptt_ckpt.executor.runner import Runner, rejoin
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
-from tbptt_ckpt.executor.task import Boundary, WindowTask
-from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
+from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
-from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
@@ -34,57 +34,72 @@ class CheckpointExecutor:
         context_fn: Passed to `torch.utils.checkpoint`, for selective recomputation.
     """
 
+    one_graph = True
+
     def __init__(self, context_fn: ContextFn = noop_context_fn) -> None:
         self._context_fn = context_fn
 
-    def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
+    def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
-        task = work.task
         with SilenceableHooks():
-            boundary, actions = self._advance_to_start(work, schedule, first)
+            boundary, actions = _advance_to_start(window, route, first)
         boundary.check_untouched()
-        task.ambient.restore(boundary.ambient)
-        sinks: list[LossSink] = []
-
-        def new_sink() -> LossSink:
-            sinks.append(LossSink(task, work.loss, graph=True))
-            return sinks[-1]
-
-        spans = CheckpointedSpans(task, work.runner, new_sink, self._context_fn)
-        spans.note, spans.check = work.note, lambda: work.guard.check(task.stop)
-        spans.leaf_has_run = work.observer.differentiates
-        if actions and actions[0] == Keep(task.start):
-            spans.keep(task.start)
-        state = task.first_state(boundary)
+        window.ambient.restore(boundary.ambient)
+        sinks = _Sinks(window)
+        spans = CheckpointedSpans(window, sinks.new, self._context_fn)
+        if actions and actions[0] == Keep(window.start):
+            spans.keep(window.start)
+        state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        with work.differentiating():
-            totals, _ = spans.run(parse_spans(actions, task.start, task.stop), state)
-            if work.loss.is_empty():
+        with window.differentiating():
+            totals, _ = spans.run(parse_spans(actions, window.start, window.stop), state)
+            if window.loss.is_empty():
                 return None
             # A module that differentiates inside may have had steps recomputed already.
-            losses_of = {id(sink.losses.total): sink.losses for sink in sinks}
+            losses_of = {id(sink.losses.total): sink.losses for sink in sinks.take()}
             parts = [losses_of[id(total)] for total in totals]
-            # The sinks of recomputations must not outlive them.
-            spans.new_sink = lambda: LossSink(task, work.loss, graph=True)
-            differentiate(work.roots(parts))
+            differentiate(window.roots(parts))
         spans.finish()
-        work.observer.ends()
+        window.observer.ends()
         for losses in parts:
-            work.loss.add(losses)
+            window.loss.add(losses)
         return [leaf.grad for leaf in leaves]
 
-    def _advance_to_start(
-        self, work: WindowRun, schedule: Schedule, first: Boundary
-    ) -> tuple[Boundary, list[Action]]:
-        """Run the new steps that the gradient does not reach; the rest of the actions."""
-        actions, boundary, position = list(schedule), first, 0
-        while boundary.step < work.task.start:
-            action = actions[position]
-            assert isinstance(action, Advance), "the schedule was checked"
-            work.note(action)
-            boundary = work.advance(boundary, action.stop)
-            position += 1
-        return boundary, actions[position:]
+    def __repr__(self) -> str:
+        return "checkpoint"
+
+
+def _advance_to_start(
+    window: WindowPass, route: Route, boundary: Boundary
+) -> tuple[Boundary, list[Action]]:
+    """Run the new steps that the gradient does not reach; the rest of the actions."""
+    while boundary.step < window.start:
+        action = route.next_action()
+        assert isinstance(action, Advance), "the schedule was checked"
+        window.observer.begins(action)
+        boundary = window.advance(boundary, action.stop, route.advance_steps)
+    return boundary, list(iter(route.next_action, None))
+
+
+class _Sinks:
+    """Makes the sinks of a window's runs, and knows those of the first one."""
+
+    def __init__(self, window: WindowPass) -> None:
+        self._window = window
+        self._known: list[LossSink] | None = []
+
+    def new(self) -> LossSink:
+        """A sink for one run."""
+        sink = self._window.sink(graph=True)
+        if self._known is not None:
+            self._known.append(sink)
+        return sink
+
+    def take(self) -> list[LossSink]:
+        """All so far; those of recomputations, which follow, must not outlive them."""
+        assert self._known is not None, "they are taken once"
+        known, self._known = self._known, None
+        return known
 
 
 class CheckpointedSpans:
@@ -94,25 +109,19 @@ class CheckpointedSpans:
     `torch.utils.checkpoint`, which knows nothing of buffers.
 
     Args:
-        task: The window.
-        runner: Runs its steps.
+        window: The pass.
         new_sink: Makes the sink of each run.
         context_fn: Passed to `torch.utils.checkpoint`.
     """
 
     def __init__(
         self,
-        task: WindowTask,
-        runner: Runner,
+        window: WindowPass,
         new_sink: Callable[[], Sink],
         context_fn: ContextFn = noop_context_fn,
     ) -> None:
-        self._task, self._runner = task, runner
-        self.new_sink, self._context_fn = new_sink, context_fn
-        self.note: Callable[[Action], None] = lambda _: None
-        self.check: Callable[[], None] = lambda: None
-        self.leaf_has_run: Callable[[], None] = lambda: None
-        self.ambient = task.ambient
+        self._window, self._new_sink, self._context_fn = window, new_sink, context_fn
+        self.ambient = window.ambient
         self._kept: list[int] = []
         self._advancing = 0
 
@@ -127,7 +136,7 @@ class CheckpointedSpans:
 
     def recompute(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
         """Run a span again, since its part of the graph is about to be differentiated."""
-        self.check()
+        self._window.guard.check(self._window.stop)
         self._drop_after(span.start)
         return self.run(span, state)
 
@@ -145,16 +154,16 @@ class CheckpointedSpans:
                 return self._run_plain(span, state)
             finally:  # a recomputation ends in an exception as soon as it has what it needs
                 if not self._advancing:
-                    self.leaf_has_run()
+                    self._window.observer.differentiates()
         collected: list[Tensor] = []
         for part in span.parts[:-1]:
-            state = rejoin(self._task, part.start, state) if part is not span.parts[0] else state
+            state = self._window.rejoin(part.start, state) if part is not span.parts[0] else state
             if part.start != span.start:
                 self.keep(part.start)
             tensors, state = self._run_checkpointed(part, state)
             collected += tensors
         last = span.parts[-1]
-        tensors, state = self.run(last, rejoin(self._task, last.start, state))
+        tensors, state = self.run(last, self._window.rejoin(last.start, state))
         return collected + tensors, state
 
     def finish(self) -> None:
@@ -162,8 +171,8 @@ class CheckpointedSpans:
         self._drop_after(-1)
 
     def _run_plain(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
-        sink = self.new_sink()
-        state = self._runner.run(self._task, span.start, span.stop, state, sink)
+        sink = self._new_sink()
+        state = self._window.run(span.start, span.stop, state, sink)
         return sink.tensors(), state
 
     def _run_checkpointed(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
@@ -179,7 +188,7 @@ class CheckpointedSpans:
 
     def _note(self, action: Action) -> None:
         if not self._advancing:
-            self.note(action)
+            self._window.observer.begins(action)
 
     def _drop_after(self, step: int) -> None:
         while self._kept and self._kept[-1] > step:

@@ -64,6 +64,10 @@ class LossFunction:
         self.loss_fn = loss_fn
         self.returns_pairs: bool | None = None  # unknown before the first call
 
+    def load_state(self, returns_pairs: bool | None) -> None:
+        """Go on as a function that is known, or not yet, to return pairs."""
+        self.returns_pairs = returns_pairs
+
     def add_step(self, losses: LossSum, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step; `output` and `target` have no time dimension."""
         if weight == 1.0:

@@ -14,76 +14,81 @@ the run's memory is free lies among other small blocks.
 
 from __future__ import annotations
 
-from tbptt_ckpt.executor.sinks import LossSink
-from tbptt_ckpt.executor.task import Boundary
-from tbptt_ckpt.executor.window_run import StateGrads, WindowRun, differentiate
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.route import Route
+from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
-from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
 
 class ReplayExecutor:
     """Runs a schedule action by action."""
 
-    def run(self, work: WindowRun, schedule: Schedule, first: Boundary) -> StateGrads | None:
+    one_graph = False
+
+    def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
-        replay = _Replay(work, first)
+        replay = _Replay(window, first)
         with SilenceableHooks():
-            for action in schedule:
-                work.note(action)
-                if not replay.take(action):
+            while (action := route.next_action()) is not None:
+                window.observer.begins(action)
+                if not replay.take(action, route.advance_steps):
                     return None
-        work.observer.ends()
+        window.observer.ends()
         return replay.state_grads
+
+    def __repr__(self) -> str:
+        return "replay"
 
 
 class _Replay:
     """The states and gradients at hand while a schedule is run."""
 
-    def __init__(self, work: WindowRun, first: Boundary) -> None:
-        self.work = work
-        self.given = {**work.task.joints, first.step: first}
-        self.kept: dict[int, Boundary] = {}
-        self.working: Boundary | None = first
+    def __init__(self, window: WindowPass, first: Boundary) -> None:
+        self._window = window
+        self._given = {**window.joints, first.step: first}
+        self._kept: dict[int, Boundary] = {}
+        self._working: Boundary | None = first
         self.state_grads: StateGrads = []
 
-    def take(self, action: Action) -> bool:
+    def take(self, action: Action, longest: int) -> bool:
         """Do one action; False if the window has no loss, so that nothing else is to do."""
         match action:
             case Advance(start, stop):
-                self.working = self.work.advance(self._state_at(start), stop)
+                self._working = self._window.advance(self._state_at(start), stop, longest)
             case Keep(step):
-                self.kept[step] = self.working = self._state_at(step).copied()
+                self._kept[step] = self._working = self._state_at(step).copied()
             case Differentiate(start, stop):
-                boundary, self.working = self._state_at(start), None
+                boundary, self._working = self._state_at(start), None
                 return self._differentiate(boundary, stop)
             case Drop(step):
-                del self.kept[step]
+                del self._kept[step]
         return True
 
     def _state_at(self, step: int) -> Boundary:
-        if self.working is not None and self.working.step == step:
-            return self.working
-        return self.kept[step] if step in self.kept else self.given[step]
+        if self._working is not None and self._working.step == step:
+            return self._working
+        return self._kept[step] if step in self._kept else self._given[step]
 
     def _differentiate(self, boundary: Boundary, stop: int) -> bool:
-        work, task = self.work, self.work.task
+        window = self._window
         boundary.check_untouched()
-        state = task.first_state(boundary)
+        state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        task.ambient.restore(boundary.ambient)
-        sink = LossSink(task, work.loss, graph=True)
-        with work.differentiating():
-            state_out = work.runner.run(task, boundary.step, stop, state, sink)
-            if stop == task.stop and work.loss.is_empty():
+        window.ambient.restore(boundary.ambient)
+        sink = window.sink(graph=True)
+        with window.differentiating():
+            state_out = window.run(boundary.step, stop, state, sink)
+            if stop == window.stop and window.loss.is_empty():
                 return False
-            work.observer.differentiates()
+            window.observer.differentiates()
             states = tensors_of(state_out)
             grads_out = self.state_grads or [None] * len(states)
-            roots = work.roots([sink.losses])
+            roots = window.roots([sink.losses])
             ends = zip(states, grads_out, strict=True)
             roots += [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
             differentiate(roots)
-        work.loss.add(sink.losses)
+        window.loss.add(sink.losses)
         self.state_grads = [leaf.grad for leaf in leaves]
         return True

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tbptt_ckpt.data.blocks import Column, StepBlock, to_time_dim
+from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_dim, check_time_exists
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.losses import is_present
+from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import Sink
-from tbptt_ckpt.executor.task import WindowTask
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
@@ -29,11 +28,8 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import (
     Tree,
-    is_differentiable,
     iterate_tensors,
     map_tensors,
-    replace_tensors,
-    structure,
     tensors_of,
 )
 from tbptt_ckpt.time_batching.policy import TimeBatching
@@ -48,63 +44,77 @@ class Runner:
         recurrence: The module.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
 
-    Attributes:
-        time_batching: Whether products are made over all steps of a run; may be changed
-            between windows.
+        time_batching: Whether products are made over all steps of a run.
     """
 
-    def __init__(self, recurrence: Recurrence, autocast_dtype: torch.dtype | None = None) -> None:
-        self.recurrence = recurrence
-        self.time_batching = TimeBatching(False)
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        autocast_dtype: torch.dtype | None,
+        time_batching: TimeBatching,
+    ) -> None:
+        self.recurrence, self.time_batching = recurrence, time_batching
         self._autocast_dtype = autocast_dtype
         self._weights = parameters_of(recurrence.module)
 
-    def run(
-        self,
-        task: WindowTask,
-        start: int,
-        stop: int,
-        state: Tree,
-        sink: Sink,
-        longest: int | None = None,
-    ) -> Tree:
-        """Run `[start, stop)` from `state` and return the state at `stop`.
+    def calling(self, recurrence: Recurrence) -> Runner:
+        """The same for a module that is called in another way."""
+        return Runner(recurrence, self._autocast_dtype, self.time_batching)
+
+    def region(self, num_steps: int, example: Tree) -> AbstractContextManager[None]:
+        """While entered, one run of so many steps is under way: autocast and time batching.
 
         Args:
-            task: The window.
-            start: First step.
-            stop: End.
-            state: The state at `start`.
-            sink: Takes the outputs.
-            longest: Most steps of a segment module's call; None sets no bound.
+            num_steps: Steps of the run.
+            example: Of its state and inputs, for where they are.
         """
-        run_piece = self._run_steps if self.recurrence.per_step else self._run_segment
-        per_step = self.recurrence.per_step
-        with self._autocast(task, state), self.time_batching.region(stop - start, per_step):
-            for begin, end in task.pieces(start, stop, longest):
-                if begin != start:
-                    state = rejoin(task, begin, state)
-                task.enter(begin)
-                task.ambient.about_to_run()
-                task.executed_steps += end - begin
-                state = run_piece(task, begin, end, state, sink)
-                sink.close(begin, end)
-                task.arrive(end, state)
-        return state
+        batched = self.time_batching.region(num_steps, self.recurrence.per_step)
+        autocast = self._autocast(example)
+        return batched if autocast is _NOTHING else _both(autocast, batched)
 
-    def _run_steps(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
+    def run(
+        self,
+        blocks: Sequence[StepBlock],
+        resets: Resets,
+        begin: int,
+        end: int,
+        state: Tree,
+        sink: Sink,
+    ) -> Tree:
+        """Run `[begin, end)` from `state`, in a region; the state at `end`.
+
+        Args:
+            blocks: The steps, perhaps more of them.
+            resets: Lanes that begin a new sequence.
+            begin: First step.
+            end: End.
+            state: The state at `begin`.
+            sink: Takes the outputs.
+        """
+        run = self._run_steps if self.recurrence.per_step else self._run_segment
+        return run(blocks, resets, begin, end, state, sink)
+
+    def _run_steps(
+        self,
+        blocks: Sequence[StepBlock],
+        resets: Resets,
+        begin: int,
+        end: int,
+        state: Tree,
+        sink: Sink,
+    ) -> Tree:
         wanted = sink.wanted(begin, end)
         quiet_until = wanted.start if wanted else end
         with OutputsNeeded(False):
-            for low, high in task.resets.stretches(begin, quiet_until):
-                state = task.resets.apply(low, state)
-                for block in task.steps(low, high):
+            for low, high in resets.stretches(begin, quiet_until):
+                state = resets.apply(low, state)
+                for block in narrow_blocks(blocks, low, high):
                     for inputs in self._step_inputs(block):
                         _, state = self._call_step(inputs, state)
         with OutputsNeeded(True):
-            for low, high in task.resets.stretches(quiet_until, end):
-                state = task.resets.apply(low, state)
-                for block in task.steps(low, high):
+            for low, high in resets.stretches(quiet_until, end):
+                state = resets.apply(low, state)
+                for block in narrow_blocks(blocks, low, high):
                     state = self._run_steps_with_outputs(block, state, sink)
         return state
 
@@ -134,12 +144,20 @@ class Runner:
             return result
         return split_result(result, self.recurrence)
 
-    def _run_segment(self, task: WindowTask, begin: int, end: int, state: Tree, sink: Sink) -> Tree:
+    def _run_segment(
+        self,
+        blocks: Sequence[StepBlock],
+        resets: Resets,
+        begin: int,
+        end: int,
+        state: Tree,
+        sink: Sink,
+    ) -> Tree:
         wanted = sink.wanted(begin, end)
         first_wanted = wanted.start if wanted else end
-        for low, high in task.resets.stretches(begin, end):
-            block = join_blocks(list(task.steps(low, high)))
-            state = task.resets.apply(low, state)
+        for low, high in resets.stretches(begin, end):
+            block = join_blocks(list(narrow_blocks(blocks, low, high)))
+            state = resets.apply(low, state)
             inputs, wants_outputs = self._segment_inputs(block), first_wanted < high
             with OutputsNeeded(wants_outputs):
                 result = self.recurrence.call(inputs, state)
@@ -177,19 +195,19 @@ class Runner:
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
         sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
 
-    def _autocast(self, task: WindowTask, state: Tree) -> AbstractContextManager[None]:
+    def _autocast(self, example: Tree) -> AbstractContextManager[None]:
         """Autocast as the user wants it, whoever turned it on."""
-        device_type = self._device_type(task, state)
+        device_type = self._device_type(example)
         if self._autocast_dtype is not None:
             return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
         nested = torch.is_autocast_enabled(device_type)
         return _uncached(_NOTHING) if nested else _NOTHING
 
-    def _device_type(self, task: WindowTask, state: Tree) -> str:
+    def _device_type(self, example: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""
         if self._weights:
             return self._weights[0].device.type
-        types = (t.device.type for t in iterate_tensors((state, task.blocks[0].inputs)))
+        types = (t.device.type for t in iterate_tensors(example))
         return next((kind for kind in types if kind != "cpu"), "cpu")
 
 
@@ -206,41 +224,12 @@ def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
     torch.clear_autocast_cache()
 
 
-class _Rejoin(torch.autograd.Function):
-    """The value of a recorded state, the gradient of the recomputed one."""
-
-    @staticmethod
-    def forward(_ctx: Any, recorded: Tensor, _recomputed: Tensor) -> Tensor:
-        return recorded.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, *grads: Any) -> Any:
-        return None, *grads
-
-
-def rejoin(task: WindowTask, step: int, state: Tree) -> Tree:
-    """The state from which `step` starts: the recorded one at a joint, else `state`."""
-    joint = task.joints.get(step)
-    if joint is None:
-        return state
-    check_same_structure(state, joint.state)
-    pairs = zip(tensors_of(joint.state), tensors_of(state), strict=True)
-    joined = [
-        _Rejoin.apply(recorded, recomputed)  # type: ignore[no-untyped-call]
-        if is_differentiable(recorded)
-        else recorded
-        for recorded, recomputed in pairs
-    ]
-    return replace_tensors(joint.state, joined)
-
-
-def check_same_structure(state: Tree, expected: Tree) -> None:
-    """Raise `ArgumentError` unless a state is nested like the one before."""
-    if structure(state) != structure(expected):
-        raise ArgumentError(
-            f"the module returned a state of another structure: {structure(state)} "
-            f"instead of {structure(expected)}"
-        )
+@contextmanager
+def _both(
+    outer: AbstractContextManager[None], inner: AbstractContextManager[None]
+) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def make_runner(
@@ -249,6 +238,7 @@ def make_runner(
     time_dim: int,
     autocast_dtype: torch.dtype | None,
     lane_dim: int | None = None,
+    time_batching: object = False,
 ) -> Runner:
     """A runner for the user's module."""
     check_time_dim(time_dim)
@@ -261,7 +251,8 @@ def make_runner(
         )
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
-    return Runner(recognise(module, per_step, time_dim, lane_dim), autocast_dtype)
+    recurrence = recognise(module, per_step, time_dim, lane_dim)
+    return Runner(recurrence, autocast_dtype, TimeBatching(time_batching, module))
 
 
 def check_lane_dim(lane_dim: object) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.executor.window_run import UNOBSERVED
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -25,6 +25,7 @@ from tbptt_ckpt.profiling.foretelling import Foretold, measure_forecast
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.schedule.actions import Action
 
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2
@@ -59,6 +60,7 @@ class WindowBench:
         k1, k2 = configuration.k1, configuration.k2
         self._silent_windows = max(0, k2 // k1)
         self._source = EndlessSource(work.source, self._silent_windows * k1)
+        self._spy = _Spy()
         self._engine = TBPTT(
             work.module,
             work.loss_fn,
@@ -70,6 +72,7 @@ class WindowBench:
             overlap=configuration.overlap,
             executor=configuration.executor,
             time_batching=configuration.time_batching,
+            observer=self._spy,
             **work.options,
         )
         self._running: Iterator[WindowResult] | None = None
@@ -104,7 +107,7 @@ class WindowBench:
         """
         self._running = None
         gc.collect()
-        forecast = measure_forecast(self._work, self._engine.settings, self._configuration)
+        forecast = measure_forecast(self._work, self._engine.parts, self._configuration)
         metered = self._metered_window()
         foretold = forecast.of(metered.window, self._configuration)
         return self._report(metered, foretold, trace=trace)
@@ -132,10 +135,9 @@ class WindowBench:
             before = base + outer.net_bytes
             with peak_memory(self._device, held=(), rss=False) as meter:
                 watch = ActionWatch(meter, self._device, before)
-                with self._each_call(_every(_CALLS_PER_FLUSH, watch.read)):
-                    self._engine.observer = watch
+                reads = self._each_call(_every(_CALLS_PER_FLUSH, watch.read))
+                with reads, self._spy.watching(watch):
                     window = next(windows)
-                    self._engine.observer = UNOBSERVED
         return _Metered(window, watch, meter, before)
 
     def _warm_windows(self) -> Iterator[WindowResult]:
@@ -156,7 +158,7 @@ class WindowBench:
 
     def _held(self) -> tuple[object, ...]:
         """The trees of tensors that are there before a sequence begins."""
-        return (*self._work.held(), self._engine.settings.updater.grad_norm)
+        return (*self._work.held(), self._engine.parts.updater.grad_norm)
 
     @contextmanager
     def _each_call(self, hook: Callable[..., None]) -> Iterator[None]:
@@ -222,6 +224,31 @@ class _Metered:
             points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
         points.sort()
         return WindowTrace(points[-1][0], tuple(points), foretold.fill_in(spans))
+
+
+class _Spy(Observer):
+    """Tells a watch, while there is one."""
+
+    def __init__(self) -> None:
+        self._watch: ActionWatch | None = None
+
+    @contextmanager
+    def watching(self, watch: ActionWatch) -> Iterator[None]:
+        self._watch = watch
+        yield
+        self._watch = None
+
+    def begins(self, action: Action) -> None:
+        if self._watch:
+            self._watch.begins(action)
+
+    def differentiates(self) -> None:
+        if self._watch:
+            self._watch.differentiates()
+
+    def ends(self) -> None:
+        if self._watch:
+            self._watch.ends()
 
 
 def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:

@@ -30,8 +30,8 @@ class Configuration:
     strategy: Any
     k1: int
     k2: int
-    overlap: str = "refresh"
-    executor: str = "replay"
+    overlap: Any = "refresh"
+    executor: Any = "replay"
     time_batching: bool | str = "auto"
     budget_bytes: int | None = None
 

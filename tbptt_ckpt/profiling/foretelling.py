@@ -20,9 +20,9 @@ from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock
-from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.executor.task import Boundary
+from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.trees import tensors_of
@@ -155,7 +155,7 @@ class _Walk:
         yield from pairwise(edges)
 
 
-def measure_forecast(work: Work, settings: Settings, configuration: Configuration) -> Forecast:
+def measure_forecast(work: Work, settings: Parts, configuration: Configuration) -> Forecast:
     """Run short segments of the work as its windows run them.
 
     Args:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe
-from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import WeightGuard
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
-from tbptt_ckpt.executor.sinks import WindowLoss
-from tbptt_ckpt.executor.task import Boundary, WindowTask
-from tbptt_ckpt.executor.window_run import WeightGuard, WindowRun
+from tbptt_ckpt.executor.route import PlannedRoute
+from tbptt_ckpt.executor.window_loss import WindowLoss
+from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, peak_memory
-from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Schedule
+from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
 from tbptt_ckpt.schedule.costs import Curve
 
 
@@ -65,7 +68,7 @@ def quiet_parts(samples: Sequence[QuietBytes]) -> LeafParts:
     )
 
 
-class QuietProbe:
+class QuietProbe(Observer):
     """Runs leaves whose steps have no loss: what follows them has, and gives a gradient.
 
     Args:
@@ -73,7 +76,7 @@ class QuietProbe:
         settings: Of the engine.
     """
 
-    def __init__(self, probe: SegmentProbe, settings: Settings) -> None:
+    def __init__(self, probe: SegmentProbe, settings: Parts) -> None:
         self._probe, self._settings = probe, settings
         self._meter: PeakMeter
         self._laps: list[Lap] = []
@@ -82,9 +85,18 @@ class QuietProbe:
         """Measure an advance and a leaf."""
         probe, stop = self._probe, self._probe.stop
         start, joint = stop - 1 - steps, stop - 1
-        task = WindowTask(probe.blocks, start, start, stop, joint, probe.ambient)
-        loss = WindowLoss(self._settings.loss_function, 1.0, "sum")
-        work = WindowRun(task, probe.runner, loss, WeightGuard(probe.parameters), observer=self)
+        work = WindowPass(
+            probe.blocks,
+            start,
+            start,
+            stop,
+            joint,
+            probe.ambient,
+            probe.runner,
+            WindowLoss(self._settings.loss_function, 1.0, "sum"),
+            WeightGuard(probe.parameters),
+            observer=self,
+        )
         first = Boundary(start, probe.boundary.state, probe.boundary.ambient)
         actions: list[Action] = [
             Advance(start, joint),
@@ -94,7 +106,7 @@ class QuietProbe:
         self._laps = []
         with peak_memory(probe.device, held=(), rss=False) as meter:
             self._meter = meter
-            ReplayExecutor().run(work, Schedule(lambda: iter(actions)), first)
+            ReplayExecutor().run(work, PlannedRoute(actions, 64), first)
         before, advanced, *_, begun, forward, ended = self._laps
         graph = forward.now_bytes - begun.now_bytes
         peak = max(forward.peak_bytes, ended.peak_bytes) - begun.now_bytes

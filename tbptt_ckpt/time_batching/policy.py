@@ -95,6 +95,10 @@ class TimeBatching:
         is_large = self.choice is True or (self.choice == "auto" and pays(1, weight.numel()))
         return is_large and self.pays_off and self.has_batched
 
+    def decide(self, pays_off: bool) -> None:
+        """Have "auto" batch, or not, as measured."""
+        self.pays_off = pays_off
+
     @property
     def has_batched(self) -> bool:
         """Whether anything was batched so far."""

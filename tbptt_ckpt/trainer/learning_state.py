@@ -9,46 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.recurrence import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
 
-def modules_of(settings: Settings) -> dict[str, nn.Module]:
+def modules_of(parts: Parts) -> dict[str, nn.Module]:
     """The modules whose weights are trained or whose buffers change."""
     owners = {
-        "module": settings.recurrence.module,
-        "loss": owner_of(settings.loss_function.loss_fn),
+        "module": parts.recurrence.module,
+        "loss": owner_of(parts.loss_function.loss_fn),
     }
     return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
 
 
-def learning_state(settings: Settings) -> dict[str, Any]:
+def learning_state(parts: Parts) -> dict[str, Any]:
     """Weights, buffers, optimizer, schedule and scale; the tensors are the run's own."""
-    updater, modules = settings.updater, modules_of(settings)
+    updater, modules = parts.updater, modules_of(parts)
     state: dict[str, Any] = {
         "modules": {name: _module_state(module) for name, module in modules.items()},
-        "loose": [parameter.detach() for parameter in _loose_parameters(settings, modules)],
-        "grads": [p.grad for p in _parameters(settings)] if updater.accumulates else None,
+        "loose": [parameter.detach() for parameter in _loose_parameters(parts, modules)],
+        "grads": [p.grad for p in _parameters(parts)] if updater.accumulates else None,
     }
-    for name, owner in _stateful(settings).items():
+    for name, owner in _stateful(parts).items():
         state[name] = None if owner is None else owner.state_dict()
     return state
 
 
-def load_learning_state(settings: Settings, state: Mapping[str, Any]) -> None:
+def load_learning_state(parts: Parts, state: Mapping[str, Any]) -> None:
     """Put back what `learning_state` gave.
 
     Raises:
         ArgumentError: It belongs to other modules or another optimizer; nothing has changed.
     """
-    modules, loose = modules_of(settings), _loose_parameters(settings, modules_of(settings))
+    modules, loose = modules_of(parts), _loose_parameters(parts, modules_of(parts))
     for name, module in modules.items():
         _check_fits(name, module, state["modules"].get(name))
     if [p.shape for p in loose] != [tensor.shape for tensor in state["loose"]]:
         raise ArgumentError("the snapshot's optimizer has other parameters than this one")
-    owners = _stateful(settings)
+    owners = _stateful(parts)
     for name, owner in owners.items():
         if (owner is None) != (state[name] is None):
             has, lacks = ("this run", "snapshot") if owner is not None else ("snapshot", "this run")
@@ -62,7 +62,7 @@ def load_learning_state(settings: Settings, state: Mapping[str, Any]) -> None:
         if owner is not None:
             _load_owner(name, owner, state[name])
     if state["grads"] is not None:
-        for parameter, grad in zip(_parameters(settings), state["grads"], strict=True):
+        for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
             parameter.grad = None if grad is None else grad.to(parameter.device)
 
 
@@ -88,8 +88,8 @@ def restored_state(state: Tree, saved: Sequence[Mapping[str, Any]]) -> Tree:
     return replace_tensors(state, restored)
 
 
-def _stateful(settings: Settings) -> dict[str, Any]:
-    updater = settings.updater
+def _stateful(parts: Parts) -> dict[str, Any]:
+    updater = parts.updater
     return {
         "optimizer": updater.optimizer,
         "scheduler": updater.scheduler,
@@ -97,14 +97,14 @@ def _stateful(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _parameters(settings: Settings) -> list[Tensor]:
-    return [*settings.parameters, *_loose_parameters(settings, modules_of(settings))]
+def _parameters(parts: Parts) -> list[Tensor]:
+    return [*parts.parameters, *_loose_parameters(parts, modules_of(parts))]
 
 
-def _loose_parameters(settings: Settings, modules: Mapping[str, nn.Module]) -> list[Tensor]:
+def _loose_parameters(parts: Parts, modules: Mapping[str, nn.Module]) -> list[Tensor]:
     """The optimizer's parameters that belong to no module."""
     owned = {id(p) for module in modules.values() for p in module.parameters()}
-    return [p for p in settings.updater.optimized() if id(p) not in owned]
+    return [p for p in parts.updater.optimized() if id(p) not in owned]
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:

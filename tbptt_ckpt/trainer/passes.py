@@ -7,8 +7,10 @@ from itertools import islice
 from typing import Any
 
 from tbptt_ckpt.data.source import Source
-from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.trainer.learning_state import restored_state
 
@@ -17,10 +19,12 @@ class Passes:
     """Begins passes.
 
     Args:
-        settings: What the user asked for.
+        options: What the user asked for.
+        parts: What runs.
         source: A source, an iterable, or a function of a pass's number that returns one.
         init_state: The state at the start of a pass, or a function that returns it.
         max_steps: Steps of all passes together; None sets no bound.
+        observer: Told of what is done.
 
     Attributes:
         is_cut: Whether `max_steps` ends the present pass between two update points; elsewhere
@@ -28,9 +32,16 @@ class Passes:
     """
 
     def __init__(
-        self, settings: Settings, source: Any, init_state: Any, max_steps: int | None
+        self,
+        options: Options,
+        parts: Parts,
+        source: Any,
+        init_state: Any,
+        max_steps: int | None,
+        observer: Observer,
     ) -> None:
-        self._settings, self._max_steps = settings, max_steps
+        self._options, self._parts = options, parts
+        self._max_steps, self._observer = max_steps, observer
         self._source, self._init_state = source, init_state
         self.is_cut = False
 
@@ -53,12 +64,12 @@ class Passes:
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
             is_longer = not isinstance(source, Sized) or len(source) > remaining
-            self.is_cut = is_longer and remaining % self._settings.k1 != 0
+            self.is_cut = is_longer and remaining % self._options.k1 != 0
             source = limited(source, remaining) if self.is_cut else source
         state = self._init_state() if callable(self._init_state) else self._init_state
         if saved is not None:
             state = restored_state(state, saved)
-        return SequenceRun(self._settings, source, state)
+        return SequenceRun(self._options, self._parts, source, state, self._observer)
 
 
 def limited(source: Any, num_steps: int) -> Any:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.engine.parts import Settings
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import Mark, SequenceRun
 from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.module.trees import Tree, is_differentiable, iterate_tensors
-from tbptt_ckpt.schedule.plan import plan_window
-from tbptt_ckpt.schedule.strategies import Revolve, Strategy, Uniform
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
 
-# Below a quarter of the square root of the window, uniform leaves need more for their first
-# states than they save; several levels of few states take over.
-_FEW_STATES = (16, 4, 1)
 
-
-class Recovery:
+class Recovery(Observer):
     """Runs windows under the policies for non-finite numbers and missing memory.
 
     Args:
-        settings: Of the engine; its strategy is replaced when a smaller one is needed.
+        parts: Of the engine; its budget plans with less when memory is missing.
         non_finite: What to do about NaN and infinity.
         out_of_memory: What to do about missing memory.
         announcer: Told of every fault.
@@ -42,27 +34,17 @@ class Recovery:
 
     def __init__(
         self,
-        settings: Settings,
+        parts: Parts,
         non_finite: NonFinite,
         out_of_memory: OutOfMemory,
         announcer: Announcer,
     ) -> None:
-        self._settings, self._announcer = settings, announcer
+        self._parts, self._announcer = parts, announcer
         self._non_finite, self._out_of_memory = non_finite, out_of_memory
         self._skipped_in_a_row = 0
         self._window: Window | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Have the engine measure gradients, and copy what an update changes."""
-        updater = self._settings.updater
-        before = updater.watch_norm, updater.watches_updates, updater.protects_updates
-        updater.watch_norm, updater.watches_updates = self._check_norm, True
-        updater.protects_updates = self._out_of_memory.protect_update
-        try:
-            yield
-        finally:
-            updater.watch_norm, updater.watches_updates, updater.protects_updates = before
+        self.wants_norm = self.wants_undo = True
+        self.wants_copies = out_of_memory.protect_update
 
     def next_window(self, run: SequenceRun) -> Window | None:
         """The run's next window; reading it is tried again where memory is missing."""
@@ -83,7 +65,7 @@ class Recovery:
             NonFiniteError: The policy is to stop; everything is as it was before the window.
             OutOfMemoryError: No plan that was tried fits, with the figures.
         """
-        self._window, run.inspect = window, self._inspect
+        self._window = window
         for attempt in count(1):
             mark: Mark | None = None
             problem = failure = None
@@ -110,7 +92,8 @@ class Recovery:
             self._shrink_or_stop(window, attempt, str(failure))
         raise AssertionError("count does not end")
 
-    def _inspect(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
+    def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
+        """Look for NaN and infinity in a window's loss and states."""
         if loss is not None and not bool(torch.isfinite(loss)):
             self._found(f"the loss is {float(loss)}")
         for state in states:
@@ -119,8 +102,9 @@ class Recovery:
                     self._found(f"the state, {tuple(tensor.shape)}, holds NaN or infinity")
                     return
 
-    def _check_norm(self, norm: Tensor) -> None:
-        if self._settings.updater.scaler is None and not bool(torch.isfinite(norm)):
+    def takes_norm(self, norm: Tensor) -> None:
+        """Look for NaN and infinity in the gradients; a scaler does that itself."""
+        if self._parts.updater.scaler is None and not bool(torch.isfinite(norm)):
             self._found(f"the norm of the gradients is {float(norm)}")
 
     def _found(self, problem: str) -> None:
@@ -145,17 +129,16 @@ class Recovery:
         self._announcer.notice("non_finite", f"{problem}; skipped", window=window.index)
 
     def _shrink_or_stop(self, window: Window, attempt: int, failure: str) -> None:
-        settings = self._settings
-        used = settings.strategy
-        smaller = smaller_strategy(used, window)
-        if smaller is None or attempt > self._out_of_memory.retries:
+        budget = self._parts.budget
+        used = budget.strategy
+        smaller = None if attempt > self._out_of_memory.retries else budget.shrink(window)
+        if smaller is None:
             raise OutOfMemoryError(
                 f"window {window.index}, steps {window.start} to {window.stop}, does not fit into "
                 f"memory under strategy {used} either, after {attempt} tries: {failure} "
                 f"({self._memory_in_words()}). A smaller model, fewer lanes or a smaller k2 take "
                 "less"
             )
-        settings.strategy = smaller
         self._note_exhausted(
             f"window {window.index} did not fit under strategy {used} ({failure}); running it "
             f"again under {smaller}, from here on equal to other runs to rounding",
@@ -167,7 +150,7 @@ class Recovery:
         self._announcer.notice("out_of_memory", message, attempt=attempt, rss_bytes=resident)
 
     def _memory_in_words(self) -> str:
-        device = torch.device(self._settings.device_type)
+        device = self._parts.device
         return (
             f"{format_bytes(free_memory(device))} free on {device}, "
             f"{format_bytes(rss_bytes().total)} resident"
@@ -177,18 +160,3 @@ class Recovery:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def smaller_strategy(strategy: Strategy, window: Window) -> Strategy | None:
-    """The next strategy to try, or None where `strategy` takes the least there is.
-
-    Leaves are halved, then states are kept at several levels; the gradient stays the same.
-    """
-    if isinstance(strategy, Revolve):
-        fewer = [count for count in _FEW_STATES if count < strategy.num_states]
-        return Revolve(fewer[0]) if fewer else None
-    first, start, stop = window.first, window.start, window.stop
-    leaf_steps = plan_window(strategy, first, start, stop).longest_leaf // 2
-    if leaf_steps >= max(1, math.isqrt(stop - start) // 4):
-        return Uniform(leaf_steps)
-    return Revolve(_FEW_STATES[0])

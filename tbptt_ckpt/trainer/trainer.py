@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.engine.sequence_run import SequenceRun, do_nothing
+from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.executor.observer import Observer, together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.module.trees import tensors_of
-from tbptt_ckpt.schedule.strategies import parse_strategy
+from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.json_lines import JsonLines
@@ -90,20 +92,27 @@ class Trainer:
         for name, value in (("epochs", epochs), ("max_steps", max_steps)):
             if value is not None:
                 check_positive_int(name, value, "None")
-        self.tbptt, self._settings = tbptt, tbptt.settings
+        self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
-        self._passes = Passes(self._settings, source, init_state, max_steps)
         self._saving = None if snapshots is None else Saving(snapshots)
         log = () if self._saving is None else (JsonLines(self._saving.store.directory / LOG),)
         self._announcer = Announcer((*log, *events))
         self._recovery = Recovery(
-            self._settings,
+            self._parts,
             non_finite or NonFinite(),
             out_of_memory or OutOfMemory(),
             self._announcer,
         )
+        self._passes = Passes(
+            self._options,
+            self._parts,
+            source,
+            init_state,
+            max_steps,
+            together(self._recovery, _PlanObserver(self._save_costs)),
+        )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
-        self._asked = str(self._settings.strategy)
+        self._asked = str(self._parts.budget.strategy)
         self._progress = Progress()
         self._run: SequenceRun | None = None
         self._has_saved_costs = False
@@ -133,13 +142,12 @@ class Trainer:
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for."""
-        check_differentiable(self._settings.recurrence.module)
+        check_differentiable(self._parts.recurrence.module)
         if self._saving is not None:
             self._saving.begin()
         with ExitStack() as stack:
             stack.callback(self._close)
             signals = stack.enter_context(StopSignals())
-            stack.enter_context(self._recovery.watching())
             self._between_windows(signals)
             while not self._is_done():
                 for result in self._rest_of_pass():
@@ -190,7 +198,7 @@ class Trainer:
         run = self._run
         first = [] if run is None else tensors_of(run.initial.given)
         return {
-            "learning": learning_state(self._settings),
+            "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
             "run": None if run is None else run.state_dict(),
             "init_state": [
@@ -198,9 +206,9 @@ class Trainer:
             ],
             "plan": {
                 "asked": self._asked,
-                "used": str(self._settings.strategy),
-                "measured": self._settings.plans.state_dict(),
-                "time_batching": self._settings.runner.time_batching.choice,
+                "used": str(self._parts.budget.strategy),
+                "measured": self._parts.budget.state_dict(),
+                "time_batching": self._parts.runner.time_batching.choice,
             },
             "settings": self._fixed_settings(),
             "identity": self._identity,
@@ -220,7 +228,7 @@ class Trainer:
         progress = Progress(**state["progress"])
         trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
         self._check_can_go_on(progress, progress.steps_before + trained)
-        load_learning_state(self._settings, state["learning"])
+        load_learning_state(self._parts, state["learning"])
         self._progress = progress
         self._run = None
         self._resume_plan(state["plan"])
@@ -233,13 +241,12 @@ class Trainer:
         set_random_state(state["random"])
 
     def _fixed_settings(self) -> dict[str, Any]:
-        settings = self._settings
         names = ("k1", "k2", "loss", "reduction", "overlap")
-        fixed = {name: getattr(settings, name) for name in names}
-        return {**fixed, "accumulate": settings.updater.group.num_windows}
+        fixed = {name: getattr(self._options, name) for name in names}
+        return {**fixed, "accumulate": self._parts.updater.group.num_windows}
 
     def _resume_plan(self, plan: Mapping[str, Any]) -> None:
-        batching = self._settings.runner.time_batching.choice
+        batching = self._parts.runner.time_batching.choice
         if plan["time_batching"] != batching:
             self._announcer.notice(
                 "replanned",
@@ -247,10 +254,8 @@ class Trainer:
                 "run equals the other to rounding",
             )
         if plan["asked"] == self._asked:
-            if plan["used"] != str(self._settings.strategy):
-                self._settings.strategy = parse_strategy(plan["used"])
-            self._settings.plans.load_state_dict(plan["measured"])
-            self._has_saved_costs = self._settings.plans.has_costs
+            self._parts.budget.load_state_dict(plan["measured"], plan["used"])
+            self._has_saved_costs = self._parts.budget.has_costs
             return
         message = (
             f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "
@@ -263,7 +268,7 @@ class Trainer:
         if progress.cut_at == steps and (self._max_steps is None or self._max_steps > steps):
             raise ArgumentError(
                 f"max_steps={self._max_steps} goes on from a run that max_steps={steps} cut "
-                f"between two update points of k1={self._settings.k1}; go on from an earlier "
+                f"between two update points of k1={self._options.k1}; go on from an earlier "
                 "snapshot (remove the last), and choose multiples of k1 where runs are to go on"
             )
 
@@ -276,11 +281,7 @@ class Trainer:
         if self._run is None:
             self._run = self._begin_pass()
         run = self._run
-        run.on_plan = self._save_costs
-        try:
-            yield from self._windows_of(run)
-        finally:
-            run.on_plan = do_nothing  # the run must not keep the trainer alive
+        yield from self._windows_of(run)
         if not self._is_done():
             run.finish()
             self._progress.steps_before, self._run = self.steps, None
@@ -305,13 +306,13 @@ class Trainer:
         A run that is resumed must not measure them again: they would differ, and so would the
         plan and the rounding.
         """
-        if not self._has_saved_costs and self._settings.plans.has_costs:
+        if not self._has_saved_costs and self._parts.budget.has_costs:
             self._has_saved_costs = True
             if self._saving is not None:
                 self.save()
 
     def _note(self, result: WindowResult, rate: float) -> None:
-        progress, updater = self._progress, self._settings.updater
+        progress, updater = self._progress, self._parts.updater
         if result.loss is not None:
             progress.loss = float(result.loss)
         if result.updated:
@@ -321,7 +322,7 @@ class Trainer:
         self._announcer.window(result, progress.epoch)
 
     def _learning_rate(self) -> float:
-        optimizer = self._settings.updater.optimizer
+        optimizer = self._parts.updater.optimizer
         return 0.0 if optimizer is None else float(optimizer.param_groups[0].get("lr", 0.0))
 
     def _between_windows(self, signals: StopSignals) -> None:
@@ -347,6 +348,23 @@ class Trainer:
         if self._saving is not None:
             self._saving.store.wait()
         self._announcer.close()
+
+
+class _PlanObserver(Observer):
+    """Has something done as soon as a window is planned; keeps nobody alive.
+
+    Args:
+        act: A method.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = weakref.WeakMethod(act)
+
+    def planned(self, window: Window) -> None:
+        """Act, unless whoever does is gone."""
+        act = self._act()
+        if act is not None:
+            act()
 
 
 def _check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

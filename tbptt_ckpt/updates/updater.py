@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.updates import optimizer_calls
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.undo import Update
+from tbptt_ckpt.updates.watch import UNWATCHED, UpdateWatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,12 +36,6 @@ class Updater:
         group: The windows of an update; one by default.
 
     Attributes:
-        watches_updates: Whether an update that is cut short may be taken back, as long as it has
-            changed nothing.
-        protects_updates: Whether a copy is taken during each that is watched, so that it can be
-            taken back in any case.
-        watch_norm: Called with the norm of the gradients before they are clipped; None leaves
-            it unmeasured where nothing is clipped.
         grad_norm: The last norm.
     """
 
@@ -60,8 +55,6 @@ class Updater:
         self._scaler, self._scheduler = scaler, scheduler
         self._cleared = list(parameters)
         self._update: Update | None = None  # while one is going on
-        self.watches_updates = self.protects_updates = False
-        self.watch_norm: Callable[[Tensor], None] | None = None
         self.grad_norm: Tensor | None = None
 
     @property
@@ -100,11 +93,11 @@ class Updater:
         for tensor in tensors:
             tensor.grad = None
 
-    def grad_scale(self, device_type: str) -> float:
+    def grad_scale(self, device: torch.device) -> float:
         """The factor on gradients of this window."""
         if self._scaler is not None:
             # The scaler makes its scale when it first scales a tensor.
-            self._scale = float(self._scaler.scale(torch.ones((), device=device_type)))
+            self._scale = float(self._scaler.scale(torch.ones((), device=device)))
         return self._scale
 
     def add(self, loss: Tensor) -> None:
@@ -112,12 +105,18 @@ class Updater:
         if self.optimizer is not None:
             self.group.add(loss)
 
-    def update(self, is_last: bool, init_state_leaves: Iterable[Tensor]) -> bool:
+    def update(
+        self,
+        is_last: bool,
+        init_state_leaves: Iterable[Tensor],
+        watch: UpdateWatch = UNWATCHED,
+    ) -> bool:
         """Update the weights if a group of windows is complete.
 
         Args:
             is_last: Whether the sequence ends, so that the group stays short.
             init_state_leaves: Learned tensors of the initial state.
+            watch: Watches the update.
 
         Returns:
             False where a scaler skipped the update, or none was due.
@@ -130,7 +129,7 @@ class Updater:
             self._unscale_others(tensors)
         loss = self.group.mean_loss()
         self.group.begin()
-        return self.step(loss)
+        return self.step(loss, watch)
 
     def _unscale_others(self, tensors: Iterable[Tensor]) -> None:
         """Take a scaler's factor from gradients that the optimizer does not own."""
@@ -141,12 +140,12 @@ class Updater:
             if id(tensor) not in owned and tensor.grad is not None:
                 tensor.grad.div_(self._scale)
 
-    def step(self, loss: Tensor) -> bool:
+    def step(self, loss: Tensor, watch: UpdateWatch = UNWATCHED) -> bool:
         """Update the weights from the gradients at hand; False where a scaler skipped it."""
-        self._measure_and_clip()
-        if self.watches_updates:
+        self._measure_and_clip(watch)
+        if watch.wants_undo:
             self._update = Update(self.optimizer, self._scheduler, self._scaler)
-            if self.protects_updates:
+            if watch.wants_copies:
                 self._update.copy()
         updated = self._step_optimizer()
         if updated and self._scheduler is not None:
@@ -166,7 +165,7 @@ class Updater:
         return UpdaterMark(grads, self.group.state_dict())
 
     def rewind(
-        self, mark: UpdaterMark, init_state_leaves: Iterable[Tensor], device_type: str
+        self, mark: UpdaterMark, init_state_leaves: Iterable[Tensor], device: torch.device
     ) -> None:
         """Forget what a window did that was cut short: its gradients, its unfinished update.
 
@@ -183,15 +182,15 @@ class Updater:
             update.take_back()
         if self._scaler is not None and self._scaler.is_enabled():
             # The one public way to forget that gradients were unscaled; the scale stays.
-            self._scaler.update(new_scale=self.grad_scale(device_type))
+            self._scaler.update(new_scale=self.grad_scale(device))
 
     def _with_gradients(self, init_state_leaves: Iterable[Tensor]) -> list[Tensor]:
         """All tensors whose gradients a window changes."""
         tensors = (*self._cleared, *init_state_leaves, *self.optimized())
         return list({id(tensor): tensor for tensor in tensors}.values())
 
-    def _measure_and_clip(self) -> None:
-        if self._clip is None and self.watch_norm is None:
+    def _measure_and_clip(self, watch: UpdateWatch) -> None:
+        if self._clip is None and not watch.wants_norm:
             return
         has_grads = any(p.grad is not None for p in self.optimized())
         if self._scaler is not None and has_grads:
@@ -202,8 +201,7 @@ class Updater:
             grads = [p.grad for p in self.optimized() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
         self.grad_norm = norm.detach()
-        if self.watch_norm is not None:
-            self.watch_norm(self.grad_norm)
+        watch.takes_norm(self.grad_norm)
 
     def _step_optimizer(self) -> bool:
         if self._scaler is None or all(p.grad is None for p in self.optimized()):

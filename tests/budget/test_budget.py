@@ -31,6 +31,7 @@ from tbptt_ckpt import (
 )
 from tbptt_ckpt.budget.corrections import Ratios
 from tbptt_ckpt.budget.curves import not_below, scaled
+from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -114,7 +115,7 @@ def smallest_budget(name, num_steps=120, **options):
 
 
 def fixed_part(tbptt, sequence, num_windows):
-    settings = tbptt.settings
+    settings = tbptt.parts
     inputs = tensor_bytes(sequence.inputs, sequence.targets) // num_windows
     return 2 * tensor_bytes(settings.parameters) + tensor_bytes(settings.updater.optimizer) + inputs
 
@@ -144,7 +145,7 @@ def test_peaks_are_predicted_and_budgets_kept_from_the_first_window_on(name, dty
 
 def test_the_peak_is_what_a_meter_around_the_window_sees():
     tbptt, sequence = make("LSTMCell loop", measure_memory=True, strategy="uniform:8"), data(60)
-    before = tensor_bytes(tbptt.settings.parameters, sequence.inputs, sequence.targets)
+    before = tensor_bytes(tbptt.parts.parameters, sequence.inputs, sequence.targets)
     with peak_memory(rss=False) as meter:
         (window,) = tbptt.windows(sequence)
     assert window.peak_bytes == pytest.approx(before + meter.peak_bytes, abs=16 * 1024)
@@ -167,10 +168,10 @@ def test_overlaps_keep_their_budget(overlap, k1, k2):
 def test_a_budget_changes_no_gradient(overlap):
     def losses(**options):
         tbptt = make("LSTMCell loop", 20, 45, overlap=overlap, **options)
-        tbptt.settings.recurrence.module.double()
+        tbptt.parts.recurrence.module.double()
         sequence = TensorSequence(data(90).inputs.double(), data(90).targets)
         seen = [float(window.loss) for window in tbptt.windows(sequence)]
-        return seen, [p.detach().clone() for p in tbptt.settings.parameters]
+        return seen, [p.detach().clone() for p in tbptt.parts.parameters]
 
     def smallest():
         try:
@@ -187,7 +188,7 @@ def test_a_budget_changes_no_gradient(overlap):
 
 def test_nothing_has_changed_when_a_budget_is_refused():
     tbptt = make("LSTMCell loop", memory_budget=1000)
-    parameters = tbptt.settings.parameters
+    parameters = tbptt.parts.parameters
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     before = [(p.grad, p.grad.clone(), p.detach().clone()) for p in parameters]
@@ -295,16 +296,17 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     )
     smallest = smallest_budget("LSTMCell loop", 200, k1=100, k2=100)
     budget = int(1.6 * smallest)
-    tbptt = make("LSTMCell loop", 100, 100, memory_budget=budget, costs=wrong, measure_memory=True)
-    tbptt.record = []
+    trace = ActionTrace()
+    options = {"memory_budget": budget, "costs": wrong, "measure_memory": True, "observer": trace}
+    tbptt = make("LSTMCell loop", 100, 100, **options)
     windows = []
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         for window in tbptt.windows(data(300)):
             windows.append(window)
             schedule = list(window.plan.schedule)
             check_schedule(schedule, window.start, window.start, window.stop)
-            assert tbptt.record == schedule
-            tbptt.record.clear()
+            assert trace.actions == schedule
+            trace.actions.clear()
     assert "costs corrected" in caplog.text
     assert all(window.peak_bytes <= budget for window in windows[1:])
     last = windows[-1]
@@ -399,7 +401,7 @@ def test_a_window_whose_rest_does_not_fit_raises_without_an_update(caplog):
         next(start(1)[1])
     budget = int(1.05 * raised.value.smallest_budget_bytes)
     tbptt, running = start(budget)
-    parameters = tbptt.settings.parameters
+    parameters = tbptt.parts.parameters
     before, random = [p.detach().clone() for p in parameters], torch.get_rng_state()
     with pytest.raises(InfeasibleBudgetError, match="raise it to") as raised:
         next(running)
@@ -415,7 +417,7 @@ def test_a_fraction_is_of_what_is_free():
     tbptt = make("LSTMCell loop", memory_budget=0.25, measure_memory=True)
     free = free_memory()
     tbptt.train(data(60))
-    assert tbptt.settings.plans.budget_bytes == pytest.approx(0.25 * free, rel=0.2)
+    assert tbptt.parts.budget.budget_bytes == pytest.approx(0.25 * free, rel=0.2)
 
 
 def test_auto_needs_no_budget_and_measures_no_window():
@@ -425,7 +427,7 @@ def test_auto_needs_no_budget_and_measures_no_window():
     assert [window.peak_bytes for window in windows] == [None, None]
     short = make("LSTMCell loop", 4, 4)
     assert [w.plan.longest_leaf for w in short.windows(data(9))] == [4, 4, 4]
-    assert short.settings.plans.costs is None
+    assert short.parts.budget.costs is None
 
 
 def test_auto_on_the_cpu_fits_host_memory_too(monkeypatch):
@@ -457,16 +459,16 @@ def test_given_costs_are_taken_and_only_short_segments_held_against_them(caplog)
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         next(tbptt.windows(data(60)))
     assert "measured segments of 1 to 8 steps" in caplog.text
-    assert tbptt.settings.plans.costs.leaf_seconds == costs.leaf_seconds
+    assert tbptt.parts.budget.costs.leaf_seconds == costs.leaf_seconds
 
 
 def test_plans_and_costs_go_on_as_they_were_saved(caplog):
     budget = int(1.3 * smallest_budget("LSTMCell loop"))
     first = make("LSTMCell loop", memory_budget=budget)
     plans = [window.plan for window in first.windows(data(240))]
-    state = json.loads(json.dumps(first.settings.plans.state_dict()))
+    state = json.loads(json.dumps(first.parts.budget.state_dict()))
     again = make("LSTMCell loop", memory_budget=budget)
-    again.settings.plans.load_state_dict(state)
+    again.parts.budget.load_state_dict(state)
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         found = [window.plan for window in again.windows(data(240))]
     assert "measured segments" not in caplog.text
@@ -479,7 +481,7 @@ def test_a_reserve_is_no_reason_for_a_plan_that_takes_many_times_as_long():
     smallest = smallest_budget("deep transition", 150, **options)
     measured = make("deep transition", memory_budget=2 * smallest, **options)
     next(measured.windows(data(150)))
-    costs = measured.settings.plans.costs
+    costs = measured.parts.budget.costs
     seconds = []
     for states in range(1, 20, 2):
         budget = smallest + states * costs.state_bytes

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence, Trainer
-from tbptt_ckpt.budget import costed_plans as costed
+from tbptt_ckpt.budget import window_costs as costed
 from tbptt_ckpt.budget.curves import scaled
 from tbptt_ckpt.time_batching.report import SLOWER
 
@@ -76,7 +76,7 @@ def test_the_form_with_fewer_predicted_seconds_runs_and_gradients_agree(
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         for found, expected in zip(ours.windows(sequence), plain.windows(sequence), strict=True):
             torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
-            for one, other in zip(ours.settings.parameters, plain.settings.parameters, strict=True):
+            for one, other in zip(ours.parts.parameters, plain.parts.parameters, strict=True):
                 difference = (one.grad - other.grad).norm() / other.grad.norm()
                 assert difference <= 1e-12
     assert is_plain(ours) == (plain_seconds < 1)
@@ -148,7 +148,7 @@ def test_a_resumed_run_has_the_same_form_bitwise(
     next(resumed.windows())
     next(windows)
     assert is_plain(resumed.tbptt) == is_plain(trainer.tbptt) == (plain_seconds < 1)
-    ours, theirs = (each.tbptt.settings.parameters for each in (resumed, trainer))
+    ours, theirs = (each.tbptt.parts.parameters for each in (resumed, trainer))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -156,9 +156,9 @@ def test_what_earlier_versions_saved_follows_the_rule(inject: Inject) -> None:
     inject(0.5)
     tbptt, sequence = make()
     next(tbptt.windows(sequence))
-    state = tbptt.settings.plans.state_dict()
+    state = tbptt.parts.budget.state_dict()
     assert state.pop("time_batching") is False
     again, _ = make()
-    again.settings.plans.load_state_dict(state)
+    again.parts.budget.load_state_dict(state)
     next(again.windows(sequence))
     assert not is_plain(again)

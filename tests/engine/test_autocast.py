@@ -30,7 +30,7 @@ from tbptt_ckpt import TBPTT, TensorSequence
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import OutputSink
-from tbptt_ckpt.executor.task import WindowTask
+from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient
 
 # Autocast
@@ -117,8 +117,9 @@ def test_a_function_runs_under_the_autocast_of_what_it_is_given(
     with FakeTensorMode():
         x = torch.empty(4, LANES, WIDTH, device=inputs)
         h = None if state is None else torch.empty(LANES, WIDTH, device=state)
-        task = WindowTask([StepBlock(0, 4, x, x, None, 0)], 0, 0, 4, 0, Ambient([], []))
-        make_runner(step, None, 0, torch.bfloat16).run(task, 0, 4, h, OutputSink())
+        runner = make_runner(step, None, 0, torch.bfloat16)
+        whole = WindowPass([StepBlock(0, 4, x, x, None, 0)], 0, 0, 4, 0, Ambient([], []), runner)
+        whole.run(0, 4, h, OutputSink())
     assert seen == [(True, False)] * 4
 
 

@@ -39,6 +39,7 @@ from tbptt_ckpt import (
     run_window,
     tbptt_windows,
 )
+from tbptt_ckpt.executor.observer import ActionTrace, Observer
 from tbptt_ckpt.schedule.actions import check_schedule, executed_steps
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
@@ -85,6 +86,7 @@ def test_recorded_actions_equal_the_schedule(
     for k1, k2 in REACHES:
         module = make()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        trace = ActionTrace()
         tbptt = TBPTT(
             module,
             mean_loss,
@@ -94,11 +96,11 @@ def test_recorded_actions_equal_the_schedule(
             overlap=overlap,
             strategy=strategy,
             executor=executor,
+            observer=trace,
         )
-        tbptt.record = []
         results = list(tbptt.windows(TensorSequence(inputs, targets), None))
         planned = [action for result in results for action in result.plan.schedule]
-        assert list(tbptt.record) == planned, (k1, k2)
+        assert trace.actions == planned, (k1, k2)
         for result, window in zip(results, tbptt_windows(NUM_STEPS, k1, k2), strict=True):
             joints = joints_of(window, k1) if overlap == "stale" else []
             schedule = result.plan.schedule
@@ -287,7 +289,7 @@ def test_a_user_schedule_gives_the_same_gradient(executor: str) -> None:
     expected = gradients(list(module.parameters()))
     for strategy in (VALID, tuple(VALID), Schedule(lambda: iter(VALID)), lambda *_: VALID):
         clear_gradients(list(module.parameters()))
-        record: list[Any] = []
+        trace = ActionTrace()
         run_window(
             module,
             mean_loss,
@@ -296,10 +298,10 @@ def test_a_user_schedule_gives_the_same_gradient(executor: str) -> None:
             init,
             strategy=strategy,
             executor=executor,
-            record=record,
+            observer=trace,
         )
         assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
-        assert record == VALID
+        assert trace.actions == VALID
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -314,7 +316,7 @@ def test_planned_schedules_run_as_planned_and_give_the_same_gradient(
     expected = gradients(list(module.parameters()))
     planned = plan(13, Costs.linear(state_bytes=3, step_bytes=2), budget_bytes=budget)
     clear_gradients(list(module.parameters()))
-    record: list[Any] = []
+    trace = ActionTrace()
     run = run_window(
         module,
         mean_loss,
@@ -323,10 +325,10 @@ def test_planned_schedules_run_as_planned_and_give_the_same_gradient(
         init,
         strategy=planned.schedule,
         executor=executor,
-        record=record,
+        observer=trace,
     )
     assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
-    assert record == planned.schedule
+    assert trace.actions == list(planned.schedule)
     assert run.executed_steps == planned.executed_steps
 
 
@@ -415,7 +417,7 @@ def test_check_schedule_accepts_states_that_are_given() -> None:
         check_schedule(actions, 0, 0, 8)
 
 
-class Diary:
+class Diary(Observer):
     """Writes down what an executor tells its observer."""
 
     def __init__(self):
@@ -437,26 +439,24 @@ class Diary:
 def test_an_observer_is_told_of_every_action_and_of_every_gradient(executor, strategy, overlap):
     torch.manual_seed(0)
     cell = nn.LSTMCell(2, 3)
-    tbptt = TBPTT(
-        cell, nn.functional.mse_loss, 4, 7, strategy=strategy, executor=executor, overlap=overlap
-    )
+    diary, options = Diary(), {"strategy": strategy, "executor": executor, "overlap": overlap}
+    tbptt = TBPTT(cell, nn.functional.mse_loss, 4, 7, **options)
     sequence = TensorSequence(torch.randn(13, 1, 2), torch.randn(13, 1, 3))
     for _ in tbptt.windows(sequence):
         pass
     plain = [p.grad.clone() for p in cell.parameters()]
     cell.zero_grad()
-    tbptt.record, tbptt.observer = [], Diary()
+    tbptt = TBPTT(cell, nn.functional.mse_loss, 4, 7, observer=diary, **options)
     for window in tbptt.windows(sequence):
-        told = tbptt.observer.entries
+        told = diary.entries
         actions = [entry for entry in told if not isinstance(entry, str)]
-        assert actions == tbptt.record == list(window.plan.schedule)
+        assert actions == list(window.plan.schedule)
         assert told.pop() == "ends"
         leaves = [i for i, entry in enumerate(told) if isinstance(entry, Differentiate)]
         assert [i for i, entry in enumerate(told) if entry == "differentiates"] == [
             i + 1 for i in leaves
         ]
         told.clear()
-        tbptt.record.clear()
     assert all(torch.equal(p.grad, g) for p, g in zip(cell.parameters(), plain, strict=True))
 
 
@@ -481,11 +481,13 @@ class Addresses(nn.Module):
 @pytest.mark.parametrize("strategy", ["step", "uniform:3", "sqrt", "revolve:2"])
 def test_kept_states_do_not_lie_in_what_an_advance_took(strategy: str) -> None:
     module = Addresses()
-    tbptt = TBPTT(module, F.mse_loss, 14, None, strategy=strategy, time_batching=False)
-    tbptt.record = []
+    trace = ActionTrace()
+    tbptt = TBPTT(
+        module, F.mse_loss, 14, None, strategy=strategy, time_batching=False, observer=trace
+    )
     tbptt.train(TensorSequence(torch.randn(14, 1, 2), torch.randn(14, 1, 3)), torch.zeros(1, 3))
-    keeps = {action.step for action in tbptt.record if isinstance(action, Keep)}
-    leaves = {action.start for action in tbptt.record if isinstance(action, Differentiate)}
+    keeps = {action.step for action in trace.actions if isinstance(action, Keep)}
+    leaves = {action.start for action in trace.actions if isinstance(action, Differentiate)}
     assert keeps & leaves
     shared = {t.data_ptr() for t in module.advanced} & {t.data_ptr() for t in module.given}
     assert len(shared) == len(leaves - keeps - {0})  # these begin where an advance has just ended

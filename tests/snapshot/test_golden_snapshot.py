@@ -47,7 +47,7 @@ def test_a_snapshot_of_format_1_goes_on_as_it_did(injected: Callable[..., None])
     assert report.problem is None
     trainer = golden_trainer()
     with torch.no_grad():
-        for parameter in trainer.tbptt.settings.parameters:
+        for parameter in trainer.tbptt.parts.parameters:
             parameter.zero_()  # nothing is right by chance
     trainer.load_state_dict(store.load(SAVED).state)
     assert trainer.steps == SAVED

@@ -71,7 +71,7 @@ def test_the_gradient_norm_is_that_of_the_gradients(tmp_path: Path) -> None:
     one = trainer(tmp_path / "log")
     norms = []
     for _ in one.windows():
-        grads = [p.grad for p in one.tbptt.settings.parameters]
+        grads = [p.grad for p in one.tbptt.parts.parameters]
         norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads)))
     assert [u["grad_norm"] for u in lines(tmp_path / "log", "update")] == pytest.approx(norms)
 

@@ -107,7 +107,7 @@ def test_measured_costs_are_saved_before_the_first_update_and_never_measured_aga
     def no_measuring(*_: Any, **__: Any) -> None:
         raise AssertionError("costs were measured again")
 
-    monkeypatch.setattr("tbptt_ckpt.budget.costed_plans.calibrate", no_measuring)
+    monkeypatch.setattr("tbptt_ckpt.budget.window_costs.calibrate", no_measuring)
     accounts = []
     for stops in ((), (1, 3)):
         folder = tmp_path / str(len(accounts))
@@ -117,7 +117,7 @@ def test_measured_costs_are_saved_before_the_first_update_and_never_measured_aga
             trainer, _, _ = with_snapshots(job, folder)
             trainer._announcer._sinks.append(listener)
             assert trainer.resume()
-            assert trainer.tbptt.settings.plans.state_dict()["costs"]["state_bytes"]
+            assert trainer.tbptt.parts.budget.state_dict()["costs"]["state_bytes"]
             windows = trainer.windows()
             for result in windows:
                 if result.index == stop:

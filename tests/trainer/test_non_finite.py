@@ -146,7 +146,7 @@ class TestNonFinite:
             non_finite=NonFinite(policy="skip", most_in_a_row=2)
         )
         module.what, module.at = "loss", 0
-        trainer.tbptt.settings.loss_function.loss_fn = lambda y, _: y.sum() * float("nan")
+        trainer.tbptt.parts.loss_function.loss_fn = lambda y, _: y.sum() * float("nan")
         with pytest.warns(TbpttWarning), pytest.raises(NonFiniteError, match="2 windows before"):
             trainer.train()
         injected("NaN or Inf in loss, gradient or carried state", 3)
@@ -165,7 +165,7 @@ class TestNonFinite:
     def test_a_scaler_keeps_its_own_way_with_gradients(self, injected: Injected) -> None:
         trainer, module, listener = Poison("gradient", 4).build()
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-        trainer.tbptt.settings.updater._scaler = scaler
+        trainer.tbptt.parts.updater._scaler = scaler
         result = trainer.train()
         assert module.fired
         injected("NaN or Inf in loss, gradient or carried state")
@@ -173,7 +173,7 @@ class TestNonFinite:
         assert (result.updates, scaler.get_scale()) == (4, 4.0)
         assert [w.updated for w in listener.windows] == [True, True, False, True, True]
         trainer, module, _ = Poison("loss", 4).build()
-        trainer.tbptt.settings.updater._scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        trainer.tbptt.parts.updater._scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         with pytest.raises(NonFiniteError, match="window 2"):
             trainer.train()
         injected("NaN or Inf in loss, gradient or carried state")

@@ -123,17 +123,17 @@ class TestOutOfMemory:
         expected = job.undisturbed()
         trainer, _, listener = job.build()
         fits = 4
-        run = trainer.tbptt.settings.runner.run
+        run = trainer.tbptt.parts.runner.run
 
-        def run_or_fail(task: Any, start: int, stop: int, *args: Any, **options: Any) -> Any:
+        def run_or_fail(blocks: Any, resets: Any, start: int, stop: int, *args: Any) -> Any:
             if torch.is_grad_enabled() and stop - start > fits:
                 injected("out of memory on the device")
                 raise MemoryError
-            return run(task, start, stop, *args, **options)
+            return run(blocks, resets, start, stop, *args)
 
-        trainer.tbptt.settings.runner.run = run_or_fail  # type: ignore[method-assign]
+        trainer.tbptt.parts.runner.run = run_or_fail  # type: ignore[method-assign]
         trainer.train()
-        assert str(trainer.tbptt.settings.strategy) == "uniform:4"
+        assert str(trainer.tbptt.parts.budget.strategy) == "uniform:4"
         assert [n.figures["attempt"] for n in listener.notices] == [1, 2, 3, 4]
         assert_equal(job.account(trainer, listener), expected, ROUNDING)
 
@@ -239,7 +239,7 @@ CHILD_WITH_A_LIMIT = """
                       torch.optim.Adam(module.parameters(), 0.01), strategy="retain")
         trainer = Trainer(tbptt, TensorSequence(inputs, inputs.roll(1, 0)), events=[kinds])
         losses = [float(window.loss) for window in trainer.windows()]
-        return losses, str(tbptt.settings.strategy)
+        return losses, str(tbptt.parts.budget.strategy)
 
     run(30, Kinds())  # all that is loaded lazily is there
     before = memory("VmSize")

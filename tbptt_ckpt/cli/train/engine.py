@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from tbptt_ckpt.cli.bytes.contract import is_per_step
 from tbptt_ckpt.cli.bytes.score import byte_loss
 from tbptt_ckpt.cli.devices import autocast_dtype
 from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.engine.options import ExecutorName, Overlap
 
 CLIP_GRAD_NORM = 1.0
 
@@ -24,10 +27,10 @@ def build_engine(
         config.k1,
         config.k2,
         optimizer,
-        overlap=config.overlap,
+        overlap=cast("Overlap", config.overlap),
         strategy=config.strategy,
         memory_budget=config.memory_budget(),
-        executor=config.executor,
+        executor=cast("ExecutorName", config.executor),
         per_step=is_per_step(module),
         clip_grad_norm=CLIP_GRAD_NORM,
         autocast_dtype=autocast_dtype(config.dtype),

@@ -1,42 +1,21 @@
-"""What is asked of a planner of windows, and what it answers."""
+"""What is asked about a window before it runs, and what a budget answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tbptt_ckpt.budget.meter import Bystander, Pilot
+import torch
+
+from tbptt_ckpt.budget.corrections import UNCORRECTED, PlanWatch
 from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.strategies import Strategy
 from tbptt_ckpt.schedule.windows import Window
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a window looks like to a planner, wherever it lies.
-
-    Attributes:
-        num_steps: Steps to differentiate.
-        new_steps: Steps that no window before has run.
-        joints: Steps inside whose states are given, counted from the first differentiated.
-        recorded_states: States that exist before it for it and later ones to start from.
-        coming_states: States that it notes, and the gradient of one.
-    """
-
-    num_steps: int
-    new_steps: int
-    joints: tuple[int, ...]
-    recorded_states: int
-    coming_states: int
-
-    @property
-    def run_steps(self) -> int:
-        """Steps that run at all."""
-        return max(self.num_steps, self.new_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +32,9 @@ class Request:
         coming_ambients: Generators and buffers at update points that a later window finds noted
             beside those that are now.
         makes_first_state: Whether the module makes the first state for itself, from None.
+        copies_weights: Whether its update copies what it changes.
         blocks: Its inputs and targets.
+        device: Where memory counts.
         make_probe: Makes what measures segments of it.
     """
 
@@ -64,7 +45,9 @@ class Request:
     recorded: tuple[object, ...]
     coming_ambients: int
     makes_first_state: bool
+    copies_weights: bool
     blocks: Sequence[StepBlock]
+    device: torch.device
     make_probe: Callable[[], SegmentProbe]
 
     @property
@@ -78,46 +61,32 @@ class Request:
         return tuple(self.window.start + joint for joint in self.shape.joints)
 
 
-def fullest_shape(
-    shape: Shape, window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
-) -> Shape:
-    """The shape of the largest window from this one on, as far as it can be known."""
-    if window.stop == num_steps:
-        return shape
-    reach = num_steps if k2 is None else k2 if num_steps is None else min(k2, num_steps)
-    steps = max(shape.num_steps, reach or 0)
-    overlap = max(0, steps - k1)
-    if not stale or not overlap:
-        return Shape(steps, k1, (), 1 + bool(overlap), 2 + bool(overlap))
-    first = steps % k1 or k1  # blocks are cut at update points, counted back from the end
-    joints = tuple(range(first, overlap + 1, k1))
-    starts = 0 if k2 is None or steps % k1 == 0 else -(-overlap // k1)
-    return Shape(steps, k1, joints, 1 + len(joints) + starts, 3)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PlannedWindow:
     """A window that is ready to run.
 
     Attributes:
         plan: How.
-        pilot: Follows it where it is metered.
-        metered: Whether its plan has to be held against a measurement.
+        watch: Holds what it takes against the plan.
+        metered: Whether the window has to be measured for that.
     """
 
     plan: Plan
-    pilot: Pilot = field(default_factory=Bystander)
+    watch: PlanWatch = UNCORRECTED
     metered: bool = False
 
+    def executed_plan(self) -> Plan:
+        """The plan as it was followed."""
+        return self.watch.executed_plan(self.plan)
 
-class WindowPlans(Protocol):
-    """Plans the windows of a run, and learns from those that were measured.
 
-    Attributes:
-        strategy: What was asked for.
-    """
+class WindowBudget(Protocol):
+    """Plans the windows of a run within bytes, and learns from those that were measured."""
 
-    strategy: Strategy
+    @property
+    def strategy(self) -> Strategy:
+        """How schedules are chosen now."""
+        ...
 
     @property
     def has_costs(self) -> bool:
@@ -143,10 +112,23 @@ class WindowPlans(Protocol):
         """A window was measured, its update included."""
         ...
 
+    def shrink(self, window: Window) -> str | None:
+        """Plan with less memory from here on, since `window` found none.
+
+        Returns:
+            What changes, for a message; None where nothing takes less.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What was measured and planned, as plain data; empty where nothing is."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` returned, instead of measuring anew."""
+    def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
+        """Go on with what `state_dict` returned, instead of measuring anew.
+
+        Args:
+            state: What it returned.
+            used: The strategy that was used in the end; None for the one that was asked for.
+        """
         ...

@@ -1,0 +1,246 @@
+"""Plans that fit a budget: for each shape of window the fastest, or that of a fixed strategy."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from tbptt_ckpt.budget.amount import AUTO_BUDGET, Amount, explained
+from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.planner.fastest import OPTIMAL, plan
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.strategies import Auto, Optimal, Strategy
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_RESERVE = 0.1  # of what the first plan may use, until its leaves are measured
+_MARGIN = 0.02  # the same ever after: kernels round sizes up, some lengths more than others
+# Near the smallest budget a few states are most of the room, and all of the speed: a plan beside
+# the reserve may take so many times the seconds of one without, or there is less of a reserve.
+_PRICE_OF_RESERVE, _LESS_OF_RESERVE = 1.25, (1.0, 0.5, 0.25)
+_MOST_CACHED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A plan, and the fixed part it was made beside."""
+
+    fixed_bytes: int
+    plan: Plan
+
+
+class FittingPlans:
+    """Plans each shape of window once, within a budget.
+
+    Args:
+        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
+            checked.
+        amount: The budget; None plans for the free memory and holds nothing against it.
+
+    Attributes:
+        strategy: As given, or a smaller one since memory was missing.
+        promised: Whether the budget is held.
+        finds_fastest: Whether plans are chosen by their seconds.
+        budget_bytes: The budget; None before the first window.
+    """
+
+    def __init__(self, strategy: Strategy, amount: Amount | None) -> None:
+        self.strategy, self.promised = strategy, amount is not None
+        self.finds_fastest = isinstance(strategy, Auto | Optimal)
+        self._amount = amount or AUTO_BUDGET
+        self.budget_bytes: int | None = None
+        self._ceiling: int | None = None  # below the budget, since memory was missing
+        self._reserve = _RESERVE if self.promised else 0.0
+        self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
+        self._confirmed: set[Shape] = set()
+        self._longest_seen = 0  # windows up to this reach were found to fit
+
+    def fix_budget(self, live_bytes: int, device: torch.device) -> int:
+        """The budget in bytes, of a run that holds some already; the same ever after."""
+        if self.budget_bytes is None:
+            self.budget_bytes = self._amount.bytes_beside(live_bytes, device)
+        return self.budget_bytes
+
+    def check_fullest(self, shape: Shape, costs: Costs) -> None:
+        """Raise `InfeasibleBudgetError` now, if larger windows will not fit a promised budget."""
+        if self.promised and shape.num_steps > self._longest_seen and shape not in self._plans:
+            self._within_budget(shape, costs)
+
+    def chosen(self, shape: Shape, costs: Costs) -> Plan:
+        """The plan of a shape; the known one as long as it fits, so that runs repeat."""
+        fixed, known = costs.fixed.total(shape.run_steps), self._plans.get(shape)
+        if known is not None:
+            peak = (known.plan.predicted_peak_bytes or 0) + fixed - known.fixed_bytes
+            if peak <= self._budget or not self.promised:
+                return replace(known.plan, predicted_peak_bytes=peak)
+        plan = self._within_budget(shape, costs)
+        self._keep(shape, fixed, plan)
+        return plan
+
+    def confirm(self, shape: Shape) -> bool:
+        """A measured window was as predicted; whether its plan is final, with no reserve left."""
+        if self._reserve == _MARGIN:
+            self._confirmed.add(shape)
+            return True
+        return False
+
+    def is_confirmed(self, shape: Shape) -> bool:
+        """Whether a measured window of this shape was as predicted."""
+        return shape in self._confirmed
+
+    def start_over(self) -> None:
+        """Costs were corrected: plans are made anew, with a small reserve."""
+        self._reserve, self._longest_seen = _MARGIN, 0
+        self._plans.clear()
+        self._confirmed.clear()
+
+    def keep_what_ran(self, shape: Shape, costs: Costs, ran: Plan, peak_bytes: int) -> None:
+        """Corrected costs err upwards: a plan that ran within the budget goes on if none fits."""
+        if peak_bytes > self._budget:
+            return
+        try:
+            self._planned(shape, costs, self._budget)
+        except InfeasibleBudgetError:
+            fixed = costs.fixed.total(shape.run_steps)
+            self._keep(shape, fixed, replace(ran, predicted_peak_bytes=peak_bytes))
+
+    def fitting(self, shape: Shape, costs: Costs) -> Plan:
+        """A plan that fits.
+
+        Raises:
+            InfeasibleBudgetError: There is none.
+        """
+        try:
+            whole = self._planned(shape, costs, self._budget)
+        except InfeasibleBudgetError as error:
+            if self.promised or shape.num_steps > self._longest_seen:
+                raise self.explained(error, shape) from None
+            _log.warning("windows take slightly more than was free at first: %s", error)
+            return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+        if not self.finds_fastest:  # a fixed strategy has but one plan
+            return whole
+        if self._ceiling is not None and self._ceiling < self._budget:
+            return self._below_ceiling(shape, costs, self._ceiling)
+        return self._beside_reserve(shape, costs, whole) if self._reserve else whole
+
+    def shrink(self, shape: Shape, costs: Costs) -> bool:
+        """Halve what plans take beside the fixed part; whether that takes less than before."""
+        before = self.chosen(shape, costs).predicted_peak_bytes or 0
+        fixed = costs.fixed.total(shape.run_steps)
+        self._ceiling = fixed + max(0, before - fixed) // 2
+        self._plans.clear()
+        self._confirmed.clear()
+        return (self.chosen(shape, costs).predicted_peak_bytes or 0) < before
+
+    def follow(self, strategy: Strategy) -> None:
+        """Choose schedules by a fixed strategy from here on; the budget stays as it is."""
+        self.strategy, self.finds_fastest = strategy, False
+        self._plans.clear()
+        self._confirmed.clear()
+
+    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
+        """A plan of some steps of a window, with what else is there at the time."""
+        costs = replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes))
+        return plan(stop - start, costs, budget_bytes=self.budget_bytes, first=start)
+
+    def explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
+        """The planner's error as one about the user's budget."""
+        fixed = None if self.finds_fastest else str(self.strategy)
+        return explained(error, self._amount, self._budget, shape.num_steps, fixed)
+
+    def refusal(
+        self, error: InfeasibleBudgetError, shape: Shape, costs: Costs
+    ) -> InfeasibleBudgetError:
+        """The error about a window whose rest does not fit, or about the whole if it does not."""
+        try:
+            self._planned(shape, costs, self._budget)
+        except InfeasibleBudgetError as whole:
+            error = whole
+        return self.explained(error, shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "ceiling_bytes": self._ceiling,
+            "reserve": self._reserve,
+            "plans": [
+                {
+                    "shape": asdict(shape),
+                    "fixed_bytes": known.fixed_bytes,
+                    "plan": known.plan.to_dict(),
+                    "confirmed": shape in self._confirmed,
+                }
+                for shape, known in self._plans.items()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the same plans; a budget in bytes stays as it is given now."""
+        self.budget_bytes = self._amount.num_bytes or state["budget_bytes"]
+        self._ceiling = state.get("ceiling_bytes")  # older ones have none
+        self._reserve = state["reserve"]
+        for entry in state["plans"]:
+            shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
+            self._plans[shape] = _Planned(entry["fixed_bytes"], Plan.from_dict(entry["plan"]))
+            if entry["confirmed"]:
+                self._confirmed.add(shape)
+
+    @property
+    def _budget(self) -> int:
+        assert self.budget_bytes is not None, "it is fixed before the first plan"
+        return self.budget_bytes
+
+    def _keep(self, shape: Shape, fixed_bytes: int, plan: Plan) -> None:
+        self._plans[shape] = _Planned(fixed_bytes, plan)
+        while len(self._plans) > _MOST_CACHED:
+            self._plans.popitem(last=False)
+
+    def _within_budget(self, shape: Shape, costs: Costs) -> Plan:
+        chosen = self.fitting(shape, costs)
+        self._longest_seen = max(self._longest_seen, shape.num_steps)
+        return chosen
+
+    def _below_ceiling(self, shape: Shape, costs: Costs, ceiling: int) -> Plan:
+        """The fastest plan below the ceiling, or the one that takes least."""
+        try:
+            return self._planned(shape, costs, ceiling)
+        except InfeasibleBudgetError as error:
+            return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+
+    def _beside_reserve(self, shape: Shape, costs: Costs, whole: Plan) -> Plan:
+        """A plan that leaves as much of the reserve as is worth its price.
+
+        Args:
+            shape: The window's.
+            costs: Its costs.
+            whole: The plan that leaves none.
+        """
+        free = max(0, self._budget - costs.fixed.total(shape.run_steps))
+        affordable = _PRICE_OF_RESERVE * (whole.predicted_seconds or 0.0)
+        for share in _LESS_OF_RESERVE:
+            reserved = int(share * self._reserve * free)
+            try:
+                chosen = self._planned(shape, costs, self._budget - reserved)
+            except InfeasibleBudgetError:
+                continue
+            if (chosen.predicted_seconds or 0.0) <= affordable:
+                return chosen
+        return whole
+
+    def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> Plan:
+        return plan(
+            shape.num_steps,
+            costs,
+            budget_bytes=max(1, budget_bytes),
+            strategy=OPTIMAL if self.finds_fastest else self.strategy,
+            new_steps=shape.new_steps,
+            joints=shape.joints,
+        )

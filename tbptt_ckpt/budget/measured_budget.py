@@ -1,0 +1,296 @@
+"""Keeps the windows of a run within bytes: measures what they take, plans, corrects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tbptt_ckpt.budget.amount import Amount
+from tbptt_ckpt.budget.corrections import Corrections
+from tbptt_ckpt.budget.fitting import FittingPlans
+from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.budget.smaller import smaller_strategy
+from tbptt_ckpt.budget.unbudgeted import Unbudgeted
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
+from tbptt_ckpt.budget.window_costs import WindowCosts
+from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.memory.meter import Lap, can_measure
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.simulator import simulate
+from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Strategy, parse_strategy
+from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.updates.updater import Updater
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_MOST_METERED = 8  # windows; overlaps that grow make a new plan for each
+_MUCH_LONGER = 2  # than any metered one: measured all the same, as its plan is of another kind
+
+
+class MeasuredBudget:
+    """Plans windows from measured costs, and holds measured windows against their plans.
+
+    Args:
+        strategy: As for `FittingPlans`.
+        amount: As for `FittingPlans`.
+        costs: As for `WindowCosts`.
+        updater: As for `WindowCosts`.
+        parameters: As for `WindowCosts`.
+        batching: As for `WindowCosts`.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        amount: Amount | None,
+        costs: Costs | None,
+        updater: Updater,
+        parameters: Sequence[nn.Parameter],
+        batching: TimeBatching,
+    ) -> None:
+        self._plans = FittingPlans(strategy, amount)
+        self._costs = WindowCosts(costs, self._plans.promised, updater, parameters, batching)
+        self._num_metered, self._longest_metered = 0, 0
+        self._last: tuple[Shape, Costs] | None = None  # planned
+        self._unmeasured: Unbudgeted | None = None  # who plans where measuring found no memory
+
+    @property
+    def strategy(self) -> Strategy:
+        """How schedules are chosen now."""
+        return self._plans.strategy if self._unmeasured is None else self._unmeasured.strategy
+
+    @property
+    def costs(self) -> Costs | None:
+        """What the module takes, once that is known."""
+        return self._costs.known
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget; None before the first window."""
+        return self._plans.budget_bytes
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether costs have been measured or given."""
+        return self._costs.known is not None
+
+    def plan(
+        self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
+    ) -> PlannedWindow:
+        """The window's plan; measures costs if there are none yet."""
+        if self._unmeasured is not None:
+            return self._unmeasured.plan(window, joints, make_request)
+        request = make_request()
+        if not self.has_costs and not self._plans.promised and not _is_worth_measuring(request):
+            return Unbudgeted(Auto()).plan(window, joints, make_request)
+        held_bytes = tensor_bytes(*request.held)
+        shape, found = request.shape, self._prepared(request, held_bytes)
+        costs = self._costs.of(found, shape, request, held_bytes)
+        self._last = shape, costs
+        chosen = self._plans.chosen(shape, costs).at(window.first)
+        is_known = self._plans.is_confirmed(shape) or self._has_seen_alike(shape)
+        if is_known or not self._plans.promised:
+            return PlannedWindow(chosen)
+        return self._watched(request, chosen, costs)
+
+    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+        """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
+        watch, known = planned.watch, self._costs.known
+        if not isinstance(watch, Corrections) or known is None:
+            return
+        shape = watch.shape
+        self._num_metered += 1
+        self._longest_metered = max(self._longest_metered, shape.run_steps)
+        costs = self._costs.corrected(watch, known)
+        fixed = self._costs.with_optimizer(watch.costs).fixed.total(shape.run_steps)
+        if update.peak_bytes > fixed + costs.update_bytes:
+            costs = replace(costs, update_bytes=update.peak_bytes - fixed)
+        is_right = costs == known
+        _log.info(
+            "predicted %s, measured %s%s",
+            format_bytes(planned.plan.predicted_peak_bytes or 0),
+            format_bytes(peak_bytes),
+            "" if is_right else "; costs corrected",
+        )
+        if is_right and self._plans.confirm(shape):
+            return
+        self._costs.adopt(costs)
+        self._plans.start_over()
+        if not watch.rest:
+            self._keep_what_ran(watch, costs.update_bytes, planned.plan, update)
+
+    def shrink(self, window: Window) -> str | None:
+        """Plan with less from here on; a promised budget stays, and what is said tells if not."""
+        if self._unmeasured is not None:
+            return self._unmeasured.shrink(window)
+        if self._last is None or not self.has_costs:
+            return self._shrunk_unmeasured(window)
+        shape, costs = self._last
+        if self._plans.finds_fastest:
+            if not self._plans.shrink(shape, costs):
+                return None
+            peak = self._plans.chosen(shape, costs).predicted_peak_bytes or 0
+            return f"{self.strategy} within {format_bytes(peak)}"
+        smaller = smaller_strategy(self.strategy, window)
+        while smaller is not None:
+            self._plans.follow(smaller)
+            try:
+                self._plans.fitting(shape, costs)
+            except InfeasibleBudgetError:
+                smaller = smaller_strategy(smaller, window)
+            else:
+                return str(smaller)
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Costs and plans as plain data; empty before the first window."""
+        if not self.has_costs or self._unmeasured is not None:
+            return {}
+        return {
+            **self._costs.state_dict(),
+            **self._plans.state_dict(),
+            "num_metered": self._num_metered,
+            "longest_metered": self._longest_metered,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
+        """Go on with the same costs and plans; a budget in bytes stays as it is given now.
+
+        Args:
+            state: From `state_dict`.
+            used: The strategy that was used in the end; None for the one that was asked for.
+        """
+        other = None if used in (None, str(self.strategy)) else parse_strategy(used)
+        if not state:
+            self._unmeasured = None if other is None else Unbudgeted(other)
+            return
+        self._costs.load_state_dict(state)
+        self._plans.load_state_dict(state)
+        if other is not None:
+            self._plans.follow(other)
+        self._num_metered = state["num_metered"]
+        self._longest_metered = state.get("longest_metered", 0)  # older ones do not say
+
+    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
+        """A plan of some steps of a window, with what else is there at the time."""
+        return self._plans.replan(start, stop, beside_bytes, costs)
+
+    def refusal(self, watch: Corrections, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+        """What to raise in a window whose rest does not fit, before anything exceeds the budget."""
+        known = self._costs.known
+        assert known is not None, "the window was planned from costs"
+        self._costs.adopt(self._costs.corrected(watch, known))  # another try knows from the start
+        self._plans.start_over()
+        return self._plans.refusal(error, watch.shape, self._costs.corrected(watch, watch.costs))
+
+    def _has_seen_alike(self, shape: Shape) -> bool:
+        """Whether so many windows were measured, of such lengths, that one more tells nothing."""
+        return (
+            self._num_metered >= _MOST_METERED
+            and shape.run_steps < _MUCH_LONGER * self._longest_metered
+        )
+
+    def _prepared(self, request: Request, held_bytes: int) -> Costs:
+        """Fix the budget, know the costs, and make sure that larger windows will fit."""
+        live_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
+        budget_bytes = self._plans.fix_budget(live_bytes, request.device)
+        fullest = request.fullest
+
+        def of_fullest(costs: Costs) -> Costs:
+            return self._costs.of(costs, fullest, request, held_bytes)
+
+        costs = self._costs.prepare(
+            request,
+            budget_bytes - held_bytes - request.input_bytes,
+            (lambda costs: self._plans.fitting(fullest, of_fullest(costs)))
+            if self._plans.finds_fastest
+            else None,
+        )
+        self._plans.check_fullest(fullest, of_fullest(costs))
+        return costs
+
+    def _keep_what_ran(self, watch: Corrections, update_bytes: int, ran: Plan, update: Lap) -> None:
+        """Let a plan go on that ran within the budget, where the corrected costs have none."""
+        made = self._costs.optimizer_bytes() - watch.optimizer_bytes
+        peak = max(watch.peak_bytes + made, update.peak_bytes) + watch.absent_bytes
+        costs = self._costs.with_optimizer(self._costs.corrected(watch, watch.costs))
+        costs = replace(costs, update_bytes=update_bytes)
+        self._plans.keep_what_ran(watch.shape, costs, ran, peak)
+
+    def _shrunk_unmeasured(self, window: Window) -> str | None:
+        """The next smaller strategy, where there was no memory to measure what windows take."""
+        self._unmeasured = Unbudgeted(self.strategy)
+        smaller = self._unmeasured.shrink(window)
+        if smaller is None or not self._plans.promised:
+            return smaller
+        return (
+            f"{smaller}, and memory_budget is not looked at any more, since there was no memory "
+            "to measure what windows take"
+        )
+
+    def _watched(self, request: Request, chosen: Plan, costs: Costs) -> PlannedWindow:
+        missing = costs.fixed.optimizer - self._costs.optimizer_bytes()
+        made = request.makes_first_state * costs.state_bytes
+        recorded = costs.fixed.states - request.shape.coming_states * costs.state_bytes - made
+        absent = max(0, recorded - tensor_bytes(*request.recorded))
+        if missing or absent:
+            chosen = _as_measured_now(request, chosen, costs, missing, absent)
+        given = {*request.absolute_joints}
+        if not chosen.lead_steps:
+            given.add(request.window.start)
+        watch = Corrections(
+            plan=chosen,
+            costs=costs,
+            shape=request.shape,
+            stop=request.window.stop,
+            given=frozenset(given),
+            budget_bytes=self.budget_bytes or 0,
+            missing_bytes=missing + absent,
+            absent_bytes=absent,
+            optimizer_bytes=self._costs.optimizer_bytes(),
+            gradient_bytes=costs.fixed.gradients + costs.state_bytes,
+            first_state_bytes=made,
+            replanner=self,
+        )
+        return PlannedWindow(chosen, watch, metered=True)
+
+
+def _is_worth_measuring(request: Request) -> bool:
+    if request.shape.run_steps <= SHORT_WINDOW_STEPS:
+        return False
+    if not can_measure(request.device):
+        _log.warning("a profiler is active on this thread, so no plan can be measured")
+        return False
+    return True
+
+
+def _as_measured_now(
+    request: Request, chosen: Plan, costs: Costs, missing: int, absent: int
+) -> Plan:
+    """The plan with the prediction of an early window, where not all exists yet.
+
+    Args:
+        request: The window.
+        chosen: Its plan.
+        costs: Its costs.
+        missing: Bytes of the optimizer's state that the update makes.
+        absent: Bytes of states that only later windows have.
+    """
+    fixed = costs.fixed
+    now = replace(fixed, optimizer=fixed.optimizer - missing, states=fixed.states - absent)
+    leaves = simulate(
+        chosen.schedule,
+        replace(costs, fixed=now, update_bytes=0),
+        given=request.absolute_joints,
+        advance_steps=chosen.advance_steps,
+    )
+    update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
+    return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))

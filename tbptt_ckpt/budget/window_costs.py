@@ -1,0 +1,160 @@
+"""What a window of some shape takes: costs, measured or given and checked, and corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.corrections import Corrections
+from tbptt_ckpt.budget.curves import (
+    CHECKED_STEPS,
+    ROUNDING_BYTES,
+    at_least,
+    not_below,
+    with_host_bytes,
+)
+from tbptt_ckpt.budget.forms import costs_of_forms, fastest_form
+from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.budget.update_bytes import update_bytes
+from tbptt_ckpt.budget.window_budget import Request
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.updates.updater import Updater
+
+
+class WindowCosts:
+    """Costs of a run's windows.
+
+    Args:
+        given: What the module takes; None to have it measured at the first window. Where a
+            budget is promised, given bytes are held against a few short segments first.
+        promised: Whether a budget is promised.
+        updater: Whose state and transients count.
+        parameters: The weights.
+        batching: Whether steps are batched over time; where "auto" leaves that open, plans from
+            the measured costs of both forms decide.
+
+    Attributes:
+        known: What the module takes; None before it has been measured.
+    """
+
+    def __init__(
+        self,
+        given: Costs | None,
+        promised: bool,
+        updater: Updater,
+        parameters: Sequence[nn.Parameter],
+        batching: TimeBatching,
+    ) -> None:
+        self.known, self._promised = given, promised
+        self._is_checked = given is None or not promised
+        self._measured_first: Costs | None = None  # before any correction
+        self._updater, self._parameters, self._batching = updater, parameters, batching
+
+    def prepare(
+        self, request: Request, room_bytes: float, planned: Callable[[Costs], Plan] | None
+    ) -> Costs:
+        """What the module takes, measured or checked now if it has not been.
+
+        Args:
+            request: The window at hand.
+            room_bytes: What segments may take.
+            planned: The plan that counts under some costs of the largest window, where forms may
+                be chosen by it; None for a fixed strategy.
+        """
+        reach = request.shape.run_steps
+        if self.known is None:
+            limits = Limits(reach, room_bytes=room_bytes)
+            self.known = self._measured_first = self._of_fastest_form(request, limits, planned)
+        elif not self._is_checked:
+            short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room_bytes)
+            found = self._measured(request, short)
+            self.known = at_least(self.known, found, max(reach, request.fullest.run_steps))
+        self._is_checked = True
+        return self.known
+
+    def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
+        """Costs with the fixed part as it is in a window of some shape."""
+        fixed = costs.fixed
+        if not self._promised and request.device.type == "cpu":
+            costs = with_host_bytes(costs)  # what is free is so for both
+        exists = self.optimizer_bytes()
+        trained = [p for p in self._parameters if p.requires_grad]
+        states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
+        states += request.makes_first_state
+        state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
+        return replace(
+            costs,
+            last_leaf_bytes=costs.last_leaf_bytes if self._updater.clears_gradients else None,
+            fixed=FixedBytes(
+                weights=held_bytes - exists,
+                gradients=fixed.gradients or tensor_bytes(trained),
+                optimizer=max(exists, fixed.optimizer),
+                states=state_bytes,
+                step_inputs=request.input_bytes / request.shape.run_steps,
+                other=fixed.other + 2 * ROUNDING_BYTES,
+            ),
+        )
+
+    def corrected(self, watch: Corrections, costs: Costs) -> Costs:
+        """Costs that would have predicted a window, and no less than was measured at first.
+
+        A window may have leaves of one length alone: that they took less says nothing of others.
+        """
+        return not_below(watch.corrected(costs), self._measured_first)
+
+    def adopt(self, costs: Costs) -> None:
+        """Plans follow from these from here on."""
+        self.known = costs
+
+    def with_optimizer(self, costs: Costs) -> Costs:
+        """The costs with the optimizer's state as large as it is now, if that is more."""
+        largest = max(costs.fixed.optimizer, self.optimizer_bytes())
+        return replace(costs, fixed=replace(costs.fixed, optimizer=largest))
+
+    def optimizer_bytes(self) -> int:
+        """State of the optimizer that exists."""
+        optimizer = self._updater.optimizer
+        return 0 if optimizer is None else tensor_bytes(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        assert self.known is not None, "there are costs"
+        return {
+            "costs": self.known.to_dict(),
+            "measured_first": self._measured_first and self._measured_first.to_dict(),
+            "time_batching": self._batching.pays_off,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the same costs and form."""
+        self.known, self._is_checked = Costs.from_dict(state["costs"]), True
+        first = state.get("measured_first")  # older ones have none
+        self._measured_first = first and Costs.from_dict(first)
+        self._batching.decide(state.get("time_batching", True))  # older ones followed the rule
+
+    def _of_fastest_form(
+        self, request: Request, limits: Limits, planned: Callable[[Costs], Plan] | None
+    ) -> Costs:
+        """Measured costs; where steps may be batched over time or not, those of the faster form."""
+
+        def measure(seconds: float) -> Costs:
+            return self._measured(request, replace(limits, max_seconds=seconds))
+
+        if planned is None:
+            return measure(limits.max_seconds)
+        per_step = request.make_probe().runner.recurrence.per_step
+        forms = costs_of_forms(self._batching, per_step, measure, limits.max_seconds)
+        form = fastest_form(forms, planned)
+        self._batching.decide(form)
+        return forms[form]
+
+    def _measured(self, request: Request, limits: Limits) -> Costs:
+        update = update_bytes(self._updater, copies_weights=request.copies_weights)
+        return calibrate(request.make_probe(), limits, update, FixedBytes())

@@ -1,0 +1,324 @@
+"""One window of a run: what it starts from, what it notes in passing, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.shape import Shape, fullest_shape
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
+from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.engine.initial_state import InitialState
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.records import Records, changes
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import WeightGuard
+from tbptt_ckpt.executor.joints import check_same_structure
+from tbptt_ckpt.executor.observer import Observer, together
+from tbptt_ckpt.executor.resets import Resets
+from tbptt_ckpt.executor.runner import Runner
+from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, counted_weight, has_loss
+from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
+from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.hooks import SilenceableHooks
+from tbptt_ckpt.module.trees import (
+    Tree,
+    check_no_hidden_tensors,
+    detach_state,
+    relative_change,
+    tensors_of,
+)
+from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
+from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
+
+
+class OpenWindow(Observer):
+    """One window, from its first state to what later windows start from.
+
+    Args:
+        options: What the user asked for.
+        parts: What runs.
+        window: Which.
+        num_steps: Length of the sequence, None while unknown.
+        blocks: The window's steps.
+        ambient: Generators and buffers.
+        initial: The state at step 0.
+        records: What earlier windows left; generators and buffers at the window's new steps
+            among them.
+        observer: Told of what is done.
+
+    Attributes:
+        loss: Its loss, once it has run.
+        executed_steps: Module steps run for it.
+        drift: See `WindowResult`.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        parts: Parts,
+        window: Window,
+        num_steps: int | None,
+        blocks: Sequence[StepBlock],
+        ambient: Ambient,
+        initial: InitialState,
+        records: Records,
+        observer: Observer,
+    ) -> None:
+        self._options, self._parts = options, parts
+        self._window, self._num_steps, self._blocks = window, num_steps, blocks
+        self._ambient, self._initial, self._records = ambient, initial, records
+        self._observer, self._left = observer, records.ambients[window.new_start]
+        self._resets = Resets(blocks, initial.attached, parts.recurrence.lane_dim)
+        self._loss_start = options.loss_start(window)
+        upcoming = window_at(window.index + 1, num_steps, options.k1, options.k2)
+        self._next_start = max(min(upcoming.start, window.stop), records.origin)
+        self._later_starts = later_starts(window, num_steps, options.k1, options.k2)
+        self._keeps_later_starts = options.is_stale
+        # The state that an earlier window left is a constant: nobody sees its gradient.
+        self._wants_state_grads = window.start == records.origin
+        self._noted: dict[int, Boundary] = {}
+        self._final: Boundary | None = None
+        self.loss: WindowLoss = NO_LOSS
+        self.executed_steps, self.drift = 0, 0.0
+
+    @property
+    def final(self) -> Boundary:
+        """The state at the window's end."""
+        assert self._final is not None, "the window has run"
+        return self._final
+
+    @property
+    def ran_again(self) -> bool:
+        """Whether any step has run more than once."""
+        return self.executed_steps > self._window.num_new_steps
+
+    def has_loss(self) -> bool:
+        """Whether any step has a target that counts."""
+        return has_loss(self._blocks, self._loss_start, self._window.stop)
+
+    def joints(self) -> Sequence[int]:
+        """Steps at which a plan may restart, since their states are given."""
+        # In one graph, which is in the order of time, no block can go before another.
+        return () if self._parts.executor.one_graph else sorted(self._joints())
+
+    def request(self, held: tuple[object, ...], *, copies_weights: bool) -> Request:
+        """What a plan of the window has to know."""
+        window, options, records = self._window, self._options, self._records
+        shape = Shape(
+            num_steps=window.stop - window.start,
+            new_steps=window.num_new_steps,
+            joints=tuple(joint - window.start for joint in self.joints()),
+            recorded_states=len(records.boundaries),
+            coming_states=self._num_coming_states(),
+        )
+        k1, k2 = options.k1, options.k2
+        fullest = fullest_shape(shape, window, self._num_steps, k1, k2, stale=options.is_stale)
+        noted = max(fullest.recorded_states, fullest.num_steps // k1)
+        return Request(
+            window=window,
+            shape=shape,
+            fullest=fullest,
+            held=held,
+            recorded=tuple(records.boundaries.values()),
+            coming_ambients=max(0, noted - len(records.ambients)),
+            makes_first_state=not tensors_of(self._boundary_at(window.first).state),
+            copies_weights=copies_weights,
+            blocks=self._blocks,
+            device=self._parts.device,
+            make_probe=self._probe,
+        )
+
+    def differentiate(
+        self,
+        guard: WeightGuard,
+        grad_scale: float,
+        planned: PlannedWindow,
+        meter: WindowMeter | UnmeteredWindow,
+    ) -> StateGrads | None:
+        """Run the window with its gradient; the gradients of its first state."""
+        window, options, parts = self._window, self._options, self._parts
+        weight = counted_weight(self._blocks, self._loss_start, window.stop)
+        loss = WindowLoss(parts.loss_function, weight, options.reduction)
+        runner = meter.runner(parts.runner)
+        this_pass = self._pass(
+            window.first, window.start, window.stop, guard, runner, loss, grad_scale
+        )
+        route = meter.route(planned)
+        grads = parts.executor.run(this_pass, route, self._boundary_at(window.first))
+        self.executed_steps = this_pass.executed_steps
+        if grads is None or loss.loss_sum is None:
+            return None
+        self._check_graph(loss)
+        self.loss = loss
+        return grads
+
+    def only_advance(self, guard: WeightGuard, weights_before: object) -> None:
+        """Run a window without targets.
+
+        Under refresh the steps of earlier windows run again if the weights have changed
+        since, so that the state handed on is today's. States at which later windows begin
+        are kept here, since the next window may not pass them again.
+        """
+        window, self._keeps_later_starts = self._window, True
+        changed = weights_before not in (None, guard.fingerprint())
+        rerun = window.start < window.new_start and changed and not self._options.is_stale
+        first = window.start if rerun else window.new_start
+        self._advance(self._boundary_at(first), window.stop, guard)
+        if not self._has_state_for_next_window():
+            nearest = self._records.last_at_or_before(self._next_start)
+            nearest = nearest or self._boundary_at(window.first)
+            self._advance(nearest, self._next_start, guard)
+
+    def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
+        """Note a state that later windows start from, and how far an old one has drifted."""
+        window, records = self._window, self._records
+        is_old = step <= window.new_start
+        if step == window.new_start or (is_old and self._is_recorded_block(step)):
+            recorded = records.boundaries[step].state
+            self.drift = max(self.drift, relative_change(state, recorded))
+        if not is_old:
+            records.note_ambient(step, ambient)
+        if is_old and self._options.is_stale:
+            return
+        boundary = Boundary(step, detach_state(state), ambient)
+        if step == window.stop:
+            self._final, self._left = boundary, ambient
+        elif step == self._next_start or (self._keeps_later_starts and step in self._later_starts):
+            self._noted[step] = boundary
+
+    def restore_ambient(self) -> None:
+        """Leave generators and buffers as the first run of the new steps left them."""
+        self._ambient.restore(self._left)
+
+    def hand_on(self) -> None:
+        """Leave to the next windows what they start from."""
+        records, final = self._records, self.final
+        # What a new buffer held matters to steps that run again; the run's end asks once more.
+        if self.ran_again or records.carried is None:
+            self._ambient.check_complete()
+        check_no_hidden_tensors(final.state)
+        if records.carried is not None:
+            check_same_structure(final.state, records.carried.state)
+        records.take(self._noted.values(), final, self._next_start, keeps=self._keeps_later_starts)
+
+    def states(self) -> list[Tree]:
+        """The states that later windows start from."""
+        return [boundary.state for boundary in (*self._noted.values(), self.final)]
+
+    def num_tokens(self) -> int:
+        """Valid new steps of all lanes."""
+        new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
+        return sum(block.num_tokens() for block in new)
+
+    def num_input_bytes(self) -> int:
+        """Bytes of its inputs and targets."""
+        return sum(block.num_bytes() for block in self._blocks)
+
+    def _pass(
+        self,
+        first: int,
+        start: int,
+        stop: int,
+        guard: WeightGuard,
+        runner: Runner,
+        loss: WindowLoss = NO_LOSS,
+        grad_scale: float = 1.0,
+    ) -> WindowPass:
+        """A pass over `[first, stop)` that differentiates `[start, stop)`."""
+        window, records = self._window, self._records
+        ambients = records.ambients_for(first, self._options.k1)
+        joints = self._joints() if start < stop else {}
+        stops = {start, window.new_start, self._next_start, *joints, *changes(ambients)}
+        earliest = 0 if self._keeps_later_starts else window.new_start
+        stops.update(step for step in self._later_starts if step > earliest)
+        return WindowPass(
+            blocks=self._blocks,
+            first=first,
+            start=start,
+            stop=stop,
+            loss_start=self._loss_start if start < stop else stop,
+            ambient=self._ambient,
+            runner=runner,
+            loss=loss,
+            guard=guard,
+            grad_scale=grad_scale,
+            stops_at=sorted(s for s in stops if first < s < window.stop),
+            ambients=ambients,
+            joints=joints,
+            resets=self._resets,
+            wants_state_grads=self._wants_state_grads,
+            observer=together(self, self._observer),
+        )
+
+    def _advance(self, boundary: Boundary, stop: int, guard: WeightGuard) -> None:
+        this_pass = self._pass(boundary.step, stop, stop, guard, self._parts.runner)
+        with SilenceableHooks():
+            this_pass.advance(boundary, stop, ADVANCE_STEPS)
+        self.executed_steps += this_pass.executed_steps
+
+    def _num_coming_states(self) -> int:
+        """States that the window leaves behind, and the gradient of one."""
+        window, is_stale = self._window, self._options.is_stale
+        noted: set[int] = {self._next_start, *(self._later_starts if is_stale else ())}
+        earliest = window.new_start if is_stale else window.first
+        return 2 + len([step for step in noted if earliest < step < window.stop])
+
+    def _probe(self) -> SegmentProbe:
+        parts, window = self._parts, self._window
+        return SegmentProbe(
+            runner=parts.runner,
+            loss=parts.loss_function,
+            blocks=self._blocks,
+            ambient=self._ambient,
+            parameters=parts.parameters,
+            device=parts.device,
+            first=window.first,
+            stop=window.stop,
+            loss_start=self._loss_start,
+            boundary=self._boundary_at(window.first),
+            resets=self._resets,
+        )
+
+    def _check_graph(self, loss: WindowLoss) -> None:
+        """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
+        if not self._wants_state_grads:  # nor would a loss of the first state alone have one
+            return
+        window = self._window
+        start = max(self._loss_start, window.start)
+        learns = any(parameter.requires_grad for parameter in self._parts.parameters)
+        if learns and not loss.has_graph and has_loss(self._blocks, start, window.stop):
+            raise ArgumentError(
+                "loss_fn returned losses without a graph although there are weights to learn; "
+                "outputs or losses must not be detached"
+            )
+
+    def _has_state_for_next_window(self) -> bool:
+        recorded = (
+            self._records.origin,
+            self._window.stop,
+            *self._records.boundaries,
+            *self._noted,
+        )
+        return self._options.is_stale or self._next_start in recorded
+
+    def _joints(self) -> dict[int, Boundary]:
+        """Under stale overlap, the recorded states from which blocks restart."""
+        window, boundaries, k1 = self._window, self._records.boundaries, self._options.k1
+        if not self._options.is_stale or window.start >= window.new_start:
+            return {}
+        first_joint = (window.start // k1 + 1) * k1
+        return {step: boundaries[step] for step in range(first_joint, window.new_start + 1, k1)}
+
+    def _is_recorded_block(self, step: int) -> bool:
+        return self._options.is_stale and step % self._options.k1 == 0
+
+    def _boundary_at(self, step: int) -> Boundary:
+        records = self._records
+        if step == records.origin:
+            state = records.origin_state if records.has_origin_state else self._initial.state
+            return Boundary(step, state, records.ambients[step])
+        return records.boundaries[step]

@@ -1,0 +1,74 @@
+"""What the user asked for, checked and never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from tbptt_ckpt.budget.amount import Amount, parse_budget
+from tbptt_ckpt.errors import ArgumentError, check_choice
+from tbptt_ckpt.executor.window_pass import Executor
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.strategies import Strategy, parse_strategy
+from tbptt_ckpt.schedule.windows import Window, check_reach
+
+LossSteps = Literal["new", "last"]
+Reduction = Literal["mean", "sum"]
+Overlap = Literal["refresh", "stale"]
+ExecutorName = Literal["replay", "checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of `TBPTT` but module, loss and optimizer; see there for their meaning.
+
+    Raises:
+        ArgumentError: One that cannot work.
+    """
+
+    k1: int
+    k2: int | None
+    loss: LossSteps = "new"
+    reduction: Reduction = "mean"
+    overlap: Overlap = "refresh"
+    strategy: object = "auto"
+    memory_budget: object = None
+    executor: ExecutorName | Executor = "replay"
+    time_batching: object = "auto"
+    per_step: bool | None = None
+    time_dim: int = 0
+    clip_grad_norm: float | None = None
+    autocast_dtype: torch.dtype | None = None
+    scaler: Any = None
+    scheduler: Any = None
+    lane_dim: int | None = None
+    accumulate: int = 1
+    costs: Costs | None = None
+    measure_memory: bool = False
+
+    def __post_init__(self) -> None:
+        check_reach(self.k1, self.k2)
+        check_choice("loss", self.loss, ("new", "last"))
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_choice("overlap", self.overlap, ("refresh", "stale"))
+        if self.costs is not None and not isinstance(self.costs, Costs):
+            raise ArgumentError(f"costs={self.costs!r} must be Costs, as measure_costs gives them")
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether blocks restart from recorded states."""
+        return self.overlap == "stale"
+
+    def loss_start(self, window: Window) -> int:
+        """First step of a window whose loss counts."""
+        return window.new_start if self.loss == "new" else window.stop - 1
+
+    def parsed_strategy(self) -> Strategy:
+        """The strategy as an object."""
+        return parse_strategy(self.strategy)
+
+    def parsed_budget(self) -> Amount | None:
+        """The memory budget; None where none was asked for."""
+        return parse_budget(self.memory_budget)

@@ -1,0 +1,103 @@
+"""The loss of one window while it comes together from its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.losses import LossFunction, LossSum
+
+
+class WindowLoss:
+    """The loss of a window while it comes together.
+
+    Its divisor must be fixed before the first backward, which differentiates the last
+    steps. For scalar losses it is counted; for pairs it is summed in the first run of
+    each step.
+
+    Args:
+        function: The loss function.
+        counted_weight: The summed weight if losses are scalars.
+        reduction: "mean" divides by the summed weight, "sum" does not.
+    """
+
+    def __init__(self, function: LossFunction, counted_weight: float, reduction: str) -> None:
+        self.function, self.reduction = function, reduction
+        self._counted, self._summed = counted_weight, LossSum()
+        self._first_run_until = 0
+        self._losses = LossSum()
+        self.has_graph = False
+
+    @property
+    def weight(self) -> float | Tensor:
+        """The summed weight of all steps."""
+        return self._summed.weight if self.function.returns_pairs else self._counted
+
+    @property
+    def divisor(self) -> float | Tensor:
+        """What the summed loss is divided by."""
+        return self.weight if self.reduction == "mean" else 1.0
+
+    @property
+    def value(self) -> Tensor | None:
+        """The window's loss, detached."""
+        losses, divisor = self._losses, self.divisor
+        if isinstance(divisor, float) and divisor == losses.factor != 1.0:
+            return losses.total  # a mean that was small enough in memory to be kept as it is
+        total = losses.value()
+        return None if total is None else total / divisor
+
+    @property
+    def loss_sum(self) -> float | None:
+        """The summed loss, not divided."""
+        losses = self._losses
+        return None if losses.total is None else float(losses.total) * losses.factor
+
+    def add(self, losses: LossSum) -> None:
+        """Add losses that were differentiated, or that are constant."""
+        if losses.total is not None:
+            self.has_graph = self.has_graph or losses.total.requires_grad
+            self._losses.add(losses.total.detach(), 0.0, losses.factor)
+
+    def is_empty(self) -> bool:
+        """Whether the weights, now that all are known, sum to zero: every position was masked.
+
+        Raises:
+            ArgumentError: A sum that no divisor can be.
+        """
+        weight = float(self.weight)
+        if not 0 <= weight < float("inf"):
+            raise ArgumentError(
+                f"loss_fn returned weights that sum to {weight} in a window; they must be finite "
+                "and not negative"
+            )
+        return weight == 0
+
+    def weigh(self, begin: int, end: int, weight: float | Tensor) -> bool:
+        """Count the weight of a piece unless an earlier run did; whether this run is the first."""
+        if begin < self._first_run_until:
+            return False
+        self._first_run_until = end
+        self._summed.weight = self._summed.weight + weight
+        return True
+
+
+def _never_called(output: object, target: object) -> NoReturn:
+    raise AssertionError("a window without a loss evaluates none")
+
+
+NO_LOSS = WindowLoss(LossFunction(_never_called), 0.0, "sum")
+
+
+def has_loss(blocks: Sequence[StepBlock], start: int, stop: int) -> bool:
+    """Whether any step in `[start, stop)` has a target that counts."""
+    return any(block.has_loss() for block in narrow_blocks(blocks, start, stop))
+
+
+def counted_weight(blocks: Sequence[StepBlock], start: int, stop: int) -> float:
+    """The summed weight of a scalar loss over `[start, stop)`."""
+    return sum(block.weight_sum() for block in narrow_blocks(blocks, start, stop))

@@ -1,0 +1,210 @@
+"""One pass of a window: its steps, its loss, what runs it, and how far it has come."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import Differentiating, WeightGuard
+from tbptt_ckpt.executor.joints import rejoined
+from tbptt_ckpt.executor.losses import LossSum
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
+from tbptt_ckpt.executor.resets import Resets
+from tbptt_ckpt.executor.route import Route
+from tbptt_ckpt.executor.runner import Runner
+from tbptt_ckpt.executor.sinks import LossSink, Sink
+from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss
+from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.hooks import silent_hooks
+from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state, state_as_leaves
+
+StateGrads = list[Tensor | None]  # one per tensor of a state
+Root = tuple[Tensor, Tensor | None]  # to differentiate, with its gradient; None stands for one
+
+
+@dataclass(slots=True)
+class WindowPass:
+    """One window being run.
+
+    The part that is differentiated is `[start, stop)`. The losses are those of
+    `[loss_start, stop)`, and those before `start` are constants.
+
+    Attributes:
+        blocks: The steps, at least `[first, stop)`.
+        first: First step that runs; smaller than `start` where new steps only advance.
+        start: First step that is differentiated.
+        stop: End of the window.
+        loss_start: First step whose loss counts.
+        ambient: The generators and buffers.
+        runner: Runs the steps.
+        loss: The window's loss.
+        guard: Watches the weights.
+        grad_scale: Factor on the gradients, of a `GradScaler`.
+        stops_at: Steps in order at which runs are cut, the same under every strategy.
+        ambients: Generators and buffers to restore when a run begins at a step.
+        joints: Recorded states from which steps restart, whatever the steps before gave.
+        resets: Lanes that begin a new sequence.
+        wants_state_grads: Whether the gradient of the state at `start` is asked for.
+        observer: Told of what is done; of each state in `stops_at`, or at `stop`, the first time
+            a run ends there.
+        executed_steps: Module steps run so far.
+    """
+
+    blocks: Sequence[StepBlock]
+    first: int
+    start: int
+    stop: int
+    loss_start: int
+    ambient: Ambient
+    runner: Runner
+    loss: WindowLoss = NO_LOSS
+    guard: WeightGuard = field(default_factory=lambda: WeightGuard(()))
+    grad_scale: float = 1.0
+    stops_at: Sequence[int] = ()
+    ambients: Mapping[int, AmbientState] = field(default_factory=dict)
+    joints: Mapping[int, Boundary] = field(default_factory=dict)
+    resets: Resets = field(default_factory=Resets)
+    wants_state_grads: bool = True
+    observer: Observer = UNOBSERVED
+    executed_steps: int = 0
+    _arrived: set[int] = field(default_factory=set)
+
+    def run(
+        self, start: int, stop: int, state: Tree, sink: Sink, longest: int | None = None
+    ) -> Tree:
+        """Run `[start, stop)` from `state` and return the state at `stop`.
+
+        Args:
+            start: First step.
+            stop: End.
+            state: The state at `start`.
+            sink: Takes the outputs.
+            longest: Most steps of a segment module's call; None sets no bound.
+        """
+        with self.runner.region(stop - start, (state, self.blocks[0].inputs)):
+            for begin, end in self._pieces(start, stop, longest):
+                if begin != start:
+                    state = self.rejoin(begin, state)
+                self._enter(begin, end)
+                state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
+                sink.close(begin, end)
+                self._arrive(end, state)
+        return state
+
+    def sink(self, *, graph: bool) -> LossSink:
+        """A sink for the losses of a run, which is differentiated or not."""
+        return LossSink(self.loss, self.start, self.loss_start, graph=graph)
+
+    def advance(self, boundary: Boundary, stop: int, longest: int) -> Boundary:
+        """Run from a boundary to `stop` without a graph, in calls of at most `longest` steps."""
+        boundary.check_untouched()
+        self.ambient.restore(boundary.ambient)
+        with torch.no_grad(), silent_hooks():
+            state = copy_containers(boundary.state)
+            state = self.run(boundary.step, stop, state, self.sink(graph=False), longest)
+        boundary.check_untouched()
+        return self._boundary(stop, state)
+
+    def rejoin(self, step: int, state: Tree) -> Tree:
+        """The state from which `step` starts: the recorded one at a joint, else `state`."""
+        joint = self.joints.get(step)
+        return state if joint is None else rejoined(joint.state, state)
+
+    def differentiating(self) -> Differentiating:
+        """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
+        return Differentiating(self.guard, self.stop)
+
+    def _boundary(self, step: int, state: object) -> Boundary:
+        """The state at `step`: the recorded one at a joint, otherwise the one just reached."""
+        joint = self.joints.get(step)
+        if joint is not None:
+            return joint
+        return Boundary(step, detach_state(state), self.ambient.capture())
+
+    def first_state(self, boundary: Boundary) -> Tree:
+        """The state from which a leaf runs: new autograd leaves, where their gradient counts."""
+        if boundary.step == self.start and not self.wants_state_grads:
+            return copy_containers(boundary.state)
+        return state_as_leaves(boundary.state)
+
+    def roots(self, parts: Iterable[LossSum]) -> list[Root]:
+        """What to differentiate: parts of the window's loss."""
+        return [
+            (losses.total, self._gradient_of(losses.total, losses.factor))
+            for losses in parts
+            if losses.total is not None and losses.total.requires_grad
+        ]
+
+    def _gradient_of(self, total: Tensor, factor: float) -> Tensor | None:
+        """The gradient of the window's loss with respect to `total`, a part's sum over `factor`."""
+        divisor, scale = self.loss.divisor, self.grad_scale * factor
+        if not isinstance(divisor, float):
+            return torch.full_like(total, scale) / divisor
+        # torch makes the gradient one by itself, faster than it checks one that is given.
+        return None if scale == divisor else torch.full_like(total, scale / divisor)
+
+    def _pieces(self, start: int, stop: int, longest: int | None) -> Iterator[tuple[int, int]]:
+        """Cut `[start, stop)` where states are noted, and into at most `longest` steps."""
+        begin = start
+        while begin < stop:
+            position = bisect_right(self.stops_at, begin)
+            end = self.stops_at[position] if position < len(self.stops_at) else stop
+            end = min(end, stop, stop if longest is None else begin + longest)
+            yield begin, end
+            begin = end
+
+    def _enter(self, begin: int, end: int) -> None:
+        """The steps `[begin, end)` run next: find what they are to find, and count them."""
+        recorded = self.ambients.get(begin)
+        if recorded is not None:
+            self.ambient.restore(recorded)
+        self.ambient.about_to_run()
+        self.executed_steps += end - begin
+
+    def _arrive(self, step: int, state: Tree) -> None:
+        """Tell of a state the first time a run ends at `step`."""
+        if step in self._arrived or (step != self.stop and step not in self.stops_at):
+            return
+        self._arrived.add(step)
+        self.observer.arrives(step, state, self.ambient.capture())
+
+
+def differentiate(roots: Sequence[Root]) -> None:
+    """Add the gradients of roots that are differentiated together."""
+    if roots:
+        tensors, grads = zip(*roots, strict=True)
+        torch.autograd.backward(tensors, grads)
+
+
+class Executor(Protocol):
+    """Runs schedules.
+
+    Attributes:
+        one_graph: Whether it records the graph of a whole window, so that no schedule bounds
+            its memory and no block goes before an earlier one.
+    """
+
+    one_graph: bool
+
+    def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
+        """Differentiate a window.
+
+        Gradients accumulate in `.grad`.
+
+        Args:
+            window: The pass.
+            route: How.
+            first: Its first state.
+
+        Returns:
+            The gradients of the state at the window's `start`, one per tensor; None if the
+            window turned out to have no loss, in which case nothing was differentiated.
+        """
+        ...
