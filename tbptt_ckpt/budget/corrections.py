@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Protocol
 
 from tbptt_ckpt.budget.curves import ROUNDING_BYTES, TOLERANCE, raised, scaled
 from tbptt_ckpt.budget.shape import Shape
@@ -17,28 +16,6 @@ from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.stretch import Block
 
 _LEAST_RATIO = 0.1
-
-
-class PlanWatch(Protocol):
-    """Follows a window action by action, and may change what comes next."""
-
-    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
-        """An action is done; whether the rest is to go on otherwise, in stretches.
-
-        Args:
-            action: Which.
-            begun: What was live before it.
-            ended: What it took.
-        """
-        ...
-
-    def next_stretch(self) -> Stretch | None:
-        """What comes next where the plan was left; None at the end, or if it was not."""
-        ...
-
-    def executed_plan(self, plan: Plan) -> Plan:
-        """The plan as it was followed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +31,22 @@ class Stretch:
     advance_steps: int
 
 
-class _Uncorrected:
-    """Lets every plan go on."""
+class PlanWatch:
+    """Follows a window action by action, and lets its plan go on whatever it takes."""
+
+    __slots__ = ()
 
     def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
-        """Go on."""
+        """An action is done; whether the rest is to go on otherwise, in stretches."""
         return False
 
     def next_stretch(self) -> Stretch | None:
-        """No plan is left."""
+        """What comes next where the plan was left; None at the end, or if it was not."""
         return None
 
     def executed_plan(self, plan: Plan) -> Plan:
-        """The plan."""
+        """The plan as it was followed."""
         return plan
-
-
-UNCORRECTED = _Uncorrected()
-
-
-class Replanner(Protocol):
-    """Plans the rest of a window."""
-
-    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
-        """A plan of steps `[start, stop)` beside so many bytes.
-
-        Raises:
-            InfeasibleBudgetError: There is none.
-        """
-        ...
-
-    def refusal(
-        self, corrections: Corrections, error: InfeasibleBudgetError
-    ) -> InfeasibleBudgetError:
-        """What to raise where the rest of a window does not fit."""
-        ...
 
 
 @dataclass(slots=True)
@@ -119,7 +77,7 @@ class Ratios:
 
 
 @dataclass(slots=True)
-class Corrections:
+class Corrections(PlanWatch):
     """Compares the actions of one window with its costs, and replans the rest if it must.
 
     Attributes:
@@ -134,7 +92,8 @@ class Corrections:
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
-        replanner: Plans the rest where it must be left.
+        replan: Plans steps `[start, stop)` beside so many bytes.
+        refuse: What to raise where the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
         peak_bytes: The highest so far.
     """
@@ -150,7 +109,8 @@ class Corrections:
     optimizer_bytes: int
     gradient_bytes: int
     first_state_bytes: int
-    replanner: Replanner
+    replan: Callable[[int, int, int, Costs], Plan]
+    refuse: Callable[[Corrections, InfeasibleBudgetError], InfeasibleBudgetError]
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
     last_leaf: Ratios = field(default_factory=Ratios)
@@ -244,10 +204,10 @@ class Corrections:
         beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
         drops = [Drop(start)] if start in self._kept else []
         try:
-            part = self.replanner.replan(start, stop, beside, costs)
+            part = self.replan(start, stop, beside, costs)
         except InfeasibleBudgetError as error:
             if not drops or start in self.given:
-                raise self.replanner.refusal(self, error) from None
+                raise self.refuse(self, error) from None
             return Stretch(drops, self.plan.advance_steps)  # an earlier state needs one less
         self._left_at = start
         return Stretch(chain(part.schedule, drops), part.advance_steps)

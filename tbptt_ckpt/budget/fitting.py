@@ -39,13 +39,8 @@ class _Planned:
 class FittingPlans:
     """Plans each shape of window once, within a budget.
 
-    Args:
-        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
-            checked.
-        amount: The budget; None plans for the free memory and holds nothing against it.
-
     Attributes:
-        strategy: As given, or a smaller one since memory was missing.
+        strategy: How schedules are chosen.
         promised: Whether the budget is held.
         finds_fastest: Whether plans are chosen by their seconds.
         budget_bytes: The budget; None before the first window.

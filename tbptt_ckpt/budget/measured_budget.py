@@ -14,8 +14,7 @@ from tbptt_ckpt.budget.corrections import Corrections
 from tbptt_ckpt.budget.fitting import FittingPlans
 from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.budget.smaller import smaller_strategy
-from tbptt_ckpt.budget.unbudgeted import Unbudgeted
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, WindowBudget
 from tbptt_ckpt.budget.window_costs import WindowCosts
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.meter import Lap, can_measure
@@ -24,7 +23,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.simulator import simulate
-from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Strategy, parse_strategy
+from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
@@ -35,16 +34,19 @@ _MOST_METERED = 8  # windows; overlaps that grow make a new plan for each
 _MUCH_LONGER = 2  # than any metered one: measured all the same, as its plan is of another kind
 
 
-class MeasuredBudget:
+class MeasuredBudget(WindowBudget):
     """Plans windows from measured costs, and holds measured windows against their plans.
 
     Args:
-        strategy: As for `FittingPlans`.
-        amount: As for `FittingPlans`.
-        costs: As for `WindowCosts`.
-        updater: As for `WindowCosts`.
-        parameters: As for `WindowCosts`.
-        batching: As for `WindowCosts`.
+        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
+            checked.
+        amount: The budget; None plans for the free memory and holds nothing against it.
+        costs: What the module takes; None to have it measured at the first window. Where a
+            budget is promised, given bytes are held against a few short segments first.
+        updater: Whose state and transients count.
+        parameters: The weights.
+        batching: Whether steps are batched over time; where "auto" leaves that open, plans from
+            the measured costs of both forms decide.
     """
 
     def __init__(
@@ -56,16 +58,12 @@ class MeasuredBudget:
         parameters: Sequence[nn.Parameter],
         batching: TimeBatching,
     ) -> None:
+        super().__init__(strategy)
         self._plans = FittingPlans(strategy, amount)
         self._costs = WindowCosts(costs, self._plans.promised, updater, parameters, batching)
         self._num_metered, self._longest_metered = 0, 0
         self._last: tuple[Shape, Costs] | None = None  # planned
-        self._unmeasured: Unbudgeted | None = None  # who plans where measuring found no memory
-
-    @property
-    def strategy(self) -> Strategy:
-        """How schedules are chosen now."""
-        return self._plans.strategy if self._unmeasured is None else self._unmeasured.strategy
+        self._is_measured = True  # False where there was no memory to measure what windows take
 
     @property
     def costs(self) -> Costs | None:
@@ -86,11 +84,11 @@ class MeasuredBudget:
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
     ) -> PlannedWindow:
         """The window's plan; measures costs if there are none yet."""
-        if self._unmeasured is not None:
-            return self._unmeasured.plan(window, joints, make_request)
+        if not self._is_measured:
+            return super().plan(window, joints, make_request)
         request = make_request()
         if not self.has_costs and not self._plans.promised and not _is_worth_measuring(request):
-            return Unbudgeted(Auto()).plan(window, joints, make_request)
+            return WindowBudget(Auto()).plan(window, joints, make_request)
         held_bytes = tensor_bytes(*request.held)
         shape, found = request.shape, self._prepared(request, held_bytes)
         costs = self._costs.of(found, shape, request, held_bytes)
@@ -129,8 +127,6 @@ class MeasuredBudget:
 
     def shrink(self, window: Window) -> str | None:
         """Plan with less from here on; a promised budget stays, and what is said tells if not."""
-        if self._unmeasured is not None:
-            return self._unmeasured.shrink(window)
         if self._last is None or not self.has_costs:
             return self._shrunk_unmeasured(window)
         shape, costs = self._last
@@ -141,7 +137,7 @@ class MeasuredBudget:
             return f"{self.strategy} within {format_bytes(peak)}"
         smaller = smaller_strategy(self.strategy, window)
         while smaller is not None:
-            self._plans.follow(smaller)
+            self._follow(smaller)
             try:
                 self._plans.fitting(shape, costs)
             except InfeasibleBudgetError:
@@ -150,9 +146,13 @@ class MeasuredBudget:
                 return str(smaller)
         return None
 
+    def _follow(self, strategy: Strategy) -> None:
+        super()._follow(strategy)
+        self._plans.follow(strategy)
+
     def state_dict(self) -> dict[str, Any]:
         """Costs and plans as plain data; empty before the first window."""
-        if not self.has_costs or self._unmeasured is not None:
+        if not self.has_costs or not self._is_measured:
             return {}
         return {
             **self._costs.state_dict(),
@@ -162,28 +162,17 @@ class MeasuredBudget:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
-        """Go on with the same costs and plans; a budget in bytes stays as it is given now.
+        """Go on with the same costs and plans; a budget in bytes stays as it is given now."""
+        if state:
+            self._costs.load_state_dict(state)
+            self._plans.load_state_dict(state)
+            self._num_metered = state["num_metered"]
+            self._longest_metered = state.get("longest_metered", 0)  # older ones do not say
+        else:
+            self._is_measured = used in (None, str(self.strategy))
+        super().load_state_dict(state, used)
 
-        Args:
-            state: From `state_dict`.
-            used: The strategy that was used in the end; None for the one that was asked for.
-        """
-        other = None if used in (None, str(self.strategy)) else parse_strategy(used)
-        if not state:
-            self._unmeasured = None if other is None else Unbudgeted(other)
-            return
-        self._costs.load_state_dict(state)
-        self._plans.load_state_dict(state)
-        if other is not None:
-            self._plans.follow(other)
-        self._num_metered = state["num_metered"]
-        self._longest_metered = state.get("longest_metered", 0)  # older ones do not say
-
-    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
-        """A plan of some steps of a window, with what else is there at the time."""
-        return self._plans.replan(start, stop, beside_bytes, costs)
-
-    def refusal(self, watch: Corrections, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+    def _refusal(self, watch: Corrections, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
         """What to raise in a window whose rest does not fit, before anything exceeds the budget."""
         known = self._costs.known
         assert known is not None, "the window was planned from costs"
@@ -227,8 +216,9 @@ class MeasuredBudget:
 
     def _shrunk_unmeasured(self, window: Window) -> str | None:
         """The next smaller strategy, where there was no memory to measure what windows take."""
-        self._unmeasured = Unbudgeted(self.strategy)
-        smaller = self._unmeasured.shrink(window)
+        if isinstance(self.strategy, Optimal):  # which is nothing without costs
+            self._follow(Auto())
+        self._is_measured, smaller = False, super().shrink(window)
         if smaller is None or not self._plans.promised:
             return smaller
         return (
@@ -258,7 +248,8 @@ class MeasuredBudget:
             optimizer_bytes=self._costs.optimizer_bytes(),
             gradient_bytes=costs.fixed.gradients + costs.state_bytes,
             first_state_bytes=made,
-            replanner=self,
+            replan=self._plans.replan,
+            refuse=self._refusal,
         )
         return PlannedWindow(chosen, watch, metered=True)
 

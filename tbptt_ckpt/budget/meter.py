@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from tbptt_ckpt.budget.window_budget import PlannedWindow
-from tbptt_ckpt.executor.route import PlannedRoute, Route
+from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import Lap, peak_memory
@@ -42,7 +42,7 @@ class UnmeteredWindow:
 
     def route(self, planned: PlannedWindow) -> Route:
         """The plan as it is."""
-        return PlannedRoute(planned.plan.schedule, planned.plan.advance_steps)
+        return Route(planned.plan.schedule, planned.plan.advance_steps)
 
     def lap(self) -> Lap | None:
         """Nothing is known."""
@@ -118,25 +118,24 @@ class WindowMeter:
         return flushing
 
 
-class _MeteredRoute:
+class _MeteredRoute(Route):
     """Follows a plan while its watch lets it, and what the watch says from there on."""
 
     def __init__(self, planned: PlannedWindow, meter: WindowMeter) -> None:
+        super().__init__(planned.plan.schedule, planned.plan.advance_steps)
         self._watch, self._meter = planned.watch, meter
-        self._actions = iter(planned.plan.schedule)
-        self.advance_steps = planned.plan.advance_steps
         self._action: Action | None = None
         self._begun = meter.lap()
 
     def next_action(self) -> Action | None:
-        """See `Route`."""
+        """As planned, or as the watch says now that it knows what the last one took."""
         if self._action is not None:
             ended = self._meter.lap()
             if self._watch.take(self._action, self._begun, ended):
                 self._actions = iter(())
             self._begun = ended
-        self._action = next(self._actions, None)
+        self._action = super().next_action()
         while self._action is None and (stretch := self._watch.next_stretch()) is not None:
             self._actions, self.advance_steps = iter(stretch.actions), stretch.advance_steps
-            self._action = next(self._actions, None)
+            self._action = super().next_action()
         return self._action

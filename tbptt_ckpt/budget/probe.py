@@ -16,7 +16,7 @@ from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.route import PlannedRoute
+from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
@@ -186,7 +186,7 @@ class SegmentProbe:
 
         start = self.stop - steps
         this = self._pass(start, start, self.stop, max(start, self.loss_start), _Arrived(self))
-        route = PlannedRoute(watched(), steps)
+        route = Route(watched(), steps)
         return ReplayExecutor().run(this, route, self._boundary_at(start))
 
     def _pass(

@@ -1,21 +1,26 @@
-"""What is asked about a window before it runs, and what a budget answers."""
+"""Who plans windows: what is asked about one before it runs, and what is answered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from tbptt_ckpt.budget.corrections import UNCORRECTED, PlanWatch
+from tbptt_ckpt.budget.corrections import PlanWatch
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.budget.smaller import smaller_strategy
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.memory.meter import Lap
-from tbptt_ckpt.schedule.plan import Plan
-from tbptt_ckpt.schedule.strategies import Strategy
+from tbptt_ckpt.schedule.plan import Plan, plan_window
+from tbptt_ckpt.schedule.strategies import NestedStrategy, Strategy, parse_strategy
 from tbptt_ckpt.schedule.windows import Window
+
+_UNWATCHED = PlanWatch()
+# Where windows grow with the sequence every one has a plan of its own.
+_MOST_PLANS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class PlannedWindow:
     """
 
     plan: Plan
-    watch: PlanWatch = UNCORRECTED
+    watch: PlanWatch = _UNWATCHED
     metered: bool = False
 
     def executed_plan(self) -> Plan:
@@ -80,49 +85,76 @@ class PlannedWindow:
         return self.watch.executed_plan(self.plan)
 
 
-class WindowBudget(Protocol):
-    """Plans the windows of a run within bytes, and learns from those that were measured."""
+class WindowBudget:
+    """Plans the windows of a run by a fixed strategy; their memory is what it is.
+
+    Args:
+        strategy: The strategy.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._fixed_plans: dict[tuple[int, ...], Plan] = {}
 
     @property
     def strategy(self) -> Strategy:
-        """How schedules are chosen now."""
-        ...
+        """How schedules are chosen: as asked for, or smaller since memory was missing."""
+        return self._strategy
 
     @property
     def has_costs(self) -> bool:
         """Whether plans follow from costs that are known by now."""
-        ...
+        return False
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
     ) -> PlannedWindow:
-        """The plan of one window.
+        """The plan of one window; windows of one shape share it.
 
         Args:
             window: Its steps.
             joints: Steps of the sequence inside it whose states are given.
-            make_request: All else about it, for those who need more.
+            make_request: All else about it, where costs count.
 
         Raises:
-            InfeasibleBudgetError: It does not fit the budget.
+            InfeasibleBudgetError: It does not fit a budget.
         """
-        ...
+        first = window.first
+        shape = (window.start - first, window.stop - first, *(joint - first for joint in joints))
+        plan = self._fixed_plans.get(shape)
+        if plan is None:
+            plan = plan_window(self._strategy, first, window.start, window.stop, joints)
+            if isinstance(self._strategy, NestedStrategy):  # what a user writes may not repeat
+                self._remember(shape, plan)
+        return PlannedWindow(plan.at(first))
+
+    def _remember(self, shape: tuple[int, ...], plan: Plan) -> None:
+        if len(self._fixed_plans) >= _MOST_PLANS:
+            self._fixed_plans.clear()
+        self._fixed_plans[shape] = plan
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """A window was measured, its update included."""
-        ...
 
     def shrink(self, window: Window) -> str | None:
         """Plan with less memory from here on, since `window` found none.
 
         Returns:
-            What changes, for a message; None where nothing takes less.
+            What is used now, for a message; None where nothing takes less.
         """
-        ...
+        smaller = smaller_strategy(self._strategy, window)
+        if smaller is None:
+            return None
+        self._follow(smaller)
+        return str(smaller)
+
+    def _follow(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._fixed_plans.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured and planned, as plain data; empty where nothing is."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
         """Go on with what `state_dict` returned, instead of measuring anew.
@@ -131,4 +163,5 @@ class WindowBudget(Protocol):
             state: What it returned.
             used: The strategy that was used in the end; None for the one that was asked for.
         """
-        ...
+        if used not in (None, str(self._strategy)):
+            self._follow(parse_strategy(used))

@@ -31,15 +31,6 @@ from tbptt_ckpt.updates.updater import Updater
 class WindowCosts:
     """Costs of a run's windows.
 
-    Args:
-        given: What the module takes; None to have it measured at the first window. Where a
-            budget is promised, given bytes are held against a few short segments first.
-        promised: Whether a budget is promised.
-        updater: Whose state and transients count.
-        parameters: The weights.
-        batching: Whether steps are batched over time; where "auto" leaves that open, plans from
-            the measured costs of both forms decide.
-
     Attributes:
         known: What the module takes; None before it has been measured.
     """

@@ -1,4 +1,4 @@
-"""One window of a run: what it starts from, what it notes in passing, and what it leaves."""
+"""One window of a run: what it starts from, how it is run, and what it leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tbptt_ckpt.budget.shape import Shape, fullest_shape
 from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.engine.initial_state import InitialState
+from tbptt_ckpt.engine.notes import Notes
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Records, changes
@@ -22,20 +23,17 @@ from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, counted_weight, has_loss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
-from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import (
-    Tree,
     check_no_hidden_tensors,
-    detach_state,
-    relative_change,
     tensors_of,
 )
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
-from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
+from tbptt_ckpt.schedule.windows import Window
 
 
-class OpenWindow(Observer):
+class OpenWindow:
     """One window, from its first state to what later windows start from.
 
     Args:
@@ -53,7 +51,7 @@ class OpenWindow(Observer):
     Attributes:
         loss: Its loss, once it has run.
         executed_steps: Module steps run for it.
-        drift: See `WindowResult`.
+        notes: What was noted in passing.
     """
 
     def __init__(
@@ -71,25 +69,14 @@ class OpenWindow(Observer):
         self._options, self._parts = options, parts
         self._window, self._num_steps, self._blocks = window, num_steps, blocks
         self._ambient, self._initial, self._records = ambient, initial, records
-        self._observer, self._left = observer, records.ambients[window.new_start]
+        self._observer = observer
         self._resets = Resets(blocks, initial.attached, parts.recurrence.lane_dim)
         self._loss_start = options.loss_start(window)
-        upcoming = window_at(window.index + 1, num_steps, options.k1, options.k2)
-        self._next_start = max(min(upcoming.start, window.stop), records.origin)
-        self._later_starts = later_starts(window, num_steps, options.k1, options.k2)
-        self._keeps_later_starts = options.is_stale
+        self.notes = Notes(options, window, num_steps, records)
         # The state that an earlier window left is a constant: nobody sees its gradient.
         self._wants_state_grads = window.start == records.origin
-        self._noted: dict[int, Boundary] = {}
-        self._final: Boundary | None = None
         self.loss: WindowLoss = NO_LOSS
-        self.executed_steps, self.drift = 0, 0.0
-
-    @property
-    def final(self) -> Boundary:
-        """The state at the window's end."""
-        assert self._final is not None, "the window has run"
-        return self._final
+        self.executed_steps = 0
 
     @property
     def ran_again(self) -> bool:
@@ -113,7 +100,7 @@ class OpenWindow(Observer):
             new_steps=window.num_new_steps,
             joints=tuple(joint - window.start for joint in self.joints()),
             recorded_states=len(records.boundaries),
-            coming_states=self._num_coming_states(),
+            coming_states=self.notes.num_coming_states(),
         )
         k1, k2 = options.k1, options.k2
         fullest = fullest_shape(shape, window, self._num_steps, k1, k2, stale=options.is_stale)
@@ -163,51 +150,31 @@ class OpenWindow(Observer):
         since, so that the state handed on is today's. States at which later windows begin
         are kept here, since the next window may not pass them again.
         """
-        window, self._keeps_later_starts = self._window, True
+        window = self._window
+        self.notes.keep_all()
         changed = weights_before not in (None, guard.fingerprint())
         rerun = window.start < window.new_start and changed and not self._options.is_stale
         first = window.start if rerun else window.new_start
         self._advance(self._boundary_at(first), window.stop, guard)
-        if not self._has_state_for_next_window():
-            nearest = self._records.last_at_or_before(self._next_start)
-            nearest = nearest or self._boundary_at(window.first)
-            self._advance(nearest, self._next_start, guard)
-
-    def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
-        """Note a state that later windows start from, and how far an old one has drifted."""
-        window, records = self._window, self._records
-        is_old = step <= window.new_start
-        if step == window.new_start or (is_old and self._is_recorded_block(step)):
-            recorded = records.boundaries[step].state
-            self.drift = max(self.drift, relative_change(state, recorded))
-        if not is_old:
-            records.note_ambient(step, ambient)
-        if is_old and self._options.is_stale:
-            return
-        boundary = Boundary(step, detach_state(state), ambient)
-        if step == window.stop:
-            self._final, self._left = boundary, ambient
-        elif step == self._next_start or (self._keeps_later_starts and step in self._later_starts):
-            self._noted[step] = boundary
+        if not self.notes.has_next_start():
+            next_start = self.notes.next_start
+            nearest = self._records.last_at_or_before(next_start)
+            self._advance(nearest or self._boundary_at(window.first), next_start, guard)
 
     def restore_ambient(self) -> None:
         """Leave generators and buffers as the first run of the new steps left them."""
-        self._ambient.restore(self._left)
+        self._ambient.restore(self.notes.left)
 
     def hand_on(self) -> None:
         """Leave to the next windows what they start from."""
-        records, final = self._records, self.final
+        records, final = self._records, self.notes.final
         # What a new buffer held matters to steps that run again; the run's end asks once more.
         if self.ran_again or records.carried is None:
             self._ambient.check_complete()
         check_no_hidden_tensors(final.state)
         if records.carried is not None:
             check_same_structure(final.state, records.carried.state)
-        records.take(self._noted.values(), final, self._next_start, keeps=self._keeps_later_starts)
-
-    def states(self) -> list[Tree]:
-        """The states that later windows start from."""
-        return [boundary.state for boundary in (*self._noted.values(), self.final)]
+        self.notes.hand_on()
 
     def num_tokens(self) -> int:
         """Valid new steps of all lanes."""
@@ -232,9 +199,7 @@ class OpenWindow(Observer):
         window, records = self._window, self._records
         ambients = records.ambients_for(first, self._options.k1)
         joints = self._joints() if start < stop else {}
-        stops = {start, window.new_start, self._next_start, *joints, *changes(ambients)}
-        earliest = 0 if self._keeps_later_starts else window.new_start
-        stops.update(step for step in self._later_starts if step > earliest)
+        stops = {start, window.new_start, *self.notes.stops(), *joints, *changes(ambients)}
         return WindowPass(
             blocks=self._blocks,
             first=first,
@@ -251,7 +216,7 @@ class OpenWindow(Observer):
             joints=joints,
             resets=self._resets,
             wants_state_grads=self._wants_state_grads,
-            observer=together(self, self._observer),
+            observer=together(self.notes, self._observer),
         )
 
     def _advance(self, boundary: Boundary, stop: int, guard: WeightGuard) -> None:
@@ -259,13 +224,6 @@ class OpenWindow(Observer):
         with SilenceableHooks():
             this_pass.advance(boundary, stop, ADVANCE_STEPS)
         self.executed_steps += this_pass.executed_steps
-
-    def _num_coming_states(self) -> int:
-        """States that the window leaves behind, and the gradient of one."""
-        window, is_stale = self._window, self._options.is_stale
-        noted: set[int] = {self._next_start, *(self._later_starts if is_stale else ())}
-        earliest = window.new_start if is_stale else window.first
-        return 2 + len([step for step in noted if earliest < step < window.stop])
 
     def _probe(self) -> SegmentProbe:
         parts, window = self._parts, self._window
@@ -296,15 +254,6 @@ class OpenWindow(Observer):
                 "outputs or losses must not be detached"
             )
 
-    def _has_state_for_next_window(self) -> bool:
-        recorded = (
-            self._records.origin,
-            self._window.stop,
-            *self._records.boundaries,
-            *self._noted,
-        )
-        return self._options.is_stale or self._next_start in recorded
-
     def _joints(self) -> dict[int, Boundary]:
         """Under stale overlap, the recorded states from which blocks restart."""
         window, boundaries, k1 = self._window, self._records.boundaries, self._options.k1
@@ -312,9 +261,6 @@ class OpenWindow(Observer):
             return {}
         first_joint = (window.start // k1 + 1) * k1
         return {step: boundaries[step] for step in range(first_joint, window.new_start + 1, k1)}
-
-    def _is_recorded_block(self, step: int) -> bool:
-        return self._options.is_stale and step % self._options.k1 == 0
 
     def _boundary_at(self, step: int) -> Boundary:
         records = self._records

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
-from tbptt_ckpt.budget.unbudgeted import Unbudgeted
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import ArgumentError, check_choice
@@ -177,4 +176,4 @@ def _make_budget(
         return MeasuredBudget(
             strategy, amount, options.costs, updater, parameters, runner.time_batching
         )
-    return Unbudgeted(strategy)
+    return WindowBudget(strategy)

@@ -10,6 +10,7 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.buffers import BufferValue
 from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.schedule.windows import Window
 
 
 @dataclass(slots=True)
@@ -75,9 +76,16 @@ class Records:
         steps = [s for s in self.boundaries if s <= step]
         return self.boundaries[max(steps)] if steps else None
 
-    def first_at_or_after(self, step: int) -> int:
-        """The first step with a kept state."""
-        return min(s for s in self.boundaries if s >= step)
+    def placed(self, window: Window, *, must_be_recorded: bool) -> Window:
+        """The window as it can begin: not before the origin, and, if it must, at a kept state.
+
+        Under stale overlap a last window of unforeseen length starts at a recorded state.
+        """
+        start = max(window.start, self.origin)
+        foreseen = start == self.origin or start >= window.new_start
+        if must_be_recorded and not foreseen:
+            start = min(step for step in self.boundaries if step >= start)
+        return replace(window, start=start)
 
     def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
         """What a run that begins at `first` restores, there and at update points, in order."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
+from tbptt_ckpt.budget.window_budget import PlannedWindow
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.open_window import OpenWindow
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.engine.records import Records, load_records, store_records
 from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
+from tbptt_ckpt.engine.standing import Mark, Standing, load_standing
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
@@ -27,41 +26,6 @@ from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
-from tbptt_ckpt.updates.updater import UpdaterMark
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Standing:
-    """Where a run stands between two windows.
-
-    Attributes:
-        index: Of the next window.
-        records: What earlier windows left.
-        totals: Sums over them.
-        weights_before: Fingerprint of the weights that the last one ran with.
-        state_grads: Gradients of the last one's first state.
-    """
-
-    index: int = 0
-    records: Records = field(default_factory=Records)
-    totals: Totals = field(default_factory=Totals)
-    weights_before: object = None
-    state_grads: StateGrads | None = None
-
-    def copy(self) -> _Standing:
-        """The same; windows that follow do not change it."""
-        return replace(self, records=self.records.copy())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mark:
-    """A place between two windows to which a run can be rewound."""
-
-    standing: _Standing
-    ambient: AmbientState | None
-    random: Tensor | None
-    updater: UpdaterMark
-    collected: dict[int, Tensor]
 
 
 class SequenceRun:
@@ -93,7 +57,7 @@ class SequenceRun:
         self._reader = WindowReader(sequence, options.k1, options.k2)
         self._has_length = self._reader.num_steps is not None
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
-        self._standing = _Standing()
+        self._standing = Standing()
         parts.updater.group.begin()
         self._ambient: Ambient | None = None
         self._begun = time.perf_counter()
@@ -142,20 +106,8 @@ class SequenceRun:
         self._reader.drop_before(window_at(index, num_steps, k1, k2).first)
         self._reader.look_ahead(update_point(index + 2, None, k1))
         window = window_at(index, self._reader.num_steps, k1, k2)
-        return self._from_recorded_start(self._from_origin(window))
-
-    def _from_origin(self, window: Window) -> Window:
-        """No window reaches back across windows that were skipped."""
-        return replace(window, start=max(window.start, self._standing.records.origin))
-
-    def _from_recorded_start(self, window: Window) -> Window:
-        """Under stale overlap a last window of unforeseen length starts at a recorded state."""
-        records = self._standing.records
-        foreseen = window.start in (records.origin, window.new_start)
-        foreseen = foreseen or window.start > window.new_start
-        if foreseen or self._has_length or not self._options.is_stale:
-            return window
-        return replace(window, start=records.first_at_or_after(window.start))
+        must_be_recorded = self._options.is_stale and not self._has_length
+        return self._standing.records.placed(window, must_be_recorded=must_be_recorded)
 
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
@@ -169,16 +121,16 @@ class SequenceRun:
         with self._meter(planned, opened) as meter:
             state_grads = self._differentiate(opened, planned, guard, meter)
             loss = opened.loss.value
-            self._observer.differentiated(window, loss, opened.states())
+            self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
             updated = self._update(window, loss, state_grads)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes)
-        self._standing = replace(
-            self._standing,
-            index=self._standing.index + 1,
-            totals=self.totals.plus(window, opened.loss, num_tokens, peak_bytes),
+        self._standing = Standing(
+            window.index + 1,
+            self._standing.records,
+            self.totals.plus(window, opened.loss, num_tokens, peak_bytes),
             weights_before=guard.expected,
             state_grads=state_grads,
         )
@@ -188,10 +140,10 @@ class SequenceRun:
             new_start=window.new_start,
             stop=window.stop,
             loss=loss,
-            state=opened.final.state,
+            state=opened.notes.final.state,
             recomputed_steps=opened.executed_steps - window.num_new_steps,
             peak_bytes=peak_bytes,
-            drift=opened.drift,
+            drift=opened.notes.drift,
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
@@ -216,10 +168,11 @@ class SequenceRun:
         )
 
     def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:
-        def request() -> Request:
-            return opened.request(self._held(), copies_weights=self._observer.wants_copies)
-
-        planned = self._parts.budget.plan(window, opened.joints(), request)
+        planned = self._parts.budget.plan(
+            window,
+            opened.joints(),
+            lambda: opened.request(self._held(), copies_weights=self._observer.wants_copies),
+        )
         self._observer.planned(window)
         return planned
 
@@ -235,16 +188,13 @@ class SequenceRun:
             if planned is None:
                 opened.only_advance(guard, self._standing.weights_before)
                 return None
-            return opened.differentiate(guard, self._grad_scale(), planned, meter)
+            scale = self._parts.updater.grad_scale(self._parts.device)
+            return opened.differentiate(guard, scale, planned, meter)
         except InfeasibleBudgetError:  # found out in the middle: half a gradient is none
             self._parts.updater.clear(self.initial.leaves())
             raise
         finally:
             opened.restore_ambient()
-
-    def _grad_scale(self) -> float:
-        updater = self._parts.updater
-        return 1.0 if updater.scaler is None else updater.grad_scale(self._parts.device)
 
     def _update(self, window: Window, loss: Tensor | None, state_grads: StateGrads | None) -> bool:
         updater, records = self._parts.updater, self._standing.records
@@ -317,24 +267,15 @@ class SequenceRun:
     def skip(self, window: Window) -> None:
         """Go on after `window`, which is next, from the state before it and without an update."""
         ambient = self._ambient_for(self._reader.window(window.first, window.stop)).capture()
-        self._standing.records.restart_at(window.stop, ambient)
-        self._standing = replace(
-            self._standing, index=window.index + 1, totals=self.totals.skipping(window)
-        )
+        self._standing = self._standing.skipping(window, ambient)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands between windows, in containers of numbers and tensors.
 
         The tensors are the run's own; write them out before the next window.
         """
-        present, standing = self._present_ambient(), self._standing
-        before = standing.weights_before
-        changed = before is not None and before != self._weights()
         return {
-            "index": standing.index,
-            "records": None if present is None else store_records(standing.records, present),
-            "totals": asdict(standing.totals),
-            "weights": "unknown" if before is None else "changed" if changed else "unchanged",
+            **self._standing.state_dict(self._present_ambient(), self._weights()),
             "collected": self.initial.collected(),
             "group": self._parts.updater.group.state_dict(),
             "returns_pairs": self._parts.loss_function.returns_pairs,
@@ -352,16 +293,7 @@ class SequenceRun:
         self.initial.set_collected(state["collected"])
         self._parts.updater.group.load_state_dict(state["group"])
         self._parts.loss_function.load_state(state["returns_pairs"])
-        records = Records()
-        if state["records"] is not None:
-            records, self._present = load_records(state["records"])
-        known = {"unknown": None, "changed": "changed", "unchanged": self._weights()}
-        self._standing = _Standing(
-            index=state["index"],
-            records=records,
-            totals=Totals(**state["totals"]),
-            weights_before=known[state["weights"]],
-        )
+        self._standing, self._present = load_standing(state, self._weights())
 
     def _present_ambient(self) -> AmbientState | None:
         """Generators and buffers now; None before devices are known."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from tbptt_ckpt.module.ambient import AmbientState
@@ -52,48 +55,30 @@ class Observer(UpdateWatch):
 UNOBSERVED = Observer()
 
 
-class _Several(Observer):
-    """Several observers, told in order."""
-
-    def __init__(self, observers: tuple[Observer, ...]) -> None:
-        self._observers = observers
-        self.wants_norm = any(observer.wants_norm for observer in observers)
-        self.wants_undo = any(observer.wants_undo for observer in observers)
-        self.wants_copies = any(observer.wants_copies for observer in observers)
-
-    def planned(self, window: Window) -> None:
-        for observer in self._observers:
-            observer.planned(window)
-
-    def begins(self, action: Action) -> None:
-        for observer in self._observers:
-            observer.begins(action)
-
-    def differentiates(self) -> None:
-        for observer in self._observers:
-            observer.differentiates()
-
-    def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
-        for observer in self._observers:
-            observer.arrives(step, state, ambient)
-
-    def ends(self) -> None:
-        for observer in self._observers:
-            observer.ends()
-
-    def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
-        for observer in self._observers:
-            observer.differentiated(window, loss, states)
-
-    def takes_norm(self, norm: Tensor) -> None:
-        for observer in self._observers:
-            observer.takes_norm(norm)
+_TOLD = ("planned", "begins", "differentiates", "arrives", "ends", "differentiated", "takes_norm")
+_WANTED = ("wants_norm", "wants_undo", "wants_copies")
 
 
 def together(*observers: Observer) -> Observer:
-    """One observer that tells all of them."""
-    told = tuple(observer for observer in observers if observer is not UNOBSERVED)
+    """One observer that tells all of them, in order."""
+    told = [observer for observer in observers if observer is not UNOBSERVED]
     return told[0] if len(told) == 1 else _Several(told) if told else UNOBSERVED
+
+
+class _Several(Observer):
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        for name in _WANTED:
+            setattr(self, name, any(getattr(observer, name) for observer in observers))
+        for name in _TOLD:
+            setattr(self, name, _tell([getattr(observer, name) for observer in observers]))
+
+
+def _tell(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    def tell(*what: Any) -> None:
+        for method in methods:
+            method(*what)
+
+    return tell
 
 
 class ActionTrace(Observer):

@@ -11,7 +11,7 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
-from tbptt_ckpt.executor.route import PlannedRoute
+from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, peak_memory
@@ -106,7 +106,7 @@ class QuietProbe(Observer):
         self._laps = []
         with peak_memory(probe.device, held=(), rss=False) as meter:
             self._meter = meter
-            ReplayExecutor().run(work, PlannedRoute(actions, 64), first)
+            ReplayExecutor().run(work, Route(actions, 64), first)
         before, advanced, *_, begun, forward, ended = self._laps
         graph = forward.now_bytes - begun.now_bytes
         peak = max(forward.peak_bytes, ended.peak_bytes) - begun.now_bytes

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.engine.sequence_run import Mark, SequenceRun
+from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.engine.standing import Mark
 from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.available import free_memory
