@@ -67,6 +67,11 @@ class Parts:
         found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
         return list(found.values())
 
+    def held(self) -> tuple[object, ...]:
+        """Trees of tensors that are live between windows."""
+        owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
+        return (self.parameters, *owners)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU where none are known."""

@@ -207,15 +207,8 @@ class SequenceRun:
 
     def _held(self) -> tuple[object, ...]:
         """What is live between windows and belongs to the run: inputs and states aside."""
-        parts = self._parts
-        return (
-            parts.parameters,
-            parts.recurrence.module,
-            parts.loss_function.loss_fn,
-            parts.updater.optimizer,
-            self.initial.state,
-            list(self._standing.records.ambients.values()),
-        )
+        ambients = list(self._standing.records.ambients.values())
+        return (*self._parts.held(), self.initial.state, ambients)
 
     def _meter(
         self, planned: PlannedWindow | None, opened: OpenWindow
