@@ -44,8 +44,8 @@ class TimeBatching:
         module: Whose steps they are.
 
     Attributes:
-        choice: The same; may be set between windows.
-        pays_off: Whether "auto" batches anything; a planner that measured both forms may say no.
+        choice: The same, or False within `plain`.
+        pays_off: Whether "auto" batches anything; see `decide`.
     """
 
     def __init__(self, choice: object = False, module: object = None) -> None:
@@ -86,6 +86,19 @@ class TimeBatching:
         finally:
             self._region = before
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """While entered, nothing is batched."""
+        before, self.choice = self.choice, False
+        try:
+            yield
+        finally:
+            self.choice = before
+
+    def decide(self, pays_off: bool) -> None:
+        """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
+        self.pays_off = pays_off
+
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that both forms are to be weighed."""
         return self.choice == "auto" and per_step and self._may_pay
@@ -94,10 +107,6 @@ class TimeBatching:
         """Whether the gradient of a weight of that size is made once for all steps of a run."""
         is_large = self.choice is True or (self.choice == "auto" and pays(1, weight.numel()))
         return is_large and self.pays_off and self.has_batched
-
-    def decide(self, pays_off: bool) -> None:
-        """Have "auto" batch, or not, as measured."""
-        self.pays_off = pays_off
 
     @property
     def has_batched(self) -> bool:
