@@ -64,7 +64,7 @@ class GRUNode(torch.autograd.Function):
         (grad,) = grads
         if grad is None:
             return (None,) * 5
-        task, record = begin_cell_backward(ctx)
+        record = begin_cell_backward(ctx)
         slot, reset, x, h = ctx.saved_tensors
         slot, reset = own_slot(slot), own_slot(reset)
         width = h.shape[1]
@@ -80,7 +80,7 @@ class GRUNode(torch.autograd.Function):
         torch.mul(n, reset, out=products[:, :width])
         torch.mul(n, r, out=reset)
         sigmoid_backward(gates, first, grad_input=first)
-        grad_x = finish_cell_backward(ctx, task, slot, reset, x, h)
+        grad_x = finish_cell_backward(ctx, slot, reset, x, h)
         if not ctx.needs_input_grad[4]:
             return None, None, None, grad_x, None
         gates.copy_(first)

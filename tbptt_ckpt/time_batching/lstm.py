@@ -69,7 +69,7 @@ class LSTMNode(torch.autograd.Function):
         grad_h, grad_c = grads
         if grad_h is None and grad_c is None:
             return (None,) * 6
-        task, record = begin_cell_backward(ctx)
+        record = begin_cell_backward(ctx)
         slot, x, h, c, new_c = ctx.saved_tensors
         slot = own_slot(slot)
         width = c.shape[1]
@@ -92,6 +92,6 @@ class LSTMNode(torch.autograd.Function):
         sigmoid_backward(grad_first, first, grad_input=first)
         tanh_backward(grad_g, g, grad_input=g)
         sigmoid_backward(grad_o, o, grad_input=o)
-        grad_x = finish_cell_backward(ctx, task, slot, None, x, h)
+        grad_x = finish_cell_backward(ctx, slot, None, x, h)
         grad_h = multiply_back(slot, record.hidden) if ctx.needs_input_grad[4] else None
         return None, None, None, grad_x, grad_h, grad_c

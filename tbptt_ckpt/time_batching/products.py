@@ -49,13 +49,18 @@ def _is_for_onednn(x: Tensor) -> bool:
     return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for x: [N, K], weight: [M, K]."""
+def _forward_onednn(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
+    """OneDNN's operator, where it is the faster one for `x @ weight.T`."""
     elements = weight.numel()
     large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        return _onednn(x, weight, bias, "none", [], "")
+    return _onednn if large and _is_for_onednn(x) else None
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for x: [N, K], weight: [M, K]."""
+    onednn = _forward_onednn(x, weight)
+    if onednn is not None:
+        return onednn(x, weight, bias, "none", [], "")
     if bias is None:
         return multiply_matrices(x, weight.t())
     return _addmm(bias, x, weight.t())
@@ -63,22 +68,18 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """`total += x @ weight.T` in place."""
-    elements = weight.numel()
-    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        total.add_(_onednn(x, weight, None, "none", [], ""))
-    else:
+    onednn = _forward_onednn(x, weight)
+    if onednn is None:
         total.addmm_(x, weight.t())
+    else:
+        total.add_(onednn(x, weight, None, "none", [], ""))
 
 
 def write_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`total = x @ weight.T + bias` in place."""
-    elements = weight.numel()
-    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        total.copy_(_onednn(x, weight, bias, "none", [], ""))
+    onednn = _forward_onednn(x, weight)
+    if onednn is not None:
+        total.copy_(onednn(x, weight, bias, "none", [], ""))
     elif bias is None:
         multiply_matrices(x, weight.t(), out=total)
     else:

@@ -1,32 +1,21 @@
-"""One run of steps with time batching: which operations take part, and what they share.
-
-NOTE [What is proved for an operation]
-The weight is a leaf tensor of the plain type that learns, or an `nn.Parameter`: it cannot
-have been computed in the step. Its version is looked at in every call. An input counts as a
-row of the segment's inputs if it is the very tensor that the step was given and nobody wrote
-into it. Whatever else comes is left to the plain operation.
-"""
+"""One run of steps with time batching: which operations take part, and what they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
-from tbptt_ckpt.time_batching.linear import TappedLinear, whole_linear
-from tbptt_ckpt.time_batching.operations import Embedding, Operation, Product, TappedOperation
+from tbptt_ckpt.time_batching.operations import Embedding, Linear, MakeOperation, Product
 from tbptt_ckpt.time_batching.products import multiply
-from tbptt_ckpt.time_batching.report import SMALL, Tally
-from tbptt_ckpt.time_batching.rows import Row, Rows, is_plain, is_stable, transposed_weight
-from tbptt_ckpt.time_batching.taps import Versions
-
-# Rows of one product over time: more gain little and take memory.
-_ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
-_FEWEST_STEPS, _MOST_STEPS = 8, 256  # a view of a step costs host memory
+from tbptt_ckpt.time_batching.recorded import CallsOfRows, RecordedCalls
+from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
+from tbptt_ckpt.time_batching.rows import InputRows, Row
+from tbptt_ckpt.time_batching.weights import is_plain, reason_to_leave, transposed_weight
 
 
 class Region:
@@ -35,119 +24,38 @@ class Region:
     Args:
         num_steps: Of the run.
         tally: Counts what was batched and what not.
-        pays: Whether a call of so many rows with a weight of so many elements gains time.
+        pays: Whether batching gains time for a weight of so many elements.
+
+    Attributes:
+        chooses: Whether only what gains time is batched, and not all that can be.
+        rows: The inputs of the steps.
+        cells: Runs the cells.
     """
 
-    def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int, int], bool]) -> None:
-        self.tally, self.pays = tally, pays
-        self.chooses = not pays(1, 1)  # rather than batching all that can be
-        self._rows: dict[int, Row] = {}
-        self._operations: dict[Any, tuple[TappedOperation, Tensor]] = {}
-        self._linears: dict[Any, tuple[TappedLinear, Versions, Tensor]] = {}
-        self.cells = CellCalls(num_steps, pays, tally, self.row)
-
-    def step_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
-        """The input of each step, known as rows of the whole while its step runs.
-
-        Args:
-            inputs: Nested tensors with time on `time_dim`.
-            time_dim: Where time is.
-
-        Returns:
-            None where the inputs cannot be rows.
-        """
-        tensors = tensors_of(inputs)
-        if not tensors or any(t.is_inference() for t in tensors):
-            return None
-        return self._rows_of(inputs, time_dim)
-
-    def _rows_of(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
-        first = tensors_of(inputs)[0]
-        num_steps, length = first.shape[time_dim], self._chunk_steps(first, time_dim)
-        for begin in range(0, num_steps, length):
-            size = min(length, num_steps - begin)
-            yield from self._chunk_inputs(_narrow(inputs, time_dim, begin, size), time_dim)
-        self._rows.clear()
-
-    def _chunk_steps(self, first: Tensor, time_dim: int) -> int:
-        lanes = first.shape[1 - min(time_dim, 1)] if first.dim() > 1 else 1
-        rows = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
-        return min(max(_FEWEST_STEPS, rows // max(lanes, 1)), _MOST_STEPS)
-
-    def _chunk_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
-        tensors = tensors_of(inputs)
-        wholes = [Rows(t.movedim(time_dim, 0) if t.dim() else t) for t in tensors]
-        columns = [whole.whole.unbind(0) for whole in wholes]
-        is_tensor = isinstance(inputs, Tensor)
-        for index, leaves in enumerate(zip(*columns, strict=True)):
-            self._rows = {
-                id(leaf): Row(rows, index, leaf, rows.version)
-                for leaf, rows in zip(leaves, wholes, strict=True)
-            }
-            yield leaves[0] if is_tensor else replace_tensors(inputs, list(leaves))
-
-    def row(self, x: Tensor) -> Row | None:
-        """The row that x is, if it is one."""
-        row = self._rows.get(id(x))
-        return row if row is not None and row.is_untouched() else None
+    def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int], bool]) -> None:
+        self.chooses = not pays(1)
+        self.rows = InputRows()
+        self.cells = CellCalls(num_steps, pays, tally, self.rows)
+        self._tally, self._pays = tally, pays
+        self._calls: dict[Any, RecordedCalls] = {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
-        if not is_plain(x) or not is_stable(weight) or (bias is not None and not is_stable(bias)):
-            self.tally.left("linear", "a weight or input that is computed in the step")
+        autocast = is_plain(x) and torch.is_autocast_enabled(x.device.type)
+        cast = torch.get_autocast_dtype(x.device.type) if autocast else None
+        if not self._takes("linear", (x,), weight, bias, cast):
             return None
-        if torch.is_autocast_enabled(x.device.type):
-            return self._linear_under_autocast(x, weight, bias)
-        if x.dim() == 0 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
-            self.tally.left("linear", "dtypes or shapes that differ")
+        if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
-        if not self.pays(x.numel() // max(x.shape[-1], 1), weight.numel()):
-            self.tally.left("linear", SMALL)
-            return None
-        row = self.row(x)
+        row = self.rows.find(x) if cast is None else None
         if row is not None:
-            output = self._linear_of_row(row, weight, bias)
+            output = self._of_row("linear", Linear, row, weight, bias)
             if output is not None:
                 return output
-        if not torch.is_grad_enabled():
-            return multiply(x, weight, bias) if x.dim() == 2 else None
-        if not weight.requires_grad:
-            self.tally.left("linear", "a frozen weight")
-            return None
-        return self._recorded_linear(x, weight, bias)
-
-    def _linear_under_autocast(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor | None:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [x, weight] if bias is None else [x, weight, bias]
-        if not all(t.dtype in (torch.float32, dtype) for t in tensors):
-            self.tally.left("linear", "dtypes that autocast leaves alone")
-            return None
-        if not torch.is_grad_enabled() or not weight.requires_grad:
-            return None
-        if not self.pays(x.numel() // max(x.shape[-1], 1), weight.numel()):
-            self.tally.left("linear", SMALL)
-            return None
-        return self._recorded_linear(x.to(dtype), weight, bias, dtype)
-
-    def _recorded_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
-    ) -> Tensor | None:
-        key = (id(weight), id(bias), dtype)
-        found = self._linears.get(key)
-        if found is None:
-            # Cast once per leaf; the gradient passes the cast back once, too.
-            low = [w if w is None or dtype is None else w.to(dtype) for w in (weight, bias)]
-            assert low[0] is not None
-            linear = TappedLinear(low[0], low[1])
-            found = self._linears[key] = (linear, Versions(weight, bias), weight)
-            self.tally.batched("linear", tuple(weight.shape))
-        linear, versions, _ = found
-        if versions.moved():
-            self.tally.left("linear", "a weight that changed within the segment")
-            return None
-        return linear(x)
+        if torch.is_grad_enabled():
+            x = x if cast is None else x.to(cast)
+            return self._record_flat("linear", Linear, x, 1, weight, bias, cast=cast)
+        return multiply(x, weight, bias) if cast is None and x.dim() == 2 else None
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """`x @ weight + bias`, or None where the plain operation is to do it.
@@ -162,41 +70,31 @@ class Region:
         transposed = transposed_weight(weight)
         if transposed is not None:
             return self.linear(x, transposed, bias)
-        if not self._may_record("matmul", (x,), weight, bias) or x.dim() < 2:
+        if not torch.is_grad_enabled() or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
             return None
-        if x.shape[-1] != weight.shape[0]:
+        if not self._takes("matmul", (x,), weight, bias):
             return None
-        flat = self.recorded("matmul", Product, (x.reshape(-1, x.shape[-1]),), weight, bias)
-        return None if flat is None else flat.view(*x.shape[:-1], weight.shape[1])
+        return self._record_flat("matmul", Product, x, 1, weight, bias)
 
     def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
-        row = self.row(indices)
-        pays = self.pays(indices.numel(), weight.numel())
-        if pays and row is not None and is_stable(weight) and is_plain(indices):
-            return self._embedding_of_row(row, weight, padding_idx)
-        if not self._may_record("embedding", (indices,), weight, None) or not indices.dim():
+        if not is_plain(indices) or not self._takes("embedding", (), weight, None):
             return None
-
-        def make(weight: Tensor, _bias: Tensor | None) -> Embedding:
-            return Embedding(weight, padding_idx)
-
-        flat = self.recorded("embedding", make, (indices.reshape(-1),), weight, None, padding_idx)
-        return None if flat is None else flat.view(*indices.shape, weight.shape[1])
-
-    def _embedding_of_row(self, row: Row, weight: Tensor, padding_idx: int) -> Tensor | None:
-        key = ("embedding", id(weight), padding_idx, torch.is_grad_enabled())
-        made = row.rows.made.get(key)
-        if made is None:
-            whole = torch.embedding(weight, row.rows.whole, padding_idx, False, False)
-            made = row.rows.made[key] = _MadeRows(whole, weight)
-            self.tally.batched("embedding of inputs", tuple(weight.shape))
-        return self._take(made, row)
+        make = partial(Embedding, padding_idx=padding_idx)
+        row = self.rows.find(indices)
+        # A step with an index of no word may be one that the module skips.
+        if row is not None and row.rows.bounds[0] >= 0 and row.rows.bounds[1] < len(weight):
+            output = self._of_row("embedding", make, row, weight, None, padding_idx)
+            if output is not None:
+                return output
+        if not torch.is_grad_enabled() or not indices.dim():
+            return None
+        return self._record_flat("embedding", make, indices, 0, weight, None, padding_idx)
 
     def recorded(
         self,
         name: str,
-        make: Callable[[Tensor, Tensor | None], Operation],
+        make: MakeOperation,
         inputs: tuple[Tensor, ...],
         weight: Tensor,
         bias: Tensor | None,
@@ -212,86 +110,93 @@ class Region:
             bias: Its bias, or None.
             options: What else tells it from others of the same weight.
         """
-        if not self._may_record(name, inputs, weight, bias):
+        if not torch.is_grad_enabled() or not self._takes(name, inputs, weight, bias):
             return None
-        shapes = tuple(tuple(x.shape[1:]) for x in inputs)
-        key = (name, id(weight), id(bias), options, shapes)
-        found = self._operations.get(key)
-        if found is None:
-            operation = make(weight.detach(), None if bias is None else bias.detach())
-            # The weight is held, so that its id stays its own.
-            found = self._operations[key] = (TappedOperation(operation, weight, bias), weight)
-            self.tally.batched(name, tuple(weight.shape))
-        tapped, _ = found
-        if tapped.record.versions.moved():
-            self.tally.left(name, "a weight that changed within the segment")
-            return None
-        return tapped(*inputs)
-
-    def _may_record(
-        self, name: str, inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None
-    ) -> bool:
-        """Whether a call may leave its weight gradient to a tap."""
-        if not torch.is_grad_enabled():
-            return False
-        if not is_stable(weight) or (bias is not None and not is_stable(bias)):
-            self.tally.left(name, "a weight that is computed in the step")
-            return False
-        if not weight.requires_grad:
-            self.tally.left(name, "a frozen weight")
-            return False
-        fit = all(is_plain(x) and x.dim() for x in inputs)
-        same = all(x.dtype == weight.dtype for x in inputs if x.is_floating_point())
-        if not fit or not same or torch.is_autocast_enabled(weight.device.type):
-            self.tally.left(name, "autocast, or types or dtypes that differ")
-            return False
-        if not self.pays(inputs[0].shape[0], weight.numel()):
-            self.tally.left(name, SMALL)
-            return False
-        return True
-
-    def _linear_of_row(self, row: Row, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        key = ("linear", id(weight), id(bias), torch.is_grad_enabled())
-        made = row.rows.made.get(key)
-        if made is None:
-            made = row.rows.made[key] = _MadeRows(
-                whole_linear(row.rows.whole, weight, bias), weight, bias
-            )
-            self.tally.batched("linear of inputs", tuple(weight.shape))
-        return self._take(made, row)
-
-    def _take(self, made: _MadeRows, row: Row) -> Tensor | None:
-        output = made.take(row.index)
-        if output is not None:
-            self._rows[id(output)] = Row(made.rows, row.index, output, output._version)
-        return output
+        return self._record(name, make, inputs, weight, bias, *options)
 
     def close(self) -> None:
         """The steps are done."""
-        self._rows.clear()
         self.cells.close()
 
+    def _takes(
+        self,
+        name: str,
+        inputs: tuple[Any, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        cast: torch.dtype | None = None,
+    ) -> bool:
+        """Whether an operation may and should take part."""
+        reason = reason_to_leave(inputs, weight, bias, cast)
+        if not reason and not self._pays(weight.numel()):
+            reason = SMALL
+        if reason:
+            self._tally.left(name, reason)
+        return not reason
 
-def _narrow(inputs: Tree, time_dim: int, begin: int, size: int) -> Tree:
-    """Some of the steps, as views; the very tensors where these are all."""
-    return map_tensors(
-        lambda t: t if size == t.shape[time_dim] else t.narrow(time_dim, begin, size), inputs
-    )
-
-
-class _MadeRows:
-    """What an operation made of the inputs of all steps; each entry is given out once."""
-
-    def __init__(self, whole: Tensor, *weights: Tensor | None) -> None:
-        self.rows = Rows(whole)
-        self._versions, self._weights = Versions(*weights), weights
-        self._entries: list[Tensor | None] = list(whole.unbind(0))
-
-    def take(self, index: int) -> Tensor | None:
-        """One step's entry, to do with as the module likes; None if there is none."""
-        entry = self._entries[index]
-        if entry is None or self._versions.moved():
+    def _of_row(
+        self,
+        name: str,
+        make: MakeOperation,
+        row: Row,
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> Tensor | None:
+        """One row of what an operation makes of all of them; None where it has been given out."""
+        key = (name, id(weight), id(bias), options, torch.is_grad_enabled())
+        calls: CallsOfRows | None = row.rows.made.get(key)
+        if calls is None:
+            calls = row.rows.made[key] = CallsOfRows(make, row.rows, weight, bias)
+            self._tally.batched(f"{name} of inputs", tuple(weight.shape))
+        made = calls.take(row.position)
+        if made is None:
             return None
-        self._entries[index] = None
-        # An entry is one of several views, which autograd lets nobody write into.
-        return entry.clone() if entry.requires_grad else entry.data
+        self.rows.add(made)
+        return made.rows.entries[made.position]
+
+    def _record_flat(
+        self,
+        name: str,
+        make: MakeOperation,
+        x: Tensor,
+        width_dims: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+        cast: torch.dtype | None = None,
+    ) -> Tensor | None:
+        """An operation on the last `width_dims` dimensions of x, each of the others a row."""
+        lead, width = x.shape[: x.dim() - width_dims], x.shape[x.dim() - width_dims :]
+        if len(lead) == 1:
+            return self._record(name, make, (x,), weight, bias, *options, cast=cast)
+        flat = (x.reshape(-1, *width),)
+        output = self._record(name, make, flat, weight, bias, *options, cast=cast)
+        return None if output is None else output.view(*lead, output.shape[-1])
+
+    def _record(
+        self,
+        name: str,
+        make: MakeOperation,
+        inputs: tuple[Tensor, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+        cast: torch.dtype | None = None,
+    ) -> Tensor | None:
+        if not weight.requires_grad:
+            self._tally.left(name, "a frozen weight")
+            return None
+        if cast is None and torch.is_autocast_enabled(weight.device.type):
+            self._tally.left(name, "autocast")
+            return None
+        shapes = tuple(x.shape[1:] for x in inputs)
+        key = (name, id(weight), id(bias), options, shapes, cast)
+        calls = self._calls.get(key)
+        if calls is None:
+            calls = self._calls[key] = RecordedCalls(make, weight, bias, cast)
+            self._tally.batched(name, tuple(weight.shape))
+        if calls.moved():
+            self._tally.left(name, CHANGED)
+            return None
+        return calls(*inputs)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SMALL = "too small to pay"  # reasons under "auto"
 SLOWER = "plans without time batching are faster by measurement"
+CHANGED = "a weight that changed within the segment"
 
 
 @dataclass(frozen=True, slots=True)

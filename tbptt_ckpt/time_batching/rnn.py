@@ -57,13 +57,13 @@ class RNNNode(torch.autograd.Function):
         (grad,) = grads
         if grad is None:
             return (None,) * 6
-        task, record = begin_cell_backward(ctx)
+        record = begin_cell_backward(ctx)
         slot, x, h, new_h = ctx.saved_tensors
         slot = own_slot(slot)
         if ctx.is_tanh:
             tanh_backward(grad, new_h, grad_input=slot)
         else:
             torch.mul(grad, new_h > 0, out=slot)
-        grad_x = finish_cell_backward(ctx, task, slot, None, x, h)
+        grad_x = finish_cell_backward(ctx, slot, None, x, h)
         grad_h = multiply_back(slot, record.hidden) if ctx.needs_input_grad[4] else None
         return None, None, None, grad_x, grad_h, None
