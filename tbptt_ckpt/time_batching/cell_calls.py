@@ -105,9 +105,7 @@ class CellCalls:
         if row is not None:
             calls = self._calls_of_rows(kind, row.rows, weights)
             if calls.take(row.position):
-                # What a frozen weight is multiplied by may be written to.
-                kept = x if weights.input.requires_grad else None
-                return _run(kind, calls, row.position, kept, states)
+                return _run(kind, calls, row.position, x, states)
         if not torch.is_grad_enabled():
             slot = multiply(x, weights.input, self._input_bias(kind, weights))
             return _advance(kind, slot, states, weights)
@@ -212,7 +210,7 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
     return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
 
 
-def _run(kind: str, calls: _Calls, index: int, x: Tensor | None, states: tuple[Tensor, ...]) -> Any:
+def _run(kind: str, calls: _Calls, index: int, x: Tensor, states: tuple[Tensor, ...]) -> Any:
     """One call, with the slot at an index."""
     record, token = calls.record, calls.token
     if record is None:

@@ -70,7 +70,8 @@ class CellRecord:
         reset_buffer: Tensor | None,
         of_rows: bool,
     ) -> None:
-        self.input, self.of_rows = weights.input.detach(), of_rows
+        self.input, self._learns_input = weights.input.detach(), weights.input.requires_grad
+        self.of_rows = of_rows
         self.hidden = weights.hidden.detach()
         self.versions = Versions(*weights)
         self.slots = cut(buffer)
@@ -83,12 +84,16 @@ class CellRecord:
         """No call is to come: what the backward needs is saved by autograd from here on."""
         self.slots, self.reset_slots = [], None
 
-    def filled_slot(self, call: int, x: Tensor | None) -> Tensor:
+    def filled_slot(self, call: int, x: Tensor) -> Tensor:
         """A call's slot with the products of its input: x: [N, K]."""
         slot = self.slots[call]
-        if x is not None and not self.of_rows:
+        if not self.of_rows:
             write_product(slot, x, self.input, self.input_bias)
         return slot
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """The input if the backward needs it: that of a frozen weight may be written to."""
+        return x if self._learns_input else None
 
     def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
         """The gradients of the weights and of the rows."""

@@ -45,7 +45,7 @@ class GRUNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, record: CellRecord, call: int, _token: Tensor, x: Tensor | None, h: Tensor
+        ctx: Any, record: CellRecord, call: int, _token: Tensor, x: Tensor, h: Tensor
     ) -> Tensor:
         """The new h."""
         ctx.set_materialize_grads(False)
@@ -55,7 +55,7 @@ class GRUNode(torch.autograd.Function):
         new_h, product = gru_step(slot, h, record.hidden, record.hidden_bias)
         reset = record.reset_slots[call]
         reset.copy_(product)
-        ctx.save_for_backward(slot, reset, x, h)
+        ctx.save_for_backward(slot, reset, record.kept(x), h)
         return new_h
 
     @staticmethod

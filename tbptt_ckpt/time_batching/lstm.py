@@ -51,7 +51,7 @@ class LSTMNode(torch.autograd.Function):
         record: CellRecord,
         call: int,
         _token: Tensor,
-        x: Tensor | None,
+        x: Tensor,
         h: Tensor,
         c: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class LSTMNode(torch.autograd.Function):
         ctx.record, ctx.call = record, call
         slot = record.filled_slot(call, x)
         new_h, new_c = lstm_step(slot, h, c, record.hidden)
-        ctx.save_for_backward(slot, x, h, c, new_c)
+        ctx.save_for_backward(slot, record.kept(x), h, c, new_c)
         return new_h, new_c
 
     @staticmethod

@@ -39,7 +39,7 @@ class RNNNode(torch.autograd.Function):
         record: CellRecord,
         call: int,
         _token: Tensor,
-        x: Tensor | None,
+        x: Tensor,
         h: Tensor,
         is_tanh: bool,
     ) -> Tensor:
@@ -48,7 +48,7 @@ class RNNNode(torch.autograd.Function):
         ctx.record, ctx.call, ctx.is_tanh = record, call, is_tanh
         slot = record.filled_slot(call, x)
         new_h = rnn_step(slot, h, record.hidden, is_tanh)
-        ctx.save_for_backward(slot, x, h, new_h)
+        ctx.save_for_backward(slot, record.kept(x), h, new_h)
         return new_h
 
     @staticmethod
