@@ -8,17 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.time_batching.cells import CellRecord, CellWeights
-from tbptt_ckpt.time_batching.gru import GRUNode, gru_step
-from tbptt_ckpt.time_batching.lstm import LSTMNode, lstm_step
+from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
-from tbptt_ckpt.time_batching.rnn import RNNNode, rnn_step
 from tbptt_ckpt.time_batching.rows import InputRows, Rows
 from tbptt_ckpt.time_batching.taps import Versions, tap
 from tbptt_ckpt.time_batching.weights import COMPUTED, is_plain, is_stable
 
-TANH = "RNNCell tanh"
 # A buffer for calls that bring their input is made for at most so many bytes at a time.
 _BUFFER_BYTES = 8 << 20
 
@@ -58,6 +54,12 @@ class _Calls:
         """The index of the next slot; None where there is none."""
         return self._num_used if self._num_used < len(self.slots) else None
 
+    def run(self, index: int, cell: Cell, x: Tensor, states: Sequence[Tensor]) -> Any:
+        """One call, with the slot at an index."""
+        if self.record is None:
+            return cell.run(self.slots[index], states, self.weights)[0]
+        return CellNode.apply(self.record, index, self.token, x, *states)  # type: ignore[no-untyped-call]
+
     def close(self, _source: object = None) -> None:
         """No call is to come."""
         if self.record is not None:
@@ -83,12 +85,12 @@ class CellCalls:
         self._own: dict[Any, _Calls] = {}
         self._biases: dict[Any, Tensor | None] = {}
 
-    def call(self, cell: nn.RNNCellBase, kind: str, x: Tensor, states: tuple[Any, ...]) -> Any:
+    def call(self, cell: nn.RNNCellBase, kind: Cell, x: Tensor, states: tuple[Any, ...]) -> Any:
         """The cell's result, or None where the plain operation is to do it.
 
         Args:
             cell: The module.
-            kind: "LSTMCell", "GRUCell", "RNNCell tanh" or "RNNCell relu".
+            kind: What it is.
             x: [N, K].
             states: [N, H] each, as many as such a cell has.
         """
@@ -99,21 +101,21 @@ class CellCalls:
         elif weights is not None and not self._pays(weights.hidden.numel()):
             reason = SMALL
         if weights is None or reason:
-            self._tally.left(kind, reason)
+            self._tally.left(kind.name, reason)
             return None
         row = self._rows.find(x)
         if row is not None:
             calls = self._calls_of_rows(kind, row.rows, weights)
             if calls.take(row.position):
-                return _run(kind, calls, row.position, x, states)
+                return calls.run(row.position, kind, x, states)
         if not torch.is_grad_enabled():
             slot = multiply(x, weights.input, self._input_bias(kind, weights))
-            return _advance(kind, slot, states, weights)
+            return kind.run(slot, states, weights)[0]
         calls, index = self._own_calls(kind, x, weights)
         if not calls.take(index):
-            self._tally.left(kind, CHANGED)
+            self._tally.left(kind.name, CHANGED)
             return None
-        return _run(kind, calls, index, x, states)
+        return calls.run(index, kind, x, states)
 
     def _weights_of(self, cell: nn.RNNCellBase) -> CellWeights | None:
         """A cell's weights, the same object as long as they are the same; None if computed."""
@@ -141,8 +143,8 @@ class CellCalls:
         for calls in self._own.values():
             calls.close()
 
-    def _calls_of_rows(self, kind: str, rows: Rows, weights: CellWeights) -> _Calls:
-        key = (kind, id(weights), torch.is_grad_enabled())
+    def _calls_of_rows(self, kind: Cell, rows: Rows, weights: CellWeights) -> _Calls:
+        key = (kind.name, id(weights), torch.is_grad_enabled())
         known: _Calls | None = rows.made.get(key)
         if known is not None:
             return known
@@ -150,18 +152,18 @@ class CellCalls:
         with torch.no_grad():
             products = multiply(flat, weights.input.detach(), self._input_bias(kind, weights))
         buffer = products.view(*rows.whole.shape[:-1], -1)
-        self._tally.batched(f"{kind} of inputs", tuple(weights.hidden.shape))
+        self._tally.batched(f"{kind.name} of inputs", tuple(weights.hidden.shape))
         if torch.is_grad_enabled():
-            record = self._record(kind, weights, buffer, of_rows=True)
+            record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), True)
             calls = _Calls(weights, record.slots, record, rows.differentiable())
         else:
             calls = _Calls(weights, buffer.unbind(0))
         rows.made[key] = calls
         return calls
 
-    def _own_calls(self, kind: str, x: Tensor, weights: CellWeights) -> tuple[_Calls, int]:
+    def _own_calls(self, kind: Cell, x: Tensor, weights: CellWeights) -> tuple[_Calls, int]:
         """Calls that bring their input, and the index of the one to come."""
-        key = (kind, id(weights), x.shape[0])
+        key = (kind.name, id(weights), x.shape[0])
         calls = self._own.get(key)
         index = None if calls is None else calls.next()
         if calls is not None and index is not None:
@@ -171,24 +173,16 @@ class CellCalls:
         rows = weights.hidden.shape[0]
         step_bytes = x.shape[0] * rows * x.element_size()
         num_steps = max(1, min(self._num_steps, _BUFFER_BYTES // step_bytes))
-        self._tally.batched(kind, tuple(weights.hidden.shape))
+        self._tally.batched(kind.name, tuple(weights.hidden.shape))
         buffer = x.new_empty(num_steps, x.shape[0], rows)
-        record = self._record(kind, weights, buffer, of_rows=False)
+        record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), False)
         calls = self._own[key] = _Calls(weights, record.slots, record)
         return calls, 0
 
-    def _record(
-        self, kind: str, weights: CellWeights, buffer: Tensor, *, of_rows: bool
-    ) -> CellRecord:
-        reset = None
-        if kind == "GRUCell":
-            reset = buffer.new_empty(*buffer.shape[:2], weights.hidden.shape[1])
-        return CellRecord(weights, buffer, self._input_bias(kind, weights), reset, of_rows)
-
-    def _input_bias(self, kind: str, weights: CellWeights) -> Tensor | None:
+    def _input_bias(self, kind: Cell, weights: CellWeights) -> Tensor | None:
         """What is added to the products of the input: both biases, unless r multiplies one."""
         bias, hidden_bias = weights.input_bias, weights.hidden_bias
-        if bias is None or hidden_bias is None or kind == "GRUCell":
+        if bias is None or hidden_bias is None or kind.resets:
             return None if bias is None else bias.detach()
         key = (id(bias), id(hidden_bias), bias._version, hidden_bias._version)
         if key not in self._biases:
@@ -208,25 +202,3 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
         return False
     shape = (x.shape[0], hidden.shape[1])
     return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
-
-
-def _run(kind: str, calls: _Calls, index: int, x: Tensor, states: tuple[Tensor, ...]) -> Any:
-    """One call, with the slot at an index."""
-    record, token = calls.record, calls.token
-    if record is None:
-        return _advance(kind, calls.slots[index], states, calls.weights)
-    if kind == "LSTMCell":
-        return LSTMNode.apply(record, index, token, x, *states)  # type: ignore[no-untyped-call]
-    if kind == "GRUCell":
-        return GRUNode.apply(record, index, token, x, *states)  # type: ignore[no-untyped-call]
-    return RNNNode.apply(record, index, token, x, *states, kind == TANH)  # type: ignore[no-untyped-call]
-
-
-def _advance(kind: str, slot: Tensor, states: tuple[Tensor, ...], weights: CellWeights) -> Any:
-    """One step without a graph; the slot holds the products of the input."""
-    h = states[0]
-    if kind == "LSTMCell":
-        return lstm_step(slot, h, states[1], weights.hidden)
-    if kind == "GRUCell":
-        return gru_step(slot, h, weights.hidden, weights.hidden_bias)[0]
-    return rnn_step(slot, h, weights.hidden, kind == TANH)

@@ -10,7 +10,7 @@ looked up by thread: torch's functions are shared by all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, MethodDescriptorType
@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
+from tbptt_ckpt.time_batching.cells import Cell
+from tbptt_ckpt.time_batching.gru import GRU
+from tbptt_ckpt.time_batching.lstm import LSTM
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region
+from tbptt_ckpt.time_batching.rnn import RNN
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
 # of them a step's weight gradient is a large product already.
@@ -94,23 +98,27 @@ def _linear(plain: Function) -> Function:
     return linear
 
 
-def _cell(name: str, plain: Function) -> Function:
+def _cell(kinds: Mapping[str | None, Cell], plain: Function) -> Function:
+    """The forward of a cell; kinds by nonlinearity, where there is a choice."""
+
     def forward(cell: Any, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
         region, result = _region(), None
-        if region is not None:
-            kind = f"{name} {cell.nonlinearity}" if name == "RNNCell" else name
-            result = region.cells.call(cell, kind, input, _states(cell, name, input, hx))
+        kind = kinds.get(getattr(cell, "nonlinearity", None))
+        if region is not None and kind is not None:
+            result = region.cells.call(cell, kind, input, _states(cell, input, hx))
         return plain(cell, input, hx) if result is None else result
 
     return forward
 
 
-def _states(cell: nn.RNNCellBase, name: str, x: Any, hx: Any) -> tuple[Any, ...]:
+def _states(cell: nn.RNNCellBase, x: Any, hx: Any) -> tuple[Any, ...]:
     """The state as a tuple; the cell begins with zeros by itself."""
+    num_states = 2 if isinstance(cell, nn.LSTMCell) else 1
     if hx is None and isinstance(x, Tensor) and x.dim() == 2:
-        hx = x.new_zeros(x.shape[0], cell.hidden_size)
-        return (hx, hx) if name == "LSTMCell" else (hx,)
-    return hx if name == "LSTMCell" and type(hx) is tuple else (hx,)
+        return (x.new_zeros(x.shape[0], cell.hidden_size),) * num_states
+    if num_states == 1:
+        return (hx,)
+    return hx if type(hx) is tuple and len(hx) == num_states else (None,)
 
 
 def _product(plain: Function) -> Function:
@@ -215,8 +223,8 @@ _makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
     (Tensor, "__matmul__"): _product,
     (Tensor, "matmul"): _product,
     (Tensor, "mm"): _product,
-    (nn.LSTMCell, "forward"): partial(_cell, "LSTMCell"),
-    (nn.GRUCell, "forward"): partial(_cell, "GRUCell"),
-    (nn.RNNCell, "forward"): partial(_cell, "RNNCell"),
+    (nn.LSTMCell, "forward"): partial(_cell, {None: LSTM()}),
+    (nn.GRUCell, "forward"): partial(_cell, {None: GRU()}),
+    (nn.RNNCell, "forward"): partial(_cell, {name: RNN(name) for name in ("tanh", "relu")}),
 }
 _functions = ReplacedFunctions({place: _unless_patched(make) for place, make in _makers.items()})
