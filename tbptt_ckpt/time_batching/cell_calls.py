@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.time_batching.candidates import COMPUTED, is_plain, is_stable
 from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
 from tbptt_ckpt.time_batching.rows import InputRows, Rows
 from tbptt_ckpt.time_batching.taps import Versions, tap
-from tbptt_ckpt.time_batching.weights import COMPUTED, is_plain, is_stable
 
 # A buffer for calls that bring their input is made for at most so many bytes at a time.
 _BUFFER_BYTES = 8 << 20

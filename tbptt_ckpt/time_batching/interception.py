@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
+from tbptt_ckpt.time_batching.candidates import Candidate
 from tbptt_ckpt.time_batching.cells import Cell
 from tbptt_ckpt.time_batching.gru import GRU
 from tbptt_ckpt.time_batching.lstm import LSTM
@@ -168,7 +169,8 @@ def _bilinear(plain: Function) -> Function:
     def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         region, output = _region(), None
         if region is not None and input1.dim() == input2.dim() == 2:
-            output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
+            candidate = Candidate("bilinear", Bilinear, weight, bias)
+            output = region.recorded(candidate, input1, input2)
         return plain(input1, input2, weight, bias) if output is None else output
 
     return bilinear
@@ -194,8 +196,8 @@ def _convolution(dims: int, plain: Function) -> Function:
             make = partial(
                 Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
             )
-            options = (*sizes, groups)
-            output = region.recorded(f"conv{dims}d", make, (input,), weight, bias, *options)
+            name, options = f"conv{dims}d", (*sizes, groups)
+            output = region.recorded(Candidate(name, make, weight, bias, options), input)
         if output is not None:
             return output
         return plain(input, weight, bias, stride, padding, dilation, groups)

@@ -25,7 +25,6 @@ from tbptt_ckpt.time_batching.taps import Gradients
 
 Inputs = Sequence[Tensor]
 Needs = Sequence[bool]
-Totals = Sequence[Tensor | None]
 _convolution_backward: Callable[..., Gradients] = torch.ops.aten.convolution_backward.default
 _embedding_backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_backward.default
 
@@ -51,18 +50,15 @@ class Operation(ABC):
         """Gradients of one call's inputs."""
 
     @abstractmethod
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+        """The weight's gradient over many calls; None where it was added to a total."""
+
     def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
+        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Sequence[Tensor | None]
     ) -> Gradients:
         """Gradients of weight and bias over many calls; see `Record.collect`."""
-
-
-MakeOperation = Callable[[Tensor, Tensor | None], Operation]
-
-
-def operation_of(make: MakeOperation, weight: Tensor, bias: Tensor | None) -> Operation:
-    """An operation with weights that have a graph."""
-    return make(weight.detach(), None if bias is None else bias.detach())
+        weight = self.weight_gradient(grad, inputs, totals[0]) if needs[0] else None
+        return weight, add_sum(totals[1], _flat(grad)) if needs[1] else None
 
 
 class Linear(Operation):
@@ -82,13 +78,9 @@ class Linear(Operation):
             return (None,)
         return (multiply_back(_flat(grad), self.weight).view(inputs[0].shape),)
 
-    def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
-    ) -> Gradients:
-        """[M, K] and [M]."""
-        grad, x = _flat(grad), _flat(inputs[0])
-        weight = add_weight_gradient(totals[0], grad, x) if needs[0] else None
-        return weight, add_sum(totals[1], grad) if needs[1] else None
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+        """[M, K]."""
+        return add_weight_gradient(total, _flat(grad), _flat(inputs[0]))
 
 
 class Product(Operation):
@@ -103,12 +95,9 @@ class Product(Operation):
         """[N, K]."""
         return (multiply(grad, self.weight) if needs[0] else None,)
 
-    def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
-    ) -> Gradients:
-        """[K, M] and [M]."""
-        weight = add_weight_gradient(totals[0], inputs[0], grad) if needs[0] else None
-        return weight, add_sum(totals[1], grad) if needs[1] else None
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+        """[K, M]."""
+        return add_weight_gradient(total, inputs[0], grad)
 
 
 @dataclass(frozen=True)
@@ -125,14 +114,10 @@ class Embedding(Operation):
         """Indices have none."""
         return (None,)
 
-    def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
-    ) -> Gradients:
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
         """[V, E]."""
-        if not needs[0]:
-            return None, None
         rows = self.weight.shape[0]
-        return _embedding_backward(grad, inputs[0], rows, self.padding_idx, False), None
+        return _embedding_backward(grad, inputs[0], rows, self.padding_idx, False)
 
 
 class Bilinear(Operation):
@@ -151,17 +136,13 @@ class Bilinear(Operation):
             torch.einsum("no,oij,ni->nj", grad, self.weight, x1) if needs[1] else None,
         )
 
-    def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
-    ) -> Gradients:
-        """[O, I, J] and [O]."""
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+        """[O, I, J]."""
         x1, x2 = inputs
-        weight = None
-        if needs[0]:
-            weight = torch.empty_like(self.weight)
-            for output, column in enumerate(grad.unbind(1)):
-                multiply_matrices((x1 * column[:, None]).t(), x2, out=weight[output])
-        return weight, add_sum(totals[1], grad) if needs[1] else None
+        weight = torch.empty_like(self.weight)
+        for output, column in enumerate(grad.unbind(1)):
+            multiply_matrices((x1 * column[:, None]).t(), x2, out=weight[output])
+        return weight
 
 
 @dataclass(frozen=True)
@@ -183,10 +164,14 @@ class Convolution(Operation):
             return (None,)
         return (self._backward(grad, inputs[0], (True, False, False))[0],)
 
+    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+        """As the weight."""
+        return self.weight_gradients(grad, inputs, (True, False), ())[0]
+
     def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Totals
+        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Sequence[Tensor | None]
     ) -> Gradients:
-        """As weight and bias."""
+        """Both by one kernel."""
         return self._backward(grad, inputs[0], (False, needs[0], needs[1]))[1:]
 
     @property

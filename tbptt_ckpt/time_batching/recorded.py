@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.operations import MakeOperation, Operation, operation_of
+from tbptt_ckpt.time_batching.candidates import Candidate
+from tbptt_ckpt.time_batching.operations import Operation
 from tbptt_ckpt.time_batching.rows import Row, Rows
 from tbptt_ckpt.time_batching.slots import cut
 from tbptt_ckpt.time_batching.taps import (
@@ -24,9 +25,8 @@ from tbptt_ckpt.time_batching.taps import (
 class _CallsRecord:
     """What the calls of one operation in a leaf leave to the tap."""
 
-    def __init__(self, make: MakeOperation, weight: Tensor, bias: Tensor | None) -> None:
-        self.operation = operation_of(make, weight, bias)
-        self.versions = Versions(weight, bias)
+    def __init__(self, operation: Operation, weights: Sequence[Tensor | None]) -> None:
+        self.operation, self.versions = operation, Versions(*weights)
         self.notes: Notes[tuple[Tensor, Sequence[Tensor]]] = Notes()
 
     def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
@@ -65,26 +65,12 @@ class _Call(torch.autograd.Function):
 
 
 class RecordedCalls:
-    """Calls of one operation in a leaf, which leave their weight gradient to a tap.
+    """Calls of one operation in a leaf, which leave their weight gradient to a tap."""
 
-    Args:
-        make: Makes the operation.
-        weight: Its weight.
-        bias: Its bias, or None.
-        cast: To what autocast casts both, once per leaf; the gradient passes that once, too.
-    """
-
-    def __init__(
-        self,
-        make: MakeOperation,
-        weight: Tensor,
-        bias: Tensor | None,
-        cast: torch.dtype | None = None,
-    ) -> None:
-        self._versions, tapped = Versions(weight, bias), (weight, bias)
-        if cast is not None:
-            tapped = (weight.to(cast), None if bias is None else bias.to(cast))
-        self._record, self._num_calls = _CallsRecord(make, *tapped), 0
+    def __init__(self, candidate: Candidate) -> None:
+        tapped = candidate.tapped()
+        self._versions, self._num_calls = Versions(candidate.weight, candidate.bias), 0
+        self._record = _CallsRecord(candidate.operation(*tapped), tapped)
         # Not in the record: the token's node holds that, and the two would hold each other.
         self._token = tap(self._record, tapped)
 
@@ -174,20 +160,12 @@ class _OfRows(torch.autograd.Function):
 
 
 class CallsOfRows:
-    """An operation of all rows at once, whose result is given out row by row.
+    """An operation of all rows at once, whose result is given out row by row."""
 
-    Args:
-        make: Makes the operation.
-        source: The rows to do it with.
-        weight: Its weight.
-        bias: Its bias, or None.
-    """
-
-    def __init__(
-        self, make: MakeOperation, source: Rows, weight: Tensor, bias: Tensor | None
-    ) -> None:
-        operation = operation_of(make, weight, bias)
-        self._versions, self._uses = Versions(weight, bias), _Uses(len(source.entries))
+    def __init__(self, candidate: Candidate, source: Rows) -> None:
+        weight, bias = candidate.weight, candidate.bias
+        operation, self._versions = candidate.operation(weight, bias), Versions(weight, bias)
+        self._uses = _Uses(len(source.entries))
         with torch.no_grad():
             whole = operation.run(source.whole)
         if torch.is_grad_enabled():

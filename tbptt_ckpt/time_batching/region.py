@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.time_batching.candidates import Candidate, is_plain, transposed_weight
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
-from tbptt_ckpt.time_batching.operations import Embedding, Linear, MakeOperation, Product
+from tbptt_ckpt.time_batching.operations import Embedding, Linear, Product
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.recorded import CallsOfRows, RecordedCalls
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
 from tbptt_ckpt.time_batching.rows import InputRows, Row
-from tbptt_ckpt.time_batching.weights import is_plain, reason_to_leave, transposed_weight
 
 
 class Region:
@@ -43,18 +43,14 @@ class Region:
         """`F.linear`, or None where the plain operation is to do it."""
         autocast = is_plain(x) and torch.is_autocast_enabled(x.device.type)
         cast = torch.get_autocast_dtype(x.device.type) if autocast else None
-        if not self._takes("linear", (x,), weight, bias, cast):
+        candidate = Candidate("linear", Linear, weight, bias, cast=cast)
+        if not self._takes(candidate, (x,)) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
-        if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-            return None
-        row = self.rows.find(x) if cast is None else None
-        if row is not None:
-            output = self._of_row("linear", Linear, row, weight, bias)
-            if output is not None:
-                return output
+        output = self._of_row(candidate, self.rows.find(x) if cast is None else None)
+        if output is not None:
+            return output
         if torch.is_grad_enabled():
-            x = x if cast is None else x.to(cast)
-            return self._record_flat("linear", Linear, x, 1, weight, bias, cast=cast)
+            return self._record_flat(candidate, x if cast is None else x.to(cast), 1)
         return multiply(x, weight, bias) if cast is None and x.dim() == 2 else None
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -72,131 +68,83 @@ class Region:
             return self.linear(x, transposed, bias)
         if not torch.is_grad_enabled() or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
             return None
-        if not self._takes("matmul", (x,), weight, bias):
-            return None
-        return self._record_flat("matmul", Product, x, 1, weight, bias)
+        candidate = Candidate("matmul", Product, weight, bias)
+        return self._record_flat(candidate, x, 1) if self._takes(candidate, (x,)) else None
 
     def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
-        if not is_plain(indices) or not self._takes("embedding", (), weight, None):
-            return None
         make = partial(Embedding, padding_idx=padding_idx)
+        candidate = Candidate("embedding", make, weight, options=padding_idx)
+        if not is_plain(indices) or not self._takes(candidate, ()):
+            return None
         row = self.rows.find(indices)
         # A step with an index of no word may be one that the module skips.
         if row is not None and row.rows.bounds[0] >= 0 and row.rows.bounds[1] < len(weight):
-            output = self._of_row("embedding", make, row, weight, None, padding_idx)
+            output = self._of_row(candidate, row)
             if output is not None:
                 return output
         if not torch.is_grad_enabled() or not indices.dim():
             return None
-        return self._record_flat("embedding", make, indices, 0, weight, None, padding_idx)
+        return self._record_flat(candidate, indices, 0)
 
-    def recorded(
-        self,
-        name: str,
-        make: MakeOperation,
-        inputs: tuple[Tensor, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        *options: Any,
-    ) -> Tensor | None:
+    def recorded(self, candidate: Candidate, *inputs: Tensor) -> Tensor | None:
         """An operation that leaves its weight gradient to the tap; None if it must not.
 
         Args:
-            name: For the report.
-            make: Makes the operation of a weight and bias without a graph.
+            candidate: What to do.
             inputs: Its inputs; calls may differ in their first dimension only.
-            weight: Its weight.
-            bias: Its bias, or None.
-            options: What else tells it from others of the same weight.
         """
-        if not torch.is_grad_enabled() or not self._takes(name, inputs, weight, bias):
+        if not torch.is_grad_enabled() or not self._takes(candidate, inputs):
             return None
-        return self._record(name, make, inputs, weight, bias, *options)
+        return self._record(candidate, inputs)
 
     def close(self) -> None:
         """The steps are done."""
         self.cells.close()
 
-    def _takes(
-        self,
-        name: str,
-        inputs: tuple[Any, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        cast: torch.dtype | None = None,
-    ) -> bool:
+    def _takes(self, candidate: Candidate, inputs: Sequence[Any]) -> bool:
         """Whether an operation may and should take part."""
-        reason = reason_to_leave(inputs, weight, bias, cast)
-        if not reason and not self._pays(weight.numel()):
+        reason = candidate.reason_to_leave(inputs)
+        if not reason and not self._pays(candidate.weight.numel()):
             reason = SMALL
         if reason:
-            self._tally.left(name, reason)
+            self._tally.left(candidate.name, reason)
         return not reason
 
-    def _of_row(
-        self,
-        name: str,
-        make: MakeOperation,
-        row: Row,
-        weight: Tensor,
-        bias: Tensor | None,
-        *options: Any,
-    ) -> Tensor | None:
-        """One row of what an operation makes of all of them; None where it has been given out."""
-        key = (name, id(weight), id(bias), options, torch.is_grad_enabled())
+    def _of_row(self, candidate: Candidate, row: Row | None) -> Tensor | None:
+        """One row of what is made of all of them; None where it has been given out, or is none."""
+        if row is None:
+            return None
+        key = (candidate.key, torch.is_grad_enabled())
         calls: CallsOfRows | None = row.rows.made.get(key)
         if calls is None:
-            calls = row.rows.made[key] = CallsOfRows(make, row.rows, weight, bias)
-            self._tally.batched(f"{name} of inputs", tuple(weight.shape))
+            calls = row.rows.made[key] = CallsOfRows(candidate, row.rows)
+            self._tally.batched(f"{candidate.name} of inputs", tuple(candidate.weight.shape))
         made = calls.take(row.position)
-        if made is None:
-            return None
-        self.rows.add(made)
-        return made.rows.entries[made.position]
+        return None if made is None else self.rows.add(made)
 
-    def _record_flat(
-        self,
-        name: str,
-        make: MakeOperation,
-        x: Tensor,
-        width_dims: int,
-        weight: Tensor,
-        bias: Tensor | None,
-        *options: Any,
-        cast: torch.dtype | None = None,
-    ) -> Tensor | None:
+    def _record_flat(self, candidate: Candidate, x: Tensor, width_dims: int) -> Tensor | None:
         """An operation on the last `width_dims` dimensions of x, each of the others a row."""
         lead, width = x.shape[: x.dim() - width_dims], x.shape[x.dim() - width_dims :]
         if len(lead) == 1:
-            return self._record(name, make, (x,), weight, bias, *options, cast=cast)
-        flat = (x.reshape(-1, *width),)
-        output = self._record(name, make, flat, weight, bias, *options, cast=cast)
+            return self._record(candidate, (x,))
+        output = self._record(candidate, (x.reshape(-1, *width),))
         return None if output is None else output.view(*lead, output.shape[-1])
 
-    def _record(
-        self,
-        name: str,
-        make: MakeOperation,
-        inputs: tuple[Tensor, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        *options: Any,
-        cast: torch.dtype | None = None,
-    ) -> Tensor | None:
-        if not weight.requires_grad:
-            self._tally.left(name, "a frozen weight")
-            return None
-        if cast is None and torch.is_autocast_enabled(weight.device.type):
-            self._tally.left(name, "autocast")
-            return None
-        shapes = tuple(x.shape[1:] for x in inputs)
-        key = (name, id(weight), id(bias), options, shapes, cast)
+    def _record(self, candidate: Candidate, inputs: Sequence[Tensor]) -> Tensor | None:
+        weight, reason = candidate.weight, ""
+        key = (candidate.key, tuple(x.shape[1:] for x in inputs))
         calls = self._calls.get(key)
-        if calls is None:
-            calls = self._calls[key] = RecordedCalls(make, weight, bias, cast)
-            self._tally.batched(name, tuple(weight.shape))
-        if calls.moved():
-            self._tally.left(name, CHANGED)
+        if not weight.requires_grad:
+            reason = "a frozen weight"
+        elif candidate.cast is None and torch.is_autocast_enabled(weight.device.type):
+            reason = "autocast"
+        elif calls is not None and calls.moved():
+            reason = CHANGED
+        if reason:
+            self._tally.left(candidate.name, reason)
             return None
+        if calls is None:
+            calls = self._calls[key] = RecordedCalls(candidate)
+            self._tally.batched(candidate.name, tuple(weight.shape))
         return calls(*inputs)

@@ -74,9 +74,11 @@ class InputRows:
         row = self._known.get(id(x))
         return row if row is not None and row.rows.is_untouched(row.position) else None
 
-    def add(self, row: Row) -> None:
-        """What was made of a row of this step is a row, too."""
-        self._known[id(row.rows.entries[row.position])] = row  # held by it: the id stays its own
+    def add(self, row: Row) -> Tensor:
+        """What was made of a row of this step is a row, too; its tensor."""
+        entry = row.rows.entries[row.position]
+        self._known[id(entry)] = row  # which holds the entry: its id stays its own
+        return entry
 
     def of_steps(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
         """The input of each step, known while that step runs.
