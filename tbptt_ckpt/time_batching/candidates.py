@@ -74,15 +74,19 @@ class Candidate(NamedTuple):
         weight, bias, cast = self.weight, self.bias, self.cast
         if not is_stable(weight) or not is_stable(bias):
             return COMPUTED
-        if not all(is_plain(x) and x.dim() for x in inputs):
-            return "inputs of another type, or without a dimension"
         if weight.is_complex():
             return "complex numbers"
-        dtypes = {x.dtype for x in inputs if x.is_floating_point() or x.is_complex()}
-        if cast is None:
-            return "" if dtypes <= {weight.dtype} else "dtypes that differ"
-        dtypes.update(w.dtype for w in (weight, bias) if w is not None)
-        return "" if dtypes <= {torch.float32, cast} else "dtypes that autocast leaves alone"
+        allowed = (weight.dtype,) if cast is None else (torch.float32, cast)
+        for x in inputs:
+            if not is_plain(x) or not x.dim():
+                return "inputs of another type, or without a dimension"
+            if x.dtype not in allowed and (x.is_floating_point() or x.is_complex()):
+                return "dtypes that differ"
+        if cast is not None and any(
+            w is not None and w.dtype not in allowed for w in (weight, bias)
+        ):
+            return "dtypes that autocast leaves alone"
+        return ""
 
     def tapped(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, cast if autocast does so: once per leaf, and back once, too."""

@@ -142,7 +142,8 @@ class CellRecord:
         grad = joined([n.slot for n in notes])
         reset_grads = [n.reset_slot for n in notes if n.reset_slot is not None]
         reset_grad = joined(reset_grads) if reset_grads else None
-        x = joined([n.x for n in notes if n.x is not None]) if needs[0] else None
+        join_inputs = joined if self.of_rows else torch.cat
+        x = join_inputs([n.x for n in notes if n.x is not None]) if needs[0] else None
         h = torch.cat([n.h for n in notes]) if needs[1] else None
         notes.clear()
         rows: list[Tensor | None] = [None] * len(needs[4:])
@@ -197,7 +198,7 @@ class CellNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients of x and the states; those of the gates are left to the tap."""
-        if all(grad is None for grad in grads):
+        if grads[0] is None and grads[-1] is None:  # two at most
             return (None,) * len(ctx.needs_input_grad)
         begin_backward()
         record: CellRecord = ctx.record

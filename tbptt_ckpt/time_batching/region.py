@@ -41,8 +41,8 @@ class Region:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
-        autocast = is_plain(x) and torch.is_autocast_enabled(x.device.type)
-        cast = torch.get_autocast_dtype(x.device.type) if autocast else None
+        device = weight.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         candidate = Candidate("linear", Linear, weight, bias, cast=cast)
         if not self._takes(candidate, (x,)) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
@@ -125,9 +125,9 @@ class Region:
 
     def _record_flat(self, candidate: Candidate, x: Tensor, width_dims: int) -> Tensor | None:
         """An operation on the last `width_dims` dimensions of x, each of the others a row."""
-        lead, width = x.shape[: x.dim() - width_dims], x.shape[x.dim() - width_dims :]
-        if len(lead) == 1:
+        if x.dim() == 1 + width_dims:
             return self._record(candidate, (x,))
+        lead, width = x.shape[: x.dim() - width_dims], x.shape[x.dim() - width_dims :]
         output = self._record(candidate, (x.reshape(-1, *width),))
         return None if output is None else output.view(*lead, output.shape[-1])
 

@@ -21,15 +21,14 @@ def cut(buffer: Tensor) -> list[Tensor]:
 
 
 def joined(slots: Sequence[Tensor]) -> Tensor:
-    """Matrices of [N, M] each as one; without a copy where they lie side by side."""
+    """Slots, or rows of one tensor, of [N, M] each; without a copy where they lie side by side."""
     first = slots[0]
     if len(slots) == 1:
         return first
     step = first.nbytes
     start = first.data_ptr()
-    adjacent = all(
-        slot.is_contiguous() and slot.data_ptr() == start + index * step
-        for index, slot in enumerate(slots)
+    adjacent = first.is_contiguous() and all(
+        slot.data_ptr() == start + index * step for index, slot in enumerate(slots)
     )
     same = first.untyped_storage().data_ptr() == slots[-1].untyped_storage().data_ptr()
     if not (adjacent and same):

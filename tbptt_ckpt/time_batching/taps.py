@@ -138,10 +138,7 @@ class Versions:
 
     def moved(self) -> bool:
         """Whether a weight has been written to."""
-        for weight, version in zip(self._weights, self._expected, strict=True):
-            if weight._version != version:
-                return True
-        return False
+        return [weight._version for weight in self._weights] != self._expected
 
     def check(self) -> None:
         """Raise as autograd does for a saved tensor."""
