@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.schedule.costs import Costs
@@ -36,7 +35,7 @@ def costs_of_forms(
     costs = {BATCHED: measure(_FIRST_SHARE * max_seconds)}
     left = max_seconds - (time.perf_counter() - begun)
     if batching.has_batched and left >= _LEAST_SHARE * max_seconds:
-        with _plain(batching):
+        with batching.plain():
             costs[PLAIN] = measure(min(left, max_seconds - _FIRST_SHARE * max_seconds))
     return costs
 
@@ -66,12 +65,3 @@ def fastest_form(costs: Mapping[bool, Costs], planned: Callable[[Costs], Plan]) 
         "batched" if best else "left plain",
     )
     return best
-
-
-@contextmanager
-def _plain(batching: TimeBatching) -> Iterator[None]:
-    before, batching.choice = batching.choice, False
-    try:
-        yield
-    finally:
-        batching.choice = before

@@ -43,7 +43,6 @@ class Runner:
     Args:
         recurrence: The module.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
-
         time_batching: Whether products are made over all steps of a run.
     """
 

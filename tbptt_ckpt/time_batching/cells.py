@@ -10,6 +10,7 @@ Letters: N lanes, K inputs, H width; G gates (LSTM 4, GRU 3, RNN 1).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,13 @@ from tbptt_ckpt.time_batching.products import (
     write_product,
 )
 from tbptt_ckpt.time_batching.slots import cut, joined
-from tbptt_ckpt.time_batching.taps import Versions, begin_backward, graph_is_kept
+from tbptt_ckpt.time_batching.taps import (
+    Gradients,
+    Notes,
+    Versions,
+    begin_backward,
+    graph_is_kept,
+)
 
 
 class CellWeights(NamedTuple):
@@ -35,11 +42,53 @@ class CellWeights(NamedTuple):
     hidden_bias: Tensor | None
 
 
+class Call(NamedTuple):
+    """What the backward of one call knows: `kept` as the cell's `run` gave it."""
+
+    slot: Tensor
+    states: Sequence[Tensor]
+    kept: Tensor
+    hidden: Tensor
+    needs: Sequence[bool]
+
+
+Run = tuple[Tensor | tuple[Tensor, ...], Tensor]
+CallGradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
+
+
+class Cell(ABC):
+    """A kind of cell.
+
+    Attributes:
+        name: For the report.
+        resets: Whether a gate multiplies a part of h's product, which is kept, and whose bias
+            cannot be added to the products of the input.
+    """
+
+    name: str
+    resets = False
+
+    @abstractmethod
+    def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
+        """One step, and a tensor that its backward needs.
+
+        Args:
+            slot: [N, G*H], the products of the input and the biases; ends up with the gates.
+            states: [N, H] each.
+            weights: The cell's.
+        """
+
+    @abstractmethod
+    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+        """The gradients of what was kept, if a weight made that, and of the states.
+
+        Those of the gates are left in the slot.
+        """
+
+
 class Note(NamedTuple):
     """What one call leaves to the tap, in one backward."""
 
-    call: int
-    task: int
     slot: Tensor
     reset_slot: Tensor | None
     x: Tensor | None
@@ -50,88 +99,66 @@ class CellRecord:
     """The calls of one cell in a leaf that take their inputs from the same place.
 
     Args:
+        cell: What they do.
         weights: The cell's.
-        buffer: [n, N, G*H]; with the products of the input, unless each call brings its input.
+        buffer: [n, N, G*H]; with the products of the input, if the calls are those of rows.
         input_bias: [G*H], what is added to the products of the input.
-        reset_buffer: [n, N, H] for the part of a GRU that its reset gate multiplies.
+        of_rows: Whether call i is that of the i-th row, so that the tap makes the gradients of
+            the inputs, too.
     """
 
     def __init__(
         self,
+        cell: Cell,
         weights: CellWeights,
         buffer: Tensor,
         input_bias: Tensor | None,
-        reset_buffer: Tensor | None = None,
+        of_rows: bool,
     ) -> None:
-        self.input = weights.input.detach()
-        self.hidden = weights.hidden.detach()
-        self.versions = Versions(*weights)
-        self.slots = cut(buffer)
-        self.reset_slots = None if reset_buffer is None else cut(reset_buffer)
-        self.hidden_bias = None if weights.hidden_bias is None else weights.hidden_bias.detach()
-        self.input_bias = input_bias
-        self.used = [False] * len(self.slots)
-        self._notes: list[Note] = []
+        self.cell, self.weights, self.versions = cell, weights, Versions(*weights)
+        self.of_rows, self._input_bias = of_rows, input_bias
+        self.slots, self.reset_slots = cut(buffer), None
+        if cell.resets:
+            reset_buffer = buffer.new_empty(*buffer.shape[:2], weights.hidden.shape[1])
+            self.reset_slots = cut(reset_buffer)
+        self.notes: Notes[Note] = Notes()
 
     def close(self) -> None:
         """No call is to come: what the backward needs is saved by autograd from here on."""
         self.slots, self.reset_slots = [], None
 
-    def filled_slot(self, call: int, x: Tensor | None) -> Tensor:
-        """A call's slot with the products of its input: x: [N, K], or None if they are there."""
+    def filled_slot(self, call: int, x: Tensor) -> Tensor:
+        """A call's slot with the products of its input: x: [N, K]."""
         slot = self.slots[call]
-        if x is not None:
-            write_product(slot, x, self.input, self.input_bias)
+        if not self.of_rows:
+            write_product(slot, x, self.weights.input, self._input_bias)
         return slot
 
-    def note(self, note: Note) -> None:
-        """Leave one call's part to the tap."""
-        self._notes.append(note)
-
-    def collect(
-        self, whole: Tensor | None, needs: Sequence[bool], totals: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of the inputs of all steps and of the weights."""
-        task = torch._C._current_graph_task_id()
-        notes = sorted((n for n in self._notes if n.task == task), key=lambda n: n.call)
-        self._notes = []
-        if not notes:
-            return (None,) * 5
-        calls = [n.call for n in notes]
+    def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
+        """The gradients of the weights and of the rows."""
+        calls, notes = self.notes.take()
+        if not calls:
+            return (None,) * len(needs)
         grad = joined([n.slot for n in notes])
         reset_grads = [n.reset_slot for n in notes if n.reset_slot is not None]
         reset_grad = joined(reset_grads) if reset_grads else None
-        x = _inputs_of(notes, whole) if needs[1] else None
-        h = torch.cat([n.h for n in notes]) if needs[2] else None
+        join_inputs = joined if self.of_rows else torch.cat
+        x = join_inputs([n.x for n in notes if n.x is not None]) if needs[0] else None
+        h = torch.cat([n.h for n in notes]) if needs[1] else None
         notes.clear()
-        whole_grad = None
-        if whole is not None and needs[0]:
-            whole_grad = _spread(multiply_back(grad, self.input), calls, whole)
+        rows: list[Tensor | None] = [None] * len(needs[4:])
+        if any(needs[4:]):
+            row_grads = multiply_back(grad, self.weights.input).chunk(len(calls))
+            for call, row_grad in zip(calls, row_grads, strict=True):
+                rows[call] = row_grad
         input_grad = None if x is None else add_weight_gradient(totals[0], grad, x)
         hidden_grad = None if h is None else _hidden_gradient(totals[1], grad, reset_grad, h)
-        input_bias = add_sum(totals[2], grad) if needs[3] else None
-        if not needs[4]:
-            return whole_grad, input_grad, hidden_grad, input_bias, None
+        input_bias = add_sum(totals[2], grad) if needs[2] else None
+        if not needs[3]:
+            return input_grad, hidden_grad, input_bias, None, *rows
         if reset_grad is not None:
             grad = torch.cat([grad[:, : -reset_grad.shape[1]], reset_grad], 1)
-        return whole_grad, input_grad, hidden_grad, input_bias, add_sum(totals[3], grad)
-
-
-def _inputs_of(notes: Sequence[Note], whole: Tensor | None) -> Tensor:
-    """The inputs of calls as one matrix."""
-    if whole is None:
-        return torch.cat([n.x for n in notes if n.x is not None])
-    x = whole if len(notes) == len(whole) else whole[[n.call for n in notes]]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _spread(grad: Tensor, calls: list[int], whole: Tensor) -> Tensor:
-    """Gradients of the rows that were used, among those of all rows."""
-    if len(calls) == len(whole):
-        return grad.view(whole.shape)
-    spread = torch.zeros_like(whole)
-    spread[calls] = grad.view(len(calls), *whole.shape[1:])
-    return spread
+        return input_grad, hidden_grad, input_bias, add_sum(totals[3], grad), *rows
 
 
 def _hidden_gradient(
@@ -149,22 +176,43 @@ def _hidden_gradient(
     return given_back
 
 
-def begin_cell_backward(ctx: Any) -> tuple[int, CellRecord]:
-    """What a backward begins with: the number of the backward, and the record."""
-    task, record = begin_backward(), ctx.record
-    record.versions.check()
-    return task, record
+class CellNode(torch.autograd.Function):
+    """One call, with its gates in a slot of the record."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, record: CellRecord, call: int, _token: Tensor, x: Tensor, *states: Tensor
+    ) -> Any:
+        """The new states."""
+        ctx.set_materialize_grads(False)
+        ctx.record, ctx.call = record, call
+        slot = record.filled_slot(call, x)
+        new_states, kept = record.cell.run(slot, states, record.weights)
+        if record.reset_slots is not None:
+            kept = record.reset_slots[call].copy_(kept)
+        # What a frozen weight is multiplied by may be written to.
+        x_kept = x if record.weights.input.requires_grad else None
+        ctx.save_for_backward(slot, x_kept, kept, *states)
+        return new_states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients of x and the states; those of the gates are left to the tap."""
+        if grads[0] is None and grads[-1] is None:  # two at most
+            return (None,) * len(ctx.needs_input_grad)
+        begin_backward()
+        record: CellRecord = ctx.record
+        record.versions.check()
+        slot, x, kept, *states = ctx.saved_tensors
+        slot, weights, needs = own(slot), record.weights, ctx.needs_input_grad
+        call = Call(slot, states, kept, weights.hidden, needs[4:])
+        reset_slot, state_grads = record.cell.gradients(grads, call)
+        record.notes.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
+        is_wanted = needs[3] and not record.of_rows
+        x_grad = multiply_back(slot, weights.input) if is_wanted else None
+        return None, None, None, x_grad, *state_grads
 
 
-def own_slot(slot: Tensor | None) -> Any:
+def own(slot: Tensor) -> Tensor:
     """The slot to write gradients into."""
-    return slot.clone() if slot is not None and graph_is_kept() else slot
-
-
-def finish_cell_backward(
-    ctx: Any, task: int, slot: Tensor, reset_slot: Tensor | None, x: Tensor | None, h: Tensor
-) -> Tensor | None:
-    """Leave the call's part to the tap; the gradient of its input."""
-    record: CellRecord = ctx.record
-    record.note(Note(ctx.call, task, slot, reset_slot, x, h))
-    return multiply_back(slot, record.input) if ctx.needs_input_grad[3] else None
+    return slot.clone() if graph_is_kept() else slot

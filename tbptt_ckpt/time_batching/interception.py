@@ -10,9 +10,10 @@ looked up by thread: torch's functions are shared by all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -20,119 +21,162 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
+from tbptt_ckpt.time_batching.candidates import Candidate
+from tbptt_ckpt.time_batching.cells import Cell
+from tbptt_ckpt.time_batching.gru import GRU
+from tbptt_ckpt.time_batching.lstm import LSTM
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region
+from tbptt_ckpt.time_batching.rnn import RNN
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
 # of them a step's weight gradient is a large product already.
 _MOST_POSITIONS = 512
 
-_lock = threading.Lock()
-_open_regions = 0
-_thread = threading.local()
+_saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class _Thread(threading.local):
+    region: Region | None = None
+    hooks: Any = None  # on saved tensors, as the region was opened
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def opened(region: Region) -> Iterator[None]:
+    """While entered, this thread's operations meet the region."""
+    before = _thread.region, _thread.hooks
+    _functions.open()
+    _thread.region, _thread.hooks = region, _saved_tensor_hooks(False)
+    try:
+        yield
+    finally:
+        _thread.region, _thread.hooks = before
+        _functions.close()
+        region.close()
 
 
 def _region() -> Region | None:
-    """This thread's region, unless a transform or mode wants to see plain operations."""
+    """This thread's region, unless a transform or mode wants to see plain operations.
+
+    Inference mode has no versions to look at. Hooks on saved tensors that were entered within the
+    step may be those of a checkpoint, whose recomputation meets no region and has to save what
+    the first run saved.
+    """
     if torch.compiler.is_compiling():  # what is compiled outlives the region
         return None
-    region: Region | None = getattr(_thread, "region", None)
+    region = _thread.region
     if region is None:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return None
+    if torch.is_inference_mode_enabled() or _saved_tensor_hooks(False) != _thread.hooks:
+        return None
     return None if torch._C._len_torch_function_stack() else region
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    region = _region()
-    output = None if region is None else region.linear(input, weight, bias)
-    return _plain[F, "linear"](input, weight, bias) if output is None else output
+def _is_torchs_own(function: Function) -> bool:
+    """Whether nobody has put a function of theirs in the place of one of torch's."""
+    if isinstance(function, BuiltinFunctionType | MethodDescriptorType):
+        return True
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.nn.")
 
 
-def _zeros(cell: nn.RNNCellBase, x: Tensor) -> Tensor | None:
-    """The state with which a cell begins by itself; None where it must judge its input first."""
-    if not isinstance(x, Tensor) or x.dim() != 2:
-        return None
-    return x.new_zeros(x.shape[0], cell.hidden_size)
+def _unless_patched(make: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Leaves a function as it is if it is not torch's own."""
+    return lambda plain: make(plain) if _is_torchs_own(plain) else plain
 
 
-def _lstm_forward(cell: nn.LSTMCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region, result = _region(), None
-    states = (_zeros(cell, input),) * 2 if region is not None and hx is None else hx
-    if region is not None and type(states) is tuple and len(states) == 2:
-        result = region.cells.call(cell, "LSTMCell", input, states)
-    return _plain[nn.LSTMCell, "forward"](cell, input, hx) if result is None else result
+def _linear(plain: Function) -> Function:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+        region = _region()
+        output = None if region is None else region.linear(input, weight, bias)
+        return plain(input, weight, bias) if output is None else output
+
+    return linear
 
 
-def _gru_forward(cell: nn.GRUCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region, result = _region(), None
-    if region is not None:
-        h = _zeros(cell, input) if hx is None else hx
-        result = region.cells.call(cell, "GRUCell", input, (h,))
-    return _plain[nn.GRUCell, "forward"](cell, input, hx) if result is None else result
+def _cell(kinds: Mapping[str | None, Cell], plain: Function) -> Function:
+    """The forward of a cell; kinds by nonlinearity, where there is a choice."""
+
+    def forward(cell: Any, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
+        region, result = _region(), None
+        kind = kinds.get(getattr(cell, "nonlinearity", None))
+        if region is not None and kind is not None:
+            result = region.cells.call(cell, kind, input, _states(cell, input, hx))
+        return plain(cell, input, hx) if result is None else result
+
+    return forward
 
 
-def _rnn_forward(cell: nn.RNNCell, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
-    region, result = _region(), None
-    if region is not None and cell.nonlinearity in ("tanh", "relu"):
-        h = _zeros(cell, input) if hx is None else hx
-        result = region.cells.call(cell, f"RNNCell {cell.nonlinearity}", input, (h,))
-    return _plain[nn.RNNCell, "forward"](cell, input, hx) if result is None else result
+def _states(cell: nn.RNNCellBase, x: Any, hx: Any) -> tuple[Any, ...]:
+    """The state as a tuple; the cell begins with zeros by itself."""
+    num_states = 2 if isinstance(cell, nn.LSTMCell) else 1
+    if hx is None and isinstance(x, Tensor) and x.dim() == 2:
+        return (x.new_zeros(x.shape[0], cell.hidden_size),) * num_states
+    if num_states == 1:
+        return (hx,)
+    return hx if type(hx) is tuple and len(hx) == num_states else (None,)
 
 
-def _product(owner: Any, name: str) -> Callable[..., Any]:
+def _product(plain: Function) -> Function:
     """`torch.matmul`, `torch.mm`, or a method of tensors that is one of them."""
 
     def multiply(*args: Any, **kwargs: Any) -> Any:
         region = None if kwargs or len(args) != 2 else _region()
         output = None if region is None else region.product(*args)
-        return _plain[owner, name](*args, **kwargs) if output is None else output
+        return plain(*args, **kwargs) if output is None else output
 
     return multiply
 
 
-def _addmm(*args: Any, **kwargs: Any) -> Any:
-    region = None if kwargs or len(args) != 3 else _region()
-    output = None
-    if region is not None and isinstance(args[0], Tensor) and args[0].dim() == 1:
-        bias, x, weight = args
-        output = region.product(x, weight, bias)
-    return _plain[torch, "addmm"](*args, **kwargs) if output is None else output
+def _addmm(plain: Function) -> Function:
+    def addmm(*args: Any, **kwargs: Any) -> Any:
+        region, output = None if kwargs or len(args) != 3 else _region(), None
+        if region is not None and isinstance(args[0], Tensor) and args[0].dim() == 1:
+            bias, x, weight = args
+            output = region.product(x, weight, bias)
+        return plain(*args, **kwargs) if output is None else output
+
+    return addmm
 
 
-def _embedding(
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    region = None if max_norm is not None or scale_grad_by_freq or sparse else _region()
-    if region is not None and (padding_idx is None or -len(weight) <= padding_idx < len(weight)):
-        row = -1 if padding_idx is None else padding_idx % len(weight)
-        output = region.embedding(input, weight, row)
-        if output is not None:
-            return output
-    result: Tensor = _plain[F, "embedding"](
-        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-    )
-    return result
+def _embedding(plain: Function) -> Function:
+    def embedding(
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        region = None if max_norm is not None or scale_grad_by_freq or sparse else _region()
+        output, row = None, -1 if padding_idx is None else padding_idx
+        if region is not None and -len(weight) <= row < len(weight):
+            row = -1 if padding_idx is None else row % len(weight)
+            output = region.embedding(input, weight, row)
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return plain(input, weight, *options) if output is None else output
+
+    return embedding
 
 
-def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    region = _region()
-    output = None
-    if region is not None and input1.dim() == input2.dim() == 2:
-        output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
-    return _plain[F, "bilinear"](input1, input2, weight, bias) if output is None else output
+def _bilinear(plain: Function) -> Function:
+    def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        region, output = _region(), None
+        if region is not None and input1.dim() == input2.dim() == 2:
+            candidate = Candidate("bilinear", Bilinear, weight, bias)
+            output = region.recorded(candidate, input1, input2)
+        return plain(input1, input2, weight, bias) if output is None else output
+
+    return bilinear
 
 
-def _convolution(dims: int) -> Callable[..., Any]:
-    """`F.conv1d` or `F.conv2d`."""
-
+def _convolution(dims: int, plain: Function) -> Function:
     def convolve(
         input: Tensor,  # noqa: A002
         weight: Tensor,
@@ -152,11 +196,10 @@ def _convolution(dims: int) -> Callable[..., Any]:
             make = partial(
                 Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
             )
-            options = (*sizes, groups)
-            output = region.recorded(f"conv{dims}d", make, (input,), weight, bias, *options)
+            name, options = f"conv{dims}d", (*sizes, groups)
+            output = region.recorded(Candidate(name, make, weight, bias, options), input)
         if output is not None:
             return output
-        plain = _plain[F, f"conv{dims}d"]
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolve
@@ -170,51 +213,20 @@ def _each(size: Any, dims: int) -> tuple[int, ...]:
     return (size,) * dims if isinstance(size, int) else tuple(size) * (dims // len(size))
 
 
-_replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+_makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
     (F, "linear"): _linear,
     (F, "embedding"): _embedding,
     (F, "bilinear"): _bilinear,
-    (F, "conv1d"): _convolution(1),
-    (F, "conv2d"): _convolution(2),
-    (torch, "matmul"): _product(torch, "matmul"),
-    (torch, "mm"): _product(torch, "mm"),
+    (F, "conv1d"): partial(_convolution, 1),
+    (F, "conv2d"): partial(_convolution, 2),
+    (torch, "matmul"): _product,
+    (torch, "mm"): _product,
     (torch, "addmm"): _addmm,
-    (Tensor, "__matmul__"): _product(Tensor, "__matmul__"),
-    (Tensor, "matmul"): _product(Tensor, "matmul"),
-    (Tensor, "mm"): _product(Tensor, "mm"),
-    (nn.LSTMCell, "forward"): _lstm_forward,
-    (nn.GRUCell, "forward"): _gru_forward,
-    (nn.RNNCell, "forward"): _rnn_forward,
+    (Tensor, "__matmul__"): _product,
+    (Tensor, "matmul"): _product,
+    (Tensor, "mm"): _product,
+    (nn.LSTMCell, "forward"): partial(_cell, {None: LSTM()}),
+    (nn.GRUCell, "forward"): partial(_cell, {None: GRU()}),
+    (nn.RNNCell, "forward"): partial(_cell, {name: RNN(name) for name in ("tanh", "relu")}),
 }
-_plain: dict[tuple[Any, str], Callable[..., Any]] = {
-    (owner, name): getattr(owner, name) for owner, name in _replacements
-}
-
-
-@contextmanager
-def opened(region: Region) -> Iterator[None]:
-    """While entered, this thread's operations meet the region."""
-    before = getattr(_thread, "region", None)
-    _change_open_regions(+1)
-    _thread.region = region
-    try:
-        yield
-    finally:
-        _thread.region = before
-        _change_open_regions(-1)
-        region.close()
-
-
-def _change_open_regions(change: int) -> None:
-    global _open_regions  # one count for the process: torch's functions are shared by its threads
-    with _lock:
-        if _open_regions == 0:
-            _install(_replacements)
-        _open_regions += change
-        if _open_regions == 0:
-            _install(_plain)
-
-
-def _install(functions: dict[tuple[Any, str], Callable[..., Any]]) -> None:
-    for (owner, name), function in functions.items():
-        setattr(owner, name, function)
+_functions = ReplacedFunctions({place: _unless_patched(make) for place, make in _makers.items()})

@@ -1,77 +1,44 @@
-"""`nn.LSTMCell` as one autograd node per call. Gates in PyTorch's order: i, f, g, o."""
+"""`nn.LSTMCell`. Gates in PyTorch's order: i, f, g, o."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import (
-    CellRecord,
-    begin_cell_backward,
-    finish_cell_backward,
-    own_slot,
-)
+from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run
 from tbptt_ckpt.time_batching.products import add_product, multiply_back
 
 sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
 tanh_backward: Callable[..., Tensor] = torch.ops.aten.tanh_backward.grad_input
 
 
-def lstm_step(slot: Tensor, h: Tensor, c: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """One step; the gates end up in the slot.
+class LSTM(Cell):
+    """States h and c; the gates end up in the slot: [N, 4H]."""
 
-    Args:
-        slot: [N, 4H], the products of the input and the biases.
-        h: [N, H].
-        c: [N, H].
-        hidden: [4H, H], the weight of h.
-    """
-    width = c.shape[1]
-    add_product(slot, h, hidden)
-    i, f, g, o = slot.chunk(4, 1)
-    slot[:, : 2 * width].sigmoid_()
-    g.tanh_()
-    o.sigmoid_()
-    new_c = torch.mul(f, c)
-    new_c.addcmul_(i, g)
-    new_h = torch.tanh(new_c)
-    new_h.mul_(o)
-    return new_h, new_c
+    name = "LSTMCell"
 
+    def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
+        """The new h and c, of which the backward needs c."""
+        h, c = states
+        width = c.shape[1]
+        add_product(slot, h, weights.hidden)
+        i, f, g, o = slot.chunk(4, 1)
+        slot[:, : 2 * width].sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        new_c = torch.mul(f, c)
+        new_c.addcmul_(i, g)
+        new_h = torch.tanh(new_c)
+        new_h.mul_(o)
+        return (new_h, new_c), new_c
 
-class LSTMNode(torch.autograd.Function):
-    """One call, with its gates in a slot of the record."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        record: CellRecord,
-        call: int,
-        _token: Tensor,
-        x: Tensor | None,
-        h: Tensor,
-        c: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The new h and c."""
-        ctx.set_materialize_grads(False)
-        ctx.record, ctx.call = record, call
-        slot = record.filled_slot(call, x)
-        new_h, new_c = lstm_step(slot, h, c, record.hidden)
-        ctx.save_for_backward(slot, x, h, c, new_c)
-        return new_h, new_c
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients of x, h and c; those of the gates stay in the slot for the tap."""
+    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+        """Those of h and c."""
         grad_h, grad_c = grads
-        if grad_h is None and grad_c is None:
-            return (None,) * 6
-        task, record = begin_cell_backward(ctx)
-        slot, x, h, c, new_c = ctx.saved_tensors
-        slot = own_slot(slot)
+        slot, (_, c), new_c, hidden, needs = call
         width = c.shape[1]
         i, f, g, o = slot.chunk(4, 1)
         if grad_h is None:
@@ -88,10 +55,8 @@ class LSTMNode(torch.autograd.Function):
         torch.mul(total, g, out=grad_first[:, :width])
         torch.mul(total, c, out=grad_first[:, width:])
         grad_g = torch.mul(total, i)
-        grad_c = torch.mul(total, f) if ctx.needs_input_grad[5] else None
+        grad_c = torch.mul(total, f) if needs[1] else None
         sigmoid_backward(grad_first, first, grad_input=first)
         tanh_backward(grad_g, g, grad_input=g)
         sigmoid_backward(grad_o, o, grad_input=o)
-        grad_x = finish_cell_backward(ctx, task, slot, None, x, h)
-        grad_h = multiply_back(slot, record.hidden) if ctx.needs_input_grad[4] else None
-        return None, None, None, grad_x, grad_h, grad_c
+        return None, (multiply_back(slot, hidden) if needs[0] else None, grad_c)

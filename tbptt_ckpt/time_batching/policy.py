@@ -22,8 +22,8 @@ _LARGE = 250_000
 _PLAIN = nullcontext()
 
 
-def pays(_rows: int, elements: int) -> bool:
-    """Whether batching gains time for products of so many rows with a weight of so many elements.
+def pays(elements: int) -> bool:
+    """Whether batching gains time for products with a weight of so many elements.
 
     A rule and no measurement, so that equal runs have equal bits; see `docs/time_batching.md`.
     A planner may find that all of a run is better left plain; its snapshots say so.
@@ -31,7 +31,7 @@ def pays(_rows: int, elements: int) -> bool:
     return elements >= _LARGE
 
 
-def _always(_rows: int, _elements: int) -> bool:
+def _always(_elements: int) -> bool:
     return True
 
 
@@ -44,8 +44,8 @@ class TimeBatching:
         module: Whose steps they are.
 
     Attributes:
-        choice: The same; may be set between windows.
-        pays_off: Whether "auto" batches anything; a planner that measured both forms may say no.
+        choice: The same, or False within `plain`.
+        pays_off: Whether "auto" batches anything; see `decide`.
     """
 
     def __init__(self, choice: object = False, module: object = None) -> None:
@@ -55,7 +55,7 @@ class TimeBatching:
         sizes = [parameter.numel() for parameter in parameters_of(module)]
         # Where no weight is large a region would cost time and gain none. Of a function the
         # weights may be unknown.
-        self._may_pay = not sizes or pays(1, max(sizes))
+        self._may_pay = not sizes or pays(max(sizes))
         self._tally = Tally()
         self._region: Region | None = None
 
@@ -86,18 +86,27 @@ class TimeBatching:
         finally:
             self._region = before
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """While entered, nothing is batched."""
+        before, self.choice = self.choice, False
+        try:
+            yield
+        finally:
+            self.choice = before
+
+    def decide(self, pays_off: bool) -> None:
+        """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
+        self.pays_off = pays_off
+
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that both forms are to be weighed."""
         return self.choice == "auto" and per_step and self._may_pay
 
     def takes(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight of that size is made once for all steps of a run."""
-        is_large = self.choice is True or (self.choice == "auto" and pays(1, weight.numel()))
+        is_large = self.choice is True or (self.choice == "auto" and pays(weight.numel()))
         return is_large and self.pays_off and self.has_batched
-
-    def decide(self, pays_off: bool) -> None:
-        """Have "auto" batch, or not, as measured."""
-        self.pays_off = pays_off
 
     @property
     def has_batched(self) -> bool:
@@ -106,7 +115,7 @@ class TimeBatching:
 
     def step_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
         """The input of each step, in the region that is entered; None where there is none."""
-        return None if self._region is None else self._region.step_inputs(inputs, time_dim)
+        return None if self._region is None else self._region.rows.of_steps(inputs, time_dim)
 
     def report(self) -> list[BatchedOperation]:
         """What was batched so far, and what was left to the plain operation."""

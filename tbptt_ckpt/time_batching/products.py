@@ -45,17 +45,22 @@ def _find_onednn() -> Callable[..., Tensor] | None:
 _onednn = _find_onednn()
 
 
-def _is_for_onednn(x: Tensor) -> bool:
-    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+def _onednn_for(x: Tensor, large: bool) -> Callable[..., Tensor] | None:
+    """The operator, where it is the faster one."""
+    return _onednn if large and x.dtype == torch.float32 and x.device.type == "cpu" else None
+
+
+def _forward_onednn(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
+    elements = weight.numel()
+    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
+    return _onednn_for(x, large)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` for x: [N, K], weight: [M, K]."""
-    elements = weight.numel()
-    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        return _onednn(x, weight, bias, "none", [], "")
+    onednn = _forward_onednn(x, weight)
+    if onednn is not None:
+        return onednn(x, weight, bias, "none", [], "")
     if bias is None:
         return multiply_matrices(x, weight.t())
     return _addmm(bias, x, weight.t())
@@ -63,22 +68,18 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """`total += x @ weight.T` in place."""
-    elements = weight.numel()
-    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        total.add_(_onednn(x, weight, None, "none", [], ""))
-    else:
+    onednn = _forward_onednn(x, weight)
+    if onednn is None:
         total.addmm_(x, weight.t())
+    else:
+        total.add_(onednn(x, weight, None, "none", [], ""))
 
 
 def write_product(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`total = x @ weight.T + bias` in place."""
-    elements = weight.numel()
-    large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    if large and _is_for_onednn(x):
-        assert _onednn is not None
-        total.copy_(_onednn(x, weight, bias, "none", [], ""))
+    onednn = _forward_onednn(x, weight)
+    if onednn is not None:
+        total.copy_(onednn(x, weight, bias, "none", [], ""))
     elif bias is None:
         multiply_matrices(x, weight.t(), out=total)
     else:
@@ -89,33 +90,33 @@ def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad @ weight` for grad: [N, M], weight: [M, K]."""
     rows = grad.shape[0]
     large = rows >= _BACKWARD_ROWS and rows * weight.numel() >= _BACKWARD_WORK
-    if large and _is_for_onednn(grad):
-        assert _onednn is not None
-        return _onednn(grad, weight.t(), None, "none", [], "")
-    return multiply_matrices(grad, weight)
+    onednn = _onednn_for(grad, large)
+    if onednn is None:
+        return multiply_matrices(grad, weight)
+    return onednn(grad, weight.t(), None, "none", [], "")
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """`grad.T @ x` for grad: [N, M], x: [N, K]: the sum over all rows, that is, over time."""
-    if grad.numel() * x.shape[1] >= _WEIGHT_WORK and _is_for_onednn(grad):
-        assert _onednn is not None
-        return _onednn(grad.t(), x.t(), None, "none", [], "")
-    return multiply_matrices(grad.t(), x)
+    onednn = _onednn_for(grad, grad.numel() * x.shape[1] >= _WEIGHT_WORK)
+    if onednn is None:
+        return multiply_matrices(grad.t(), x)
+    return onednn(grad.t(), x.t(), None, "none", [], "")
 
 
 def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
     """Add `grad.T @ x` to a total, if there is one to add to; else give it back."""
     if total is None:
         return weight_gradient(grad, x)
-    if grad.numel() * x.shape[1] < _WEIGHT_WORK or not _is_for_onednn(grad):
+    onednn = _onednn_for(grad, grad.numel() * x.shape[1] >= _WEIGHT_WORK)
+    if onednn is None:
         total.addmm_(grad.t(), x)
         return None
-    assert _onednn is not None
     transposed = x.t().contiguous()
     step = max(1, _BLOCK_ELEMENTS // x.shape[1])
     for begin in range(0, grad.shape[1], step):
         part = grad[:, begin : begin + step].t()
-        total[begin : begin + step].add_(_onednn(part, transposed, None, "none", [], ""))
+        total[begin : begin + step].add_(onednn(part, transposed, None, "none", [], ""))
     return None
 
 

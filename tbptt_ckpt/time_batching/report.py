@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SMALL = "too small to pay"  # reasons under "auto"
 SLOWER = "plans without time batching are faster by measurement"
+CHANGED = "a weight that changed within the segment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +31,26 @@ class Tally:
     """Counts operations that were batched and that were not."""
 
     def __init__(self) -> None:
-        self._batched: dict[tuple[str, tuple[int, ...]], int] = {}
-        self._left: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, tuple[int, ...], str], int] = {}
 
     def batched(self, operation: str, shape: tuple[int, ...]) -> None:
         """An operation is batched in a segment."""
-        key = (operation, shape)
-        self._batched[key] = self._batched.get(key, 0) + 1
+        self._count(operation, shape, "")
 
     def left(self, operation: str, reason: str) -> None:
         """A call is left to the plain operation."""
-        key = (operation, reason)
-        self._left[key] = self._left.get(key, 0) + 1
+        self._count(operation, (), reason)
+
+    def _count(self, operation: str, shape: tuple[int, ...], reason: str) -> None:
+        key = (operation, shape, reason)
+        self._counts[key] = self._counts.get(key, 0) + 1
 
     @property
     def has_batched(self) -> bool:
         """Whether anything was batched."""
-        return bool(self._batched)
+        return any(not reason for _, _, reason in self._counts)
 
     def operations(self) -> list[BatchedOperation]:
         """All that was seen, batched operations first."""
-        batched = [
-            BatchedOperation(operation, shape, "", count)
-            for (operation, shape), count in self._batched.items()
-        ]
-        left = [
-            BatchedOperation(operation, (), reason, count)
-            for (operation, reason), count in self._left.items()
-        ]
-        return batched + left
+        seen = [BatchedOperation(*key, count) for key, count in self._counts.items()]
+        return sorted(seen, key=lambda operation: bool(operation.reason))

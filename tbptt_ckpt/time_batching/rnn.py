@@ -1,69 +1,40 @@
-"""`nn.RNNCell` as one autograd node per call, with either of its nonlinearities."""
+"""`nn.RNNCell`, with either of its nonlinearities."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import (
-    CellRecord,
-    begin_cell_backward,
-    finish_cell_backward,
-    own_slot,
-)
+from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run
 from tbptt_ckpt.time_batching.lstm import tanh_backward
 from tbptt_ckpt.time_batching.products import add_product, multiply_back
 
 
-def rnn_step(slot: Tensor, h: Tensor, hidden: Tensor, is_tanh: bool) -> Tensor:
-    """One step.
+class RNN(Cell):
+    """State h; the slot, [N, H], only holds the preactivation, and in the backward its gradient.
 
     Args:
-        slot: [N, H], the products of the input and the biases.
-        h: [N, H].
-        hidden: [H, H], the weight of h.
-        is_tanh: Whether the nonlinearity is tanh and not relu.
+        nonlinearity: "tanh" or "relu".
     """
-    add_product(slot, h, hidden)
-    return torch.tanh(slot) if is_tanh else torch.relu(slot)
 
+    def __init__(self, nonlinearity: str) -> None:
+        self.name, self._is_tanh = f"RNNCell {nonlinearity}", nonlinearity == "tanh"
 
-class RNNNode(torch.autograd.Function):
-    """One call; its slot only holds the gradient of the preactivation, in the backward."""
+    def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
+        """The new h, which the backward needs."""
+        add_product(slot, states[0], weights.hidden)
+        new_h = torch.tanh(slot) if self._is_tanh else torch.relu(slot)
+        return new_h, new_h
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        record: CellRecord,
-        call: int,
-        _token: Tensor,
-        x: Tensor | None,
-        h: Tensor,
-        is_tanh: bool,
-    ) -> Tensor:
-        """The new h."""
-        ctx.set_materialize_grads(False)
-        ctx.record, ctx.call, ctx.is_tanh = record, call, is_tanh
-        slot = record.filled_slot(call, x)
-        new_h = rnn_step(slot, h, record.hidden, is_tanh)
-        ctx.save_for_backward(slot, x, h, new_h)
-        return new_h
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients of x and h."""
+    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+        """That of h."""
         (grad,) = grads
-        if grad is None:
-            return (None,) * 6
-        task, record = begin_cell_backward(ctx)
-        slot, x, h, new_h = ctx.saved_tensors
-        slot = own_slot(slot)
-        if ctx.is_tanh:
+        slot, _, new_h, hidden, needs = call
+        if self._is_tanh:
             tanh_backward(grad, new_h, grad_input=slot)
         else:
             torch.mul(grad, new_h > 0, out=slot)
-        grad_x = finish_cell_backward(ctx, task, slot, None, x, h)
-        grad_h = multiply_back(slot, record.hidden) if ctx.needs_input_grad[4] else None
-        return None, None, None, grad_x, grad_h, None
+        return None, (multiply_back(slot, hidden) if needs[0] else None,)

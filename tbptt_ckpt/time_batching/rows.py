@@ -2,68 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+
+# Rows of one product over time: more gain little and take memory.
+_ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
+_FEWEST_STEPS, _MOST_STEPS = 8, 256  # a view of a step costs host memory
 
 
 class Rows:
     """Consecutive steps of something that does not depend on the state.
 
+    Args:
+        whole: [n, ...], one entry per step, without a graph.
+        entries: The same as the tensors that the module meets, one per step.
+
     Attributes:
-        whole: [n, ...], one entry per step.
         made: What was made of all rows at once, by operation and weights.
     """
 
-    __slots__ = ("made", "version", "whole")
-
-    def __init__(self, whole: Tensor) -> None:
-        self.whole = whole
-        self.version = whole._version
+    def __init__(self, whole: Tensor, entries: Sequence[Tensor]) -> None:
+        self.whole, self.entries = whole, entries
         self.made: dict[Hashable, Any] = {}
+        self._versions = [entry._version for entry in entries]
+
+    def is_untouched(self, index: int) -> bool:
+        """Whether nobody has written into a step's entry."""
+        return self.entries[index]._version == self._versions[index]
+
+    def differentiable(self) -> Sequence[Tensor]:
+        """The entries, if gradients go to them."""
+        has_graph = torch.is_grad_enabled() and self.entries[0].requires_grad
+        return self.entries if has_graph else ()
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest number in rows of integers."""
+        if not self.whole.numel():
+            return 0, 0
+        least, greatest = self.whole.aminmax()
+        return int(least), int(greatest)
+
+    def close(self) -> None:
+        """The steps are done."""
+        for made in self.made.values():
+            made.close(self)
+        self.made.clear()
 
 
-class Row:
-    """One step's entry, as long as nobody has written into it.
+class Row(NamedTuple):
+    """One step's entry: where it is from, and its position there."""
 
-    Attributes:
-        rows: Where it is from.
-        index: Its position there.
-    """
-
-    __slots__ = ("_tensor", "_version", "index", "rows")
-
-    def __init__(self, rows: Rows, index: int, tensor: Tensor, version: int) -> None:
-        self.rows, self.index = rows, index
-        self._tensor, self._version = tensor, version  # the tensor is held: its id names the row
-
-    def is_untouched(self) -> bool:
-        """Whether the step's tensor still holds what `rows` holds."""
-        return self._tensor._version == self._version
+    rows: Rows
+    position: int
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of the plain type."""
-    return type(tensor) is Tensor or type(tensor) is nn.Parameter
+class InputRows:
+    """Gives out the inputs of steps, and knows the tensors of the step that runs by their ids."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Row] = {}
+
+    def find(self, x: Tensor) -> Row | None:
+        """The row that x is, if it is one and nobody has written into it."""
+        row = self._known.get(id(x))
+        return row if row is not None and row.rows.is_untouched(row.position) else None
+
+    def add(self, row: Row) -> Tensor:
+        """What was made of a row of this step is a row, too; its tensor."""
+        entry = row.rows.entries[row.position]
+        self._known[id(entry)] = row  # which holds the entry: its id stays its own
+        return entry
+
+    def of_steps(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
+        """The input of each step, known while that step runs.
+
+        Args:
+            inputs: Nested tensors with time on `time_dim`.
+            time_dim: Where time is.
+
+        Returns:
+            None where the inputs cannot be rows.
+        """
+        tensors = tensors_of(inputs)
+        if not tensors or any(t.is_inference() for t in tensors):
+            return None
+        return self._in_chunks(inputs, tensors[0], time_dim)
+
+    def _in_chunks(self, inputs: Tree, first: Tensor, time_dim: int) -> Iterator[Any]:
+        num_steps = first.shape[time_dim]
+        lanes = first.shape[1 - min(time_dim, 1)] if first.dim() > 1 else 1
+        most = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
+        length = min(max(_FEWEST_STEPS, most // max(lanes, 1)), _MOST_STEPS)
+        for begin in range(0, num_steps, length):
+            size = min(length, num_steps - begin)
+            yield from self._of_chunk(_narrow(inputs, time_dim, begin, size), time_dim)
+
+    def _of_chunk(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
+        wholes = [t.movedim(time_dim, 0) if t.dim() else t for t in tensors_of(inputs)]
+        columns = [Rows(whole.detach(), whole.unbind(0)) for whole in wholes]
+        is_tensor = isinstance(inputs, Tensor)
+        try:
+            for index, leaves in enumerate(zip(*(rows.entries for rows in columns), strict=True)):
+                self._known = {
+                    id(leaf): Row(rows, index) for leaf, rows in zip(leaves, columns, strict=True)
+                }
+                yield leaves[0] if is_tensor else replace_tensors(inputs, list(leaves))
+        finally:
+            self._known = {}
+            for rows in columns:
+                rows.close()
 
 
-def transposed_weight(weight: Tensor) -> Tensor | None:
-    """The weight whose transpose this is, if it is one."""
-    base = weight._base
-    if base is None or not is_stable(base) or base.dim() != 2:
-        return None
-    swapped = (base.stride(1), base.stride(0)) == weight.stride()
-    alike = weight.shape == (base.shape[1], base.shape[0]) and swapped
-    return base if alike and base.data_ptr() == weight.data_ptr() else None
-
-
-def is_stable(weight: Tensor) -> bool:
-    """Whether a weight cannot have been computed within the step."""
-    kind = type(weight)
-    if weight.layout is not torch.strided or weight.is_inference():
-        return False
-    if kind is nn.Parameter:
-        return True
-    return kind is Tensor and weight.requires_grad and weight.is_leaf
+def _narrow(inputs: Tree, time_dim: int, begin: int, size: int) -> Tree:
+    """Some of the steps, as views; the very tensors where these are all."""
+    return map_tensors(
+        lambda t: t if size == t.shape[time_dim] else t.narrow(time_dim, begin, size), inputs
+    )

@@ -21,7 +21,7 @@ def cut(buffer: Tensor) -> list[Tensor]:
 
 
 def joined(slots: Sequence[Tensor]) -> Tensor:
-    """Slots of [N, M] each as one matrix; without a copy where they lie side by side."""
+    """Slots, or rows of one tensor, of [N, M] each; without a copy where they lie side by side."""
     first = slots[0]
     if len(slots) == 1:
         return first

@@ -6,35 +6,54 @@ runs a node once all nodes with an edge to it have run, so the tap's backward co
 backward of every step, and makes one product over all of them.
 
 NOTE [Which backward]
-A module may differentiate within a step, through a part of the leaf. What a step leaves to
-the tap carries the number of the backward that left it, and a tap takes its own only.
+A module may differentiate within a step, through a part of the leaf, and a hook within the
+backward of the leaf. What a step leaves to the tap carries the number of the backward that left
+it, and a tap takes its own only. Such a backward may free the tap, which all steps share: the
+tap therefore saves no tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
 
+Gradients = tuple[Tensor | None, ...]
+Part = TypeVar("Part")
+
 # Elements of a weight whose gradient is worth finding out whether it may be added in place.
 _SMALLEST_TOTAL = 65_536
+
+
+class Notes(Generic[Part]):
+    """What calls leave to the tap of their weights, each backward's by itself."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, dict[int, Part]] = {}
+
+    def leave(self, call: int, part: Part) -> None:
+        """Leave one call's part to the tap of the backward that runs."""
+        self._parts.setdefault(torch._C._current_graph_task_id(), {})[call] = part
+
+    def take(self) -> tuple[list[int], list[Part]]:
+        """The calls that the backward which runs has come through, in order, and their parts."""
+        parts = self._parts.pop(torch._C._current_graph_task_id(), {})
+        calls = sorted(parts)
+        return calls, [parts[call] for call in calls]
 
 
 class Record(Protocol):
     """What the steps of a leaf leave to the tap of their weights."""
 
-    def collect(
-        self, whole: Tensor | None, needs: Sequence[bool], totals: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of `whole` and of the weights, in the order they were tapped.
+    def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
+        """The gradients of what was tapped: of the weights, and of the rows.
 
         Args:
-            whole: What was tapped with the weights.
-            needs: Which of `whole` and the weights want a gradient.
+            needs: Which of the weights and rows want a gradient.
             totals: For each weight the tensor its gradient may be added to instead of being
                 given back, or None.
         """
@@ -45,20 +64,26 @@ class Tap(torch.autograd.Function):
     """From weights to a token without elements."""
 
     @staticmethod
-    def forward(ctx: Any, record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
-        """Tap the weights, and the inputs of all steps where these have a gradient."""
+    def forward(
+        ctx: Any, record: Record, weights: Sequence[Tensor | None], *tapped: Tensor | None
+    ) -> Tensor:
+        """Tap the weights, and rows of the inputs where these have a gradient."""
         ctx.set_materialize_grads(False)
         ctx.record, ctx.weights = record, weights
-        ctx.save_for_backward(whole)
         (first, *_) = (weight for weight in weights if weight is not None)
         return first.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_grads: Any) -> Any:
         """Make the products."""
-        (whole,) = ctx.saved_tensors
         totals = [_total(weight) for weight in ctx.weights]
-        return (None, *ctx.record.collect(whole, ctx.needs_input_grad[1:], totals))
+        return (None, None, *ctx.record.collect(ctx.needs_input_grad[2:], totals))
+
+
+def tap(record: Record, weights: Sequence[Tensor | None], rows: Sequence[Tensor] = ()) -> Tensor:
+    """The token of a record's weights, and of rows that have a gradient."""
+    token: Tensor = Tap.apply(record, weights, *weights, *rows)  # type: ignore[no-untyped-call]
+    return token
 
 
 def _total(weight: Tensor | None) -> Tensor | None:
@@ -86,14 +111,8 @@ def _total(weight: Tensor | None) -> Tensor | None:
     return grad if accumulates else None
 
 
-def tap(record: Record, whole: Tensor | None, *weights: Tensor | None) -> Tensor:
-    """The token of a record's weights."""
-    token: Tensor = Tap.apply(record, whole, *weights)  # type: ignore[no-untyped-call]
-    return token
-
-
-def begin_backward() -> int:
-    """The number of the backward that runs, which must not be differentiated itself.
+def begin_backward() -> None:
+    """A backward begins, which must not be differentiated itself.
 
     Raises:
         TbpttError: The gradient is to be differentiated again.
@@ -103,7 +122,6 @@ def begin_backward() -> int:
             "a gradient that passes through a time-batched operation cannot be differentiated "
             "again (create_graph=True within a step); use time_batching=False"
         )
-    return torch._C._current_graph_task_id()
 
 
 def graph_is_kept() -> bool:
@@ -112,7 +130,7 @@ def graph_is_kept() -> bool:
 
 
 class Versions:
-    """Notices weights that are written to between a leaf's steps and its backward."""
+    """Holds weights, and notices when they are written to within a leaf or before its backward."""
 
     def __init__(self, *weights: Tensor | None) -> None:
         self._weights = [weight for weight in weights if weight is not None]
@@ -120,15 +138,17 @@ class Versions:
 
     def moved(self) -> bool:
         """Whether a weight has been written to."""
-        for weight, version in zip(self._weights, self._expected, strict=True):
-            if weight._version != version:
-                return True
-        return False
+        return [weight._version for weight in self._weights] != self._expected
 
     def check(self) -> None:
         """Raise as autograd does for a saved tensor."""
         if self.moved():
-            raise RuntimeError(
-                "one of the weights needed for gradient computation has been modified by an "
-                "inplace operation"
-            )
+            raise modified_in_place("weights")
+
+
+def modified_in_place(what: str) -> RuntimeError:
+    """What autograd raises for a saved tensor that was written to."""
+    return RuntimeError(
+        f"one of the {what} needed for gradient computation has been modified by an inplace "
+        "operation"
+    )
