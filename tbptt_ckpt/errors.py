@@ -69,7 +69,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_positive_int(name: str, value: object, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is an int of at least 1."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    _check_int(name, value, 1, alternative)
+
+
+def check_dimension(name: str, value: object, alternative: str | None = None) -> None:
+    """Raise `ArgumentError` unless `value` is an int of at least 0."""
+    _check_int(name, value, 0, alternative)
+
+
+def _check_int(name: str, value: object, least: int, alternative: str | None) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return
     also = f", or {alternative}" if alternative else ""
-    raise ArgumentError(f"{name}={value!r} must be an integer of at least 1{also}")
+    raise ArgumentError(f"{name}={value!r} must be an integer of at least {least}{also}")

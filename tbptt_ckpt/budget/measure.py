@@ -19,7 +19,7 @@ from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
-from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, recognise
+from tbptt_ckpt.module.recurrence import check_differentiable, device_of, parameters_of, time_dim_of
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.time_batching.policy import TimeBatching
@@ -73,7 +73,7 @@ def measure_costs(
         ArgumentError: An argument that cannot work.
         TbpttError: Another profiler is active on this thread.
     """
-    time_dim = recognise(module, per_step, 0).time_dim if time_dim is None else time_dim
+    time_dim = time_dim_of(module, per_step, time_dim)
     sequence = TensorSequence(inputs, targets, time_dim, weight)
     runner = make_runner(module, per_step, time_dim, autocast_dtype)
     runner.time_batching = TimeBatching(time_batching)
@@ -91,7 +91,7 @@ def measure_costs(
         blocks=[block],
         ambient=ambient,
         parameters=parameters,
-        device=parameters[0].device if parameters else torch.device("cpu"),
+        device=device_of(parameters),
         first=0,
         stop=num_steps,
         loss_start=0,

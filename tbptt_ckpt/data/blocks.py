@@ -1,10 +1,10 @@
-"""Consecutive steps packed into tensors, read step by step or as a segment."""
+"""Consecutive steps packed into tensors: read step by step or as a segment, cut, and stored."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any
 
@@ -18,9 +18,8 @@ from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors, replace_ten
 StepWeight = float | Sequence[float]
 
 
+# What a stored block may consist of, besides tuples, lists and dicts.
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), Tensor)
-
-
 # Views made at a time when a block is read step by step; each costs host memory.
 _VIEWS = 256
 
@@ -151,13 +150,11 @@ def _slice(tree: Tree, low: int, high: int, time_dim: int) -> Tree:
 
 def _unpack(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
     if isinstance(tree, Column):
-        return iter(tree.values)
+        yield from tree.values
+        return
     if tree is None:
-        return repeat(None, num_steps)
-    return _unbind(tree, time_dim, num_steps)
-
-
-def _unbind(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+        yield from repeat(None, num_steps)
+        return
     for low in range(0, num_steps, _VIEWS):
         views = _slice(tree, low, min(low + _VIEWS, num_steps), time_dim)
         if isinstance(views, Tensor):
@@ -174,15 +171,8 @@ def store_block(block: StepBlock) -> dict[str, Any]:
     Raises:
         ArgumentError: Steps of other types, which could not be loaded without running code.
     """
-    return {
-        "start": block.start,
-        "stop": block.stop,
-        "inputs": _store(block.inputs),
-        "targets": _store(block.targets),
-        "weight": block.weight,
-        "time_dim": block.time_dim,
-        "resets": block.resets,
-    }
+    stored = {field.name: getattr(block, field.name) for field in fields(block)}
+    return {**stored, "inputs": _store(block.inputs), "targets": _store(block.targets)}
 
 
 def load_block(stored: dict[str, Any]) -> StepBlock:

@@ -16,10 +16,9 @@ from tbptt_ckpt.data.source import (
     as_tensors,
     check_range,
     check_same_source,
-    check_time_dim,
     rows_of,
 )
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError, check_dimension, check_positive_int
 from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
 
 
@@ -61,15 +60,13 @@ class LaneSource:
         check_positive_int("lanes", lanes)
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise ArgumentError(f"seed={seed!r} must be an integer, or None to keep the order")
-        self._sequences: _Sequences
         if isinstance(sequences, Source):
-            self._sequences = _StretchesOfOne(
-                sequences, _stretch_lengths(sequences, lanes, lengths)
-            )
+            stretches = _stretch_lengths(sequences, lanes, lengths)
+            self._sequences = _stretches_of_one(sequences, stretches)
         elif lengths is not None:
             raise ArgumentError("lengths cut one source; with several, each has its own length")
         else:
-            self._sequences = _Several(sequences)
+            self._sequences = _several(sequences)
         self.lanes, self._seed, self._device = lanes, seed, device
         self.set_epoch(0)
 
@@ -149,10 +146,16 @@ class LaneSource:
 
 
 class _Sequences:
-    """Numbered sequences: where each can be read."""
+    """Numbered sequences, each from some step of a source on.
 
-    def __init__(self, sources: Sequence[Source], lengths: Integers) -> None:
-        self.sources, self.lengths = sources, lengths
+    Args:
+        sources: The source of each.
+        starts: Its first step there.
+        lengths: Its steps.
+    """
+
+    def __init__(self, sources: Sequence[Source], starts: Integers, lengths: Integers) -> None:
+        self._sources, self._starts, self.lengths = sources, starts, lengths
         if not len(lengths):
             raise ArgumentError("sequences are empty; at least one is needed")
         if lengths.min() < 1:
@@ -160,43 +163,30 @@ class _Sequences:
 
     def find(self, piece: Piece) -> tuple[Source, int, int]:
         """The source of a piece and the range to read there."""
-        raise NotImplementedError
-
-
-class _Several(_Sequences):
-    """Each sequence is a source of its own."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        if not isinstance(sources, Sequence):
-            raise ArgumentError(
-                f"sequences={sources!r} must be a source, or a list of sources with a length"
-            )
-        for number, source in enumerate(sources):
-            if not isinstance(source, Source):
-                raise ArgumentError(
-                    f"sequence {number} is a {type(source).__name__}, not a source; wrap tensors: "
-                    "TensorSequence(inputs, targets)"
-                )
-            _check_source(source, f"sequence {number}")
-        super().__init__(sources, np.array([len(s) for s in sources], dtype=np.int64))  # type: ignore[arg-type]
-
-    def find(self, piece: Piece) -> tuple[Source, int, int]:
-        """See `_Sequences.find`."""
-        stop = piece.offset + piece.stop - piece.start
-        return self.sources[piece.sequence], piece.offset, stop
-
-
-class _StretchesOfOne(_Sequences):
-    """Sequences that follow each other in one source."""
-
-    def __init__(self, source: Source, lengths: Integers) -> None:
-        super().__init__([source], lengths)
-        self._starts = np.cumsum(lengths) - lengths
-
-    def find(self, piece: Piece) -> tuple[Source, int, int]:
-        """See `_Sequences.find`."""
         start = int(self._starts[piece.sequence]) + piece.offset
-        return self.sources[0], start, start + piece.stop - piece.start
+        return self._sources[piece.sequence], start, start + piece.stop - piece.start
+
+
+def _several(sources: Sequence[Source]) -> _Sequences:
+    """Each sequence is a source of its own."""
+    if not isinstance(sources, Sequence):
+        raise ArgumentError(
+            f"sequences={sources!r} must be a source, or a list of sources with a length"
+        )
+    for number, source in enumerate(sources):
+        if not isinstance(source, Source):
+            raise ArgumentError(
+                f"sequence {number} is a {type(source).__name__}, not a source; wrap tensors: "
+                "TensorSequence(inputs, targets)"
+            )
+    lengths = [_check_source(source, f"sequence {n}") for n, source in enumerate(sources)]
+    starts = np.zeros(len(lengths), dtype=np.int64)
+    return _Sequences(sources, starts, np.array(lengths, dtype=np.int64))
+
+
+def _stretches_of_one(source: Source, lengths: Integers) -> _Sequences:
+    """Sequences that follow each other in one source."""
+    return _Sequences([source] * len(lengths), np.cumsum(lengths) - lengths, lengths)
 
 
 class _LaneBatch:
@@ -267,5 +257,5 @@ def _stretch_lengths(source: Source, lanes: int, lengths: Iterable[int] | None) 
 def _check_source(source: Source, name: str) -> int:
     if not isinstance(source, Sized):
         raise ArgumentError(f"{name} has no length, so lanes cannot be laid out; give it __len__")
-    check_time_dim(getattr(source, "time_dim", 0))
+    check_dimension("time_dim", getattr(source, "time_dim", 0))
     return len(source)

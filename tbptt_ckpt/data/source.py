@@ -56,12 +56,6 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
             ) from error
 
 
-def check_time_dim(time_dim: object) -> None:
-    """Raise `ArgumentError` unless `time_dim` is an int of at least 0."""
-    if not isinstance(time_dim, int) or isinstance(time_dim, bool) or time_dim < 0:
-        raise ArgumentError(f"time_dim={time_dim!r} must be an integer of at least 0")
-
-
 def check_time_exists(name: str, tensor: Tensor, time_dim: int) -> None:
     """Raise `ArgumentError` unless a tensor has the dimension."""
     if time_dim >= tensor.dim():
@@ -70,34 +64,37 @@ def check_time_exists(name: str, tensor: Tensor, time_dim: int) -> None:
         )
 
 
-def checked_weight(weight: Tensor, num_steps: int) -> Tensor:
+def checked_weight(weight: Tensor | None, num_steps: int) -> Tensor | None:
     """The weight of `num_steps` steps, [T] or [T, B], in float64 on the CPU."""
-    if not isinstance(weight, Tensor | np.ndarray | list):
-        raise ArgumentError(f"weight={weight!r} must be a tensor [{num_steps}] or with lanes")
-    weight = torch.as_tensor(weight).detach().to("cpu", torch.float64)
-    if weight.dim() not in (1, 2) or weight.shape[0] != num_steps:
-        raise ArgumentError(
-            f"weight of shape {tuple(weight.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
-        )
+    if weight is None:
+        return None
+    weight = _checked_rows("weight", weight, num_steps).to(torch.float64)
     if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
         raise ArgumentError("weight must be finite and not negative; zero means absent")
     return weight
 
 
-def checked_resets(resets: Tensor, num_steps: int) -> Tensor:
+def checked_resets(resets: Tensor | None, num_steps: int) -> Tensor | None:
     """Which of `num_steps` steps begin a new sequence, [T] or [T, B], as bools on the CPU."""
-    if not isinstance(resets, Tensor | np.ndarray | list):
-        raise ArgumentError(f"resets={resets!r} must be a tensor [{num_steps}] or with lanes")
-    resets = torch.as_tensor(resets).detach().cpu()
+    if resets is None:
+        return None
+    resets = _checked_rows("resets", resets, num_steps)
     if resets.dtype != torch.bool:
         raise ArgumentError(
             f"resets of dtype {resets.dtype} must be torch.bool, true where a sequence begins"
         )
-    if resets.dim() not in (1, 2) or resets.shape[0] != num_steps:
-        raise ArgumentError(
-            f"resets of shape {tuple(resets.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
-        )
     return resets
+
+
+def _checked_rows(name: str, rows: object, num_steps: int) -> Tensor:
+    if not isinstance(rows, Tensor | np.ndarray | list):
+        raise ArgumentError(f"{name}={rows!r} must be a tensor [{num_steps}] or with lanes")
+    tensor = torch.as_tensor(rows).detach().cpu()
+    if tensor.dim() not in (1, 2) or tensor.shape[0] != num_steps:
+        raise ArgumentError(
+            f"{name} of shape {tuple(tensor.shape)} must be [{num_steps}] or [{num_steps}, lanes]"
+        )
+    return tensor
 
 
 def rows_of(source: object, method: str, start: int, stop: int) -> Tensor | None:

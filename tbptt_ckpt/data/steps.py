@@ -94,16 +94,15 @@ class SourceReader:
             )
         if not length:
             return None
-        weight = rows_of(self.source, "weights", start, start + length)
-        resets = rows_of(self.source, "resets", start, start + length)
+        end = start + length
         return StepBlock(
             start,
-            start + length,
+            end,
             inputs,
             targets,
-            None if weight is None else checked_weight(weight, length),
+            checked_weight(rows_of(self.source, "weights", start, end), length),
             self.time_dim,
-            None if resets is None else checked_resets(resets, length),
+            checked_resets(rows_of(self.source, "resets", start, end), length),
         )
 
     def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:

@@ -10,12 +10,11 @@ from tbptt_ckpt.data.source import (
     as_tensors,
     check_range,
     check_same_source,
-    check_time_dim,
     check_time_exists,
     checked_resets,
     checked_weight,
 )
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
@@ -44,11 +43,11 @@ class TensorSequence:
         resets: Tensor | None = None,
     ) -> None:
         self.inputs, self.targets = as_tensors(inputs), as_tensors(targets)
-        check_time_dim(time_dim)
+        check_dimension("time_dim", time_dim)
         self.time_dim = time_dim
         self._num_steps = self._check_lengths()
-        self.weight = None if weight is None else checked_weight(weight, self._num_steps)
-        self._resets = None if resets is None else checked_resets(resets, self._num_steps)
+        self.weight = checked_weight(weight, self._num_steps)
+        self._resets = checked_resets(resets, self._num_steps)
         if weight is not None and targets is None:
             raise ArgumentError("weight was given without targets, so it would weigh nothing")
 

@@ -23,6 +23,7 @@ from tbptt_ckpt.module.recurrence import (
     Recurrence,
     check_differentiable,
     check_initialised,
+    device_of,
     parameters_of,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
@@ -75,8 +76,7 @@ class Parts:
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU where none are known."""
-        weights = self.parameters or self.updater.optimized()
-        return weights[0].device if weights else torch.device("cpu")
+        return device_of(self.parameters or self.updater.optimized())
 
 
 def make_executor(given: object) -> Executor:

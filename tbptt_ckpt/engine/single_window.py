@@ -22,7 +22,7 @@ from tbptt_ckpt.executor.sinks import OutputSink
 from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import Executor, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
-from tbptt_ckpt.module.recurrence import _time_dim, check_differentiable, parameters_of
+from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, time_dim_of
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
@@ -84,7 +84,7 @@ def run_window(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    time_dim = _time_dim(module, per_step, time_dim)
+    time_dim = time_dim_of(module, per_step, time_dim)
     sequence = TensorSequence(inputs, targets, time_dim, weight)
     options = Options(
         k1=len(sequence),
@@ -142,7 +142,7 @@ def unroll(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    time_dim = _time_dim(module, per_step, time_dim)
+    time_dim = time_dim_of(module, per_step, time_dim)
     check_differentiable(module)
     runner = make_runner(module, per_step, time_dim, autocast_dtype)
     sequence = TensorSequence(inputs, time_dim=time_dim)

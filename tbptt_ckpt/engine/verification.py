@@ -92,7 +92,7 @@ def verify(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    recurrence = recognise(module, per_step, 0 if time_dim is None else time_dim)
+    recurrence = recognise(module, per_step, time_dim)
     time_dim = recurrence.time_dim if time_dim is None else time_dim
     sequence = TensorSequence(inputs, targets, time_dim)
     init_state = state_as_leaves(init_state)  # both runs differentiate it

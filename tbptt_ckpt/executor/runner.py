@@ -11,8 +11,8 @@ import torch
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
-from tbptt_ckpt.data.source import check_time_dim, check_time_exists
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.data.source import check_time_exists
+from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.executor.losses import is_present
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import Sink
@@ -22,7 +22,7 @@ from tbptt_ckpt.module.recurrence import (
     check_autocast,
     check_initialised,
     check_segment_output,
-    parameters_of,
+    device_of,
     recognise,
     split_result,
 )
@@ -54,7 +54,6 @@ class Runner:
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self._autocast_dtype = autocast_dtype
-        self._weights = parameters_of(recurrence.module)
 
     def calling(self, recurrence: Recurrence) -> Runner:
         """The same for a module that is called in another way."""
@@ -204,8 +203,8 @@ class Runner:
 
     def _device_type(self, example: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""
-        if self._weights:
-            return self._weights[0].device.type
+        if self.recurrence.parameters:
+            return device_of(self.recurrence.parameters).type
         types = (t.device.type for t in iterate_tensors(example))
         return next((kind for kind in types if kind != "cpu"), "cpu")
 
@@ -240,8 +239,9 @@ def make_runner(
     time_batching: object = False,
 ) -> Runner:
     """A runner for the user's module."""
-    check_time_dim(time_dim)
-    check_lane_dim(lane_dim)
+    check_dimension("time_dim", time_dim)
+    if lane_dim is not None:
+        check_dimension("lane_dim", lane_dim, "None")
     if autocast_dtype is not None and not (
         isinstance(autocast_dtype, torch.dtype) and autocast_dtype.is_floating_point
     ):
@@ -252,11 +252,3 @@ def make_runner(
     check_autocast(module, autocast_dtype)
     recurrence = recognise(module, per_step, time_dim, lane_dim)
     return Runner(recurrence, autocast_dtype, TimeBatching(time_batching, module))
-
-
-def check_lane_dim(lane_dim: object) -> None:
-    """Raise `ArgumentError` unless `lane_dim` is None or an int of at least 0."""
-    if lane_dim is not None and (
-        not isinstance(lane_dim, int) or isinstance(lane_dim, bool) or lane_dim < 0
-    ):
-        raise ArgumentError(f"lane_dim={lane_dim!r} must be an integer of at least 0, or None")

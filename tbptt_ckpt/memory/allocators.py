@@ -16,7 +16,7 @@ import torch
 
 from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.memory.native import make_known
-from tbptt_ckpt.memory.recorders import Events, Recorder, new_recorder, require_no_profiler
+from tbptt_ckpt.memory.recorders import Events, Recorder, new_recorder, profiler_is_active
 from tbptt_ckpt.memory.storages import distinct_storages, live_storages
 
 
@@ -25,22 +25,6 @@ class Listener(Protocol):
 
     def observe(self, events: Events, reserved_bytes: int | None) -> None:
         """Take in changes, in order, and the allocator's reserved peak if it has one."""
-
-
-class Source(Protocol):
-    """Reports changes of a device's live bytes to its listeners."""
-
-    def attach(self, listener: Listener, held: object) -> None:
-        """Report everything from now on; `held` as for `peak_memory`."""
-
-    def detach(self, listener: Listener) -> None:
-        """Report everything up to now, and nothing more."""
-
-    def drain(self) -> None:
-        """Report everything up to now."""
-
-    def retries(self) -> int | None:
-        """How often the allocator had to free its cache and try again, ever."""
 
 
 class CpuSource:
@@ -57,12 +41,16 @@ class CpuSource:
         return bool(self._listeners)
 
     def attach(self, listener: Listener, held: object) -> None:
-        """Report everything from now on."""
+        """Report everything from now on; `held` as for `peak_memory`."""
         older = live_storages() if held is None else distinct_storages(held, grads=True)
         if self._listeners:
             self.drain()
         else:
-            require_no_profiler()
+            if profiler_is_active():
+                raise TbpttError(
+                    "peak_memory() cannot start: a torch profiler is active on this thread, and "
+                    "torch allows only one; leave its region first, or measure outside of it"
+                )
             _end_recording_in_forks()
             self._recorder = new_recorder()
             self._recorder.start()
@@ -155,6 +143,7 @@ class AcceleratorSource:
         return torch.accelerator.memory_stats(self._device).get("num_alloc_retries")
 
 
+Source = CpuSource | AcceleratorSource
 _this_thread = threading.local()
 
 

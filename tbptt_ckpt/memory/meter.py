@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal, Self
 
 import torch
@@ -138,18 +137,13 @@ class PeakMeter:
             self._rss.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._state = "closed"
         try:
             self._source.detach(self)
         finally:
             if self._rss:
-                self._rss.__exit__(kind, error, trace)
+                self._rss.__exit__()
         self._live.close(time.time() - self._started)
         retries = self._source.retries()
         if retries is not None and self._retries_before is not None:

@@ -7,7 +7,7 @@ autograd hands work to are in the stream. Blocks of threads that the user starte
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,41 +15,17 @@ from numpy.typing import NDArray
 from torch._C import _autograd
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
-from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.memory.native import has_operator_callbacks
 
 _API: Any = _autograd  # its stubs lack half of what is used here
 
+# Seconds since the epoch and signed bytes, in the order they happened.
 Events = tuple[NDArray[np.float64], NDArray[np.int64]]
-
-
-"""Seconds since the epoch and signed bytes, in the order they happened."""
-
-
-class Recorder(Protocol):
-    """A source of allocator events of the calling thread."""
-
-    def start(self) -> None:
-        """Begin to record."""
-
-    def drain(self) -> Events:
-        """Events since the last call, which are dropped; recording goes on."""
-
-    def stop(self) -> Events:
-        """As `drain`, and end recording."""
 
 
 def profiler_is_active() -> bool:
     """Whether some torch profiler is recording on this thread; it allows only one."""
     return bool(_autograd._profiler_enabled())
-
-
-def new_recorder() -> Recorder:
-    """The cheapest recorder that works in this version of torch, on this thread, now."""
-    names = ("_enable_profiler_legacy", "_disable_profiler_legacy", "_clear_callbacks")
-    if all(hasattr(_autograd, name) for name in names) and not has_operator_callbacks()():
-        return DrainingRecorder()
-    return KinetoRecorder()
 
 
 class DrainingRecorder:
@@ -138,14 +114,12 @@ def _is_cpu_memory(event: Any) -> bool:
     return bool(event.name() == "[memory]" and event.device_type() == _autograd.DeviceType.CPU)
 
 
-def require_no_profiler() -> None:
-    """Raise unless this thread is free of profilers.
+Recorder = DrainingRecorder | KinetoRecorder
 
-    Raises:
-        TbpttError: One is active.
-    """
-    if profiler_is_active():
-        raise TbpttError(
-            "peak_memory() cannot start: a torch profiler is active on this thread, and torch "
-            "allows only one; leave its region first, or measure outside of it"
-        )
+
+def new_recorder() -> Recorder:
+    """The cheapest recorder that works in this version of torch, on this thread, now."""
+    names = ("_enable_profiler_legacy", "_disable_profiler_legacy", "_clear_callbacks")
+    if all(hasattr(_autograd, name) for name in names) and not has_operator_callbacks()():
+        return DrainingRecorder()
+    return KinetoRecorder()

@@ -78,9 +78,7 @@ class Ambient:
             set_device_states(
                 self._device_ids, list(state.device_random), device_type=self._device_type
             )
-        for buffer, value in zip(self._buffers, state.buffers, strict=True):
-            buffer.restore(value)
-        self._last = state
+        self._restore_buffers(state)
 
     def adopt(self, state: AmbientState) -> None:
         """Put buffers back to `state`, and take the generators to be there already.
@@ -95,9 +93,7 @@ class Ambient:
                 f"the module has {len(self._buffers)} buffers, the saved one had "
                 f"{len(state.buffers)}; a saved run goes on with a module of the same buffers"
             )
-        for buffer, value in zip(self._buffers, state.buffers, strict=True):
-            buffer.restore(value)
-        self._last = state
+        self._restore_buffers(state)
 
     def check_complete(self, *, searches: bool = False) -> None:
         """Raise `ArgumentError` if a module has registered a buffer since this was made.
@@ -114,6 +110,11 @@ class Ambient:
                 "held at earlier steps is not known; register it in __init__, as None if its "
                 "value comes later"
             )
+
+    def _restore_buffers(self, state: AmbientState) -> None:
+        for buffer, value in zip(self._buffers, state.buffers, strict=True):
+            buffer.restore(value)
+        self._last = state
 
     def _get_device_states(self) -> tuple[Tensor, ...]:
         return tuple(get_device_states(*self._examples)[1]) if self._examples else ()

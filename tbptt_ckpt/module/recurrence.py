@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ class Recurrence:
         per_step: True where `call` takes one step without a time dimension.
         time_dim: Where a segment module wants time in its inputs and has it in its outputs.
         lane_dim: Where lanes are in the tensors of its state.
+        parameters: The module's; those of a function are not known.
     """
 
     module: object
     call: Callable[[Any, Any], Any]
     per_step: bool
     time_dim: int
-    lane_dim: int = 0
+    lane_dim: int
+    parameters: tuple[nn.Parameter, ...]
 
 
 def owner_of(function: object) -> object:
@@ -42,13 +44,17 @@ def owner_of(function: object) -> object:
 
 
 def recognise(
-    module: object, per_step: bool | None, time_dim: int, lane_dim: int | None = None
+    module: object,
+    per_step: bool | None,
+    time_dim: int | None = None,
+    lane_dim: int | None = None,
 ) -> Recurrence:
     """How to call `module`.
 
     `nn.RNN/LSTM/GRU` are segment modules whose `time_dim` follows from `batch_first`;
     their cells are per-step modules that return only a state, and the output is its
-    first tensor. Anything else is per-step unless `per_step=False`.
+    first tensor. Anything else is per-step unless `per_step=False`, and a segment module of
+    the user's has time on `time_dim`, 0 by default.
 
     The states of `nn.RNN/LSTM/GRU`, [layers, B, H], and of modules that contain one have
     their lanes on dimension 1, others on 0, unless `lane_dim` says otherwise.
@@ -62,18 +68,27 @@ def recognise(
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     if lane_dim is None:
         lane_dim = 1 if any(_recurrent_layers(module)) else 0
+    parameters = tuple(parameters_of(module))
     if isinstance(module, nn.RNNBase):
-        return _fused_recurrence(module, per_step, lane_dim)
+        _check_fused(module, per_step)
+        time_dim = 1 if module.batch_first else 0
+        return Recurrence(module, module, False, time_dim, lane_dim, parameters)
     if isinstance(module, nn.RNNCellBase):
         if per_step is False:
             raise ArgumentError(
                 f"per_step=False does not fit {type(module).__name__}, which runs one step"
             )
-        return Recurrence(module, _cell_call(module), True, 0, lane_dim)
-    return Recurrence(owner_of(module), module, per_step is not False, time_dim, lane_dim)
+        return Recurrence(module, _cell_call(module), True, 0, lane_dim, parameters)
+    is_per_step, owner = per_step is not False, owner_of(module)
+    return Recurrence(owner, module, is_per_step, time_dim or 0, lane_dim, parameters)
 
 
-def _fused_recurrence(module: nn.RNNBase, per_step: bool | None, lane_dim: int) -> Recurrence:
+def time_dim_of(module: object, per_step: bool | None, given: int | None) -> int:
+    """Where a sequence for `module` has time, unless it is given."""
+    return recognise(module, per_step).time_dim if given is None else given
+
+
+def _check_fused(module: nn.RNNBase, per_step: bool | None) -> None:
     name = type(module).__name__
     if per_step:
         raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
@@ -82,7 +97,6 @@ def _fused_recurrence(module: nn.RNNBase, per_step: bool | None, lane_dim: int) 
             f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
             "carry from window to window; use bidirectional=False"
         )
-    return Recurrence(module, module, False, 1 if module.batch_first else 0, lane_dim)
 
 
 def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:
@@ -126,6 +140,11 @@ def parameters_of(*owners: object) -> list[nn.Parameter]:
         if isinstance(owner, nn.Module):
             found.update((id(p), p) for p in owner.parameters())
     return list(found.values())
+
+
+def device_of(weights: Sequence[Tensor]) -> torch.device:
+    """Where the weights are; the CPU where none are known."""
+    return weights[0].device if weights else torch.device("cpu")
 
 
 def check_differentiable(module: object, device_types: Iterable[str] | None = None) -> None:
@@ -208,12 +227,3 @@ def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
 
 def _name(module: object) -> str:
     return getattr(module, "__name__", type(module).__name__)
-
-
-def device_of(parameters: list[nn.Parameter]) -> torch.device:
-    """Where the weights are; the CPU where there are none."""
-    return parameters[0].device if parameters else torch.device("cpu")
-
-
-def _time_dim(module: object, per_step: bool | None, time_dim: int | None) -> int:
-    return recognise(module, per_step, 0).time_dim if time_dim is None else time_dim

@@ -10,7 +10,7 @@ from typing import Any
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.memory.sizes import parse_bytes
-from tbptt_ckpt.module.recurrence import recognise
+from tbptt_ckpt.module.recurrence import time_dim_of
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.environment import describe_environment
 from tbptt_ckpt.profiling.failure import BenchError
@@ -189,7 +189,7 @@ def make_work(
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise ArgumentError(f"{unknown[0]}={options[unknown[0]]!r} is not an argument of a profile")
-    time_dim = recognise(module, per_step, 0).time_dim if time_dim is None else time_dim
+    time_dim = time_dim_of(module, per_step, time_dim)
     if targets is None:
         raise ArgumentError("targets=None leaves nothing to differentiate")
     return Work(

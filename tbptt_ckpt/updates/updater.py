@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.updates import optimizer_calls
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.undo import Update
 from tbptt_ckpt.updates.watch import UNWATCHED, UpdateWatch
@@ -86,8 +85,8 @@ class Updater:
         if self.optimizer is None or self.group.pending:
             return
         tensors = (*self._cleared, *init_state_leaves)
-        if optimizer_calls.clears_as_torch_does(self.optimizer):
-            tensors += tuple(self.optimized())
+        if getattr(self.optimizer.zero_grad, "__func__", None) is torch.optim.Optimizer.zero_grad:
+            tensors += tuple(self.optimized())  # the same, without an entry for profilers
         else:
             self.optimizer.zero_grad(set_to_none=True)
         for tensor in tensors:
@@ -206,7 +205,7 @@ class Updater:
     def _step_optimizer(self) -> bool:
         if self._scaler is None or all(p.grad is None for p in self.optimized()):
             # A scaler raises where there is no gradient at all.
-            optimizer_calls.step(self.optimizer)
+            self.optimizer.step()
             return True
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)

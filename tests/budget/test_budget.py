@@ -512,7 +512,7 @@ LONG_WINDOW = """
     import json, sys, torch
     from torch import nn
     from tbptt_ckpt import TBPTT, TensorSequence
-    from tbptt_ckpt.memory import RssSampler
+    from tbptt_ckpt.memory.resident import RssSampler
 
     torch.manual_seed(0)
     steps = 3000

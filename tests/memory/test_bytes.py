@@ -127,7 +127,7 @@ def test_a_record_high_is_taken_from_the_kernel():
     """A spike between two samples is not missed where the kernel's mark rises."""
     script = """
         import json
-        from tbptt_ckpt.memory import RssSampler, rss_bytes
+        from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
         before = rss_bytes()
         with RssSampler(interval_seconds=3600) as rss:
             spike = bytearray(300 << 20)

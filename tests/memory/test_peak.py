@@ -73,7 +73,7 @@ def test_a_backward_that_moves_to_another_thread_counts():
     """
     script = """
         import json, threading, torch
-        from tbptt_ckpt.memory import peak_memory
+        from tbptt_ckpt.memory.meter import peak_memory
 
         threads = set()
 
@@ -146,7 +146,7 @@ def test_frees_of_older_tensors_that_are_not_named_do_not_count():
     would leave its size in the allocator's table, and the free would report that."""
     script = """
         import json, torch
-        from tbptt_ckpt.memory import peak_memory
+        from tbptt_ckpt.memory.meter import peak_memory
 
         older = [torch.empty(123_457, dtype=torch.uint8)]
         with peak_memory(held=(), rss=False) as meter:
@@ -298,7 +298,8 @@ def test_the_meter_itself_stays_under_64_mib():
     """200,000 allocations and as many frees; without flushes far fewer take more than that."""
     script = """
         import json, sys, torch
-        from tbptt_ckpt.memory import peak_memory, rss_bytes, RssSampler
+        from tbptt_ckpt.memory.meter import peak_memory
+        from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
         flushing = sys.argv[1] == "flush"
         num_blocks = 200_000 if flushing else 100_000
         with peak_memory():
@@ -479,7 +480,7 @@ def test_a_meter_measures_once():
 def test_a_fork_inside_a_region_does_not_record_for_ever():
     script = """
         import json, os, torch
-        from tbptt_ckpt.memory import peak_memory
+        from tbptt_ckpt.memory.meter import peak_memory
         with peak_memory(rss=False) as meter:
             kept = torch.empty(1000)
             child = os.fork()

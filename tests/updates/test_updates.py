@@ -30,7 +30,6 @@ from torch.optim.optimizer import (
 )
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
-from tbptt_ckpt.updates import optimizer_calls
 
 # Clipping
 
@@ -226,30 +225,6 @@ def test_a_disabled_scaler_is_none() -> None:
 
 
 NUM_UPDATES = len(tbptt_windows(NUM_STEPS, K1, K2))
-
-
-def test_an_unseen_step_is_run_without_torchs_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise AssertionError("torch's wrapper was called")
-
-    monkeypatch.setattr(torch.optim.Optimizer, "_optimizer_step_code", fail)
-    module = tanh_cell()
-    before = [p.detach().clone() for p in module.parameters()]
-    run(module, torch.optim.SGD(module.parameters(), lr=0.1))
-    assert relative_error(list(module.parameters()), before) > 1e-6
-
-
-def test_a_wrapper_that_is_not_known_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-
-    def note(optimizer: object) -> None:
-        calls.append(optimizer)
-
-    monkeypatch.setattr(torch.optim.Optimizer, "_optimizer_step_code", note)
-    monkeypatch.setattr(optimizer_calls, "_WRAPPER", None)
-    module = tanh_cell()
-    run(module, torch.optim.SGD(module.parameters(), lr=0.1))
-    assert len(calls) == NUM_UPDATES
 
 
 @pytest.mark.parametrize("kind", ["pre", "post", "global pre", "global post"])
