@@ -8,14 +8,18 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 import typer
 
+from tbptt_ckpt.cli.options import Command
 from tbptt_ckpt.cli.plan.command import plan
+from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.profile.command import profile
+from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.snapshots import snapshots
 from tbptt_ckpt.cli.train.command import train
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.trainer.signals import TrainingStopped
@@ -26,16 +30,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 app = typer.Typer(name="tbptt-ckpt", add_completion=False)
 
 
-app.command("train")(train)
-
-
-app.command("plan")(plan)
-
-
+app.command("train")(Command(TrainingConfig, train))
+app.command("plan")(Command(PlanningConfig, plan))
 app.command("snapshots")(snapshots)
-
-
-app.command("profile")(profile)
+app.command("profile")(Command(ProfileConfig, profile))
 
 
 @app.callback()
@@ -77,18 +75,11 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.simplefilter("always", TbpttWarning)
         show = warnings.showwarning
 
-        def print_line(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def print_line(message: Warning | str, *others: Any, **named: Any) -> None:
             if isinstance(message, TbpttWarning):
                 print(f"tbptt-ckpt: warning: {' '.join(str(message).split())}", file=sys.stderr)
             else:
-                show(message, category, filename, lineno, file, line)
+                show(message, *others, **named)
 
         warnings.showwarning = print_line
         yield

@@ -20,7 +20,7 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ArgumentError: No device name, or a device that this machine lacks.
     """
-    accelerator = torch.accelerator.current_accelerator() if _has_accelerator() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return accelerator or torch.device("cpu")
     try:
@@ -36,10 +36,6 @@ def find_device(name: str | None) -> torch.device:
     if device.index is not None and device.index >= count:
         raise ArgumentError(f"--device {name} does not exist: there are {count} {device.type}")
     return device
-
-
-def _has_accelerator() -> bool:
-    return torch.accelerator.is_available()
 
 
 def autocast_dtype(dtype: str) -> torch.dtype | None:

@@ -1,9 +1,12 @@
-"""Files that a command writes: checked before the work, written whole or not at all."""
+"""Files that a command writes: refused before the work starts, and whole or not there at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -30,42 +33,42 @@ def check_target(option: str, path: Path, *, force: bool) -> None:
 
 
 def write_text(option: str, path: Path, text: str, *, force: bool) -> None:
-    """Write a file; until it is complete `path` is untouched.
+    """Write a file.
 
     Raises:
         ArgumentError: It cannot be written.
     """
-    check_target(option, path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ArgumentError(f"{option} {path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _whole_file(option, path, force=force) as file:
+        file.write(text.encode("utf-8"))
 
 
-def save_weights(module: nn.Module, path: Path, *, force: bool) -> None:
+def save_weights(option: str, path: Path, module: nn.Module, *, force: bool) -> None:
     """Write the module's `state_dict`, from the CPU, with `torch.save`.
 
-    Equal weights give equal bytes. Until the file is complete `path` is untouched.
+    Equal weights give equal bytes.
 
     Raises:
         ArgumentError: The file cannot be written.
     """
-    check_target("--save", path, force=force)
     weights = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    # Given a path, torch.save would write the temporary's name into the archive.
+    with _whole_file(option, path, force=force) as file:
+        torch.save(weights, file)
+
+
+@contextmanager
+def _whole_file(option: str, path: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the context ends; until then that is untouched."""
+    check_target(option, path, force=force)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # Given a path, torch.save would write the temporary's name into the archive.
         with temporary.open("wb") as file:
-            torch.save(weights, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 - one system call, the commit
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise ArgumentError(f"--save {path} cannot be written: {_reason(error)}") from error
+        raise ArgumentError(f"{option} {path} cannot be written: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from tbptt_ckpt.cli.tables import table
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.snapshot.store import SnapshotReport, SnapshotStore
@@ -41,18 +40,18 @@ def snapshots(
 
 def print_reports(directory: Path, reports: list[SnapshotReport]) -> None:
     """Print a table on the standard output."""
-    table = Table(title=Text(f"snapshots in {directory}"), box=box.SIMPLE_HEAD)
+    made = table(f"snapshots in {directory}")
     for heading, justify in (("steps", "right"), ("taken", "left"), ("size", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    table.add_column("state", overflow="fold")
+        made.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    made.add_column("state", overflow="fold")
     for report in reports:
-        table.add_row(
+        made.add_row(
             f"{report.step:,}",
             report.created or "",
             format_bytes(report.num_bytes),
             Text(report.problem or "valid"),
         )
-    Console().print(table)
+    Console().print(made)
 
 
 def reports_json(directory: Path, reports: list[SnapshotReport]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.profiling.failure import Failure
 from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
@@ -74,3 +76,34 @@ class Configuration:
             budget_bytes=self.budget_bytes,
             **figures,
         )
+
+    def failed(self, failure: Failure) -> MemoryReport:
+        """A report that says why there are no figures."""
+        return self.report(status=failure.status, message=failure.message)
+
+
+def combinations(
+    k1: Sequence[int],
+    k2: Sequence[int],
+    strategies: Sequence[object],
+    budgets: Sequence[int | None],
+    **shared: Any,
+) -> list[Configuration]:
+    """Every combination, checked.
+
+    Args:
+        k1: Steps between updates.
+        k2: Steps the gradient reaches back.
+        strategies: As for `TBPTT`.
+        budgets: Memory budgets in bytes, None for none.
+        **shared: What all of them have in common.
+    """
+    configurations = [
+        Configuration(strategy=strategy, k1=k1, k2=k2, budget_bytes=budget, **shared)
+        for k1, k2, strategy, budget in product(k1, k2, strategies, budgets)
+    ]
+    if not configurations:
+        raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
+    for configuration in configurations:
+        configuration.check()
+    return configurations

@@ -8,23 +8,25 @@ import os
 import pickle
 import signal
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.profiling.bench import Resident, WindowBench
+from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import BenchError, Failure, describe_failure
-from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, MemoryReport
+from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY
 from tbptt_ckpt.profiling.work import Workload
 
 _PATIENCE_SECONDS = 10.0
 
+T = TypeVar("T")
+
 
 class ProcessBench:
-    """Has a `WindowBench` made in a fresh process, and asks it.
+    """A `WindowBench` in a fresh process.
 
     Args:
         workload: Made in that process.
@@ -51,32 +53,20 @@ class ProcessBench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def warm_up(self) -> Resident:
-        """As `WindowBench.warm_up`."""
-        resident: Resident = self._ask("warm_up")
-        return resident
-
-    def time_window(self) -> float:
-        """As `WindowBench.time_window`."""
-        seconds: float = self._ask("time_window")
-        return seconds
-
-    def measure(self, **keywords: Any) -> MemoryReport:
-        """As `WindowBench.measure`."""
-        report: MemoryReport = self._ask("measure", **keywords)
-        return report
-
-    def write_history(self, path: Path) -> None:
-        """As `WindowBench.write_history`."""
-        self._ask("write_history", path=path)
+    def ask(self, request: Callable[[WindowBench], T]) -> T:
+        """As `Bench.ask`; request and answer are pickled."""
+        try:
+            self._pipe.send(request)
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            answer = self._obituary()
+        if isinstance(answer, Failure):
+            raise BenchError(answer)
+        found: T = answer
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -85,16 +75,6 @@ class ProcessBench:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-    def _ask(self, name: str, **keywords: Any) -> Any:
-        try:
-            self._pipe.send((name, keywords))
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            answer = self._obituary()
-        if isinstance(answer, Failure):
-            raise BenchError(answer)
-        return answer
 
     def _obituary(self) -> Failure:
         self._process.join(_PATIENCE_SECONDS)
@@ -116,32 +96,26 @@ def _pickled(workload: Workload) -> bytes:
 
 
 def serve(pipe: Connection, configuration: Configuration) -> None:
-    """Answer requests for the methods of a `WindowBench` until the pipe is closed.
+    """Answer requests to a `WindowBench` until the pipe is closed.
 
-    The pickled workload comes first. A request is (name, keywords); an answer is what the
-    method returns, or a `Failure`.
+    The pickled workload comes first. An answer is what the request returns, or a `Failure`.
     """
     _stand_back()
     pickled_workload = pipe.recv_bytes()
     bench: WindowBench | None = None
-    while (request := _next_request(pipe)) is not None:
-        name, keywords = request
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
         try:
             if bench is None:
                 work = pickle.loads(pickled_workload).build()
                 bench = WindowBench(work, configuration, alone=True)
-            answer = getattr(bench, name)(**keywords)
+            answer = request(bench)
         except Exception as error:
             answer = describe_failure(error, traceback.format_exc())
         pipe.send(answer)
-
-
-def _next_request(pipe: Connection) -> tuple[str, dict[str, Any]] | None:
-    try:
-        request: tuple[str, dict[str, Any]] = pipe.recv()
-    except EOFError:  # the parent is gone
-        return None
-    return request
 
 
 def _stand_back() -> None:

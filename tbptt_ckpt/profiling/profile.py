@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import product
 from typing import Any
 
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.module.recurrence import time_dim_of
-from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.environment import describe_environment
+from tbptt_ckpt.profiling.configuration import Configuration, combinations
 from tbptt_ckpt.profiling.failure import BenchError
 from tbptt_ckpt.profiling.here import BenchHere
 from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.progress import Watch, unwatched
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
-from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
-from tbptt_ckpt.profiling.work import GivenWork, Work
+from tbptt_ckpt.profiling.sweep import Bench, measured, sweep
+from tbptt_ckpt.profiling.work import Work
 
+# Those whose schedule follows from the arguments alone, so that their peaks repeat to the byte.
+# What `auto` chooses depends on measured times.
 DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
 
@@ -82,8 +83,14 @@ def profile_window(
         ArgumentError: An argument that cannot work.
     """
     check_positive_int("repeats", repeats)
-    (configuration,) = _configurations(
-        (k1,), (k2,), (strategy,), (memory_budget,), overlap, executor, time_batching
+    (configuration,) = combinations(
+        (k1,),
+        (k2,),
+        (strategy,),
+        (_budget(memory_budget),),
+        overlap=overlap,
+        executor=executor,
+        time_batching=time_batching,
     )
     work = make_work(
         module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
@@ -92,10 +99,9 @@ def profile_window(
         with BenchHere(work, configuration) as bench:
             return measured(bench, repeats, trace=trace)
     except BenchError as error:
-        failure = error.failure
-        if failure.status == FAILED and error.__cause__ is not None:
+        if error.failure.status == FAILED and error.__cause__ is not None:
             raise error.__cause__ from None
-        return configuration.report(status=failure.status, message=failure.message)
+        return configuration.failed(error.failure)
 
 
 def profile_strategies(
@@ -158,8 +164,14 @@ def profile_strategies(
         ArgumentError: An argument that cannot work; a module that fails in plain BPTT.
     """
     check_positive_int("repeats", repeats)
-    configurations = _configurations(
-        _several(k1), _several(k2), strategies, memory_budgets, overlap, executor, time_batching
+    configurations = combinations(
+        _several(k1),
+        _several(k2),
+        strategies,
+        [_budget(budget) for budget in memory_budgets],
+        overlap=overlap,
+        executor=executor,
+        time_batching=time_batching,
     )
     work = make_work(
         module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
@@ -167,11 +179,10 @@ def profile_strategies(
 
     def open_bench(configuration: Configuration) -> AbstractContextManager[Bench]:
         if fresh_processes:
-            return ProcessBench(GivenWork(work), configuration)
+            return ProcessBench(work, configuration)
         return BenchHere(work, configuration)
 
-    rows = sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
-    return StrategyReport(tuple(rows), describe_environment())
+    return sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
 
 
 def make_work(
@@ -200,35 +211,6 @@ def make_work(
         optimizer=optimizer,
         options={**options, "per_step": per_step, "time_dim": time_dim},
     )
-
-
-def _configurations(
-    k1s: Sequence[int],
-    k2s: Sequence[int],
-    strategies: Sequence[object],
-    memory_budgets: Sequence[int | str | None],
-    overlap: str,
-    executor: str,
-    time_batching: bool | str,
-) -> list[Configuration]:
-    """Every combination, checked."""
-    configurations = [
-        Configuration(
-            strategy=strategy,
-            k1=k1,
-            k2=k2,
-            overlap=overlap,
-            executor=executor,
-            time_batching=time_batching,
-            budget_bytes=_budget(budget),
-        )
-        for k1, k2, strategy, budget in product(k1s, k2s, strategies, memory_budgets)
-    ]
-    if not configurations:
-        raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
-    for configuration in configurations:
-        configuration.check()
-    return configurations
 
 
 def _budget(given: int | str | None) -> int | None:

@@ -5,59 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.profiling.bench import Resident
+from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import BenchError, Failure, ProfileError
-from tbptt_ckpt.profiling.report import FAILED, MemoryReport
+from tbptt_ckpt.profiling.environment import describe_environment
+from tbptt_ckpt.profiling.failure import BenchError, ProfileError
+from tbptt_ckpt.profiling.progress import Progress, Watch, unwatched
+from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 
 # Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
 _KEPT_PART_OF_FREE = 0.25
 
+T = TypeVar("T")
+
 
 class Bench(Protocol):
-    """Measures one configuration; raises `BenchError` where it cannot."""
+    """Has a `WindowBench` of one configuration somewhere."""
 
-    def warm_up(self) -> Resident:
-        """Run the first windows."""
+    def ask(self, request: Callable[[WindowBench], T]) -> T:
+        """What a request to the `WindowBench` returns.
 
-    def time_window(self) -> float:
-        """Seconds of one warm window."""
+        Args:
+            request: One of its methods, or `partial` of one; it can be pickled.
 
-    def measure(self, *, trace: bool = False) -> MemoryReport:
-        """One warm window under the meter."""
-
-    def write_history(self, path: Path) -> None:
-        """Write PyTorch's memory history of one warm window on CUDA."""
+        Raises:
+            BenchError: The request failed.
+        """
+        ...
 
 
 OpenBench = Callable[[Configuration], AbstractContextManager[Bench]]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a sweep stands.
-
-    Attributes:
-        stage: What is being done.
-        num_rows: Rows that are done.
-        total_rows: Rows there will be.
-    """
-
-    stage: str
-    num_rows: int
-    total_rows: int
-
-
-Watch = Callable[[Progress], None]
-
-
-def unwatched(progress: Progress) -> None:
-    """Shows nothing."""
 
 
 def with_baselines(configurations: Sequence[Configuration]) -> list[Configuration]:
@@ -80,8 +62,8 @@ def sweep(
     traces: bool = False,
     history: Callable[[Configuration], Path | None] = lambda _: None,
     watch: Watch = unwatched,
-) -> list[MemoryReport]:
-    """One report for each configuration and for plain BPTT of its windows.
+) -> StrategyReport:
+    """One row for each configuration and for plain BPTT of its windows.
 
     Args:
         configurations: The rows wanted.
@@ -103,84 +85,69 @@ def sweep(
         watch(Progress(stage, len(reports), len(ordered)))
 
     for baseline, rows in groups.items():
-        with _Group(baseline, open_bench, repeats, traces, history, tell) as group:
+        with ExitStack() as stack:
+            group = _Group(baseline, open_bench, repeats, traces, history, tell, stack)
             for row in rows:
                 reports[row] = group.report(row)
-    return [reports[configuration] for configuration in ordered]
+    return StrategyReport(tuple(map(reports.__getitem__, ordered)), describe_environment())
 
 
+@dataclass(slots=True)
 class _Group:
     """Configurations with the same windows, timed in turns with plain BPTT of these."""
 
-    def __init__(
-        self,
-        baseline: Configuration,
-        open_bench: OpenBench,
-        repeats: int,
-        traces: bool,
-        history: Callable[[Configuration], Path | None],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._baseline, self._open_bench = baseline, open_bench
-        self._repeats, self._traces, self._tell = repeats, traces, tell
-        self._history = history
-        self._stack = ExitStack()
-        self._rival: Bench | None = None
-        self._rival_seconds: float | None = None
-
-    def __enter__(self) -> _Group:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    baseline: Configuration
+    open_bench: OpenBench
+    repeats: int
+    traces: bool
+    history: Callable[[Configuration], Path | None]
+    tell: Callable[[str], None]
+    stack: ExitStack  # closed when the group is done
+    rival: Bench | None = None
+    rival_seconds: float | None = None
 
     def report(self, row: Configuration) -> MemoryReport:
         """Measure a row; plain BPTT has to come first."""
         try:
-            if row == self._baseline:
+            if row == self.baseline:
                 return self._measure_baseline()
-            with self._open_bench(row) as bench:
+            with self.open_bench(row) as bench:
                 return self._measure(row, bench)
         except BenchError as error:
-            if row == self._baseline and error.failure.status == FAILED:
+            if row == self.baseline and error.failure.status == FAILED:
                 failure = error.failure
                 raise ProfileError(failure.message, failure.traceback) from error.__cause__
-            return _failed(row, error.failure)
+            return row.failed(error.failure)
 
     def _measure_baseline(self) -> MemoryReport:
         with ExitStack() as stack:
-            bench = stack.enter_context(self._open_bench(self._baseline))
-            report = self._measure(self._baseline, bench)
-            self._rival_seconds = report.seconds
+            bench = stack.enter_context(self.open_bench(self.baseline))
+            report = self._measure(self.baseline, bench)
+            self.rival_seconds = report.seconds
             if _may_stay(report):
-                self._rival, self._stack = bench, stack.pop_all()
+                self.rival = bench
+                self.stack.enter_context(stack.pop_all())
         return replace(report, ratio=1.0)
 
     def _measure(self, row: Configuration, bench: Bench) -> MemoryReport:
         def say(stage: str) -> None:
-            self._tell(f"{stage}: {row.strategy_name}, k1={row.k1}, k2={row.k2}")
+            self.tell(f"{stage}: {row.strategy_name}, k1={row.k1}, k2={row.k2}")
 
-        report = measured(
-            bench,
-            self._repeats,
-            trace=self._traces,
-            rival=self._time_rival,
-            say=say,
-        )
-        history = self._history(row)
+        report = measured(bench, self.repeats, trace=self.traces, rival=self._time_rival, say=say)
+        history = self.history(row)
         if history is not None:
             say("writing memory history")
-            bench.write_history(history)
-        if report.ratio is None and self._rival_seconds is not None:
+            bench.ask(partial(WindowBench.write_history, path=history))
+        if report.ratio is None and self.rival_seconds is not None:
             assert report.seconds is not None, "it was timed"
-            return replace(report, ratio=report.seconds / self._rival_seconds)
+            return replace(report, ratio=report.seconds / self.rival_seconds)
         return report
 
     def _time_rival(self) -> float | None:
         try:
-            return None if self._rival is None else self._rival.time_window()
+            return None if self.rival is None else self.rival.ask(WindowBench.time_window)
         except BenchError:  # gone, for memory perhaps; what it took before still serves
-            self._rival = None
+            self.rival = None
             return None
 
 
@@ -203,18 +170,18 @@ def measured(
         say: Told before every stage.
     """
     say("warming up")
-    resident = bench.warm_up()
+    resident = bench.ask(WindowBench.warm_up)
     say("timing")
     seconds, ratios = [], []
     for turn in range(repeats):
         theirs = rival() if turn % 2 else None
-        seconds.append(bench.time_window())
+        seconds.append(bench.ask(WindowBench.time_window))
         theirs = theirs if turn % 2 else rival()
         if theirs is not None:
             ratios.append(seconds[-1] / theirs)
     say("measuring memory")
     return replace(
-        bench.measure(trace=trace),
+        bench.ask(partial(WindowBench.measure, trace=trace)),
         rss_before_bytes=resident.before_bytes,
         rss_peak_bytes=resident.peak_bytes,
         seconds=median(seconds),
@@ -227,7 +194,3 @@ def _may_stay(report: MemoryReport) -> bool:
     if report.device != "cpu" or report.rss_peak_bytes is None:
         return False
     return report.rss_peak_bytes < _KEPT_PART_OF_FREE * free_memory()
-
-
-def _failed(row: Configuration, failure: Failure) -> MemoryReport:
-    return row.report(status=failure.status, message=failure.message)

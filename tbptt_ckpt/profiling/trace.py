@@ -54,7 +54,7 @@ def _action(action: ActionSpan, pid: int) -> dict[str, Any]:
     }
     began, ended = action.began_seconds, action.ended_seconds
     name = f"{action.kind} {steps}"
-    return {**_span(name, "action", pid, _SCHEDULE, began, ended), "args": arguments}
+    return _span(name, "action", pid, _SCHEDULE, began, ended, args=arguments)
 
 
 def _passes(trace: WindowTrace, pid: int) -> Iterator[dict[str, Any]]:
@@ -81,34 +81,23 @@ def _counters(trace: WindowTrace, pid: int) -> Iterator[dict[str, Any]]:
 
 
 def _named(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+    return _event("M", kind, pid, tid, args={"name": name})
 
 
 def _span(
-    name: str, category: str, pid: int, tid: int, began: float, ended: float
+    name: str, category: str, pid: int, tid: int, began: float, ended: float, **arguments: Any
 ) -> dict[str, Any]:
     begin = _micros(began)
-    return {
-        "name": name,
-        "cat": category,
-        "ph": "X",
-        "ts": begin,
-        "dur": round(_micros(ended) - begin, 3),
-        "pid": pid,
-        "tid": tid,
-    }
+    duration = round(_micros(ended) - begin, 3)
+    return _event("X", name, pid, tid, cat=category, ts=begin, dur=duration, **arguments)
 
 
 def _counter(name: str, pid: int, seconds: float, num_bytes: int) -> dict[str, Any]:
-    arguments = {"bytes": num_bytes}
-    return {
-        "name": name,
-        "ph": "C",
-        "ts": _micros(seconds),
-        "pid": pid,
-        "tid": 0,
-        "args": arguments,
-    }
+    return _event("C", name, pid, 0, ts=_micros(seconds), args={"bytes": num_bytes})
+
+
+def _event(phase: str, name: str, pid: int, tid: int, **more: Any) -> dict[str, Any]:
+    return {"name": name, "ph": phase, "pid": pid, "tid": tid, **more}
 
 
 def _micros(seconds: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import tensors_of
 
@@ -38,9 +39,17 @@ class Work:
         tensors = [*parameters_of(self.module), *tensors_of(self.init_state)]
         return tensors[0].device if tensors else torch.device("cpu")
 
+    def engine(self, k1: int, k2: int | None, **choices: Any) -> TBPTT:
+        """`TBPTT` for windows of these reaches, under these choices."""
+        return TBPTT(self.module, self.loss_fn, k1, k2, self.optimizer, **self.options, **choices)
+
     def held(self) -> tuple[Any, ...]:
         """The trees of tensors that are there before anything runs."""
         return (self.module, self.loss_fn, self.optimizer, self.init_state)
+
+    def build(self) -> Work:
+        """Itself: work that exists already is its own `Workload`."""
+        return self
 
 
 class Workload(Protocol):
@@ -53,14 +62,3 @@ class Workload(Protocol):
             ArgumentError: Work that cannot be made, for reasons the user can mend.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class GivenWork:
-    """Work that exists already."""
-
-    work: Work
-
-    def build(self) -> Work:
-        """The work."""
-        return self.work

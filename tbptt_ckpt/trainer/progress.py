@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tbptt_ckpt.engine.results import WindowResult
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainerResult:
@@ -15,6 +17,9 @@ class TrainerResult:
         windows: Windows run or skipped.
         updates: Updates of the weights.
         loss: Loss of the last window that had one.
+        recomputed_steps: Module steps run beyond one run of each new step.
+        mean_drift: Mean over the windows of the relative change of recorded states when they are
+            recomputed.
         seconds: Time spent in this process.
     """
 
@@ -23,6 +28,8 @@ class TrainerResult:
     windows: int
     updates: int
     loss: float | None
+    recomputed_steps: int
+    mean_drift: float
     seconds: float
 
 
@@ -35,7 +42,17 @@ class Progress:
     windows: int = 0
     updates: int = 0
     loss: float | None = None
+    recomputed_steps: int = 0
+    drift: float = 0.0  # summed
     cut_at: int = -1  # steps at which `max_steps` cut the last window short
+
+    def add(self, window: WindowResult) -> None:
+        """Count what a window did."""
+        self.recomputed_steps += window.recomputed_steps
+        self.drift += window.drift
+        self.updates += window.updated
+        if window.loss is not None:
+            self.loss = float(window.loss)
 
     def result(self, steps: int, seconds: float) -> TrainerResult:
         """The same for the user."""
@@ -45,5 +62,7 @@ class Progress:
             windows=self.windows,
             updates=self.updates,
             loss=self.loss,
+            recomputed_steps=self.recomputed_steps,
+            mean_drift=self.drift / max(1, self.windows),
             seconds=seconds,
         )

@@ -113,7 +113,7 @@ class Trainer:
         )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
         self._asked = str(self._parts.budget.strategy)
-        self._progress = Progress()
+        self._progress, self._begun = Progress(), time.perf_counter()
         self._run: SequenceRun | None = None
         self._has_saved_costs = False
 
@@ -135,13 +135,17 @@ class Trainer:
             TrainingStopped: SIGTERM or SIGINT arrived; a snapshot was taken.
             NonFiniteError, OutOfMemoryError, SnapshotError: As the policies say.
         """
-        begun = time.perf_counter()
         for _ in self.windows():
             pass
-        return self._progress.result(self.steps, time.perf_counter() - begun)
+        return self.result()
+
+    def result(self) -> TrainerResult:
+        """What has been done so far; its seconds count from the last call of `windows`."""
+        return self._progress.result(self.steps, time.perf_counter() - self._begun)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for."""
+        self._begun = time.perf_counter()
         check_differentiable(self._parts.recurrence.module)
         if self._saving is not None:
             self._saving.begin()
@@ -313,10 +317,8 @@ class Trainer:
 
     def _note(self, result: WindowResult, rate: float) -> None:
         progress, updater = self._progress, self._parts.updater
-        if result.loss is not None:
-            progress.loss = float(result.loss)
+        progress.add(result)
         if result.updated:
-            progress.updates += 1
             assert updater.grad_norm is not None, "the norm is watched"
             self._announcer.update(progress.updates, float(updater.grad_norm), rate)
         self._announcer.window(result, progress.epoch)

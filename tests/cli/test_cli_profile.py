@@ -22,7 +22,7 @@ from tbptt_ckpt import MemoryReport, StrategyReport
 from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.table import print_profile
-from tbptt_ckpt.profiling.bench import Resident
+from tbptt_ckpt.profiling.bench import Resident, WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import BenchError, Failure
 from tbptt_ckpt.profiling.process import ProcessBench
@@ -291,7 +291,7 @@ class Quitting:
 def test_a_process_that_dies_is_a_row_that_says_so(workload, status, message):
     configuration = Configuration(strategy="sqrt", k1=4, k2=8)
     with ProcessBench(workload, configuration) as bench, pytest.raises(BenchError) as caught:
-        bench.warm_up()
+        bench.ask(WindowBench.warm_up)
     assert caught.value.failure.status == status
     assert message in caught.value.failure.message
 
@@ -336,8 +336,9 @@ REGION = """
     import json, sys, torch
     from torch import nn
     from tbptt_ckpt import TensorSequence
-    from tbptt_ckpt.profiling import Configuration, Work
     from tbptt_ckpt.profiling.bench import WindowBench
+    from tbptt_ckpt.profiling.configuration import Configuration
+    from tbptt_ckpt.profiling.work import Work
 
     torch.manual_seed(0)
     data = TensorSequence(torch.randn(16, 192, 64), torch.randn(16, 192, 128))
@@ -391,6 +392,13 @@ def figures_of(script, *arguments):
     return json.loads(done.stdout)
 
 
+ANSWERS = {
+    WindowBench.warm_up: Resident(1, 2),
+    WindowBench.time_window: 0.5,
+    WindowBench.measure: MemoryReport(strategy="?", k1=1, k2=1, peak_bytes=1),
+}
+
+
 class FakeBench:
     """Answers without measuring, or fails as it is told to."""
 
@@ -403,16 +411,10 @@ class FakeBench:
     def __exit__(self, *_):
         pass
 
-    def warm_up(self):
+    def ask(self, request):
         if self.failure:
             raise BenchError(self.failure)
-        return Resident(1, 2)
-
-    def time_window(self):
-        return 0.5
-
-    def measure(self, *, trace=False):
-        return MemoryReport(strategy="?", k1=1, k2=1, peak_bytes=1)
+        return ANSWERS[getattr(request, "func", request)]
 
 
 def test_failing_rows_do_not_stop_a_sweep():
@@ -425,7 +427,7 @@ def test_failing_rows_do_not_stop_a_sweep():
         [Configuration(strategy=s, k1=1, k2=1) for s in ("step", "sqrt", "uniform:2")],
         lambda configuration: FakeBench(failures.get(configuration.strategy)),
         repeats=2,
-    )
+    ).rows
     assert [(row.status, row.message) for row in rows] == [
         ("out of memory", "no room"),
         ("failed", "why"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,13 @@ from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
-from tbptt_ckpt.cli.progress import figures
 from tbptt_ckpt.cli.train import command as train_command
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
-from tbptt_ckpt.cli.train.outcome import Progress
-from tbptt_ckpt.cli.train.window_memory import fullest_window
+from tbptt_ckpt.cli.train.loop import figures
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.profiling.peaks import fullest_window
+from tbptt_ckpt.profiling.progress import Progress
 
 
 class TestTraining:
@@ -200,7 +201,7 @@ class TestReport:
     def test_extrapolated_peaks_are_near_measured_ones(self, capsys, small, monkeypatch, model):
         words = [*small, "--model", model, "--k1", "16", "--k2", "128", "--max-steps", "160"]
         measured = outcome_of(capsys, words)["memory"]
-        monkeypatch.setattr("tbptt_ckpt.cli.train.window_memory._MOST_RETAINED_STEPS", 100)
+        monkeypatch.setattr("tbptt_ckpt.profiling.peaks._MOST_RETAINED_STEPS", 100)
         extrapolated = outcome_of(capsys, words)["memory"]
         assert measured["retained_is_measured"]
         assert not extrapolated["retained_is_measured"]
@@ -232,9 +233,8 @@ class TestReport:
         assert json.loads(json.dumps(outcome_of(capsys, small)))["device"] == "cpu"
 
     def test_the_bar_shows_loss_speed_and_memory(self):
-        progress = Progress("training", 5, 10, 1.25, 1234.5, 3 << 20)
-        assert figures(progress) == "1.250 bits/byte  1,234 steps/s  3.0 MiB"
-        assert figures(Progress("reading", 0, 10)) == ""
+        assert figures(1.25, 1234.5, 3 << 20) == "1.250 bits/byte  1,234 steps/s  3.0 MiB"
+        assert Progress("reading", 0, 10).figures == ""
 
     def test_help_is_shown_without_a_command(self, capsys):
         assert main([]) == 0
@@ -301,5 +301,6 @@ def test_the_job_is_a_function_too(text):
     )
     outcome = run_training_job(config, seen.append)
     assert outcome.work.num_windows == 3
-    assert [p.num_steps for p in seen if p.stage == "training"] == [8, 16, 24]
-    assert all(p.memory_bytes > 0 for p in seen if p.stage == "training")
+    assert [p.done for p in seen if p.stage == "training"] == [8, 16, 24]
+    shown = r"\d+\.\d{3} bits/byte  [\d,]+ steps/s  [1-9][\d.]* [KMG]iB"  # no memory is none
+    assert all(re.fullmatch(shown, p.figures) for p in seen if p.stage == "training")

@@ -46,6 +46,16 @@ def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [line for line in read if kind in (None, line["event"])]
 
 
+def test_the_result_counts_what_the_windows_did() -> None:
+    one = trainer()
+    results = list(one.windows())
+    found = one.result()
+    assert (found.steps, found.windows, found.updates) == (STEPS, 4, 4)
+    assert found.recomputed_steps == sum(result.recomputed_steps for result in results) > 0
+    assert found.mean_drift == sum(result.drift for result in results) / 4 > 0
+    assert found.loss == float(results[-1].loss)
+
+
 def test_a_window_and_an_update_are_told_as_they_were(tmp_path: Path) -> None:
     one = trainer(tmp_path / "log")
     results = list(one.windows())

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE
 from tbptt_ckpt.cli.bytes.own_models import call_factory
+from tbptt_ckpt.cli.devices import DTYPES
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.outputs import outputs_needed
 
@@ -83,12 +85,23 @@ _FUSED: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-def build_model(name: str, *, hidden: int, layers: int) -> nn.Module:
-    """A built-in model, or what the factory `package.module:factory` returns.
+def build_model(
+    name: str,
+    *,
+    hidden: int,
+    layers: int,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+) -> nn.Module:
+    """A built-in model, or what the factory `package.module:factory` returns, on its device.
 
     Raises:
         ArgumentError: An unknown name, or a factory that is no use.
     """
+    return _make_model(name, hidden, layers).to(device, DTYPES[dtype])
+
+
+def _make_model(name: str, hidden: int, layers: int) -> nn.Module:
     if name in _FUSED:
         return SegmentModel(_FUSED[name], VOCAB_SIZE, hidden, layers)
     if name == "lstmcell":

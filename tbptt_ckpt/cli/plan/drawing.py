@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tbptt_ckpt import Advance, Costs, Differentiate, Drop, Keep, Plan
@@ -44,7 +44,11 @@ class _Row:
 
     advanced: set[int] = field(default_factory=set)
     differentiated: set[int] = field(default_factory=set)
-    kept: frozenset[int] = frozenset()
+    kept: set[int] = field(default_factory=set)
+
+    def hold(self, columns: Iterable[int]) -> None:
+        """These states are kept at the end of the stretch."""
+        self.kept = set(columns)
 
     def text(self) -> str:
         """One character a column."""
@@ -119,7 +123,7 @@ class _Canvas:
                 seen.advanced.update(self._span(low, high))
             else:  # a leaf is there as a whole until it is differentiated
                 seen.differentiated.update(self._span(start, stop))
-            seen.kept = frozenset(self._column(step) for step in self._kept)
+            seen.hold(map(self._column, self._kept))
 
     def _row_parts(self, begun: float, ended: float) -> Iterator[tuple[int, tuple[float, float]]]:
         """Rows that a stretch of time touches, and which part of it lies in each."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,13 +12,15 @@ from rich.text import Text
 from tbptt_ckpt import Plan
 from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan, format_seconds
 from tbptt_ckpt.cli.plan.job import PlanningOutcome
+from tbptt_ckpt.cli.tables import figure_table, table
 from tbptt_ckpt.memory.sizes import format_bytes
 
 
 def print_plan(outcome: PlanningOutcome) -> None:
     """Print the plan, its drawing and the table of budgets on the standard output."""
     console = Console(highlight=False)
-    console.print(_plan_table(outcome))
+    title = f"{outcome.config.steps:,} steps: {outcome.what}"
+    console.print(figure_table(title, plan_rows(outcome), min_width=60))
     drawing = draw_plan(outcome.plan, outcome.costs)
     for line in drawing or [f"(no drawing: above {MOST_ACTIONS:,} actions)"]:
         console.print(Text(line), soft_wrap=True)
@@ -30,26 +31,13 @@ def print_plan(outcome: PlanningOutcome) -> None:
     console.print(_budget_table(outcome))
 
 
-def _plan_table(outcome: PlanningOutcome) -> Table:
-    table = Table(
-        title=Text(f"{outcome.config.steps:,} steps: {outcome.what}"),
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-        min_width=60,
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in plan_rows(outcome):
-        table.add_row(name, value)
-    return table
-
-
 def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
     """What the table says, line by line."""
     plan, retained = outcome.plan, outcome.retained
     peak, seconds = _predicted(plan)
     retained_peak, retained_seconds = _predicted(retained)
-    limit = "none" if outcome.budget_bytes is None else format_bytes(outcome.budget_bytes)
+    budget = outcome.config.budget
+    limit = "none" if budget is None else format_bytes(budget)
     fixed = outcome.costs.fixed.total(outcome.config.steps)
     return [
         ("strategy", plan.strategy),
@@ -68,21 +56,19 @@ def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
 
 
 def _budget_table(outcome: PlanningOutcome) -> Table:
-    table = Table(
-        title="From the smallest budget to keeping everything", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    made = table("From the smallest budget to keeping everything", pad_edge=False)
     for name in ("budget", "time", "over retained", "executed/step", "saved per MiB"):
-        table.add_column(name, justify="right")
+        made.add_column(name, justify="right")
     for row in ladder_rows(outcome):
         saved = row["saved_seconds_per_mib"]
-        table.add_row(
+        made.add_row(
             format_bytes(row["budget_bytes"]),
             format_seconds(row["predicted_seconds"]),
             f"{row['over_retained']:.3f}",
             f"{row['executed_steps_per_step']:.3f}",
             "" if saved is None else format_seconds(saved),
         )
-    return table
+    return made
 
 
 def ladder_rows(outcome: PlanningOutcome) -> list[dict[str, Any]]:
@@ -116,7 +102,7 @@ def plan_json(outcome: PlanningOutcome) -> str:
         {
             "what": outcome.what,
             "steps": outcome.config.steps,
-            "budget_bytes": outcome.budget_bytes,
+            "budget_bytes": outcome.config.budget,
             "plan": {
                 **plan.to_dict(),
                 "executed_steps": plan.executed_steps,

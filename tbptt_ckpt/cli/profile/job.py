@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.profiling.environment import describe_environment
+from tbptt_ckpt.cli.profile.workload import ByteWorkload
 from tbptt_ckpt.profiling.plots import plot_front, plot_windows
 from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.progress import Watch, unwatched
 from tbptt_ckpt.profiling.report import StrategyReport
-from tbptt_ckpt.profiling.sweep import Watch, sweep, unwatched
+from tbptt_ckpt.profiling.sweep import sweep
 from tbptt_ckpt.profiling.trace import trace_json
 
 
@@ -24,8 +26,9 @@ def run_profile(config: ProfileConfig, watch: Watch = unwatched) -> StrategyRepo
         ProfileError: A model that fails in plain BPTT already.
     """
     config.check()
-    workload = config.workload()
-    rows = sweep(
+    find_device(config.device)  # refused here rather than in every process
+    workload = ByteWorkload(config)
+    report = sweep(
         config.configurations(),
         lambda configuration: ProcessBench(workload, configuration),
         repeats=config.repeats,
@@ -33,7 +36,6 @@ def run_profile(config: ProfileConfig, watch: Watch = unwatched) -> StrategyRepo
         history=config.history_of,
         watch=watch,
     )
-    report = StrategyReport(tuple(rows), describe_environment())
     _write_files(report, config)
     return report
 

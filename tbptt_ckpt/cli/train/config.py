@@ -1,111 +1,112 @@
-"""What a training run is asked to do."""
+"""What a training run is asked to do: the options of `tbptt-ckpt train`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from tbptt_ckpt.budget.amount import parse_budget
-from tbptt_ckpt.cli.devices import DTYPES
+from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.files import check_target
-from tbptt_ckpt.cli.options import check_choice, check_strategy
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_LR = 1_000.0  # Adam moves every weight by about this much at once
+_STRATEGY = "uniform:32"  # depends on nothing measured
+
+
+def parse_reach(option: str, text: str) -> int | None:
+    """A number of steps, or None for `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(f"{option} {text} is neither a number of steps nor none") from None
+
+
+def _check_reach(option: str, steps: int) -> None:
+    check_positive_int(option, steps, "none (reach back to the start)")
+
+
+def read_budget(text: str) -> str | float:
+    """A fraction as a number, as which `TBPTT` takes it; a size as it is."""
+    return float(text) if re.fullmatch(r"0?\.\d+|1\.0*", text) else text
+
+
+def _check_budget(option: str, text: str) -> None:
+    what = "neither a size such as 200MiB nor a fraction of the free memory such as 0.5"
+    options.check_readable(option, text, lambda text: parse_budget(read_budget(text)), what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """Options of `tbptt-ckpt train`; the defaults take about a minute on two cores.
+    """Options of `tbptt-ckpt train`; the defaults take about a minute on two cores."""
 
-    Attributes:
-        data: File to learn; None takes the standard library's source text.
-        model: `lstm`, `gru`, `rnn`, `lstmcell`, or `package.module:factory`.
-        hidden: Width of the recurrent layers.
-        layers: Number of recurrent layers.
-        lanes: Parallel streams.
-        k1: Steps between updates.
-        k2: Steps an update reaches back; None reaches back to the start of the pass.
-        strategy: How windows are recomputed. The default depends on nothing measured.
-        budget: Peak of tensor memory: a size, or a fraction of what is free; None for none.
-        overlap: `refresh` or `stale`.
-        executor: `replay` or `checkpoint`.
-        lr: Learning rate of Adam.
-        max_steps: Time steps per lane, in total.
-        seed: Of the weights and of whatever the model draws.
-        device: Where to run; None takes the accelerator there is, or else the CPU.
-        dtype: `float32`, `float64`, or `bfloat16` for autocast over float32 weights.
-        save: File for the weights.
-        force: Whether `save` may replace a file.
-        snapshot_dir: Directory for snapshots of the training state; None takes none.
-        snapshot_every: Time steps between snapshots; None for none by steps.
-        snapshot_minutes: Minutes between snapshots; None for none by time.
-        keep: Snapshots that stay, the newest.
-        resume: Go on from the newest valid snapshot, if there is one.
-    """
+    data: Annotated[
+        Path | None, "File to learn, memory-mapped.", options.Default("the Python standard library")
+    ] = None
+    model: Annotated[str, "lstm, gru, rnn, lstmcell, or your own: package.module:factory."] = "lstm"
+    hidden: options.Hidden = 192
+    layers: options.Layers = 1
+    lanes: options.Lanes = 32
+    k1: Annotated[int, "Steps between updates.", check_positive_int] = 64
+    k2: Annotated[
+        int | None,
+        "Steps an update reaches back; none: to the start.",
+        options.Read(parse_reach),
+        _check_reach,
+    ] = 128
+    strategy: Annotated[
+        str,
+        "auto, optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES.",
+        options.check_strategy,
+        options.Default(f"{_STRATEGY}; optimal with --budget"),
+    ] = ""
+    budget: Annotated[
+        str | None,
+        "Peak of tensor memory, such as 200MiB, or a fraction of what is free: 0.5.",
+        _check_budget,
+        options.Default("none"),
+    ] = None
+    overlap: options.Overlap = "refresh"
+    executor: options.ExecutorName = "replay"
+    lr: Annotated[float, "Learning rate of Adam."] = 4e-3
+    max_steps: Annotated[int, "Time steps per lane, in total.", check_positive_int] = 48_000
+    seed: Annotated[int, "Seed of the random numbers."] = 0
+    device: options.Device = None
+    dtype: options.Dtype = "float32"
+    save: Annotated[Path | None, "Write the weights to this file."] = None
+    force: Annotated[bool, "Let --save replace a file."] = False
+    snapshot_dir: Annotated[Path | None, "Directory for snapshots of the training state."] = None
+    snapshot_every: Annotated[
+        int | None, "Time steps between snapshots.", check_positive_int, options.Default("none")
+    ] = None
+    snapshot_minutes: Annotated[
+        float | None, "Minutes between snapshots.", options.Default("none")
+    ] = None
+    keep: Annotated[int, "Snapshots that stay, the newest.", check_positive_int] = 3
+    resume: Annotated[bool, "Go on from the newest valid snapshot, if there is one."] = False
 
-    data: Path | None = None
-    model: str = "lstm"
-    hidden: int = 192
-    layers: int = 1
-    lanes: int = 32
-    k1: int = 64
-    k2: int | None = 128
-    strategy: str = "uniform:32"
-    budget: str | None = None
-    overlap: str = "refresh"
-    executor: str = "replay"
-    lr: float = 4e-3
-    max_steps: int = 48_000
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "float32"
-    save: Path | None = None
-    force: bool = False
-    snapshot_dir: Path | None = None
-    snapshot_every: int | None = None
-    snapshot_minutes: float | None = None
-    keep: int = 3
-    resume: bool = False
+    def __post_init__(self) -> None:
+        if not self.strategy:
+            object.__setattr__(self, "strategy", "optimal" if self.budget else _STRATEGY)
 
     def check(self) -> None:
         """Raise `ArgumentError` for options that cannot work, before anything is started."""
-        for name in ("hidden", "layers", "lanes", "k1", "max_steps"):
-            check_positive_int(f"--{name.replace('_', '-')}", getattr(self, name))
-        if self.k2 is not None:
-            check_positive_int("--k2", self.k2, "none (reach back to the start)")
+        options.check_options(self)
         if not 0 < self.lr <= _LARGEST_LR:
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
-        check_choice("--overlap", self.overlap, ("refresh", "stale"))
-        check_choice("--executor", self.executor, ("replay", "checkpoint"))
-        check_choice("--dtype", self.dtype, tuple(DTYPES))
-        check_strategy(self.strategy)
-        self.memory_budget()
         self._check_save()
         self._check_snapshots()
 
     def memory_budget(self) -> str | float | None:
-        """The budget as `TBPTT` takes it.
-
-        Raises:
-            ArgumentError: Neither a size nor a fraction.
-        """
-        if self.budget is None:
-            return None
-        fraction = re.fullmatch(r"0?\.\d+|1\.0*", self.budget)
-        given = float(self.budget) if fraction else self.budget
-        try:
-            parse_budget(given)
-        except ArgumentError as error:
-            raise ArgumentError(
-                f"--budget {self.budget} is neither a size such as 200MiB nor a fraction of the "
-                "free memory such as 0.5"
-            ) from error
-        return given
+        """The budget as `TBPTT` takes it."""
+        return None if self.budget is None else read_budget(self.budget)
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that was saved."""
@@ -114,17 +115,14 @@ class TrainingConfig:
         return {"data": data, **{name: getattr(self, name) for name in names}}
 
     def _check_snapshots(self) -> None:
-        options = {
+        needy = {
             "--snapshot-every": self.snapshot_every,
             "--snapshot-minutes": self.snapshot_minutes,
             "--resume": self.resume or None,
         }
-        for option, value in options.items():
+        for option, value in needy.items():
             if value is not None and self.snapshot_dir is None:
                 raise ArgumentError(f"{option} needs --snapshot-dir")
-        check_positive_int("--keep", self.keep)
-        if self.snapshot_every is not None:
-            check_positive_int("--snapshot-every", self.snapshot_every)
         if self.snapshot_minutes is not None and not self.snapshot_minutes > 0:
             raise ArgumentError(f"--snapshot-minutes {self.snapshot_minutes} must be above 0")
 

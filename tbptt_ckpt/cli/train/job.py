@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from tbptt_ckpt import NonFiniteError
 from tbptt_ckpt.cli.bytes.bigram import bigram_bits
-from tbptt_ckpt.cli.bytes.contract import check_model
+from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import bits_per_byte
-from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
+from tbptt_ckpt.cli.bytes.work import byte_work
+from tbptt_ckpt.cli.devices import autocast_dtype, find_device, repeatable
 from tbptt_ckpt.cli.files import save_weights
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
-from tbptt_ckpt.cli.train.outcome import (
-    MemoryUse,
-    Progress,
-    Scores,
-    TrainingOutcome,
-    Watch,
-    unwatched,
-)
-from tbptt_ckpt.cli.train.window_memory import live_bytes, metered, retained_peak
+from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.profiling.peaks import metered, retained_peak
+from tbptt_ckpt.profiling.progress import Watch, unwatched
 
 # Held-out text is scored in pieces of k1 steps, but of no more than this many, so that scoring
 # does not take more memory than training; and no more than this many bytes of it are scored.
@@ -64,27 +60,46 @@ class _Job:
         self.config, self.corpus, self.device, self.watch = config, corpus, device, watch
         self.evaluation_steps = min(config.k1, _MOST_EVALUATION_STEPS)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, hidden=config.hidden, layers=config.layers)
-        self.module = model.to(device, DTYPES[config.dtype])
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
+        self.module = build_model(
+            config.model,
+            hidden=config.hidden,
+            layers=config.layers,
+            device=device,
+            dtype=config.dtype,
+        )
+        optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
         self.held_out = self._held_out_lanes(_MOST_SCORED_BYTES // config.lanes)
-        self.loop = TrainingLoop(config, self.module, self.optimizer, corpus.train, device)
+        train = ByteLanes(corpus.train, config.lanes, device=device)
+        self.work = byte_work(self.module, optimizer, train, config.dtype)
+        self.loop = TrainingLoop(config, self.module, self.work)
 
     def run(self) -> TrainingOutcome:
         """Score, train, score, save, compare memory."""
+        config, scorecard = self.config, self.loop.scorecard
         self._check_model()
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
-            if not (self.config.resume and self.loop.resume()):
-                self.loop.tally.untrained_bits = self._score("scoring the untrained model")
-            self.loop.run(self.watch)
+            if not (config.resume and self.loop.resume()):
+                scorecard.score(self._score("scoring the untrained model"))
+            work = self.loop.run(self.watch)
             after = self._score("scoring the trained model")
-        self._save()
-        bigram = bigram_bits(self.corpus.train, self.held_out)
-        num_bytes = len(self.held_out) * self.config.lanes
-        before = self.loop.tally.untrained_bits
-        scores = Scores(before=before, after=after, bigram=bigram, num_bytes=num_bytes)
-        return self._outcome(scores, self._memory_use(rss_before_bytes, rss.peak_bytes))
+        if config.save is not None:
+            save_weights("--save", config.save, self.module, force=config.force)
+        return TrainingOutcome(
+            config=config,
+            corpus=self.corpus.name,
+            num_train_bytes=len(self.corpus.train),
+            device=str(self.device),
+            num_parameters=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
+            bits_per_byte=Scores(
+                before=scorecard.untrained_bits,
+                after=after,
+                bigram=bigram_bits(self.corpus.train, self.held_out),
+                num_bytes=len(self.held_out) * config.lanes,
+            ),
+            work=work,
+            memory=self._memory_use(rss_before_bytes, rss.peak_bytes),
+        )
 
     def _held_out_lanes(self, max_steps: int) -> ByteLanes:
         lanes = self.config.lanes
@@ -98,7 +113,7 @@ class _Job:
             check_model(self.config.model, self.module, inputs, self.config.lanes)
 
     def _score(self, stage: str) -> float:
-        self._tell(stage)
+        self.watch(self.loop.progress(stage))
         bits = self._bits_per_byte(self.held_out)
         if not math.isfinite(bits):
             raise NonFiniteError(f"the held-out loss is {bits}; a lower --lr may help")
@@ -112,43 +127,19 @@ class _Job:
             autocast_dtype=autocast_dtype(self.config.dtype),
         )
 
-    def _save(self) -> None:
-        if self.config.save is not None:
-            save_weights(self.module, self.config.save, force=self.config.force)
-
     def _memory_use(self, rss_before_bytes: int, rss_peak_bytes: int) -> MemoryUse:
-        self._tell("measuring the same window retained")
-        window, first_pass = self.loop.metered_window, self.loop.first_pass
-        peak_bytes = max(self.loop.tally.peak_bytes, self._evaluation_peak_bytes())
-        retained = retained_peak(self.config, self.module, self.optimizer, first_pass, window)
+        """What training and scoring took, and what the same window takes retained."""
+        self.watch(self.loop.progress("measuring the same window retained"))
+        scorecard, window = self.loop.scorecard, self.loop.scorecard.metered_window
+        piece = self._held_out_lanes(2 * self.evaluation_steps)
+        _, scoring_bytes = metered(self.work, lambda: self._bits_per_byte(piece))
+        state = initial_state(self.module, self.config.lanes)
+        retained = retained_peak(replace(self.work, init_state=state), window)
         return MemoryUse(
             window_steps=window.stop - window.first,
-            peak_bytes=peak_bytes,
+            peak_bytes=max(scorecard.peak_bytes, scoring_bytes),
             retained_peak_bytes=retained.peak_bytes,
             retained_is_measured=retained.measured,
             rss_before_bytes=rss_before_bytes,
             rss_peak_bytes=rss_peak_bytes,
         )
-
-    def _evaluation_peak_bytes(self) -> int:
-        """Peak of tensor memory while scoring, measured on a piece of the held-out text."""
-        piece = self._held_out_lanes(2 * self.evaluation_steps)
-        live = live_bytes(self.device)
-        with metered(self.device, self.module) as meter:
-            self._bits_per_byte(piece)
-        return live + meter.peak_bytes
-
-    def _outcome(self, scores: Scores, memory: MemoryUse) -> TrainingOutcome:
-        return TrainingOutcome(
-            config=self.config,
-            corpus=self.corpus.name,
-            num_train_bytes=len(self.corpus.train),
-            device=str(self.device),
-            num_parameters=sum(p.numel() for p in self.module.parameters() if p.requires_grad),
-            bits_per_byte=scores,
-            work=self.loop.tally.work(),
-            memory=memory,
-        )
-
-    def _tell(self, stage: str) -> None:
-        self.watch(Progress(stage, self.loop.tally.num_steps, self.config.max_steps))

@@ -1,39 +1,10 @@
-"""What a run shows while it goes on, and what it found."""
+"""What a training run found; field for field what `--json` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tbptt_ckpt.cli.train.config import TrainingConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        stage: What is being done.
-        num_steps: Time steps per lane that are trained.
-        total_steps: Those that will be.
-        bits: Running mean of the training loss, bits per byte; None before there is one.
-        steps_per_second: Time steps per lane and second so far.
-        memory_bytes: Resident memory, or what tensors take on an accelerator.
-    """
-
-    stage: str
-    num_steps: int
-    total_steps: int
-    bits: float | None = None
-    steps_per_second: float = 0.0
-    memory_bytes: int = 0
-
-
-Watch = Callable[[Progress], None]
-
-
-def unwatched(progress: Progress) -> None:
-    """Shows nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +25,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class WorkDone:
     """What training did.
 
     Attributes:
@@ -122,5 +93,5 @@ class TrainingOutcome:
     device: str
     num_parameters: int
     bits_per_byte: Scores
-    work: Work
+    work: WorkDone
     memory: MemoryUse

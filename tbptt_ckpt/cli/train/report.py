@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from tbptt_ckpt.cli.tables import figure_table
 from tbptt_ckpt.cli.train.outcome import MemoryUse, TrainingOutcome
 from tbptt_ckpt.memory.sizes import format_bytes
 
@@ -21,22 +19,12 @@ def print_outcome(outcome: TrainingOutcome) -> None:
     """Print the outcome as a table on the standard output."""
     config = outcome.config
     reach = "the start" if config.k2 is None else config.k2
-    table = Table(
-        # Text, since a file name in brackets would be read as markup.
-        title=Text(f"{config.model} on {outcome.corpus}, {outcome.device}"),
-        caption=Text(
-            f"k1={config.k1}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
-            f"{config.lanes} lanes, {outcome.num_parameters:,} parameters"
-        ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
+    caption = (
+        f"k1={config.k1}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
+        f"{config.lanes} lanes, {outcome.num_parameters:,} parameters"
     )
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in outcome_rows(outcome):
-        table.add_row(name, value)
-    Console().print(table)
+    title = f"{config.model} on {outcome.corpus}, {outcome.device}"
+    Console().print(figure_table(title, outcome_rows(outcome), caption))
 
 
 def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:

@@ -1,0 +1,36 @@
+"""Tables for people on the standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+def table(title: str, caption: str | None = None, **options: Any) -> Table:
+    """An empty table in the style of all commands.
+
+    Titles are text, since a file name in brackets would be read as markup.
+    """
+    return Table(
+        title=Text(title),
+        caption=None if caption is None else Text(caption),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        **options,
+    )
+
+
+def figure_table(
+    title: str, figures: Iterable[tuple[str, str]], caption: str | None = None, **options: Any
+) -> Table:
+    """A table of names and their figures."""
+    made = table(title, caption, show_header=False, **options)
+    made.add_column()
+    made.add_column(justify="right")
+    for name, figure in figures:
+        made.add_row(name, figure)
+    return made

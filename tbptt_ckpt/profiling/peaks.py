@@ -1,0 +1,121 @@
+"""Peaks of tensor memory: of whatever runs a module, and of a window with everything retained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.storages import live_storages
+from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.profiling.here import copied
+from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.schedule.windows import Window, WindowSequence
+
+# Windows retained to predict what a longer one would take, so that measuring it is safe.
+_PROBE_STEPS = (32, 64)
+# Longer windows are not retained: the graph of every step takes host memory as well.
+_MOST_RETAINED_STEPS = 1_024
+_FREE_FRACTION = 0.5
+_CALLS_PER_FLUSH = 64
+
+T = TypeVar("T")
+
+
+def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
+    """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile.
+
+    The meter's records are read while the module runs, so that they stay few.
+    """
+    live, calls = _live_bytes(work.device), count(1)
+    with peak_memory(work.device, rss=False) as meter, ExitStack() as hooks:
+
+        def flush(*_: object) -> None:
+            if next(calls) % _CALLS_PER_FLUSH == 0:
+                meter.flush()
+
+        if isinstance(work.module, nn.Module):
+            hooks.callback(work.module.register_forward_pre_hook(flush).remove)
+        result = act()
+    return result, live + meter.peak_bytes
+
+
+def _live_bytes(device: torch.device) -> int:
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    return sum(storage.nbytes() for storage in live_storages() if storage.device == device)
+
+
+def fullest_window(windows: WindowSequence) -> int:
+    """Index of the first window that runs the most steps, a warm one where there is a choice.
+
+    Before the third window the optimizer's state may be missing and allocators are cold.
+    """
+    if windows.k2 is None:
+        return len(windows) - 1
+    grown = -(-windows.k2 // windows.k1) + 3  # windows grow until they reach back k2 steps
+    indices = range(min(len(windows), grown))
+    return max(indices, key=lambda i: (windows[i].stop - windows[i].first, i >= 2, -i))
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedPeak:
+    """Peak tensor bytes of a window with everything retained.
+
+    Attributes:
+        peak_bytes: Weights, gradients and optimizer state included; None where the module
+            cannot be copied, as with tensors that have a graph among its attributes.
+        measured: False where running it was not safe and two shorter windows were
+            extrapolated instead.
+    """
+
+    peak_bytes: int | None
+    measured: bool
+
+
+def retained_peak(work: Work, window: Window) -> RetainedPeak:
+    """Peak of a window, its loss and update with everything retained.
+
+    It runs on copies; what is trained stays as it is.
+
+    Args:
+        work: What runs; the first state stands for the window's.
+        window: Which steps of the source.
+    """
+    steps = window.stop - window.first
+    try:
+        copied(work)
+    except ArgumentError:
+        return RetainedPeak(None, measured=False)
+    if steps <= _PROBE_STEPS[-1]:
+        return RetainedPeak(_measure(work, window, steps), measured=True)
+    short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
+    per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
+    predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
+    if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
+        return RetainedPeak(predicted, measured=False)
+    return RetainedPeak(_measure(work, window, steps), measured=True)
+
+
+def _measure(work: Work, window: Window, num_steps: int) -> int:
+    """Peak of the window's last `num_steps` steps, all its proportions kept."""
+    share = num_steps / (window.stop - window.first)
+    new_steps = max(1, round((window.stop - window.new_start) * share))
+    reach = max(1, round((window.stop - window.start) * share))
+    inputs, targets = work.source.read(window.stop - num_steps, window.stop)
+    weight = (torch.arange(num_steps) >= num_steps - new_steps).float()
+    mine = copied(work)
+    engine = mine.engine(num_steps, reach, strategy="retain", measure_memory=True)
+    with untouched(mine.module):
+        result = engine.train(TensorSequence(inputs, targets, weight=weight), mine.init_state)
+    assert result.peak_bytes is not None, "it was measured"
+    return result.peak_bytes

@@ -1,0 +1,100 @@
+"""Options of commands: each stands once, in a configuration, and arrives as it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from tbptt_ckpt.cli.options import SIZE, Command, Default, check_options, read_list
+from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One of each kind."""
+
+    where: Annotated[Path | None, "A file.", Default("nowhere")] = None
+    num_steps: Annotated[int, "Steps.", check_positive_int] = 3
+    sizes: Annotated[
+        tuple[int, ...], "Sizes.", read_list(lambda _, t: int(t)), check_positive_int
+    ] = (1,)
+    most: Annotated[int | None, "A size.", SIZE] = None
+    quick: Annotated[bool, "Be quick."] = False
+
+
+def run(configuration: type[Any], words: list[str]) -> list[Any]:
+    """What the command is called with."""
+    called: list[Any] = []
+
+    def act(config: Any, *, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+        """Note the call."""
+        called.extend([config, loud])
+
+    app = typer.Typer(add_completion=False)
+    app.command("act")(Command(configuration, act))
+    typer.main.get_command(app).main(words, standalone_mode=False)
+    return called
+
+
+@pytest.mark.parametrize("configuration", [Options, TrainingConfig, PlanningConfig, ProfileConfig])
+def test_without_options_a_configuration_has_its_defaults(configuration: type[Any]) -> None:
+    assert run(configuration, []) == [configuration(), False]
+
+
+def test_options_arrive_beside_the_commands_own() -> None:
+    words = [
+        "--where",
+        "f",
+        "--num-steps",
+        "5",
+        "--sizes",
+        "7,8",
+        "--most",
+        "2KiB",
+        "--quick",
+        "--loud",
+    ]
+    expected = Options(where=Path("f"), num_steps=5, sizes=(7, 8), most=2048, quick=True)
+    assert run(Options, words) == [expected, True]
+
+
+@pytest.mark.parametrize("configuration", [TrainingConfig, PlanningConfig, ProfileConfig])
+def test_help_names_every_option_with_its_text(
+    configuration: type[Any], capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    run(configuration, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for field in fields(configuration):
+        name = f"--{field.name.replace('_', '-')} "
+        assert any(name in line and "." in line for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sizes 7,none", "--sizes 7,none is no list of whole numbers"),
+        ("--sizes ,", "--sizes names nothing"),
+        ("--most lots", "--most='lots' is not a size"),
+    ],
+)
+def test_text_that_cannot_be_read_names_its_option(words: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        run(Options, words.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"num_steps": 0}, "--num-steps=0 must be"), ({"sizes": (2, 0)}, "--sizes=0 must be")],
+)
+def test_values_that_cannot_work_name_their_option(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        check_options(Options(**given))
+    check_options(Options())
