@@ -3,17 +3,7 @@
 from tbptt_ckpt.data.arrays import ArraySequence, map_file
 from tbptt_ckpt.data.burn_in import BurnIn
 from tbptt_ckpt.data.lanes import LaneSource
-from tbptt_ckpt.data.source import (
-    Source,
-    as_tensors,
-    check_range,
-    check_same_source,
-    check_time_dim,
-    check_time_exists,
-    checked_resets,
-    checked_weight,
-    rows_of,
-)
+from tbptt_ckpt.data.source import Source
 from tbptt_ckpt.data.tensors import TensorSequence
 
 __all__ = [
@@ -22,13 +12,5 @@ __all__ = [
     "LaneSource",
     "Source",
     "TensorSequence",
-    "as_tensors",
-    "check_range",
-    "check_same_source",
-    "check_time_dim",
-    "check_time_exists",
-    "checked_resets",
-    "checked_weight",
     "map_file",
-    "rows_of",
 ]

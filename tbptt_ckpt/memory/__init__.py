@@ -1,7 +1,6 @@
 """What memory is used, exactly: peaks over a region, bytes held by tensors, bytes still free."""
 
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.memory.exhausted import is_out_of_memory, older_garbage_kept, release_memory
 from tbptt_ckpt.memory.meter import Lap, PeakMeter, can_measure, peak_memory
 from tbptt_ckpt.memory.resident import RssBytes, RssSampler, rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
@@ -15,11 +14,8 @@ __all__ = [
     "can_measure",
     "format_bytes",
     "free_memory",
-    "is_out_of_memory",
-    "older_garbage_kept",
     "parse_bytes",
     "peak_memory",
-    "release_memory",
     "rss_bytes",
     "tensor_bytes",
 ]

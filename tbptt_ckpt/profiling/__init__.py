@@ -4,20 +4,22 @@ from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import ProfileError
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
-from tbptt_ckpt.profiling.sweep import Progress, Watch, sweep, unwatched, with_baselines
+from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, pareto_front
+from tbptt_ckpt.profiling.sweep import Progress, sweep, with_baselines
 from tbptt_ckpt.profiling.work import Work, Workload
 
 __all__ = [
     "Configuration",
+    "MemoryReport",
     "ProcessBench",
     "ProfileError",
     "Progress",
-    "Watch",
+    "StrategyReport",
     "Work",
     "Workload",
+    "pareto_front",
     "profile_strategies",
     "profile_window",
     "sweep",
-    "unwatched",
     "with_baselines",
 ]

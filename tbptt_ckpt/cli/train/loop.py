@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, Window, WindowResult, tbptt_windows
+from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
 from tbptt_ckpt.cli.bytes.contract import initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteArray, ByteLanes
 from tbptt_ckpt.cli.bytes.score import NATS_PER_BIT
@@ -20,6 +20,7 @@ from tbptt_ckpt.cli.train.engine import build_engine
 from tbptt_ckpt.cli.train.outcome import Progress, Watch, Work
 from tbptt_ckpt.cli.train.window_memory import fullest_window, live_bytes, metered
 from tbptt_ckpt.memory.resident import rss_bytes
+from tbptt_ckpt.schedule import Window
 
 _LOSS_MEMORY = 0.98  # of the running mean that is shown
 
