@@ -14,7 +14,8 @@ import time
 import torch
 
 from benchmarks.report import Figure, add_output_arguments, publish
-from tbptt_ckpt import Costs, Curve, Plan, plan
+from tbptt_ckpt import Costs, Plan, plan
+from tbptt_ckpt.schedule import Curve
 
 LIMIT_MS = {1_000_000: 50.0, 10_000_000: 500.0}
 LEVELS = (1, 2, 3)

@@ -1,102 +1,88 @@
-"""Truncated backpropagation through time with overlapping windows and bounded memory."""
+"""Truncated backpropagation through time with overlapping windows and bounded memory.
 
-from tbptt_ckpt.budget.measure import measure_costs
-from tbptt_ckpt.data.arrays import ArraySequence, map_file
-from tbptt_ckpt.data.burn_in import BurnIn
-from tbptt_ckpt.data.lanes import LaneSource
-from tbptt_ckpt.data.source import Source
-from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.engine.evaluation import Evaluation, evaluate
-from tbptt_ckpt.engine.initial_state import SharedState
-from tbptt_ckpt.engine.results import TrainResult, WindowResult
-from tbptt_ckpt.engine.single_window import WindowGradient, run_window, unroll
-from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.engine.verification import Verification, verify
-from tbptt_ckpt.errors import (
-    ArgumentError,
-    InfeasibleBudgetError,
-    NonFiniteError,
-    OutOfMemoryError,
-    ScheduleError,
-    SnapshotError,
-    StaleWeightsError,
-    TbpttError,
-    TbpttWarning,
-)
-from tbptt_ckpt.module.outputs import outputs_needed
-from tbptt_ckpt.planner.fastest import plan
-from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
-from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport
-from tbptt_ckpt.schedule.actions import Advance, Differentiate, Drop, Keep, Schedule
-from tbptt_ckpt.schedule.costs import Costs, Curve, FixedBytes
-from tbptt_ckpt.schedule.plan import Plan
-from tbptt_ckpt.schedule.simulator import Simulation, simulate
-from tbptt_ckpt.schedule.strategies import Retain, Revolve, Sqrt, Step, Uniform
-from tbptt_ckpt.schedule.windows import Window, tbptt_windows
-from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
-from tbptt_ckpt.trainer.json_lines import JsonLines
-from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
-from tbptt_ckpt.trainer.progress import TrainerResult
-from tbptt_ckpt.trainer.signals import TrainingStopped
-from tbptt_ckpt.trainer.tensorboard import TensorBoard
-from tbptt_ckpt.trainer.trainer import Trainer
+Here is what most programs use. A name is made when it is first asked for, so that importing the
+package imports neither torch nor any room.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tbptt_ckpt.budget import measure_costs
+    from tbptt_ckpt.data import ArraySequence, BurnIn, LaneSource, TensorSequence
+    from tbptt_ckpt.engine import (
+        TBPTT,
+        SharedState,
+        TrainResult,
+        WindowResult,
+        evaluate,
+        run_window,
+        unroll,
+        verify,
+    )
+    from tbptt_ckpt.errors import (
+        ArgumentError,
+        InfeasibleBudgetError,
+        NonFiniteError,
+        OutOfMemoryError,
+        ScheduleError,
+        SnapshotError,
+        StaleWeightsError,
+        TbpttError,
+        TbpttWarning,
+    )
+    from tbptt_ckpt.memory import peak_memory
+    from tbptt_ckpt.module import outputs_needed
+    from tbptt_ckpt.planner import plan
+    from tbptt_ckpt.profiling import profile_strategies, profile_window
+    from tbptt_ckpt.schedule import (
+        Costs,
+        Plan,
+        Retain,
+        Revolve,
+        Sqrt,
+        Step,
+        Uniform,
+        simulate,
+        tbptt_windows,
+    )
+    from tbptt_ckpt.trainer import NonFinite, OutOfMemory, Snapshots, Trainer
 
 __all__ = [
     "TBPTT",
-    "Advance",
     "ArgumentError",
     "ArraySequence",
     "BurnIn",
     "Costs",
-    "Curve",
-    "Differentiate",
-    "Drop",
-    "Evaluation",
-    "EventSink",
-    "FixedBytes",
     "InfeasibleBudgetError",
-    "JsonLines",
-    "Keep",
     "LaneSource",
-    "MemoryReport",
     "NonFinite",
     "NonFiniteError",
-    "Notice",
     "OutOfMemory",
     "OutOfMemoryError",
     "Plan",
     "Retain",
     "Revolve",
-    "Schedule",
     "ScheduleError",
     "SharedState",
-    "Simulation",
     "SnapshotError",
     "Snapshots",
-    "Source",
     "Sqrt",
     "StaleWeightsError",
     "Step",
-    "StrategyReport",
     "TbpttError",
     "TbpttWarning",
-    "TensorBoard",
     "TensorSequence",
     "TrainResult",
     "Trainer",
-    "TrainerResult",
-    "TrainingStopped",
     "Uniform",
-    "UpdateEvent",
-    "Verification",
-    "Window",
-    "WindowEvent",
-    "WindowGradient",
     "WindowResult",
     "evaluate",
-    "map_file",
     "measure_costs",
     "outputs_needed",
+    "peak_memory",
     "plan",
     "profile_strategies",
     "profile_window",
@@ -106,3 +92,27 @@ __all__ = [
     "unroll",
     "verify",
 ]
+
+# From the ground up: a name whose room knows no torch is made without it.
+_ROOMS = (
+    *("errors", "schedule", "planner", "memory", "module"),
+    *("data", "budget", "engine", "profiling", "trainer"),
+)
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Make a public name when it is first asked for, by the room where it is public."""
+        if name in __all__:
+            for room in _ROOMS:
+                module = import_module(f"{__name__}.{room}")
+                if name in module.__all__:
+                    value = globals()[name] = getattr(module, name)
+                    return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All public names, made or not."""
+    return sorted({*globals(), *__all__})

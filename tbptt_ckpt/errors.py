@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ArgumentError",
+    "InfeasibleBudgetError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "ScheduleError",
+    "SnapshotError",
+    "StaleWeightsError",
+    "TbpttError",
+    "TbpttWarning",
+]
+
 
 class TbpttError(Exception):
     """Base of every error this package raises on purpose."""

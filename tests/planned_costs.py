@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tbptt_ckpt import Costs, Curve, FixedBytes, Plan, simulate
+from tbptt_ckpt import Costs, Plan, simulate
+from tbptt_ckpt.schedule import Curve, FixedBytes
 from tbptt_ckpt.schedule.actions import check_schedule
 
 

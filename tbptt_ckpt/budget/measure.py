@@ -74,7 +74,7 @@ def measure_costs(
         TbpttError: Another profiler is active on this thread.
     """
     time_dim = time_dim_of(module, per_step, time_dim)
-    sequence = TensorSequence(inputs, targets, time_dim, weight)
+    sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
     runner = make_runner(module, per_step, time_dim, autocast_dtype)
     runner.time_batching = TimeBatching(time_batching)
     check_differentiable(module)

@@ -70,6 +70,14 @@ class ArraySequence:
     def __len__(self) -> int:
         return self._num_steps
 
+    def __repr__(self) -> str:
+        parts = [f"{self._num_steps:,} steps of {self._inputs.dtype} {list(self._inputs.shape)}"]
+        if self._next_step:
+            parts.append("targets the next step")
+        elif self._targets is not None:
+            parts.append(f"targets {self._targets.dtype} {list(self._targets.shape)}")
+        return f"ArraySequence({', '.join(parts)})"
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Copies of the steps `[start, stop)`."""
         check_range(start, stop, self._num_steps)
@@ -98,7 +106,7 @@ class ArraySequence:
 
 
 def map_file(
-    path: str | Path, dtype: DTypeLike | None = None, step_shape: tuple[int, ...] = ()
+    path: str | Path, dtype: DTypeLike | None = None, *, step_shape: tuple[int, ...] = ()
 ) -> Array:
     """A file as a read-only array [T, ...] that stays on disk.
 

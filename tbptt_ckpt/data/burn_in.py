@@ -41,6 +41,9 @@ class BurnIn:
     def __len__(self) -> int:
         return len(self.source)
 
+    def __repr__(self) -> str:
+        return f"BurnIn({self.source!r}, {self.num_burn_in_steps:,} steps without loss)"
+
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """What the source reads."""
         return self.source.read(start, stop)

@@ -82,6 +82,11 @@ class LaneSource:
     def __len__(self) -> int:
         return self._layout.num_steps
 
+    def __repr__(self) -> str:
+        sequences = f"{len(self._sequences.lengths):,} sequences in {self.lanes:,} lanes"
+        order = "in order" if self._seed is None else f"shuffled by seed {self._seed}"
+        return f"LaneSource({sequences}, {len(self):,} steps, {order})"
+
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
         check_range(start, stop, len(self))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.trees import Tree, map_tensors
+from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
 @runtime_checkable
@@ -113,3 +113,11 @@ def check_same_source(saved: object, present: object) -> None:
     """Raise `ArgumentError` unless a saved source was equal to this one."""
     if saved != present:
         raise ArgumentError(f"the saved source was {saved}, this one is {present}")
+
+
+def described(tree: Tree) -> str:
+    """What a tree holds, in few words: `float32 [13, 4]`, or how many tensors."""
+    tensors = tensors_of(tree)
+    if len(tensors) != 1:
+        return f"{len(tensors)} tensors"
+    return f"{str(tensors[0].dtype).removeprefix('torch.')} {list(tensors[0].shape)}"

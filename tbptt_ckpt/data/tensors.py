@@ -13,6 +13,7 @@ from tbptt_ckpt.data.source import (
     check_time_exists,
     checked_resets,
     checked_weight,
+    described,
 )
 from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
@@ -38,6 +39,7 @@ class TensorSequence:
         self,
         inputs: Tree,
         targets: Tree = None,
+        *,
         time_dim: int = 0,
         weight: Tensor | None = None,
         resets: Tensor | None = None,
@@ -53,6 +55,16 @@ class TensorSequence:
 
     def __len__(self) -> int:
         return self._num_steps
+
+    def __repr__(self) -> str:
+        parts = [f"{self._num_steps:,} steps of {described(self.inputs)}"]
+        if self.targets is not None:
+            parts.append(f"targets {described(self.targets)}")
+        if self.time_dim:
+            parts.append(f"time_dim={self.time_dim}")
+        further = {"weight": self.weight, "resets": self._resets}
+        parts += [name for name, rows in further.items() if rows is not None]
+        return f"TensorSequence({', '.join(parts)})"
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Views of the steps `[start, stop)`."""

@@ -1,1 +1,22 @@
 """Runs the windows of a sequence: `TBPTT`, one window, evaluation, verification."""
+
+from tbptt_ckpt.engine.evaluation import Evaluation, evaluate
+from tbptt_ckpt.engine.initial_state import SharedState
+from tbptt_ckpt.engine.results import TrainResult, WindowResult
+from tbptt_ckpt.engine.single_window import WindowGradient, run_window, unroll
+from tbptt_ckpt.engine.tbptt import TBPTT
+from tbptt_ckpt.engine.verification import Verification, verify
+
+__all__ = [
+    "TBPTT",
+    "Evaluation",
+    "SharedState",
+    "TrainResult",
+    "Verification",
+    "WindowGradient",
+    "WindowResult",
+    "evaluate",
+    "run_window",
+    "unroll",
+    "verify",
+]

@@ -22,7 +22,7 @@ from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Evaluation:
     """What running a module over a sequence gave.
 
@@ -116,7 +116,9 @@ class _Pass:
             state = self._run_piece(position, stop, state)
             position = stop
         loss = self._loss_sum / self._weight if self._weight else None
-        return Evaluation(loss, self._weight, position, detach_state(state))
+        return Evaluation(
+            loss=loss, weight=self._weight, num_steps=position, state=detach_state(state)
+        )
 
     def _run_piece(self, start: int, stop: int, state: Tree) -> Tree:
         blocks = self._reader.window(start, stop)

@@ -12,7 +12,7 @@ from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class WindowResult:
     """One window, after its update.
 
@@ -47,7 +47,7 @@ class WindowResult:
     updated: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TrainResult:
     """A whole run.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class WindowGradient:
     """What differentiating one window gave; weights have their gradients in `.grad`.
 
@@ -41,8 +41,8 @@ class WindowGradient:
     """
 
     loss: Tensor | None
-    state: Any
-    init_state_grad: Any
+    state: Any = field(repr=False)
+    init_state_grad: Any = field(repr=False)
     executed_steps: int
 
 
@@ -85,7 +85,7 @@ def run_window(
         ArgumentError: An argument that cannot work.
     """
     time_dim = time_dim_of(module, per_step, time_dim)
-    sequence = TensorSequence(inputs, targets, time_dim, weight)
+    sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
     options = Options(
         k1=len(sequence),
         k2=None,

@@ -20,7 +20,7 @@ from tbptt_ckpt.module.recurrence import Recurrence, owner_of, recognise
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """How far a plan is from a plain loop that retains everything.
 
@@ -49,12 +49,19 @@ class Verification:
         worst = max(self.loss_error, self.state_error, self.max_relative_error)
         return worst <= self.tolerance
 
+    def __repr__(self) -> str:
+        return f"Verification({self._verdict})"
+
     def __str__(self) -> str:
-        verdict = "equal to rounding" if self.ok else "DIFFERENT"
-        lines = [f"{self.description}: {verdict} (tolerance {self.tolerance:.1e})"]
+        lines = [self._verdict]
         rows = {"loss": self.loss_error, "final state": self.state_error, **self.gradient_errors}
         lines += [f"  {name:30s} {error:.1e}" for name, error in rows.items()]
         return "\n".join(lines)
+
+    @property
+    def _verdict(self) -> str:
+        verdict = "equal to rounding" if self.ok else "DIFFERENT"
+        return f"{self.description}: {verdict} (tolerance {self.tolerance:.1e})"
 
 
 def verify(
@@ -94,7 +101,7 @@ def verify(
     """
     recurrence = recognise(module, per_step, time_dim)
     time_dim = recurrence.time_dim if time_dim is None else time_dim
-    sequence = TensorSequence(inputs, targets, time_dim)
+    sequence = TensorSequence(inputs, targets, time_dim=time_dim)
     init_state = state_as_leaves(init_state)  # both runs differentiate it
     named = _named_parameters(module, loss_fn)
     tensors = [*named.values(), *tensors_of(init_state), *tensors_of(inputs)]

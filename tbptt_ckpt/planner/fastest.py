@@ -135,7 +135,13 @@ def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> Plan:
     """A plan that uses so many bytes well."""
     nestings = fastest_nestings(demand.lengths, demand.free_bytes(budget_bytes, costs), costs)
     blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
-    planned = Plan(OPTIMAL, 0, demand.lead_steps, blocks, 1)
+    planned = Plan(
+        strategy=OPTIMAL,
+        first=0,
+        lead_steps=demand.lead_steps,
+        blocks=blocks,
+        advance_steps=1,
+    )
     cut = _within(planned, demand, costs, budget_bytes, ())
     if len(demand.lengths) == 1:
         return cut

@@ -4,21 +4,23 @@ from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import ProfileError
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
-from tbptt_ckpt.profiling.progress import Progress, Watch, unwatched
+from tbptt_ckpt.profiling.progress import Progress
+from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, pareto_front
 from tbptt_ckpt.profiling.sweep import sweep, with_baselines
 from tbptt_ckpt.profiling.work import Work, Workload
 
 __all__ = [
     "Configuration",
+    "MemoryReport",
     "ProcessBench",
     "ProfileError",
     "Progress",
-    "Watch",
+    "StrategyReport",
     "Work",
     "Workload",
+    "pareto_front",
     "profile_strategies",
     "profile_window",
     "sweep",
-    "unwatched",
     "with_baselines",
 ]

@@ -206,7 +206,7 @@ def make_work(
     return Work(
         module=module,
         loss_fn=loss_fn,
-        source=TensorSequence(inputs, targets, time_dim),
+        source=TensorSequence(inputs, targets, time_dim=time_dim),
         init_state=init_state,
         optimizer=optimizer,
         options={**options, "per_step": per_step, "time_dim": time_dim},

@@ -199,6 +199,9 @@ class StrategyReport:
     rows: tuple[MemoryReport, ...]
     environment: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"StrategyReport({len(self.rows)} rows: {', '.join(r.strategy for r in self.rows)})"
+
     @property
     def pareto_front(self) -> tuple[MemoryReport, ...]:
         """Rows that no other row beats in both peak and time, the smallest peak first."""

@@ -98,7 +98,7 @@ class Curve:
         return guess
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FixedBytes:
     """Device memory that is there whatever the schedule.
 
@@ -125,7 +125,7 @@ class FixedBytes:
         return held + math.ceil(self.step_inputs * window_steps)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """What a module costs.
 

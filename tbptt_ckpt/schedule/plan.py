@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from tbptt_ckpt.schedule.strategies import NestedStrategy, Retain, Strategy
 from tbptt_ckpt.schedule.stretch import Block, _plain_block, _read_block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How one window is run.
 
@@ -92,17 +92,7 @@ class Plan:
 
     def at(self, first: int) -> Plan:
         """The same plan for a window whose first state stands at another step."""
-        if first == self.first:
-            return self
-        return Plan(
-            self.strategy,
-            first,
-            self.lead_steps,
-            self.blocks,
-            self.advance_steps,
-            self.predicted_peak_bytes,
-            self.predicted_seconds,
-        )
+        return self if first == self.first else replace(self, first=first)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -128,6 +118,9 @@ class Plan:
             return cls(**{**plain, "blocks": blocks})
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ScheduleError(f"not a plan: {error!r}") from error
+
+    def __repr__(self) -> str:
+        return f"Plan({self})"
 
     def __str__(self) -> str:
         parts = [
@@ -198,7 +191,13 @@ def _nested_plan(strategy: NestedStrategy, lead_steps: int, lengths: tuple[int, 
 
 def _plan_of_blocks(strategy: Strategy, lead_steps: int, blocks: Sequence[Block]) -> Plan:
     longest = max(block.longest_leaf for block in blocks)
-    return Plan(str(strategy), 0, lead_steps, tuple(blocks), usual_advance_steps(longest))
+    return Plan(
+        strategy=str(strategy),
+        first=0,
+        lead_steps=lead_steps,
+        blocks=tuple(blocks),
+        advance_steps=usual_advance_steps(longest),
+    )
 
 
 def run_length_coded(stretches: Iterable[tuple[int, Nesting]]) -> tuple[Block, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tbptt_ckpt.errors import ScheduleError, check_positive_int
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, check_schedule
@@ -17,7 +17,7 @@ _CALL_STEPS = 64  # an advance is cut into calls of this length, or of the longe
 _KEPT_POINTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """What a schedule takes.
 
@@ -41,7 +41,7 @@ class Simulation:
     num_leaves: int
     num_calls: int
     num_boundaries: int
-    timeline: tuple[tuple[float, int], ...]
+    timeline: tuple[tuple[float, int], ...] = field(repr=False)
 
 
 def simulate(

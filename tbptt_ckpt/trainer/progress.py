@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tbptt_ckpt.engine.results import WindowResult
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TrainerResult:
     """What a trainer did, all its processes together.
 

@@ -117,6 +117,12 @@ class Trainer:
         self._run: SequenceRun | None = None
         self._has_saved_costs = False
 
+    def __repr__(self) -> str:
+        epochs = _of(self._progress.epoch, self._epochs, "epochs")
+        steps = _of(self.steps, self._max_steps, "steps")
+        saved = "" if self._saving is None else f", snapshots in {self._saving.store.directory}"
+        return f"Trainer({epochs}, {steps}{saved})"
+
     @property
     def steps(self) -> int:
         """Steps trained so far, in total."""
@@ -367,6 +373,10 @@ class _PlanObserver(Observer):
         act = self._act()
         if act is not None:
             act()
+
+
+def _of(count: int, total: int | None, what: str) -> str:
+    return f"{count:,} {what}" if total is None else f"{count:,} of {total:,} {what}"
 
 
 def _check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

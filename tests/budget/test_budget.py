@@ -22,7 +22,6 @@ from tbptt_ckpt import (
     TBPTT,
     ArgumentError,
     Costs,
-    Curve,
     InfeasibleBudgetError,
     TensorSequence,
     measure_costs,
@@ -35,6 +34,7 @@ from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.schedule import Curve
 from tbptt_ckpt.schedule.actions import check_schedule
 
 pytestmark = pytest.mark.times_the_module

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import ArgumentError, Costs, Curve, measure_costs
+from tbptt_ckpt import ArgumentError, Costs, measure_costs
 from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.schedule import Curve
 from tbptt_ckpt.updates.updater import Updater
 
 pytestmark = pytest.mark.times_the_module

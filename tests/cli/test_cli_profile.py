@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbptt_ckpt import MemoryReport, StrategyReport
 from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.table import print_profile
+from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.bench import Resident, WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import BenchError, Failure

@@ -106,7 +106,7 @@ def test_epochs_differ_only_with_a_seed() -> None:
 def test_lane_sources_nest_any_data() -> None:
     sequences = [
         TensorSequence(
-            {"x": torch.randn(2, n, 3), "id": torch.arange(2 * n).reshape(2, n)}, None, 1
+            {"x": torch.randn(2, n, 3), "id": torch.arange(2 * n).reshape(2, n)}, None, time_dim=1
         )
         for n in (2, 3)
     ]

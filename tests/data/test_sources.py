@@ -19,16 +19,9 @@ import torch
 from numbered_data import LENGTHS, numbers, several
 from torch import Tensor
 
-from tbptt_ckpt import (
-    TBPTT,
-    ArgumentError,
-    ArraySequence,
-    BurnIn,
-    LaneSource,
-    TensorSequence,
-    map_file,
-)
+from tbptt_ckpt import TBPTT, ArgumentError, ArraySequence, BurnIn, LaneSource, TensorSequence
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.data import map_file
 from tbptt_ckpt.data.window_reader import WindowReader
 
 # Sources of the contract
@@ -57,7 +50,7 @@ def npy_file(folder: Path) -> ArraySequence:
 
 def raw_file(folder: Path) -> ArraySequence:
     numbers(9).astype(">f4").tofile(folder / "x.bin")
-    return ArraySequence(map_file(folder / "x.bin", ">f4", (2,)), next_step=True)
+    return ArraySequence(map_file(folder / "x.bin", ">f4", step_shape=(2,)), next_step=True)
 
 
 def token_file(folder: Path) -> ArraySequence:
@@ -86,7 +79,9 @@ def lanes_of_parts(_: Path) -> LaneSource:
 def lanes_with_weights_and_resets(_: Path) -> LaneSource:
     rows = torch.from_numpy(numbers(11))
     resets = torch.arange(11) % 4 == 2
-    return LaneSource(TensorSequence(rows, rows, 0, torch.arange(11.0), resets), 2)
+    return LaneSource(
+        TensorSequence(rows, rows, time_dim=0, weight=torch.arange(11.0), resets=resets), 2
+    )
 
 
 def burnt_in_sequence(_: Path) -> BurnIn:
@@ -422,7 +417,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda folder: map_file(written(folder, b"")), "is empty"),
     "no npy": (lambda folder: map_file(written(folder, b"abc")), "pass dtype"),
     "part of a step": (
-        lambda folder: map_file(written(folder, b"12345"), "uint16", (2,)),
+        lambda folder: map_file(written(folder, b"12345"), "uint16", step_shape=(2,)),
         "5 bytes, which is no multiple of the 4 bytes",
     ),
     "objects": (

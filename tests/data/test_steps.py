@@ -390,7 +390,9 @@ def test_memory_mapped_inputs(tmp_path: Path, mode: str) -> None:
     assert np.shares_memory(sequence.inputs.numpy(), mapped)
     actual = run(ByteModel(), sequence, **options)
     tensor = torch.from_numpy(np.array(mapped))
-    expected = run(ByteModel(), TensorSequence(tensor[:, :-1], tensor[:, 1:], 1), **options)
+    expected = run(
+        ByteModel(), TensorSequence(tensor[:, :-1], tensor[:, 1:], time_dim=1), **options
+    )
     check_same_windows(actual, expected)
 
 

@@ -52,12 +52,8 @@ from cases import lstm, random_state
 from torch import nn
 
 from tbptt_ckpt import (
-    Advance,
     ArgumentError,
     ArraySequence,
-    Differentiate,
-    Drop,
-    Keep,
     Revolve,
     TbpttError,
     TensorSequence,
@@ -65,6 +61,7 @@ from tbptt_ckpt import (
     tbptt_windows,
 )
 from tbptt_ckpt.module.recurrence import check_differentiable
+from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
 
 TABLE: dict[str, Bad] = {
     # k1 and k2

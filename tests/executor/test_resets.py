@@ -122,7 +122,10 @@ def test_what_is_not_finite_ends_at_a_reset() -> None:
     module = tanh_cell()
     tbptt = TBPTT(module, F.mse_loss, 2, 2)
     windows = list(
-        tbptt.windows(TensorSequence(inputs, targets, 0, weight, resets), random_state())
+        tbptt.windows(
+            TensorSequence(inputs, targets, time_dim=0, weight=weight, resets=resets),
+            random_state(),
+        )
     )
     assert torch.isfinite(windows[-1].state).all()
     assert torch.isfinite(windows[-1].loss)

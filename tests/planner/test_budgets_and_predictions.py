@@ -9,16 +9,8 @@ import random
 import pytest
 from planned_costs import check_prediction, line_costs, random_costs, random_window
 
-from tbptt_ckpt import (
-    ArgumentError,
-    Costs,
-    Curve,
-    FixedBytes,
-    InfeasibleBudgetError,
-    Plan,
-    plan,
-    simulate,
-)
+from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError, Plan, plan, simulate
+from tbptt_ckpt.schedule import Curve, FixedBytes
 
 # Budgets that cannot be met.
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from planned_costs import check_prediction, line_costs, random_costs, random_window
 
-from tbptt_ckpt import Costs, Curve, InfeasibleBudgetError, plan, simulate
+from tbptt_ckpt import Costs, InfeasibleBudgetError, plan, simulate
 from tbptt_ckpt.planner.bounds import SecondsBound
 from tbptt_ckpt.planner.feasibility import Demand
+from tbptt_ckpt.schedule import Curve
 
 # (state bytes, bytes of a leaf's step, bytes of a leaf in addition)
 RATIOS = [(1, 5, 0), (1, 1, 0), (3, 2, 0), (5, 1, 0), (20, 1, 0), (2, 3, 4)]

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tbptt_ckpt import ArgumentError, MemoryReport, StrategyReport
+from tbptt_ckpt import ArgumentError
+from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.report import ActionSpan, WindowTrace, pareto_front
 
 TRACE = WindowTrace(

@@ -26,13 +26,8 @@ from torch import Tensor, nn
 
 from tbptt_ckpt import (
     TBPTT,
-    Advance,
     Costs,
-    Differentiate,
-    Drop,
-    Keep,
     Revolve,
-    Schedule,
     ScheduleError,
     TensorSequence,
     plan,
@@ -40,6 +35,7 @@ from tbptt_ckpt import (
     tbptt_windows,
 )
 from tbptt_ckpt.executor.observer import ActionTrace, Observer
+from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep, Schedule
 from tbptt_ckpt.schedule.actions import check_schedule, executed_steps
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tbptt_ckpt import (
-    Advance,
-    ArgumentError,
-    Costs,
-    Curve,
-    Differentiate,
-    Drop,
-    FixedBytes,
-    Keep,
-    Schedule,
-    ScheduleError,
-    simulate,
-)
+from tbptt_ckpt import ArgumentError, Costs, ScheduleError, simulate
+from tbptt_ckpt.schedule import Advance, Curve, Differentiate, Drop, FixedBytes, Keep, Schedule
 
 COSTS = Costs(
     state_bytes=100,

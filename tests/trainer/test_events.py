@@ -15,15 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import (
-    TBPTT,
-    ArgumentError,
-    JsonLines,
-    Snapshots,
-    TensorBoard,
-    TensorSequence,
-    Trainer,
-)
+from tbptt_ckpt import TBPTT, ArgumentError, Snapshots, TensorSequence, Trainer
+from tbptt_ckpt.trainer import JsonLines, TensorBoard
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
 STEPS, K1, K2 = 11, 3, 6

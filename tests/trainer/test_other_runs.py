@@ -15,13 +15,13 @@ from training_jobs import EXACT, Injected, Job, assert_equal, learning_of, patch
 
 from tbptt_ckpt import (
     ArgumentError,
-    JsonLines,
     NonFinite,
     OutOfMemory,
     Snapshots,
     StaleWeightsError,
     TbpttWarning,
 )
+from tbptt_ckpt.trainer import JsonLines
 
 
 def test_weights_that_change_inside_a_window_are_noticed(injected: Injected) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tbptt_ckpt import Advance, Costs, Differentiate, Drop, Keep, Plan
+from tbptt_ckpt import Costs, Plan
 from tbptt_ckpt.planner.predictions import advance_seconds
+from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
 
 COLUMNS = 66  # beside the labels on a terminal of 80
 LABEL = 13

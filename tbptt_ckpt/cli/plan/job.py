@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tbptt_ckpt import Costs, FixedBytes, Plan, measure_costs
+from tbptt_ckpt import Costs, Plan, measure_costs
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, check_model, initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.models import build_model
@@ -17,6 +17,7 @@ from tbptt_ckpt.cli.devices import autocast_dtype, find_device
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
+from tbptt_ckpt.schedule import FixedBytes
 
 MEASURED_STEPS = 256
 DEFAULT_MODEL = "lstm"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, Window, WindowResult, tbptt_windows
+from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
 from tbptt_ckpt.cli.bytes.contract import initial_state
 from tbptt_ckpt.cli.bytes.score import NATS_PER_BIT
 from tbptt_ckpt.cli.train.config import TrainingConfig
@@ -21,6 +21,7 @@ from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
 from tbptt_ckpt.profiling.progress import Progress, Watch
 from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.schedule import Window
 
 _LOSS_MEMORY = 0.98  # of the running mean that is shown
 
