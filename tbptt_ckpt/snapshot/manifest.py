@@ -73,12 +73,7 @@ def decode_manifest(data: bytes) -> Manifest:
         raise SnapshotError("its manifest does not match its sha256")
     try:
         fields: dict[str, Any] = json.loads(body)
-        if (version := fields.get("format")) != FORMAT_VERSION:
-            writer = fields.get("versions", {}).get("tbptt_ckpt", "?")
-            raise SnapshotError(
-                f"it has snapshot format {version!r}, written by tbptt-ckpt {writer}; this "
-                f"version reads format {FORMAT_VERSION}"
-            )
+        _check_format(fields)
         files = tuple(FileEntry(**{**f, "sha256": tuple(f["sha256"])}) for f in fields["files"])
         manifest = Manifest(**{**fields, "files": files})
         _check(manifest)
@@ -87,6 +82,15 @@ def decode_manifest(data: bytes) -> Manifest:
     except Exception as error:  # whoever can sign it can write anything into it
         raise SnapshotError(f"its manifest is none of format 1: {error!r}") from error
     return manifest
+
+
+def _check_format(fields: dict[str, Any]) -> None:
+    if (version := fields.get("format")) != FORMAT_VERSION:
+        writer = fields.get("versions", {}).get("tbptt_ckpt", "?")
+        raise SnapshotError(
+            f"it has snapshot format {version!r}, written by tbptt-ckpt {writer}; this "
+            f"version reads format {FORMAT_VERSION}"
+        )
 
 
 def _check(manifest: Manifest) -> None:

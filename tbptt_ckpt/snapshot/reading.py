@@ -74,9 +74,7 @@ def load_state(folder: Path) -> Any:
         SnapshotError: It holds what `weights_only` refuses, or is no state at all.
     """
     try:
-        with zipfile.ZipFile(folder / STATE_FILE) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise SnapshotError(f"{STATE_FILE} is compressed, and may unfold to any size")
+        _check_not_compressed(folder / STATE_FILE)
         # Always explicit: an environment variable can turn the default off, not this.
         plain = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         return from_plain(plain)
@@ -88,3 +86,9 @@ def load_state(folder: Path) -> Any:
             f"{STATE_FILE} holds more than plain values and tensors, or no such archive: "
             f"{type(error).__name__}: {first_line}"
         ) from error
+
+
+def _check_not_compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, and may unfold to any size")
