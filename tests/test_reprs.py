@@ -113,7 +113,7 @@ def test_a_trainer_says_how_far_it_is(tmp_path: Path) -> None:
     trainer = Trainer(tbptt, data, epochs=10, snapshots=Snapshots(directory=tmp_path))
     assert repr(trainer) == f"Trainer(0 of 10 epochs, 0 steps, snapshots in {tmp_path})"
     for _ in trainer.windows():
-        if trainer.steps == 1_203:
+        if trainer.num_steps == 1_203:
             break
     assert repr(trainer) == f"Trainer(2 of 10 epochs, 1,203 steps, snapshots in {tmp_path})"
     bounded = Trainer(tbptt, data, epochs=None, max_steps=9_000)

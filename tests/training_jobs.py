@@ -113,8 +113,8 @@ class Job:
     def account(self, trainer: Trainer, listener: Listener) -> dict[str, Any]:
         state = trainer.state_dict()
         return {
-            "steps": trainer.steps,
-            "updates": trainer.updates,
+            "steps": trainer.num_steps,
+            "updates": trainer.num_updates,
             "windows": [(w.index, w.start, w.stop, w.updated) for w in listener.windows],
             "losses": [w.loss for w in listener.windows],
             "rates": [u.learning_rate for u in listener.updates],

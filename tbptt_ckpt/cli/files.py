@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from torch import nn
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.snapshot.disk import whole_file
 
 
 def check_target(option: str, path: Path, *, force: bool) -> None:
@@ -38,7 +39,7 @@ def write_text(option: str, path: Path, text: str, *, force: bool) -> None:
     Raises:
         ArgumentError: It cannot be written.
     """
-    with _whole_file(option, path, force=force) as file:
+    with _written(option, path, force=force) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -52,32 +53,17 @@ def save_weights(option: str, path: Path, module: nn.Module, *, force: bool) -> 
     """
     weights = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     # Given a path, torch.save would write the temporary's name into the archive.
-    with _whole_file(option, path, force=force) as file:
+    with _written(option, path, force=force) as file:
         torch.save(weights, file)
 
 
 @contextmanager
-def _whole_file(option: str, path: Path, *, force: bool) -> Iterator[IO[bytes]]:
+def _written(option: str, path: Path, *, force: bool) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the context ends; until then that is untouched."""
     check_target(option, path, force=force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - one system call, the commit
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise ArgumentError(f"{option} {path} cannot be written: {_reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _reason(error: BaseException) -> str:
-    """The system's own words, which torch hides behind a message about positions."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())
+        with whole_file(path) as file:
+            yield cast(IO[bytes], file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArgumentError(f"{option} {path} cannot be written: {reason}") from error

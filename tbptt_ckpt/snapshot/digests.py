@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -22,7 +23,7 @@ PIECE_BYTES = 4 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
 
-def digest(views: Sequence[memoryview | bytes]) -> str:
+def digest(views: Iterable[memoryview | bytes]) -> str:
     """sha256 of the concatenation, in hexadecimal digits."""
     sha = hashlib.sha256()
     for view in views:
@@ -114,18 +115,14 @@ def file_digests(path: Path, piece_bytes: int) -> tuple[str, ...]:
     def piece(index: int) -> str:
         with path.open("rb", buffering=0) as file:
             file.seek(index * piece_bytes)
-            return digest([_read_fully(file.fileno(), piece_bytes)])
+            return digest(_parts(file, piece_bytes))
 
     count = -(-path.stat().st_size // piece_bytes)
-    if count <= 1:
-        return tuple(map(piece, range(count)))
     with ThreadPoolExecutor(_THREADS, "tbptt-digest") as pool:
         return tuple(pool.map(piece, range(count)))
 
 
-def _read_fully(descriptor: int, num_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    while num_bytes and (part := os.read(descriptor, num_bytes)):
-        parts.append(part)
+def _parts(file: FileIO, num_bytes: int) -> Iterator[bytes]:
+    while num_bytes and (part := file.read(min(num_bytes, PIECE_BYTES))):
+        yield part
         num_bytes -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

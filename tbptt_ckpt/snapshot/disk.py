@@ -1,9 +1,15 @@
-"""The few system calls a snapshot is made of, in one place, so that a test can fail each."""
+"""Files written whole or not at all, by system calls that a test can fail one by one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_WRITE_BYTES = 16 << 20
 
 
 class Disk:
@@ -19,8 +25,9 @@ class Disk:
         os.mkdir(path)  # noqa: PTH102 - one system call
 
     def create(self, path: Path) -> int:
-        """Make a new file and return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        """Make a new file, never one that a link names, and return its descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write some of `data` and return how many bytes that was."""
@@ -53,3 +60,84 @@ class Disk:
     def remove_directory(self, path: Path) -> None:
         """Remove an empty directory."""
         os.rmdir(path)  # noqa: PTH106 - one system call
+
+
+class NewFile:
+    """A file that is being written, as `torch.save` takes one.
+
+    Args:
+        disk: What to write with.
+        descriptor: The file.
+
+    Attributes:
+        num_bytes: Bytes written.
+        error: The first error, which every later write meets too.
+    """
+
+    def __init__(self, disk: Disk, descriptor: int) -> None:
+        self._disk, self._descriptor = disk, descriptor
+        self.num_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of it."""
+        if self.error is not None:
+            raise self.error  # torch goes on to write the end of the archive
+        view = memoryview(data).cast("B")
+        rest = view
+        try:
+            while len(rest):
+                rest = rest[self._disk.write(self._descriptor, rest[:_WRITE_BYTES]) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+@contextmanager
+def new_file(path: Path, disk: Disk) -> Iterator[NewFile]:
+    """A file that is not there yet; its bytes are on the medium when the context ends.
+
+    Raises:
+        OSError: The first system call that failed; `torch.save` hides it behind another error.
+    """
+    descriptor = disk.create(path)
+    file = NewFile(disk, descriptor)
+    try:
+        yield file
+        disk.sync(descriptor)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            disk.close(descriptor)
+        if isinstance(error, Exception) and file.error is not None:
+            raise file.error from None
+        raise
+    disk.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path, disk: Disk | None = None) -> Iterator[NewFile]:
+    """A file that takes the place of `path` when the context ends, whole and on the medium.
+
+    It is written beside `path`. Whatever fails or is killed before, `path` is as it was.
+
+    Raises:
+        OSError: The first system call that failed.
+    """
+    disk = disk or Disk()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            disk.unlink(part)  # of a process of the same number, which was killed
+        with new_file(part, disk) as file:
+            yield file
+        disk.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.unlink(part)
+        raise
+    disk.sync_directory(path.parent)

@@ -9,8 +9,9 @@ from typing import Any
 
 from tbptt_ckpt.errors import SnapshotError
 
-# Version 1: one file `state.pt` of `torch.save`, plain values only.
+# Version 1: one file of `torch.save`, plain values only.
 FORMAT_VERSION = 1
+STATE_FILE = "state.pt"
 MANIFEST = "manifest.json"
 _HEADER = b"tbptt-ckpt snapshot sha256 "
 
@@ -70,18 +71,34 @@ def decode_manifest(data: bytes) -> Manifest:
     head, _, body = data.partition(b"\n")
     if head != _HEADER + hashlib.sha256(body).hexdigest().encode():
         raise SnapshotError("its manifest does not match its sha256")
-    fields: dict[str, Any] = json.loads(body)
-    if fields.get("format") != FORMAT_VERSION:
-        raise SnapshotError(
-            f"it has snapshot format {fields.get('format')!r}, written by tbptt-ckpt "
-            f"{fields.get('versions', {}).get('tbptt_ckpt', '?')}; this version reads format "
-            f"{FORMAT_VERSION}"
-        )
     try:
-        files = tuple(
-            FileEntry(f["name"], f["num_bytes"], f["piece_bytes"], tuple(f["sha256"]))
-            for f in fields["files"]
+        fields: dict[str, Any] = json.loads(body)
+        _check_format(fields)
+        files = tuple(FileEntry(**{**f, "sha256": tuple(f["sha256"])}) for f in fields["files"])
+        manifest = Manifest(**{**fields, "files": files})
+        _check(manifest)
+    except SnapshotError:
+        raise
+    except Exception as error:  # whoever can sign it can write anything into it
+        raise SnapshotError(f"its manifest is none of format 1: {error!r}") from error
+    return manifest
+
+
+def _check_format(fields: dict[str, Any]) -> None:
+    if (version := fields.get("format")) != FORMAT_VERSION:
+        writer = fields.get("versions", {}).get("tbptt_ckpt", "?")
+        raise SnapshotError(
+            f"it has snapshot format {version!r}, written by tbptt-ckpt {writer}; this "
+            f"version reads format {FORMAT_VERSION}"
         )
-        return Manifest(**{**fields, "files": files})
-    except (KeyError, TypeError) as error:
-        raise SnapshotError(f"its manifest lacks what format 1 has: {error}") from error
+
+
+def _check(manifest: Manifest) -> None:
+    (file,) = manifest.files
+    numbers = (manifest.step, file.num_bytes, file.piece_bytes - 1)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"the numbers {numbers}")
+    if file.name != STATE_FILE or len(file.sha256) != -(-file.num_bytes // file.piece_bytes):
+        raise ValueError(f"the file {file.name!r} in {len(file.sha256)} pieces")
+    if not (isinstance(manifest.created, str) and isinstance(manifest.versions, dict)):
+        raise TypeError(f"the versions {manifest.versions!r} of {manifest.created!r}")

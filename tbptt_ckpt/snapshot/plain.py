@@ -42,7 +42,7 @@ def to_plain(value: Any, name: str = "state") -> Any:
         return {_TAG: "array", "dtype": value.dtype.str, "values": _array_bytes(value)} | {
             "shape": list(value.shape)
         }
-    if isinstance(value, tuple | list | dict | set | frozenset | deque):
+    if isinstance(value, tuple(_KINDS.values())):
         return _plain_container(value, name)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -81,43 +81,34 @@ def _array_bytes(array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.frombuffer(array.tobytes(), dtype=np.uint8).copy())
 
 
-def _plain_container(value: Any, name: str) -> Any:
-    if isinstance(value, dict):
-        items = {
-            _plain_scalar(key): to_plain(item, f"{name}[{key!r}]") for key, item in value.items()
-        }
-        if type(value) is dict and _TAG not in value:
-            return items
-        return {_TAG: _mapping_kind(value, name), "items": list(items.items())}
-    parts = [to_plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _tagged("namedtuple", value, parts)
-    if type(value) is tuple:
-        return tuple(parts)
-    if type(value) is list:
-        return parts
-    for kind in ("set", "frozenset", "deque", "tuple", "list"):
-        if isinstance(value, _SEQUENCES[kind]):
-            maximum = value.maxlen if isinstance(value, deque) else None
-            return {_TAG: kind, "items": parts, "maximum": maximum}
-    raise AssertionError("every sequence has a kind")
-
-
-def _mapping_kind(value: dict[Any, Any], name: str) -> str:
-    for kind in ("Counter", "OrderedDict", "dict"):
-        if isinstance(value, _MAPPINGS[kind]):
-            return kind
-    raise AssertionError(name)
-
-
-_SEQUENCES: dict[str, type] = {
+# The first that fits, so subclasses before what they are of.
+_KINDS: dict[str, type] = {
+    "Counter": Counter,
+    "OrderedDict": OrderedDict,
+    "dict": dict,
     "set": set,
     "frozenset": frozenset,
     "deque": deque,
     "tuple": tuple,
     "list": list,
 }
-_MAPPINGS: dict[str, type] = {"Counter": Counter, "OrderedDict": OrderedDict, "dict": dict}
+
+
+def _plain_container(value: Any, name: str) -> Any:
+    kind = next(kind for kind, owner in _KINDS.items() if isinstance(value, owner))
+    if isinstance(value, dict):
+        items = {
+            _plain_scalar(key): to_plain(item, f"{name}[{key!r}]") for key, item in value.items()
+        }
+        if type(value) is dict and _TAG not in value:
+            return items
+        return {_TAG: kind, "items": list(items.items())}
+    parts = [to_plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _tagged("namedtuple", value, parts)
+    if type(value) in (tuple, list):
+        return type(value)(parts)
+    return {_TAG: kind, "items": parts, "maximum": getattr(value, "maxlen", None)}
 
 
 def _tagged(kind: str, value: object, fields: Any) -> dict[str, Any]:
@@ -141,14 +132,13 @@ def from_plain(value: Any) -> Any:
     if kind == "tensor":
         return _to_device(value["values"], value["device"])
     if kind == "array":
-        flat = np.frombuffer(value["values"].numpy().tobytes(), dtype=value["dtype"])
+        flat = np.frombuffer(value["values"].numpy(), dtype=value["dtype"])
         return flat.reshape(value["shape"]).copy()
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind]((key, from_plain(item)) for key, item in value["items"])
-    if kind == "deque":
-        return deque((from_plain(item) for item in value["items"]), value["maximum"])
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind](from_plain(item) for item in value["items"])
+    if kind in _KINDS:
+        owner, items = _KINDS[kind], [from_plain(item) for item in value["items"]]
+        if owner is deque:
+            return deque(items, value["maximum"])
+        return owner(dict(items) if issubclass(owner, dict) else items)
     return _from_fields(kind, value)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.snapshot.digests import file_digests
-from tbptt_ckpt.snapshot.manifest import MANIFEST, Manifest, decode_manifest
+from tbptt_ckpt.snapshot.manifest import MANIFEST, STATE_FILE, Manifest, decode_manifest
 from tbptt_ckpt.snapshot.plain import from_plain
-from tbptt_ckpt.snapshot.writing import STATE_FILE
+
+_MOST_MANIFEST_BYTES = 64 << 20  # of a state of 3 TiB
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -22,9 +24,11 @@ def read_manifest(folder: Path) -> Manifest:
         SnapshotError: What is wrong with it.
     """
     try:
+        if _size(folder / MANIFEST) > _MOST_MANIFEST_BYTES:
+            raise SnapshotError(f"{MANIFEST} has more than {_MOST_MANIFEST_BYTES} bytes")
         manifest = decode_manifest((folder / MANIFEST).read_bytes())
         for entry in manifest.files:
-            size = (folder / entry.name).stat().st_size
+            size = _size(folder / entry.name)
             if size != entry.num_bytes:
                 raise SnapshotError(
                     f"{entry.name} has {size} bytes, {entry.num_bytes} were written"
@@ -36,6 +40,14 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.name != f"step-{manifest.step}":
         raise SnapshotError(f"its manifest says step {manifest.step}")
     return manifest
+
+
+def _size(path: Path) -> int:
+    """Of a regular file; a link may lead anywhere, and a pipe never ends."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise SnapshotError(f"{path.name} is not a regular file")
+    return status.st_size
 
 
 def verify_files(folder: Path) -> Manifest:
@@ -59,15 +71,24 @@ def load_state(folder: Path) -> Any:
     """The state in a snapshot that was verified; nothing in it is executed.
 
     Raises:
-        SnapshotError: It holds what `weights_only` refuses.
+        SnapshotError: It holds what `weights_only` refuses, or is no state at all.
     """
     try:
+        _check_not_compressed(folder / STATE_FILE)
         # Always explicit: an environment variable can turn the default off, not this.
         plain = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return from_plain(plain)
+    except SnapshotError:
+        raise
+    except Exception as error:  # whoever can sign it can write anything into it
+        first_line = next(iter(str(error).strip().splitlines()), "")
         raise SnapshotError(
             f"{STATE_FILE} holds more than plain values and tensors, or no such archive: "
             f"{type(error).__name__}: {first_line}"
         ) from error
-    return from_plain(plain)
+
+
+def _check_not_compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, and may unfold to any size")

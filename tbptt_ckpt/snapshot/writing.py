@@ -1,9 +1,8 @@
-"""Writes one snapshot: a temporary directory beside the others, synced, then renamed."""
+"""Writes the files of one snapshot, hashed while they are written."""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator
@@ -18,15 +17,19 @@ from torch import Tensor
 
 from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.digests import PIECE_BYTES, PieceDigests
-from tbptt_ckpt.snapshot.disk import Disk
-from tbptt_ckpt.snapshot.manifest import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
+from tbptt_ckpt.snapshot.disk import Disk, NewFile, new_file
+from tbptt_ckpt.snapshot.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE_FILE,
+    FileEntry,
+    Manifest,
+)
 
-STATE_FILE = "state.pt"
-_WRITE_BYTES = 16 << 20
 _COPIED_BYTES = 1 << 12  # smaller writes are copied rather than looked up
 
 
-def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> Manifest:
+def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> None:
     """Make `folder` and write the state and the manifest there, all of it synced.
 
     Args:
@@ -39,20 +42,17 @@ def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> Manifest:
         OSError: The first system call that failed.
     """
     disk.make_directory(folder)
-    with _created(disk, folder / STATE_FILE) as descriptor, PieceDigests() as digests:
-        file = _HashedFile(disk, descriptor, digests, plain)
-        with _no_crc32(), file.errors_first():
-            torch.save(plain, cast(IO[bytes], file))
-        digests.writing_is_done()
-        disk.sync(descriptor)
+    with PieceDigests() as digests:
+        with new_file(folder / STATE_FILE, disk) as file, _no_crc32():
+            torch.save(plain, cast(IO[bytes], _HashedFile(file, digests, plain)))
+            digests.writing_is_done()
         pieces = digests.finish()
     entry = FileEntry(STATE_FILE, file.num_bytes, PIECE_BYTES, pieces)
-    manifest = Manifest(FORMAT_VERSION, step, _now(), library_versions(), (entry,))
-    with _created(disk, folder / MANIFEST) as descriptor:
-        write_fully(disk, descriptor, memoryview(manifest.encode()))
-        disk.sync(descriptor)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = Manifest(FORMAT_VERSION, step, created, library_versions(), (entry,))
+    with new_file(folder / MANIFEST, disk) as file:
+        file.write(manifest.encode())
     disk.sync_directory(folder)
-    return manifest
 
 
 def library_versions() -> dict[str, str]:
@@ -69,28 +69,6 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def write_fully(disk: Disk, descriptor: int, view: memoryview) -> None:
-    """Write all of `view`, in as many calls as it takes."""
-    while len(view):
-        view = view[disk.write(descriptor, view[:_WRITE_BYTES]) :]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _created(disk: Disk, path: Path) -> Iterator[int]:
-    descriptor = disk.create(path)
-    try:
-        yield descriptor
-    except BaseException:
-        with contextlib.suppress(OSError):
-            disk.close(descriptor)
-        raise
-    disk.close(descriptor)
-
-
 @contextmanager
 def _no_crc32() -> Iterator[None]:
     """The archive's own checksums cost as much as writing it; the manifest's are stronger."""
@@ -103,49 +81,26 @@ def _no_crc32() -> Iterator[None]:
 
 
 class _HashedFile:
-    """What `torch.save` writes to: the bytes go to the file and, uncopied, to the digests.
+    """Hands what `torch.save` writes to the file and, uncopied, to the digests.
 
     Args:
-        disk: What to write with.
-        descriptor: The file.
+        file: Where the bytes go.
         digests: Hashes the bytes meanwhile.
         plain: The state, whose tensors stay where they are until the digests are done.
     """
 
-    def __init__(self, disk: Disk, descriptor: int, digests: PieceDigests, plain: Any) -> None:
-        self._disk, self._descriptor, self._digests = disk, descriptor, digests
+    def __init__(self, file: NewFile, digests: PieceDigests, plain: Any) -> None:
+        self._file, self._digests = file, digests
         ranges = sorted({_memory_of(tensor) for tensor in iterate_tensors(plain)})
         self._starts = [start for start, _ in ranges]
         self._stops = [stop for _, stop in ranges]
-        self.num_bytes = 0
-        self._error: OSError | None = None
+        self.flush = file.flush
 
     def write(self, data: Any) -> int:
         """Write all of it."""
         view = memoryview(data).cast("B")
-        if self._error is not None:
-            raise self._error  # torch goes on to write the end of the archive
-        try:
-            self._digests.add(view if self._lasts(view) else memoryview(bytes(view)))
-            write_fully(self._disk, self._descriptor, view)
-        except OSError as error:
-            self._error = error
-            raise
-        self.num_bytes += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    @contextmanager
-    def errors_first(self) -> Iterator[None]:
-        """Raise the system's own error; torch hides it behind one about positions."""
-        try:
-            yield
-        except Exception:
-            if self._error is not None:
-                raise self._error from None
-            raise
+        self._digests.add(view if self._lasts(view) else memoryview(bytes(view)))
+        return self._file.write(view)
 
     def _lasts(self, view: memoryview) -> bool:
         """Whether the bytes are a tensor's of the state rather than torch's for a moment."""

@@ -19,38 +19,25 @@ class Announcer:
 
     Args:
         sinks: In order.
-
-    Attributes:
-        steps: Steps trained in total, for notices.
     """
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
-        self._sinks, self.steps = list(sinks), 0
+        self._sinks, self._steps = list(sinks), 0
+
+    def reach(self, steps: int) -> None:
+        """What is told from here on is told of that many steps trained in total."""
+        self._steps = steps
 
     def window(self, result: WindowResult, epoch: int) -> None:
         """A window has run."""
-        new_steps = result.stop - result.new_start
-        event = WindowEvent(
-            steps=self.steps,
-            epoch=epoch,
-            index=result.index,
-            start=result.start,
-            stop=result.stop,
-            loss=None if result.loss is None else float(result.loss),
-            drift=result.drift,
-            steps_per_second=new_steps / result.seconds,
-            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
-            peak_bytes=result.peak_bytes,
-            seconds=result.seconds,
-            updated=result.updated,
-        )
+        event = WindowEvent.of(result, steps=self._steps, epoch=epoch)
         for sink in self._sinks:
             sink.on_window(event)
 
     def update(self, updates: int, grad_norm: float, learning_rate: float) -> None:
-        """The weights were updated; see `UpdateEvent`."""
+        """The weights were updated."""
         event = UpdateEvent(
-            steps=self.steps, updates=updates, grad_norm=grad_norm, learning_rate=learning_rate
+            steps=self._steps, updates=updates, grad_norm=grad_norm, learning_rate=learning_rate
         )
         for sink in self._sinks:
             sink.on_update(event)
@@ -59,13 +46,13 @@ class Announcer:
         """Something else happened."""
         if kind in _WARNED:
             warnings.warn(message, TbpttWarning, stacklevel=3)
-        notice = Notice(steps=self.steps, kind=kind, message=message, figures=figures)
+        notice = Notice(steps=self._steps, kind=kind, message=message, figures=figures)
         for sink in self._sinks:
             sink.on_notice(notice)
 
     def resume_at(self, steps: int) -> None:
         """Training goes on after `steps`."""
-        self.steps = steps
+        self.reach(steps)
         for sink in self._sinks:
             sink.resume_at(steps)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tbptt_ckpt.engine.results import WindowResult
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowEvent:
@@ -14,16 +16,10 @@ class WindowEvent:
     Attributes:
         steps: Steps trained in total, this window's included.
         epoch: Passes completed before this one.
-        index: Number of the window in its pass.
-        start: First step that its gradient reaches.
-        stop: End of the window.
         loss: What was differentiated; None where no step has a target.
-        drift: Relative change of recorded states when they are recomputed.
         steps_per_second: New steps per second.
         executed_steps_per_step: Module steps run for every new step.
-        peak_bytes: Peak of tensor memory; None if it was not measured.
-        seconds: Wall-clock time.
-        updated: Whether the weights were updated.
+        index, start, stop, drift, peak_bytes, seconds, updated: As in its `WindowResult`.
     """
 
     steps: int
@@ -38,6 +34,20 @@ class WindowEvent:
     peak_bytes: int | None
     seconds: float
     updated: bool
+
+    @classmethod
+    def of(cls, result: WindowResult, *, steps: int, epoch: int) -> WindowEvent:
+        """What is told of a window; its tensors are not kept alive."""
+        new_steps = result.stop - result.new_start
+        names = ("index", "start", "stop", "drift", "peak_bytes", "seconds", "updated")
+        return cls(
+            steps=steps,
+            epoch=epoch,
+            loss=None if result.loss is None else float(result.loss),
+            steps_per_second=new_steps / result.seconds,
+            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
+            **{name: getattr(result, name) for name in names},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,24 +89,18 @@ class EventSink(Protocol):
 
     def on_window(self, event: WindowEvent) -> None:
         """A window has run."""
-        ...
 
     def on_update(self, event: UpdateEvent) -> None:
         """The weights were updated; the window's own event follows."""
-        ...
 
     def on_notice(self, event: Notice) -> None:
         """Something else happened."""
-        ...
 
     def resume_at(self, steps: int) -> None:
         """Training goes on after `steps`: what was told of later steps will be told again."""
-        ...
 
     def flush(self) -> None:
         """Write out what is held back."""
-        ...
 
     def close(self) -> None:
         """Nothing will follow."""
-        ...

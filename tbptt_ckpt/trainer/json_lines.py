@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.snapshot.disk import whole_file
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
 _FLUSH_SECONDS = 5.0
@@ -27,8 +27,8 @@ class JsonLines:
         path: The file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         self._file: TextIOWrapper | None = None
         self._flushed = time.monotonic()
         self._failed = False
@@ -49,13 +49,15 @@ class JsonLines:
     def resume_at(self, steps: int) -> None:
         """Drop the lines of later steps; another file takes this one's place when complete."""
         self.close()
-        if not self.path.exists():
+        if not self.path.is_file():
+            if self.path.exists():  # perhaps a pipe, for which one would wait for ever
+                self._fail(OSError("it is not a regular file"))
             return
-        part = self.path.with_name(f".{self.path.name}.part")
         try:
-            with self.path.open(encoding="utf-8") as old, part.open("w", encoding="utf-8") as new:
-                new.writelines(line for line in old if _steps_of(line) <= steps)
-            os.replace(part, self.path)  # noqa: PTH105 - one system call
+            with self.path.open("rb") as old, whole_file(self.path) as new:
+                for line in old:
+                    if _steps_of(line) <= steps:
+                        new.write(line)
         except OSError as error:
             self._fail(error)
 
@@ -108,9 +110,9 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _steps_of(line: str) -> float:
-    """The steps of a line; a line that was cut short by a kill counts as too late."""
+def _steps_of(line: bytes) -> float:
+    """The steps of a line; one that a kill cut short, or that was damaged, counts as too late."""
     try:
         return float(json.loads(line)["steps"])
-    except (ValueError, KeyError, TypeError):
+    except Exception:
         return math.inf

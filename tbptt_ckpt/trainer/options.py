@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError, check_choice, check_positive_int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Snapshots:
         if self.every_minutes is not None and not self.every_minutes > 0:
             raise ArgumentError(f"every_minutes={self.every_minutes!r} must be above 0, or None")
         check_positive_int("keep", self.keep)
-        _check_policy("on_failure", self.on_failure, ("stop", "go on"))
+        check_choice("on_failure", self.on_failure, ("stop", "go on"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class NonFinite:
     most_in_a_row: int = 10
 
     def __post_init__(self) -> None:
-        _check_policy("policy", self.policy, ("stop", "skip", "go on"))
+        check_choice("policy", self.policy, ("stop", "skip", "go on"))
         check_positive_int("most_in_a_row", self.most_in_a_row)
 
 
@@ -78,9 +78,3 @@ class OutOfMemory:
     def __post_init__(self) -> None:
         if self.retries != 0:
             check_positive_int("retries", self.retries, "0 (no retry)")
-
-
-def _check_policy(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        options = ", ".join(repr(choice) for choice in choices)
-        raise ArgumentError(f"{name}={value!r} must be one of {options}")

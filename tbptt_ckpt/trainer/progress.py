@@ -12,22 +12,22 @@ class TrainerResult:
     """What a trainer did, all its processes together.
 
     Attributes:
-        steps: Steps trained.
-        epochs: Passes completed.
-        windows: Windows run or skipped.
-        updates: Updates of the weights.
         loss: Loss of the last window that had one.
+        num_steps: Steps trained.
+        num_windows: Windows run or skipped.
+        num_updates: Updates of the weights.
+        num_epochs: Passes completed.
         recomputed_steps: Module steps run beyond one run of each new step.
         mean_drift: Mean over the windows of the relative change of recorded states when they are
             recomputed.
         seconds: Time spent in this process.
     """
 
-    steps: int
-    epochs: int
-    windows: int
-    updates: int
     loss: float | None
+    num_steps: int
+    num_windows: int
+    num_updates: int
+    num_epochs: int
     recomputed_steps: int
     mean_drift: float
     seconds: float
@@ -35,7 +35,7 @@ class TrainerResult:
 
 @dataclass(slots=True)
 class Progress:
-    """What has been counted so far; the present pass counts its steps itself."""
+    """What has been counted so far, named as in snapshots; the present pass counts its steps."""
 
     epoch: int = 0
     steps_before: int = 0  # of the passes before this one
@@ -46,22 +46,31 @@ class Progress:
     drift: float = 0.0  # summed
     cut_at: int = -1  # steps at which `max_steps` cut the last window short
 
-    def add(self, window: WindowResult) -> None:
-        """Count what a window did."""
-        self.recomputed_steps += window.recomputed_steps
-        self.drift += window.drift
-        self.updates += window.updated
-        if window.loss is not None:
-            self.loss = float(window.loss)
+    def add(self, result: WindowResult | None) -> None:
+        """Count a window; None for one that was skipped."""
+        self.windows += 1
+        if result is not None:
+            self.recomputed_steps += result.recomputed_steps
+            self.drift += result.drift
+            self.updates += result.updated
+            self.loss = self.loss if result.loss is None else float(result.loss)
+
+    def end_pass(self, steps: int) -> None:
+        """Count a pass, after which that many steps are trained in total."""
+        self.epoch, self.steps_before = self.epoch + 1, steps
+
+    def cut(self, steps: int) -> None:
+        """The last window ended there for want of steps, between two update points."""
+        self.cut_at = steps
 
     def result(self, steps: int, seconds: float) -> TrainerResult:
         """The same for the user."""
         return TrainerResult(
-            steps=steps,
-            epochs=self.epoch,
-            windows=self.windows,
-            updates=self.updates,
             loss=self.loss,
+            num_steps=steps,
+            num_windows=self.windows,
+            num_updates=self.updates,
+            num_epochs=self.epoch,
             recomputed_steps=self.recomputed_steps,
             mean_drift=self.drift / max(1, self.windows),
             seconds=seconds,

@@ -24,10 +24,10 @@ def random_state() -> dict[str, Any]:
         ],
         "torch": torch.get_rng_state(),
     }
-    accelerator = _accelerator()
-    if accelerator is not None:
-        states = torch.get_device_module(accelerator).get_rng_state_all()
-        state["accelerator"] = [accelerator, list(states)]
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is not None:
+        states = torch.get_device_module(here).get_rng_state_all()
+        state["accelerator"] = [here.type, list(states)]
     return state
 
 
@@ -39,16 +39,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     keys = keys.numpy().astype(np.uint32)
     np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    accelerator = _accelerator()
+    here = torch.accelerator.current_accelerator(check_available=True)
     kind, states = state.get("accelerator", (None, []))
-    if accelerator is not None and kind == accelerator:
-        module = torch.get_device_module(accelerator)
+    if here is not None and kind == here.type:
+        module = torch.get_device_module(here)
         for index, device_state in enumerate(states[: torch.accelerator.device_count()]):
             module.set_rng_state(device_state, index)
-
-
-def _accelerator() -> str | None:
-    if not torch.accelerator.is_available():
-        return None
-    device = torch.accelerator.current_accelerator()
-    return None if device is None else device.type

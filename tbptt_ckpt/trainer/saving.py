@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.store import Loaded, SnapshotStore, SnapshotWarning
+from tbptt_ckpt.trainer.events import EventSink
+from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.options import Snapshots
+
+LOG = "events.jsonl"
 
 
 class Saving:
@@ -19,19 +24,29 @@ class Saving:
     Args:
         options: Where, when, how many.
         disk: The system calls.
+
+    Attributes:
+        sinks: The log, beside the snapshots.
     """
 
     def __init__(self, options: Snapshots, disk: Disk | None = None) -> None:
-        self.options = options
-        self.store = SnapshotStore(Path(options.directory), options.keep, disk)
+        self._options = options
+        self._store = SnapshotStore(Path(options.directory), options.keep, disk)
         self._saved_steps = self._tried_steps = -1
         self._saved_at = time.monotonic()
         self._continues = False
+        self.sinks: tuple[EventSink, ...] = (JsonLines(self._store.directory / LOG),)
+
+    def __str__(self) -> str:
+        return f", snapshots in {self._store.directory}"
+
+    def check(self, call: str) -> None:
+        """There are snapshots, so that the call can do what it says."""
 
     def load(self) -> Loaded | None:
         """The newest valid snapshot; None where there is none."""
-        self.store.clean()
-        loaded = self.store.newest_valid()
+        self._store.clean()
+        loaded = self._store.newest_valid()
         self._continues = True
         if loaded is not None:
             self._note_saved(loaded.step)
@@ -45,17 +60,17 @@ class Saving:
         """
         if self._continues:
             return
-        if self.store.steps():
+        if self._store.steps():
             raise ArgumentError(
-                f"{self.store.directory} holds snapshots of another run; resume from them, or "
+                f"{self._store.directory} holds snapshots of another run; resume from them, or "
                 "name another directory"
             )
-        self.store.clean()
+        self._store.clean()
         self._continues = True
 
     def is_due(self, steps: int) -> bool:
         """Whether the options ask for a snapshot after `steps` steps."""
-        options = self.options
+        options = self._options
         if self._tried_steps < 0:
             return True
         if steps == self._tried_steps:
@@ -69,16 +84,17 @@ class Saving:
         """Whether that is the step of the last snapshot."""
         return steps == self._saved_steps
 
-    def save(self, steps: int, state: Any) -> Path | None:
+    def save(self, steps: int, state_dict: Callable[[], Any]) -> Path | None:
         """Take a snapshot; None where it failed and training shall go on.
 
         Raises:
             SnapshotError: It failed, and the policy is to stop.
         """
+        state = state_dict()
         try:
-            path = self.store.save(steps, state)
+            path = self._store.save(steps, state)
         except SnapshotError as error:
-            if self.options.on_failure == "stop":
+            if self._options.on_failure == "stop":
                 raise
             warnings.warn(f"{error}; going on without it", SnapshotWarning, stacklevel=2)
             self._tried_steps, self._saved_at = steps, time.monotonic()
@@ -86,6 +102,52 @@ class Saving:
         self._note_saved(steps)
         return path
 
+    def wait(self) -> None:
+        """Wait until old snapshots are removed."""
+        self._store.wait()
+
+    def stop_message(self, word: str, steps: int) -> str:
+        """What to tell who stopped the run."""
+        return f"{word} after {steps} steps; resume from {self._store.directory}"
+
     def _note_saved(self, steps: int) -> None:
         self._saved_steps = self._tried_steps = steps
         self._saved_at = time.monotonic()
+
+
+class NoSnapshots(Saving):
+    """Saves nothing, where no snapshots were asked for."""
+
+    sinks = ()
+
+    def __init__(self) -> None:
+        """It has no directory."""
+
+    def __str__(self) -> str:
+        return ""
+
+    def check(self, call: str) -> None:
+        """Raise `ArgumentError`."""
+        raise ArgumentError(f"{call} needs snapshots=Snapshots(directory=...)")
+
+    def begin(self) -> None:
+        """Any run may begin."""
+
+    def is_due(self, steps: int) -> bool:
+        """Never."""
+        return False
+
+    def is_saved(self, steps: int) -> bool:
+        """As well as it ever will be."""
+        return True
+
+    def save(self, steps: int, state_dict: Callable[[], Any]) -> Path | None:
+        """Save nothing."""
+        return None
+
+    def wait(self) -> None:
+        """Nothing is removed."""
+
+    def stop_message(self, word: str, steps: int) -> str:
+        """What to tell who stopped the run."""
+        return word

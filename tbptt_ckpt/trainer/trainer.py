@@ -20,17 +20,14 @@ from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.events import EventSink
-from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
 from tbptt_ckpt.trainer.passes import Passes
 from tbptt_ckpt.trainer.progress import Progress, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
-from tbptt_ckpt.trainer.saving import Saving
+from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
-
-LOG = "events.jsonl"
 
 
 class Stateful(Protocol):
@@ -38,11 +35,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any:
         """Its state, in tensors, numbers, strings and containers."""
-        ...
 
     def load_state_dict(self, state: Any) -> Any:
         """Put it back."""
-        ...
 
 
 class Trainer:
@@ -94,9 +89,8 @@ class Trainer:
                 check_positive_int(name, value, "None")
         self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
-        self._saving = None if snapshots is None else Saving(snapshots)
-        log = () if self._saving is None else (JsonLines(self._saving.store.directory / LOG),)
-        self._announcer = Announcer((*log, *events))
+        self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
+        self._announcer = Announcer((*self._saving.sinks, *events))
         self._recovery = Recovery(
             self._parts,
             non_finite or NonFinite(),
@@ -119,18 +113,17 @@ class Trainer:
 
     def __repr__(self) -> str:
         epochs = _of(self._progress.epoch, self._epochs, "epochs")
-        steps = _of(self.steps, self._max_steps, "steps")
-        saved = "" if self._saving is None else f", snapshots in {self._saving.store.directory}"
-        return f"Trainer({epochs}, {steps}{saved})"
+        steps = _of(self.num_steps, self._max_steps, "steps")
+        return f"Trainer({epochs}, {steps}{self._saving})"
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """Steps trained so far, in total."""
         trained = 0 if self._run is None else self._run.totals.num_steps
         return self._progress.steps_before + trained
 
     @property
-    def updates(self) -> int:
+    def num_updates(self) -> int:
         """Updates made so far, in total."""
         return self._progress.updates
 
@@ -147,14 +140,13 @@ class Trainer:
 
     def result(self) -> TrainerResult:
         """What has been done so far; its seconds count from the last call of `windows`."""
-        return self._progress.result(self.steps, time.perf_counter() - self._begun)
+        return self._progress.result(self.num_steps, time.perf_counter() - self._begun)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for."""
         self._begun = time.perf_counter()
         check_differentiable(self._parts.recurrence.module)
-        if self._saving is not None:
-            self._saving.begin()
+        self._saving.begin()
         with ExitStack() as stack:
             stack.callback(self._close)
             signals = stack.enter_context(StopSignals())
@@ -165,8 +157,8 @@ class Trainer:
                     self._between_windows(signals)
             if self._run is not None:
                 self._run.finish()
-                if self._passes.is_cut and self.steps == self._max_steps:
-                    self._progress.cut_at = self.steps
+                if self._passes.is_cut and self.num_steps == self._max_steps:
+                    self._progress.cut(self.num_steps)
             self._save_unless_saved()
 
     def resume(self) -> bool:
@@ -176,24 +168,25 @@ class Trainer:
             ArgumentError: No snapshots were asked for, or they are of another run.
             SnapshotError: There are snapshots, and none can be used.
         """
-        if self._saving is None:
-            raise ArgumentError("resume() needs snapshots=Snapshots(directory=...)")
+        self._saving.check("resume()")
         loaded = self._saving.load()
         if loaded is None:
             return False
         self.load_state_dict(loaded.state)
-        self._announcer.resume_at(self.steps)
+        self._announcer.resume_at(self.num_steps)
         versions = loaded.manifest.versions
         self._announcer.notice("resumed", f"from {loaded.path}", versions=versions)
         return True
 
     def save(self) -> Path | None:
         """Take a snapshot now, between windows."""
-        if self._saving is None:
-            raise ArgumentError("save() needs snapshots=Snapshots(directory=...)")
+        self._saving.check("save()")
+        return self._save()
+
+    def _save(self) -> Path | None:
         begun = time.perf_counter()
         self._announcer.flush()
-        path = self._saving.save(self.steps, self.state_dict())
+        path = self._saving.save(self.num_steps, self.state_dict)
         if path is not None:
             seconds = time.perf_counter() - begun
             self._announcer.notice("snapshot", str(path), seconds=seconds)
@@ -283,7 +276,7 @@ class Trainer:
             )
 
     def _is_done(self) -> bool:
-        if self._max_steps is not None and self.steps >= self._max_steps:
+        if self._max_steps is not None and self.num_steps >= self._max_steps:
             return True
         return self._epochs is not None and self._progress.epoch >= self._epochs
 
@@ -294,8 +287,8 @@ class Trainer:
         yield from self._windows_of(run)
         if not self._is_done():
             run.finish()
-            self._progress.steps_before, self._run = self.steps, None
-            self._progress.epoch += 1
+            self._progress.end_pass(self.num_steps)
+            self._run = None
 
     def _begin_pass(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
         return self._passes.begin(self._progress.epoch, self._progress.steps_before, saved)
@@ -304,8 +297,8 @@ class Trainer:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
             rate = self._learning_rate()
             result = self._recovery.run(run, window)
-            self._progress.windows += 1
-            self._announcer.steps = self.steps
+            self._progress.add(result)
+            self._announcer.reach(self.num_steps)
             if result is not None:
                 self._note(result, rate)
                 yield result
@@ -318,16 +311,14 @@ class Trainer:
         """
         if not self._has_saved_costs and self._parts.budget.has_costs:
             self._has_saved_costs = True
-            if self._saving is not None:
-                self.save()
+            self._save()
 
     def _note(self, result: WindowResult, rate: float) -> None:
-        progress, updater = self._progress, self._parts.updater
-        progress.add(result)
         if result.updated:
-            assert updater.grad_norm is not None, "the norm is watched"
-            self._announcer.update(progress.updates, float(updater.grad_norm), rate)
-        self._announcer.window(result, progress.epoch)
+            norm = self._parts.updater.grad_norm
+            assert norm is not None, "the norm is watched"
+            self._announcer.update(self.num_updates, float(norm), rate)
+        self._announcer.window(result, self._progress.epoch)
 
     def _learning_rate(self) -> float:
         optimizer = self._parts.updater.optimizer
@@ -336,25 +327,19 @@ class Trainer:
     def _between_windows(self, signals: StopSignals) -> None:
         if signals.received is not None:
             self._save_unless_saved()
-            message = self._stop_message(signals.received)
+            word = "interrupted" if signals.received == signal.SIGINT else "terminated"
+            message = self._saving.stop_message(word, self.num_steps)
             self._announcer.notice("stopped", message)
             raise TrainingStopped(signals.received, message)
-        if self._saving is not None and self._saving.is_due(self.steps):
-            self.save()
-
-    def _stop_message(self, signum: int) -> str:
-        word = "interrupted" if signum == signal.SIGINT else "terminated"
-        if self._saving is None:
-            return word
-        return f"{word} after {self.steps} steps; resume from {self._saving.store.directory}"
+        if self._saving.is_due(self.num_steps):
+            self._save()
 
     def _save_unless_saved(self) -> None:
-        if self._saving is not None and not self._saving.is_saved(self.steps):
-            self.save()
+        if not self._saving.is_saved(self.num_steps):
+            self._save()
 
     def _close(self) -> None:
-        if self._saving is not None:
-            self._saving.store.wait()
+        self._saving.wait()
         self._announcer.close()
 
 

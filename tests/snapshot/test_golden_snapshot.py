@@ -50,7 +50,7 @@ def test_a_snapshot_of_format_1_goes_on_as_it_did(injected: Callable[..., None])
         for parameter in trainer.tbptt.parts.parameters:
             parameter.zero_()  # nothing is right by chance
     trainer.load_state_dict(store.load(SAVED).state)
-    assert trainer.steps == SAVED
+    assert trainer.num_steps == SAVED
     losses = [float(window.loss) for window in trainer.windows()]
     expected = json.loads((GOLDEN / "format-1" / "losses.json").read_text())
     assert losses == pytest.approx(expected[SAVED // 2 :], rel=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, Snapshots, TensorSequence, Trainer
+from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.trainer import JsonLines, TensorBoard
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
@@ -100,6 +102,40 @@ def test_the_log_of_a_resumed_run_has_every_window_once(tmp_path: Path) -> None:
     assert [n["kind"] for n in lines(log, "notice")] == [
         *("snapshot", "snapshot", "resumed", "snapshot"),
     ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"event": "window", "st\xe9ps": 3}',
+        b'{"steps": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+        b"\0",
+        b"[]",
+        b'{"steps": null}',
+    ],
+    ids=len,
+)
+def test_a_damaged_log_does_not_stop_a_resume(damage: bytes, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    trainer(snapshots=Snapshots(directory=tmp_path)).train()
+    whole = log.read_bytes()
+    log.write_bytes(damage + b"\n" + whole)
+    again = trainer(snapshots=Snapshots(directory=tmp_path))
+    assert again.resume()
+    assert again.num_steps == STEPS
+    again._close()
+    assert log.read_bytes().startswith(whole)
+
+
+def test_a_log_that_is_a_pipe_is_a_warning(tmp_path: Path) -> None:
+    trainer(snapshots=Snapshots(directory=tmp_path)).train()
+    (tmp_path / "events.jsonl").unlink()
+    os.mkfifo(tmp_path / "events.jsonl")
+    again = trainer(snapshots=Snapshots(directory=tmp_path))
+    with pytest.warns(TbpttWarning, match="not a regular file"):
+        assert again.resume()
+    again.train()
 
 
 def lines_that_parse(path: Path) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ class TestNonFinite:
         assert f"window {poison.window}, steps {start} to {stop}: the " in str(caught.value)
         words = {"gradient": "norm of the gradients", "loss": "loss is nan", "state": "the "}
         assert words[what] in str(caught.value)
-        assert trainer.steps == start
+        assert trainer.num_steps == start
         assert_equal(learning_of(trainer), states[poison.window], EXACT)
         module.at = -1  # healed: it goes on as if nothing had been
         trainer.train()
@@ -138,7 +138,7 @@ class TestNonFinite:
             losses += [float(w.loss) for w in engine.windows(part, state)]
         assert [w.loss for w in listener.windows] == losses
         assert_equal(dict(module.state_dict()), dict(copied.state_dict()), EXACT)
-        assert (result.steps, result.windows, result.updates) == (9, 5, 4)
+        assert (result.num_steps, result.num_windows, result.num_updates) == (9, 5, 4)
         assert all(torch.isfinite(p).all() for p in module.parameters())
 
     def test_skipping_without_end_stops(self, injected: Injected) -> None:
@@ -150,7 +150,7 @@ class TestNonFinite:
         with pytest.warns(TbpttWarning), pytest.raises(NonFiniteError, match="2 windows before"):
             trainer.train()
         injected("NaN or Inf in loss, gradient or carried state", 3)
-        assert trainer.steps == 4
+        assert trainer.num_steps == 4
 
     @pytest.mark.parametrize("what", WHATS)
     def test_going_on_is_not_silent(self, what: str, injected: Injected) -> None:
@@ -159,7 +159,7 @@ class TestNonFinite:
             result = trainer.train()
         assert module.fired
         injected("NaN or Inf in loss, gradient or carried state")
-        assert result.updates == 5
+        assert result.num_updates == 5
         assert "non_finite" in listener.kinds()
 
     def test_a_scaler_keeps_its_own_way_with_gradients(self, injected: Injected) -> None:
@@ -170,7 +170,7 @@ class TestNonFinite:
         assert module.fired
         injected("NaN or Inf in loss, gradient or carried state")
         # The window in which the step is new makes no update, and the scale is halved.
-        assert (result.updates, scaler.get_scale()) == (4, 4.0)
+        assert (result.num_updates, scaler.get_scale()) == (4, 4.0)
         assert [w.updated for w in listener.windows] == [True, True, False, True, True]
         trainer, module, _ = Poison("loss", 4).build()
         trainer.tbptt.parts.updater._scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -66,7 +66,7 @@ class TestOtherRuns:
                 other.resume()
             injected("bad input")
             assert_equal(dict(module.state_dict()), dict(before), EXACT)
-            assert other.steps == 0
+            assert other.num_steps == 0
 
     def test_a_directory_with_snapshots_is_not_begun_anew(
         self, tmp_path: Path, injected: Injected
@@ -84,7 +84,7 @@ class TestOtherRuns:
             (lambda: Job().build(max_steps=-1), "max_steps=-1 must be"),
             (lambda: Job().build()[0].resume(), "needs snapshots="),
             (lambda: Job().build()[0].save(), "needs snapshots="),
-            (lambda: NonFinite(policy="ignore"), "policy='ignore' must be one of 'stop'"),
+            (lambda: NonFinite(policy="ignore"), "policy='ignore' must be 'stop' or 'skip'"),
             (lambda: NonFinite(most_in_a_row=0), "most_in_a_row=0"),
             (lambda: OutOfMemory(retries=-1), "retries=-1"),
             (lambda: Snapshots(directory="x", keep=0), "keep=0"),

@@ -153,7 +153,7 @@ class TestOutOfMemory:
         assert "resident" in message
         assert isinstance(caught.value, MemoryError)
         assert_equal(module.state_dict(), before, EXACT)
-        assert trainer.steps == 0
+        assert trainer.num_steps == 0
         trainer.train()  # memory is back
         expected = job.undisturbed()
         assert_equal(job.account(trainer, listener), expected, ROUNDING)
@@ -175,7 +175,7 @@ class TestOutOfMemory:
             if not scarce.fired:
                 break
             injected("out of memory on the device")
-            if trainer.steps == 5:
+            if trainer.num_steps == 5:
                 assert_equal(job.account(trainer, listener), expected, ROUNDING)
         assert len(outcomes) == 1
         assert "go on from the last snapshot" in outcomes.pop()

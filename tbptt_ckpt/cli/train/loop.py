@@ -117,7 +117,7 @@ class TrainingLoop:
         if not self._trainer.resume():
             return False
         if not self.scorecard.peak_bytes:  # the metered window is still to come, whichever it is
-            self._metered = max(self._metered, self._trainer.result().windows)
+            self._metered = max(self._metered, self._trainer.result().num_windows)
         return True
 
     def run(self, watch: Watch) -> WorkDone:
@@ -126,18 +126,18 @@ class TrainingLoop:
         windows = self._trainer.windows()
         while (window := self._next(windows)) is not None:
             scorecard.add(window, time.perf_counter() - began)
-            speed = self._trainer.steps / scorecard.seconds
+            speed = self._trainer.num_steps / scorecard.seconds
             shown = figures(scorecard.bits, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
         return self._done()
 
     def progress(self, stage: str, shown: str = "") -> Progress:
         """Where the run stands."""
-        return Progress(stage, self._trainer.steps, self._config.max_steps, shown)
+        return Progress(stage, self._trainer.num_steps, self._config.max_steps, shown)
 
     def _next(self, windows: Iterator[WindowResult]) -> WindowResult | None:
         """The next window; it runs inside this call, under the meter if its turn has come."""
-        if self._trainer.result().windows != self._metered:
+        if self._trainer.result().num_windows != self._metered:
             return next(windows, None)
         window, peak_bytes = metered(self._work, lambda: next(windows, None))
         if window is not None:
@@ -147,14 +147,14 @@ class TrainingLoop:
     def _done(self) -> WorkDone:
         done, scorecard = self._trainer.result(), self.scorecard
         return WorkDone(
-            num_windows=done.windows,
-            num_steps=done.steps,
-            num_passes=done.epochs + 1,  # the last counts, complete or not
-            recomputed_steps_per_step=done.recomputed_steps / done.steps,
+            num_windows=done.num_windows,
+            num_steps=done.num_steps,
+            num_passes=done.num_epochs + 1,  # the last counts, complete or not
+            recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
             mean_drift=done.mean_drift,
             training_bits=scorecard.bits,
             seconds=scorecard.seconds,
-            steps_per_second=done.steps / scorecard.seconds,
+            steps_per_second=done.num_steps / scorecard.seconds,
         )
 
 
