@@ -66,6 +66,11 @@ def load_learning_state(parts: Parts, state: Mapping[str, Any]) -> None:
             parameter.grad = None if grad is None else grad.to(parameter.device)
 
 
+def stored_state(state: Tree) -> list[dict[str, Tensor | None]]:
+    """The tensors of a first state, and their gradients, as `restored_state` takes them."""
+    return [{"value": t.detach(), "grad": t.grad if t.is_leaf else None} for t in tensors_of(state)]
+
+
 def restored_state(state: Tree, saved: Sequence[Mapping[str, Any]]) -> Tree:
     """The first state of a pass with the values it had; its own learned tensors are kept.
 

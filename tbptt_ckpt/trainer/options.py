@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from tbptt_ckpt.errors import ArgumentError, check_choice, check_positive_int
 
@@ -78,3 +79,13 @@ class OutOfMemory:
     def __post_init__(self) -> None:
         if self.retries != 0:
             check_positive_int("retries", self.retries, "0 (no retry)")
+
+
+class Stateful(Protocol):
+    """Anything whose state a snapshot can hold."""
+
+    def state_dict(self) -> Any:
+        """Its state, in tensors, numbers, strings and containers."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Put it back."""

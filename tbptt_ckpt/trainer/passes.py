@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+import weakref
+from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.learning_state import restored_state
 
 
@@ -70,6 +72,23 @@ class Passes:
         if saved is not None:
             state = restored_state(state, saved)
         return SequenceRun(self._options, self._parts, source, state, self._observer)
+
+
+class PlanObserver(Observer):
+    """Has something done as soon as a window is planned; keeps nobody alive.
+
+    Args:
+        act: A method.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = weakref.WeakMethod(act)
+
+    def planned(self, window: Window) -> None:
+        """Act, unless whoever does is gone."""
+        act = self._act()
+        if act is not None:
+            act()
 
 
 def limited(source: Any, num_steps: int) -> Any:

@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import signal
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
-from tbptt_ckpt.executor.observer import Observer, together
+from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
-from tbptt_ckpt.module.trees import tensors_of
-from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.events import EventSink
-from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state
-from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
-from tbptt_ckpt.trainer.passes import Passes
+from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
+from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
+from tbptt_ckpt.trainer.passes import Passes, PlanObserver
 from tbptt_ckpt.trainer.progress import Progress, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
+from tbptt_ckpt.trainer.resuming import (
+    check_can_go_on,
+    check_same,
+    fixed_settings,
+    plan_state,
+    resume_plan,
+)
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
-
-
-class Stateful(Protocol):
-    """Anything whose state a snapshot can hold."""
-
-    def state_dict(self) -> Any:
-        """Its state, in tensors, numbers, strings and containers."""
-
-    def load_state_dict(self, state: Any) -> Any:
-        """Put it back."""
 
 
 class Trainer:
@@ -103,7 +97,7 @@ class Trainer:
             source,
             init_state,
             max_steps,
-            together(self._recovery, _PlanObserver(self._save_costs)),
+            together(self._recovery, PlanObserver(self._save_costs)),
         )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
         self._asked = str(self._parts.budget.strategy)
@@ -199,21 +193,13 @@ class Trainer:
         """
         progress = self._progress
         run = self._run
-        first = [] if run is None else tensors_of(run.initial.given)
         return {
             "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
             "run": None if run is None else run.state_dict(),
-            "init_state": [
-                {"value": t.detach(), "grad": t.grad if t.is_leaf else None} for t in first
-            ],
-            "plan": {
-                "asked": self._asked,
-                "used": str(self._parts.budget.strategy),
-                "measured": self._parts.budget.state_dict(),
-                "time_batching": self._parts.runner.time_batching.choice,
-            },
-            "settings": self._fixed_settings(),
+            "init_state": [] if run is None else stored_state(run.initial.given),
+            "plan": plan_state(self._parts, self._asked),
+            "settings": fixed_settings(self._options),
             "identity": self._identity,
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
             "random": random_state(),
@@ -225,55 +211,26 @@ class Trainer:
         Raises:
             ArgumentError: It is of another run; nothing has changed.
         """
-        for what in ("settings", "identity"):
-            here = self._fixed_settings() if what == "settings" else self._identity
-            _check_same(here, state[what])
+        check_same(fixed_settings(self._options), state["settings"])
+        check_same(self._identity, state["identity"])
         progress = Progress(**state["progress"])
         trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
-        self._check_can_go_on(progress, progress.steps_before + trained)
+        check_can_go_on(progress, progress.steps_before + trained, self._max_steps, self._options)
         load_learning_state(self._parts, state["learning"])
         self._progress = progress
         self._run = None
-        self._resume_plan(state["plan"])
+        for message in resume_plan(self._parts, self._asked, state["plan"]):
+            self._announcer.notice("replanned", message)
+        self._has_saved_costs = self._parts.budget.has_costs
         if state["run"] is not None:
-            self._run = self._begin_pass(state["init_state"])
+            self._run = self._passes.begin(
+                progress.epoch, progress.steps_before, state["init_state"]
+            )
             self._run.load_state_dict(state["run"])
         for name, owner in self._extra.items():
             if name in state["extra"]:
                 owner.load_state_dict(state["extra"][name])
         set_random_state(state["random"])
-
-    def _fixed_settings(self) -> dict[str, Any]:
-        names = ("k1", "k2", "loss", "reduction", "overlap")
-        fixed = {name: getattr(self._options, name) for name in names}
-        return {**fixed, "accumulate": self._parts.updater.group.num_windows}
-
-    def _resume_plan(self, plan: Mapping[str, Any]) -> None:
-        batching = self._parts.runner.time_batching.choice
-        if plan["time_batching"] != batching:
-            self._announcer.notice(
-                "replanned",
-                f"time_batching={batching!r} replaces {plan['time_batching']!r}; from here on the "
-                "run equals the other to rounding",
-            )
-        if plan["asked"] == self._asked:
-            self._parts.budget.load_state_dict(plan["measured"], plan["used"])
-            self._has_saved_costs = self._parts.budget.has_costs
-            return
-        message = (
-            f"strategy {self._asked} replaces {plan['used']}; from here on the run equals the "
-            "other to rounding"
-        )
-        self._announcer.notice("replanned", message)
-
-    def _check_can_go_on(self, progress: Progress, steps: int) -> None:
-        """Raise where a run ended in a window that was cut short, and more steps are asked for."""
-        if progress.cut_at == steps and (self._max_steps is None or self._max_steps > steps):
-            raise ArgumentError(
-                f"max_steps={self._max_steps} goes on from a run that max_steps={steps} cut "
-                f"between two update points of k1={self._options.k1}; go on from an earlier "
-                "snapshot (remove the last), and choose multiples of k1 where runs are to go on"
-            )
 
     def _is_done(self) -> bool:
         if self._max_steps is not None and self.num_steps >= self._max_steps:
@@ -282,16 +239,13 @@ class Trainer:
 
     def _rest_of_pass(self) -> Iterator[WindowResult]:
         if self._run is None:
-            self._run = self._begin_pass()
+            self._run = self._passes.begin(self._progress.epoch, self._progress.steps_before)
         run = self._run
         yield from self._windows_of(run)
         if not self._is_done():
             run.finish()
             self._progress.end_pass(self.num_steps)
             self._run = None
-
-    def _begin_pass(self, saved: Sequence[Mapping[str, Any]] | None = None) -> SequenceRun:
-        return self._passes.begin(self._progress.epoch, self._progress.steps_before, saved)
 
     def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
@@ -343,31 +297,5 @@ class Trainer:
         self._announcer.close()
 
 
-class _PlanObserver(Observer):
-    """Has something done as soon as a window is planned; keeps nobody alive.
-
-    Args:
-        act: A method.
-    """
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = weakref.WeakMethod(act)
-
-    def planned(self, window: Window) -> None:
-        """Act, unless whoever does is gone."""
-        act = self._act()
-        if act is not None:
-            act()
-
-
 def _of(count: int, total: int | None, what: str) -> str:
     return f"{count:,} {what}" if total is None else f"{count:,} of {total:,} {what}"
-
-
-def _check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    for name in sorted({*here, *there}):
-        if here.get(name) != there.get(name):
-            raise ArgumentError(
-                f"{name}={here.get(name)!r} differs from the {there.get(name)!r} of the run that "
-                "was saved; resume with the same"
-            )

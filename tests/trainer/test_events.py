@@ -45,7 +45,7 @@ def test_the_result_counts_what_the_windows_did() -> None:
     one = trainer()
     results = list(one.windows())
     found = one.result()
-    assert (found.steps, found.windows, found.updates) == (STEPS, 4, 4)
+    assert (found.num_steps, found.num_windows, found.num_updates) == (STEPS, 4, 4)
     assert found.recomputed_steps == sum(result.recomputed_steps for result in results) > 0
     assert found.mean_drift == sum(result.drift for result in results) / 4 > 0
     assert found.loss == float(results[-1].loss)
