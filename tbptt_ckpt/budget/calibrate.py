@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
 from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe, SegmentSeconds, kept_bytes
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
@@ -20,7 +19,8 @@ from tbptt_ckpt.memory.malloc import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.trees import copy_containers
-from tbptt_ckpt.schedule.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
 
 _log = logging.getLogger("tbptt_ckpt")
 
