@@ -1,7 +1,7 @@
 """Short windows: the fastest nesting of all, by dynamic programming over every split.
 
 Of leaves with and without losses all are told apart but those of a part that is run again and
-has both: there every step counts as one with a loss.
+has both: there every step counts as one with a loss, and the cut as in `ways`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.planner.ways import Stretch
+from tbptt_ckpt.planner.ways import Stretch, bytes_of_a_cut
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
@@ -52,6 +52,7 @@ class ShortTable:
         self, most: int, free_bytes: int, costs: Costs, num_losses: int, *, is_last: bool
     ) -> None:
         self._most, self._costs, self._num_losses = most, costs, num_losses
+        self._cut_bytes = bytes_of_a_cut(Stretch(most, num_losses, is_last), costs)
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in range(most + 1)])
         self._advance = np.array([costs.advance_seconds(steps) for steps in range(most + 1)])
         least = min(
@@ -126,7 +127,7 @@ class ShortTable:
         if has_losses is None:
             num_losses = min(steps, self._num_losses)
             return self._costs.leaf_peak(steps, num_losses, is_last=True)
-        return self._costs.leaf_peak(steps, steps * has_losses)
+        return self._costs.leaf_peak(steps, steps * has_losses) + self._cut_bytes * has_losses
 
 
 def short_nesting(stretch: Stretch, free_bytes: int, costs: Costs) -> Nesting | None:

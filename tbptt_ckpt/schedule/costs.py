@@ -103,12 +103,12 @@ class Costs:
                 graph, and then they are differentiated alone.
             is_last: Whether it is the leaf that is last in time.
         """
-        curve = self.leaf_curve(is_last=is_last)
-        peak = curve(steps)
-        if self.quiet is not None and num_losses < steps:
-            without = steps - num_losses
-            later = self.quiet.graph(without) + curve(num_losses) if num_losses else 0.0
-            peak = min(peak, max(later, self.quiet.leaf(without)))
+        curve, without = self.leaf_curve(is_last=is_last), steps - num_losses
+        if self.quiet is None or not without:
+            return math.ceil(curve(steps))
+        peak = min(curve(without), self.quiet.leaf(without))
+        if num_losses:
+            peak = max(peak, self.quiet.graph(without) + curve(num_losses))
         return math.ceil(peak)
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:

@@ -120,7 +120,7 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The plan that `to_dict` wrote.
 
         Raises:
@@ -129,12 +129,16 @@ class Plan:
         try:
             blocks = tuple(_read_block(block) for block in plain["blocks"])
             given = {**plain, "blocks": blocks}
-            if plain["predicted_peak_bytes"] is not None:
-                return PredictedPlan(**given)
-            del given["predicted_peak_bytes"], given["predicted_seconds"]
-            return Plan(**given)
+            kind: type[Plan] = PredictedPlan
+            if plain["predicted_peak_bytes"] is None:
+                kind = Plan
+                del given["predicted_peak_bytes"], given["predicted_seconds"]
+            plan = kind(**given)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ScheduleError(f"not a plan: {error!r}") from error
+        if not isinstance(plan, cls):
+            raise ScheduleError(f"not a plan made from costs: {plan}")
+        return plan
 
     def __repr__(self) -> str:
         return f"Plan({self})"
