@@ -1,7 +1,7 @@
 """Short windows: the fastest nesting of all, by dynamic programming over every split.
 
-Of leaves with and without losses all are told apart but those of a part that is run again and
-has both: there every step counts as one with a loss, and the cut as in `ways`.
+Leaves with losses, without, and with both are told apart; but in a part with both that is run
+again and split once more, every step counts as one with a loss, and the cut as in `ways`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class ShortTable:
         if costs.state_bytes:
             depths = max(1, min(most, 1 + (free_bytes - least) // costs.state_bytes))
         self._free_bytes = free_bytes - np.arange(depths) * costs.state_bytes
+        self._both_bytes = _bytes_with_both(most, num_losses, costs)
         self._inner = {
             has_losses: self._segments(has_losses)
             for has_losses in (False, True)
@@ -84,10 +85,16 @@ class ShortTable:
         left = int(segments.lefts[depth, steps])
         if not left:
             return builder.leaf(steps)
-        inner = segments
+        without, inner = steps - self._num_losses, segments
         if segments is self._ending:
-            inner = self._inner.get(left > steps - self._num_losses, segments)
-        head = self._node(builder, inner, depth, left)
+            inner = self._inner.get(left > without, segments)
+        both = np.inf
+        if 0 < without < left:
+            both = self._leaves_with_both(without, left)[depth, -1]
+        if both <= inner.parts[depth, left]:
+            head = builder.leaf(left)
+        else:
+            head = self._node(builder, inner, depth, left)
         tail = self._node(builder, segments, depth + 1, steps - left)
         return builder.split(head, 1, tail)
 
@@ -121,13 +128,33 @@ class ShortTable:
         if quiet is None or loud is None:
             return self._inner[loud is not None].parts[:-1, 1:steps]
         without = min(without, steps - 1)
-        return np.hstack([quiet.parts[:-1, 1 : without + 1], loud.parts[:-1, without + 1 : steps]])
+        again = loud.parts[:-1, without + 1 : steps]
+        if without and again.shape[1]:
+            again = np.minimum(again, self._leaves_with_both(without, steps - 1))
+        return np.hstack([quiet.parts[:-1, 1 : without + 1], again])
+
+    def _leaves_with_both(self, without: int, most: int) -> Floats:
+        """Times by depth of leaves that losses begin `without` steps into, up to `most` steps."""
+        num_longer = most - without
+        fits = self._both_bytes[without, 1 : num_longer + 1] <= self._free_bytes[:, None]
+        advances = self._costs.advance_peak(1, 1, 1) <= self._free_bytes[:, None]
+        return np.where(fits & advances, self._leaf[without + 1 : most + 1], np.inf)
 
     def _leaf_bytes(self, steps: int, has_losses: bool | None) -> int:
         if has_losses is None:
             num_losses = min(steps, self._num_losses)
             return self._costs.leaf_peak(steps, num_losses, is_last=True)
         return self._costs.leaf_peak(steps, steps * has_losses) + self._cut_bytes * has_losses
+
+
+@lru_cache(maxsize=8)
+def _bytes_with_both(most: int, num_losses: int, costs: Costs) -> NDArray[np.int64]:
+    """Peaks of leaves by their steps without a loss and with one."""
+    peaks = np.zeros((most - num_losses + 1, num_losses + 1), np.int64)
+    for without in range(1, most - num_losses + 1):
+        for losses in range(1, num_losses + 1):
+            peaks[without, losses] = costs.leaf_peak(without + losses, losses)
+    return peaks
 
 
 def short_nesting(stretch: Stretch, free_bytes: int, costs: Costs) -> Nesting | None:
