@@ -164,9 +164,8 @@ def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> PredictedPlan:
 def _enough_bytes(demand: Demand, costs: Costs) -> int:
     """A budget beyond which more change nothing."""
     steps = demand.num_steps + demand.lead_steps
-    leaf = costs.leaf_bytes(steps) + costs.advance_bytes(steps) + costs.update_bytes
-    leaf += costs.leaf_curve(is_last=True)(steps)
-    return demand.base_bytes(costs) + int(leaf) + 1 + (steps + 1) * costs.state_bytes
+    actions = costs.most_bytes(steps) + costs.update_bytes
+    return demand.base_bytes(costs) + actions + (steps + 1) * costs.state_bytes
 
 
 def _within(

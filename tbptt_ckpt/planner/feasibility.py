@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
@@ -102,8 +101,7 @@ def smallest_budget(demand: Demand, costs: Costs) -> int:
     """The least bytes that some schedule meets."""
     longest = max(demand.lengths)
     enough = demand.base_bytes(costs) + costs.update_bytes + costs.state_bytes
-    enough += max(costs.leaf_peak(longest, longest, is_last=last) for last in (False, True))
-    enough += math.ceil(costs.advance_bytes(1))
+    enough += costs.most_bytes(longest)
     return bisect_left(range(enough), True, key=lambda budget: demand.fits(budget, costs))
 
 

@@ -45,14 +45,22 @@ class ShortTable:
         free_bytes: For the states and one leaf.
         costs: What steps take.
         num_losses: How many of the last steps have losses.
+        cut_bytes: What is left free for the leaf in which losses begin; see `ways`.
         is_last: Whether the window ends with the segment.
     """
 
     def __init__(
-        self, most: int, free_bytes: int, costs: Costs, num_losses: int, *, is_last: bool
+        self,
+        most: int,
+        free_bytes: int,
+        costs: Costs,
+        num_losses: int,
+        cut_bytes: int,
+        *,
+        is_last: bool,
     ) -> None:
         self._most, self._costs, self._num_losses = most, costs, num_losses
-        self._cut_bytes = bytes_of_a_cut(Stretch(most, num_losses, is_last), costs)
+        self._cut_bytes = cut_bytes
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in range(most + 1)])
         self._advance = np.array([costs.advance_seconds(steps) for steps in range(most + 1)])
         least = min(
@@ -173,12 +181,13 @@ def _table_of(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
     is_cut = 0 < num_losses < stretch.steps
     if costs.quiet is None or num_losses == stretch.steps or (is_cut and not stretch.is_last):
         num_losses = most
-    return _short_table(most, free_bytes, costs, num_losses, stretch.is_last)
+    cut_bytes = bytes_of_a_cut(stretch, costs)
+    return _short_table(most, free_bytes, costs, num_losses, cut_bytes, stretch.is_last)
 
 
 @lru_cache(maxsize=64)
 def _short_table(
-    most: int, free_bytes: int, costs: Costs, num_losses: int, is_last: bool
+    most: int, free_bytes: int, costs: Costs, num_losses: int, cut_bytes: int, is_last: bool
 ) -> ShortTable:
     """The table, made once for all lengths."""
-    return ShortTable(most, free_bytes, costs, num_losses, is_last=is_last)
+    return ShortTable(most, free_bytes, costs, num_losses, cut_bytes, is_last=is_last)

@@ -120,6 +120,13 @@ class Costs:
             peak = min(peak, max(later, without))
         return math.ceil(peak)
 
+    def most_bytes(self, steps: int) -> int:
+        """More than any action of up to so many steps takes."""
+        curves = [self.leaf_bytes, self.leaf_curve(is_last=True), self.advance_bytes]
+        if self.quiet is not None:
+            curves += [self.quiet.leaf, self.quiet.graph, self.quiet.advance]
+        return math.ceil(sum(curve(steps) for curve in curves)) + 1
+
     def leaf_curve(self, *, is_last: bool) -> Curve:
         """Bytes of a leaf whose steps all have losses."""
         return (self.last_leaf_bytes if is_last else None) or self.leaf_bytes
