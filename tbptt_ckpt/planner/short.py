@@ -93,18 +93,22 @@ class ShortTable:
         left = int(segments.lefts[depth, steps])
         if not left:
             return builder.leaf(steps)
-        without, inner = steps - self._num_losses, segments
-        if segments is self._ending:
-            inner = self._inner.get(left > without, segments)
-        both = np.inf
-        if 0 < without < left:
-            both = self._leaves_with_both(without, left)[depth, -1]
-        if both <= inner.parts[depth, left]:
-            head = builder.leaf(left)
-        else:
-            head = self._node(builder, inner, depth, left)
+        head = self._head(builder, segments, depth, left, steps - self._num_losses)
         tail = self._node(builder, segments, depth + 1, steps - left)
         return builder.split(head, 1, tail)
+
+    def _head(
+        self, builder: NestingBuilder, segments: _Segments, depth: int, steps: int, without: int
+    ) -> int:
+        """The left part of a split; losses begin `without` steps after its start."""
+        inner, both = segments, np.inf
+        if segments is self._ending:
+            inner = self._inner.get(steps > without, segments)
+            if 0 < without < steps:
+                both = self._leaves_with_both(without, steps)[depth, -1]
+        if both <= inner.parts[depth, steps]:
+            return builder.leaf(steps)
+        return self._node(builder, inner, depth, steps)
 
     def _segments(self, has_losses: bool | None) -> _Segments:
         """All lengths in order, each at all depths at once; None for those that end the window."""
