@@ -146,12 +146,13 @@ class Corrections(PlanWatch):
 
     def corrected(self, costs: Costs) -> Costs:
         """Costs that would have predicted this window, or slightly more."""
+        costs = costs.with_leaves(
+            partial(scaled, factor=self.leaf.factor_either_way),
+            partial(scaled, factor=self._last_leaf_factor),
+        )
         quiet = costs.quiet
         return replace(
-            costs.with_leaves(
-                partial(scaled, factor=self.leaf.factor_either_way),
-                partial(scaled, factor=self._last_leaf_factor),
-            ),
+            costs,
             advance_bytes=raised(costs.advance_bytes, self.advances),
             quiet=quiet and replace(quiet, advance=raised(quiet.advance, self.advances)),
             fixed=replace(costs.fixed, other=costs.fixed.other + self.excess_bytes),
