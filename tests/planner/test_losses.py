@@ -12,15 +12,8 @@ from dataclasses import replace
 import pytest
 from planned_costs import check_prediction, random_costs
 
-from tbptt_ckpt import (
-    Advance,
-    Costs,
-    Curve,
-    Differentiate,
-    InfeasibleBudgetError,
-    plan,
-    simulate,
-)
+from tbptt_ckpt import Costs, InfeasibleBudgetError, plan, simulate
+from tbptt_ckpt.schedule import Advance, Curve, Differentiate
 from tbptt_ckpt.schedule.costs import QuietBytes
 from tbptt_ckpt.schedule.curves import scaled
 
