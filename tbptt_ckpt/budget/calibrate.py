@@ -34,7 +34,6 @@ _SHORT_METERED = 8  # metered whatever the time
 # Metered before anything longer is timed: bytes are a straight line from some 13 steps on. One
 # through 5 and 8 steps predicts long leaves of an nn.LSTM of 3 layers 3.5 % too low.
 _STRAIGHT_BY = 21
-_QUIET = (1, 3, 8)  # shorter than `_STRAIGHT_BY`, metered without losses as well
 _LONG_ADVANCE = 64  # what most advances are cut into
 _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
 _BACKWARD_SHARE = 1.5  # bytes a step adds to a peak, over those of its graph, at most
@@ -114,8 +113,7 @@ class _Measuring:
     def _meter(self, steps: int) -> None:
         began = time.perf_counter()
         self.bytes.append(self.probe.bytes_of(steps))
-        is_metered = steps in _QUIET or steps >= _STRAIGHT_BY
-        if is_metered and steps < self.limits.max_steps:
+        if steps < self.limits.max_steps:
             self.quiet.append(self.probe.quiet_bytes_of(steps))
         if steps in _HOST_STEPS:
             self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
@@ -218,9 +216,12 @@ class _Measuring:
         """What steps without a loss take, where there was more than one step to measure it."""
         if not self.quiet:
             return None
+        leaf = self._bytes_curve((s.steps, s.leaf) for s in self.quiet)
+        graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
+        # Batched over time, the steps of a loop have their gradients made together at the end.
         return QuietBytes(
-            leaf=self._bytes_curve((s.steps, s.leaf) for s in self.quiet),
-            graph=self._bytes_curve((s.steps, s.graph) for s in self.quiet),
+            leaf=leaf,
+            graph=leaf if self.probe.runner.recurrence.per_step else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
         )
 

@@ -84,7 +84,7 @@ class SecondsBound:
     def _rooms(self, stretch: Stretch, free_bytes: int) -> list[LeafRoom]:
         """The rooms of the ways that fit."""
         return [
-            LeafRoom(stretch.steps, free_bytes - way.left_bytes, way, stretch.steps)
+            LeafRoom(stretch.steps, free_bytes, way, stretch.steps)
             for way in ways(stretch, self._costs)
             if way_fits(way, stretch.steps, free_bytes)
         ]
@@ -92,7 +92,7 @@ class SecondsBound:
     def fewest_alike(self, free_bytes: int) -> int:
         """The fewest bytes in which all leaves may be as long as in so many."""
         rooms = chain.from_iterable(self._rooms(each, free_bytes) for each in self._stretches)
-        return max(room.needed() + room.way.left_bytes for room in rooms)
+        return max(room.needed() for room in rooms)
 
 
 class _Worth:

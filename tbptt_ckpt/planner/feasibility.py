@@ -87,7 +87,7 @@ class Demand:
 
 def way_fits(way: Way, steps: int, free: int) -> bool:
     """Whether a stretch fits in one way; with a second state it does whatever its length."""
-    costs, state, free = way.costs, way.costs.state_bytes, free - way.left_bytes
+    costs, state = way.costs, way.costs.state_bytes
     if way.last_bytes(steps) <= free:
         return True
     first_leaf = costs.leaf_bytes.longest(free)

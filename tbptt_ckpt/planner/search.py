@@ -60,7 +60,7 @@ class _Search:
 
     def _try(self, way: Way) -> None:
         """Leaves of every length that may be the longest, in a row and with several levels."""
-        steps, free_bytes = self._stretch.steps, self._free_bytes - way.left_bytes
+        steps, free_bytes = self._stretch.steps, self._free_bytes
         fitting = LeafRoom(steps, free_bytes, way, steps).leaf(0)
         for longest in _leaf_limits(steps, way.costs):
             if fitting <= longest < steps:

@@ -1,7 +1,7 @@
 """Short windows: the fastest nesting of all, by dynamic programming over every split.
 
 Leaves with losses, without, and with both are told apart; but in a part with both that is run
-again and split once more, every step counts as one with a loss, and the cut as in `ways`.
+again and split once more, every step counts as one with a loss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.planner.ways import Stretch, bytes_of_a_cut
+from tbptt_ckpt.planner.ways import Stretch
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
@@ -45,7 +45,6 @@ class ShortTable:
         free_bytes: For the states and one leaf.
         costs: What steps take.
         num_losses: How many of the last steps have losses.
-        cut_bytes: What is left free for the leaf in which losses begin; see `ways`.
         is_last: Whether the window ends with the segment.
     """
 
@@ -55,12 +54,10 @@ class ShortTable:
         free_bytes: int,
         costs: Costs,
         num_losses: int,
-        cut_bytes: int,
         *,
         is_last: bool,
     ) -> None:
         self._most, self._costs, self._num_losses = most, costs, num_losses
-        self._cut_bytes = cut_bytes
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in range(most + 1)])
         self._advance = np.array([costs.advance_seconds(steps) for steps in range(most + 1)])
         least = min(
@@ -156,7 +153,7 @@ class ShortTable:
         if has_losses is None:
             num_losses = min(steps, self._num_losses)
             return self._costs.leaf_peak(steps, num_losses, is_last=True)
-        return self._costs.leaf_peak(steps, steps * has_losses) + self._cut_bytes * has_losses
+        return self._costs.leaf_peak(steps, steps * has_losses)
 
 
 @lru_cache(maxsize=8)
@@ -185,13 +182,12 @@ def _table_of(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
     is_cut = 0 < num_losses < stretch.steps
     if costs.quiet is None or num_losses == stretch.steps or (is_cut and not stretch.is_last):
         num_losses = most
-    cut_bytes = bytes_of_a_cut(stretch, costs)
-    return _short_table(most, free_bytes, costs, num_losses, cut_bytes, stretch.is_last)
+    return _short_table(most, free_bytes, costs, num_losses, stretch.is_last)
 
 
 @lru_cache(maxsize=64)
 def _short_table(
-    most: int, free_bytes: int, costs: Costs, num_losses: int, cut_bytes: int, is_last: bool
+    most: int, free_bytes: int, costs: Costs, num_losses: int, is_last: bool
 ) -> ShortTable:
     """The table, made once for all lengths."""
-    return ShortTable(most, free_bytes, costs, num_losses, cut_bytes, is_last=is_last)
+    return ShortTable(most, free_bytes, costs, num_losses, is_last=is_last)

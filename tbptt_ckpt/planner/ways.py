@@ -3,18 +3,12 @@
 A search knows leaves by their length and depth, not by where they lie. So a stretch is planned
 in two ways, and the faster plan taken: as if every step had a loss; and with all losses in the
 last leaf, so that every other leaf is one without.
-
-NOTE [What a leaf takes in which losses begin]
-It is run in two parts, and each may hold something whatever its length. So it can take more than
-a leaf with losses at all of its steps. A plan made as if all had losses leaves room for that.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 from tbptt_ckpt.schedule.costs import Costs, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve
@@ -43,13 +37,11 @@ class Way:
         costs: By length alone.
         is_last: Whether the window ends with it.
         least_last: The fewest steps of its last leaf.
-        left_bytes: What is left free for the leaf in which losses begin.
     """
 
     costs: Costs
     is_last: bool
     least_last: int = 1
-    left_bytes: int = 0
 
     @property
     def last_bytes(self) -> Curve:
@@ -61,7 +53,7 @@ class Way:
 def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
     """The ways to plan a stretch; what either takes for a plan is never less than it takes."""
     quiet, is_last = costs.quiet, stretch.is_last
-    everywhere = Way(replace(costs, quiet=None), is_last, left_bytes=bytes_of_a_cut(stretch, costs))
+    everywhere = Way(replace(costs, quiet=None), is_last)
     if quiet is None or stretch.num_losses == stretch.steps:
         return (everywhere,)
     if stretch.num_losses == 0:
@@ -91,24 +83,3 @@ def _last_leaves(stretch: Stretch, quiet: QuietBytes, costs: Costs) -> Curve:
         peak = max(quiet.graph(without) + loud(num_losses), quiet.leaf(without))
         points.append((num_losses + without, peak))
     return Curve.through(points)
-
-
-@lru_cache(maxsize=64)
-def bytes_of_a_cut(stretch: Stretch, costs: Costs) -> int:
-    """The most that a leaf of a stretch takes above one with losses at all of its steps.
-
-    All curves are straight between their points, and so is what is compared: it is highest where
-    two of the three lengths are points.
-    """
-    quiet, steps, num_losses = costs.quiet, stretch.steps, stretch.num_losses
-    if quiet is None or num_losses in (0, steps):
-        return 0
-    more = 0.0
-    for curve in {costs.leaf_bytes, costs.leaf_curve(is_last=stretch.is_last)}:
-        points = {1, num_losses, steps, *(p for p, _ in (*curve.points, *quiet.graph.points))}
-        for some, other in product(points, points):
-            for before, after in ((some, other), (some, other - some), (other - some, some)):
-                if before > 0 < after <= num_losses and before + after <= steps:
-                    taken = quiet.graph(before) + curve(after)
-                    more = max(more, taken - curve(before + after))
-    return math.ceil(more)

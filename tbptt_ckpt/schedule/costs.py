@@ -109,7 +109,7 @@ class Costs:
         peak = min(curve(without), self.quiet.leaf(without))
         if num_losses:
             peak = max(peak, self.quiet.graph(without) + curve(num_losses))
-        return math.ceil(peak)
+        return math.ceil(min(peak, curve(steps)))
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
         """Peak of an advance in calls of at most `most_steps`, whose last steps have a loss."""
