@@ -216,12 +216,11 @@ class _Measuring:
         """What steps without a loss take, where there was more than one step to measure it."""
         if not self.quiet:
             return None
-        leaf = self._bytes_curve((s.steps, s.leaf) for s in self.quiet)
+        is_loop = self.probe.runner.recurrence.per_step  # its steps may be batched over time
         graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
-        # Batched over time, the steps of a loop have their gradients made together at the end.
         return QuietBytes(
-            leaf=leaf,
-            graph=leaf if self.probe.runner.recurrence.per_step else graph,
+            leaf=self._bytes_curve((s.steps, s.leaf) for s in self.quiet),
+            graph=None if is_loop else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
         )
 

@@ -64,7 +64,7 @@ def _leaves_joined(some: Costs, other: Costs, join: Callable[[Curve, Curve], Cur
         and other_quiet
         and QuietBytes(
             leaf=join(quiet.leaf, other_quiet.leaf),
-            graph=join(quiet.graph, other_quiet.graph),
+            graph=quiet.graph and other_quiet.graph and join(quiet.graph, other_quiet.graph),
             advance=join(quiet.advance, other_quiet.advance),
         ),
     )

@@ -78,8 +78,9 @@ def _last_leaves(stretch: Stretch, quiet: QuietBytes, costs: Costs) -> Curve:
     """Bytes of last leaves whose steps but `num_losses` have no loss; rounded up in between."""
     loud, num_losses = costs.leaf_curve(is_last=True), stretch.num_losses
     points = [(n, loud(n)) for n in {num_losses, *(p for p, _ in loud.points if p < num_losses)}]
-    lengths = {p for p, _ in (*quiet.graph.points, *quiet.leaf.points) if p}
-    for without in {*lengths, stretch.steps}:
-        peak = max(quiet.graph(without) + loud(num_losses), quiet.leaf(without))
+    bends = {p for p, _ in (*(quiet.graph or quiet.leaf).points, *quiet.leaf.points)}
+    bends |= {p - num_losses for p in bends}
+    for without in (p for p in {*bends, 1, stretch.steps} if p > 0):
+        peak = quiet.before_losses(without, num_losses, loud)
         points.append((num_losses + without, peak))
     return Curve.through(points)

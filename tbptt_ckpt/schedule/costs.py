@@ -44,13 +44,32 @@ class QuietBytes:
 
     Attributes:
         leaf: Peak of a leaf of such steps.
-        graph: What its graph holds, beside the leaf's later steps while they are differentiated.
         advance: Peak of one call in an advance.
+        graph: What its graph holds, beside the leaf's later steps while they are differentiated;
+            None where a leaf is run in one piece wherever its losses begin.
     """
 
     leaf: Curve
-    graph: Curve
     advance: Curve
+    graph: Curve | None = None
+
+    def before_losses(self, steps: int, num_losses: int, losses: Curve) -> float:
+        """Peak of a leaf of such steps, and then of some with a loss.
+
+        Args:
+            steps: Steps without a loss.
+            num_losses: Steps with one.
+            losses: Bytes of leaves of such steps.
+        """
+        if self.graph is None:
+            added = losses(num_losses) - self.leaf(num_losses)
+            return self.leaf(steps + num_losses) + max(0.0, added)
+        return max(self.graph(steps) + losses(num_losses), self.leaf(steps))
+
+    def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
+        """The same for leaves that take other bytes."""
+        graph = self.graph and change(self.graph)
+        return replace(self, leaf=change(self.leaf), graph=graph)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +117,15 @@ class Costs:
 
         Args:
             steps: Its steps.
-            num_losses: How many of them, the last ones, have a loss. Runs are cut where losses
-                begin: while the steps with losses are differentiated, the others have their
-                graph, and then they are differentiated alone.
+            num_losses: How many of them, the last ones, have a loss.
             is_last: Whether it is the leaf that is last in time.
         """
         curve, without = self.leaf_curve(is_last=is_last), steps - num_losses
         if self.quiet is None or not without:
             return math.ceil(curve(steps))
-        peak = min(curve(without), self.quiet.leaf(without))
+        peak = self.quiet.leaf(steps)
         if num_losses:
-            peak = max(peak, self.quiet.graph(without) + curve(num_losses))
+            peak = self.quiet.before_losses(without, num_losses, curve)
         return math.ceil(min(peak, curve(steps)))
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
@@ -124,7 +141,7 @@ class Costs:
         """More than any action of up to so many steps takes."""
         curves = [self.leaf_bytes, self.leaf_curve(is_last=True), self.advance_bytes]
         if self.quiet is not None:
-            curves += [self.quiet.leaf, self.quiet.graph, self.quiet.advance]
+            curves += [self.quiet.leaf, self.quiet.graph or self.quiet.leaf, self.quiet.advance]
         return math.ceil(sum(curve(steps) for curve in curves)) + 1
 
     def leaf_curve(self, *, is_last: bool) -> Curve:
@@ -140,7 +157,7 @@ class Costs:
             self,
             leaf_bytes=change(self.leaf_bytes),
             last_leaf_bytes=last and change_last(last),
-            quiet=quiet and replace(quiet, leaf=change(quiet.leaf), graph=change(quiet.graph)),
+            quiet=quiet and quiet.changed(change),
         )
 
     @classmethod

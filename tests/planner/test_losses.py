@@ -132,7 +132,8 @@ def test_more_budget_never_costs_more_time_whatever_the_curves(seed: int) -> Non
         costs = replace(random_costs(rng), advance_seconds=Curve.linear(rng.choice([0, 2]), 1))
         share = rng.choice([0.05, 0.3, 0.9])
         leaf = scaled(costs.leaf_bytes, share)
-        quiet = QuietBytes(leaf, scaled(leaf, 0.8), scaled(costs.advance_bytes, share))
+        graph = rng.choice([None, scaled(leaf, 0.8)])
+        quiet = QuietBytes(leaf, scaled(costs.advance_bytes, share), graph)
         costs, num_steps = replace(costs, quiet=quiet), rng.choice([60, 300, 800])
         window = {"new_steps": rng.choice([1, num_steps // 7, num_steps // 2])}
         most = plan(num_steps, costs, **window).predicted_peak_bytes
