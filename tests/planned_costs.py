@@ -28,6 +28,7 @@ def check_prediction(planned: Plan, costs: Costs, budget: int | None, window: di
         given=joints,
         recorded_states=window.get("recorded_states", 0),
         advance_steps=planned.advance_steps,
+        loss_start=stop - window["new_steps"] if "new_steps" in window else None,
     )
     assert simulation.peak_bytes == planned.predicted_peak_bytes
     assert simulation.seconds == pytest.approx(planned.predicted_seconds, rel=1e-9)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import logging
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
-from tbptt_ckpt.budget.probe import SegmentBytes, SegmentProbe, SegmentSeconds, kept_bytes
+from tbptt_ckpt.budget.probe import (
+    QuietSample,
+    SegmentBytes,
+    SegmentProbe,
+    SegmentSeconds,
+    kept_bytes,
+)
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.malloc import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import copy_containers
-from tbptt_ckpt.schedule.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
+from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
 
 _log = logging.getLogger("tbptt_ckpt")
 
@@ -28,7 +32,7 @@ _log = logging.getLogger("tbptt_ckpt")
 _METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
 _SHORT_METERED = 8  # metered whatever the time
 # Metered before anything longer is timed: bytes are a straight line from some 13 steps on. One
-# through 5 and 8 steps foretells long leaves of an nn.LSTM of 3 layers 3.5 % too low.
+# through 5 and 8 steps predicts long leaves of an nn.LSTM of 3 layers 3.5 % too low.
 _STRAIGHT_BY = 21
 _LONG_ADVANCE = 64  # what most advances are cut into
 _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
@@ -67,7 +71,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         fixed: The weights and inputs; the rest is filled in.
     """
     begun = time.perf_counter()
-    with _untouched(probe), older_garbage_kept():
+    with untouched(tensors=probe.parameters, ambient=probe.ambient), older_garbage_kept():
         probe.go_on()
         before = probe.go_on()
         measuring = _Measuring(probe, limits, begun)
@@ -88,7 +92,8 @@ class _Measuring:
     seconds: dict[int, SegmentSeconds] = field(default_factory=dict)
     host: list[tuple[int, int | None]] = field(default_factory=list)
     spent: float = 0.0
-    long_advance: tuple[int, int] | None = None
+    quiet: list[QuietSample] = field(default_factory=list)
+    long_advances: dict[bool, tuple[int, int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Meter growing lengths, and time longer ones too."""
@@ -108,6 +113,8 @@ class _Measuring:
     def _meter(self, steps: int) -> None:
         began = time.perf_counter()
         self.bytes.append(self.probe.bytes_of(steps))
+        if steps < self.limits.max_steps:
+            self.quiet.append(self.probe.quiet_bytes_of(steps))
         if steps in _HOST_STEPS:
             self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
         self.spent = time.perf_counter() - began
@@ -132,7 +139,9 @@ class _Measuring:
         if steps <= longest.steps or in_time > self.limits.max_seconds:
             return
         if per_step * steps <= self.limits.room_bytes:
-            self.long_advance = (steps, self.probe.advance_bytes_of(steps))
+            for has_losses in (True, False):
+                taken = self.probe.advance_bytes_of(steps, has_losses=has_losses)
+                self.long_advances[has_losses] = steps, taken
 
     def _timed_lengths(self) -> list[int]:
         """Lengths from one step to the whole window, in rounds of which none depends on luck."""
@@ -181,11 +190,13 @@ class _Measuring:
         anew = longest.gradients + longest.state_gradients
         return Costs(
             state_bytes=state_bytes,
-            leaf_bytes=self._bytes_curve([s.leaf for s in self.bytes]),
+            leaf_bytes=self._bytes_curve((s.steps, s.leaf) for s in self.bytes),
             leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds.values()),
-            advance_bytes=self._advance_curve(),
+            advance_bytes=self._advance_curve(self.bytes, has_losses=True),
             advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds.values()),
-            last_leaf_bytes=self._bytes_curve([max(0, s.last_leaf - anew) for s in self.bytes]),
+            last_leaf_bytes=self._bytes_curve(
+                (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
+            ),
             update_bytes=update.transient,
             fixed=FixedBytes(
                 weights=fixed.weights,
@@ -198,21 +209,36 @@ class _Measuring:
             host_step_bytes=self._host_step_bytes(),
             host_state_bytes=_host_state_bytes(self.probe.boundary),
             ambient_bytes=state_bytes - tensor_bytes(self.probe.boundary.state),
+            quiet=self._quiet_bytes(),
         )
 
-    def _bytes_curve(self, values: list[int]) -> Curve:
-        samples = [(s.steps, value) for s, value in zip(self.bytes, values, strict=True)]
+    def _quiet_bytes(self) -> QuietBytes | None:
+        """What steps without a loss take, where there was more than one step to measure it."""
+        if not self.quiet:
+            return None
+        is_loop = self.probe.runner.recurrence.per_step  # its steps may be batched over time
+        graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
+        return QuietBytes(
+            leaf=self._bytes_curve((s.steps, s.leaf) for s in self.quiet),
+            graph=None if is_loop else graph,
+            advance=self._advance_curve(self.quiet, has_losses=False),
+        )
+
+    def _bytes_curve(self, values: Iterable[tuple[int, int]]) -> Curve:
+        samples = list(values)
         if len(samples) == 1 and self.limits.max_steps > 1:
             # Two steps would not have fitted, and must not look as if they did.
-            samples.append((2, 2 * max(values[0], self.bytes[0].peak)))
+            samples.append((2, 2 * max(samples[0][1], self.bytes[0].peak)))
         return bounding_curve(samples)
 
-    def _advance_curve(self) -> Curve:
-        curve = self._bytes_curve([s.advance for s in self.bytes])
-        if self.long_advance is None:
+    def _advance_curve(
+        self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
+    ) -> Curve:
+        curve = self._bytes_curve((s.steps, s.advance) for s in samples)
+        if has_losses not in self.long_advances:
             return curve
-        known = [p for p in curve.points if p[0] < self.long_advance[0]]
-        return Curve.through([*known, self.long_advance])
+        steps, taken = self.long_advances[has_losses]
+        return Curve.through([*(p for p in curve.points if p[0] < steps), (steps, taken)])
 
     def _host_step_bytes(self) -> float:
         known = [(steps, size) for steps, size in self.host if size is not None]
@@ -248,17 +274,3 @@ def _host_state_bytes(boundary: Boundary) -> float:
     if not tracing:
         tracemalloc.stop()
     return max(0, objects + native) / len(kept)
-
-
-@contextmanager
-def _untouched(probe: SegmentProbe) -> Iterator[None]:
-    """Put gradients, generators and buffers back at the end."""
-    tensors: Sequence[Tensor] = probe.parameters
-    start, grads = probe.ambient.capture(), [tensor.grad for tensor in tensors]
-    probe.forget_gradients()
-    try:
-        yield
-    finally:
-        probe.ambient.restore(start)
-        for tensor, grad in zip(tensors, grads, strict=True):
-            tensor.grad = grad

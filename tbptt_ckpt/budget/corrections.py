@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 
-from tbptt_ckpt.budget.curves import ROUNDING_BYTES, TOLERANCE, raised, scaled
+from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES, TOLERANCE
 from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule, moved
-from tbptt_ckpt.schedule.costs import Costs, Curve
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.curves import raised, scaled
+from tbptt_ckpt.schedule.plan import Plan, PredictedPlan
 from tbptt_ckpt.schedule.stretch import Block
 
 _LEAST_RATIO = 0.1
@@ -55,9 +57,9 @@ class Ratios:
 
     largest: float | None = None
 
-    def add(self, measured: float, curve: Curve, steps: int) -> None:
+    def add(self, measured: float, predicted: float) -> None:
         """One more measurement; what allocators round is no deviation."""
-        predicted = max(curve(steps), 1.0)
+        predicted = max(predicted, 1.0)
         ratio = max(measured / predicted, _LEAST_RATIO)
         if abs(measured - predicted) <= ROUNDING_BYTES:
             ratio = 1.0
@@ -92,13 +94,13 @@ class Corrections(PlanWatch):
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
-        replan: Plans steps `[start, stop)` beside so many bytes.
+        replan: Plans steps `[start, stop)`, the last so many of them with a loss, beside bytes.
         refuse: What to raise where the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
         peak_bytes: The highest so far.
     """
 
-    plan: Plan
+    plan: PredictedPlan
     costs: Costs
     shape: Shape
     stop: int
@@ -109,7 +111,7 @@ class Corrections(PlanWatch):
     optimizer_bytes: int
     gradient_bytes: int
     first_state_bytes: int
-    replan: Callable[[int, int, int, Costs], Plan]
+    replan: Callable[[int, int, int, int, Costs], Plan]
     refuse: Callable[[Corrections, InfeasibleBudgetError], InfeasibleBudgetError]
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
@@ -134,10 +136,7 @@ class Corrections(PlanWatch):
             case Drop(step):
                 self._kept.remove(step)
             case Advance(start, stop):
-                steps = min(stop - start, self.plan.advance_steps)
-                taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
-                if taken > self.costs.advance_bytes(steps) + ROUNDING_BYTES:
-                    self.advances[steps] = max(taken, self.advances.get(steps, 0))
+                self._compare_advance(start, stop, begun, ended)
             case Differentiate(start, stop):
                 self._compare_leaf(start, stop, begun, ended)
                 if start > self._begin and self._must_replan(start):
@@ -147,12 +146,15 @@ class Corrections(PlanWatch):
 
     def corrected(self, costs: Costs) -> Costs:
         """Costs that would have predicted this window, or slightly more."""
-        last = costs.last_leaf_bytes
+        costs = costs.with_leaves(
+            partial(scaled, factor=self.leaf.factor_either_way),
+            partial(scaled, factor=self._last_leaf_factor),
+        )
+        quiet = costs.quiet
         return replace(
             costs,
-            leaf_bytes=scaled(costs.leaf_bytes, self.leaf.factor_either_way),
-            last_leaf_bytes=last and scaled(last, self._last_leaf_factor),
             advance_bytes=raised(costs.advance_bytes, self.advances),
+            quiet=quiet and replace(quiet, advance=raised(quiet.advance, self.advances)),
             fixed=replace(costs.fixed, other=costs.fixed.other + self.excess_bytes),
         )
 
@@ -161,13 +163,28 @@ class Corrections(PlanWatch):
         """Measured at one length only: smaller than one only as far as other leaves agree."""
         return max(self.last_leaf.factor_either_way, min(1.0, self.leaf.factor_either_way))
 
+    def _num_losses(self, start: int, stop: int) -> int:
+        """Steps of `[start, stop)` that have a loss."""
+        return max(0, stop - max(start, self.stop - self.shape.new_steps))
+
+    def _compare_advance(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
+        steps, most_steps = stop - start, self.plan.advance_steps
+        taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
+        num_losses = self._num_losses(start, stop)
+        if taken > self.costs.advance_peak(steps, num_losses, most_steps) + ROUNDING_BYTES:
+            call_steps = min(steps, most_steps)
+            self.advances[call_steps] = max(taken, self.advances.get(call_steps, 0))
+
     def _compare_leaf(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
-        taken, steps = ended.peak_bytes - begun.now_bytes, stop - start
-        taken -= self._made_at(start)
-        if stop == self.stop and self.costs.last_leaf_bytes is not None:
-            self.last_leaf.add(taken - self.gradient_bytes, self.costs.last_leaf_bytes, steps)
+        taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
+        makes_gradients = stop == self.stop and self.costs.last_leaf_bytes is not None
+        predicted = self.costs.leaf_peak(
+            stop - start, self._num_losses(start, stop), is_last=makes_gradients
+        )
+        if makes_gradients:
+            self.last_leaf.add(taken - self.gradient_bytes, predicted)
             return
-        self.leaf.add(taken, self.costs.leaf_bytes, steps)
+        self.leaf.add(taken, predicted)
         kept = len(self._kept) + (start not in self.given and start not in self._kept)
         expected = self._fixed_bytes + kept * self.costs.state_bytes
         if begun.now_bytes > expected + ROUNDING_BYTES:
@@ -180,9 +197,9 @@ class Corrections(PlanWatch):
     def _must_replan(self, stop: int) -> bool:
         """Whether the leaves to come would take more than there is."""
         predicted = self.plan.predicted_peak_bytes
-        assert predicted is not None, "it was made from costs"
         longest = min(self.plan.longest_leaf, stop - self._begin)
-        more = (self.leaf.factor - 1) * self.costs.leaf_bytes(longest) + self.excess_bytes
+        leaf_bytes = self.costs.leaf_peak(longest, self._num_losses(stop - longest, stop))
+        more = (self.leaf.factor - 1) * leaf_bytes + self.excess_bytes
         too_much = more > ROUNDING_BYTES and predicted + more > self.budget_bytes
         return self._left_at is None and too_much
 
@@ -204,7 +221,8 @@ class Corrections(PlanWatch):
         beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
         drops = [Drop(start)] if start in self._kept else []
         try:
-            part = self.replan(start, stop, beside, costs)
+            num_losses = self._num_losses(start, stop)
+            part = self.replan(start, stop, num_losses, beside, costs)
         except InfeasibleBudgetError as error:
             if not drops or start in self.given:
                 raise self.refuse(self, error) from None

@@ -15,7 +15,7 @@ from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.planner.fastest import OPTIMAL, plan
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.schedule.strategies import Auto, Optimal, Strategy
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -33,7 +33,7 @@ class _Planned:
     """A plan, and the fixed part it was made beside."""
 
     fixed_bytes: int
-    plan: Plan
+    plan: PredictedPlan
 
 
 class FittingPlans:
@@ -68,11 +68,11 @@ class FittingPlans:
         if self.promised and shape.num_steps > self._longest_seen and shape not in self._plans:
             self._within_budget(shape, costs)
 
-    def chosen(self, shape: Shape, costs: Costs) -> Plan:
+    def chosen(self, shape: Shape, costs: Costs) -> PredictedPlan:
         """The plan of a shape; the known one as long as it fits, so that runs repeat."""
         fixed, known = costs.fixed.total(shape.run_steps), self._plans.get(shape)
         if known is not None:
-            peak = (known.plan.predicted_peak_bytes or 0) + fixed - known.fixed_bytes
+            peak = known.plan.predicted_peak_bytes + fixed - known.fixed_bytes
             if peak <= self._budget or not self.promised:
                 return replace(known.plan, predicted_peak_bytes=peak)
         plan = self._within_budget(shape, costs)
@@ -96,7 +96,9 @@ class FittingPlans:
         self._plans.clear()
         self._confirmed.clear()
 
-    def keep_what_ran(self, shape: Shape, costs: Costs, ran: Plan, peak_bytes: int) -> None:
+    def keep_what_ran(
+        self, shape: Shape, costs: Costs, ran: PredictedPlan, peak_bytes: int
+    ) -> None:
         """Corrected costs err upwards: a plan that ran within the budget goes on if none fits."""
         if peak_bytes > self._budget:
             return
@@ -106,7 +108,7 @@ class FittingPlans:
             fixed = costs.fixed.total(shape.run_steps)
             self._keep(shape, fixed, replace(ran, predicted_peak_bytes=peak_bytes))
 
-    def fitting(self, shape: Shape, costs: Costs) -> Plan:
+    def fitting(self, shape: Shape, costs: Costs) -> PredictedPlan:
         """A plan that fits.
 
         Raises:
@@ -127,12 +129,12 @@ class FittingPlans:
 
     def shrink(self, shape: Shape, costs: Costs) -> bool:
         """Halve what plans take beside the fixed part; whether that takes less than before."""
-        before = self.chosen(shape, costs).predicted_peak_bytes or 0
+        before = self.chosen(shape, costs).predicted_peak_bytes
         fixed = costs.fixed.total(shape.run_steps)
         self._ceiling = fixed + max(0, before - fixed) // 2
         self._plans.clear()
         self._confirmed.clear()
-        return (self.chosen(shape, costs).predicted_peak_bytes or 0) < before
+        return (self.chosen(shape, costs).predicted_peak_bytes) < before
 
     def follow(self, strategy: Strategy) -> None:
         """Choose schedules by a fixed strategy from here on; the budget stays as it is."""
@@ -140,10 +142,17 @@ class FittingPlans:
         self._plans.clear()
         self._confirmed.clear()
 
-    def replan(self, start: int, stop: int, beside_bytes: int, costs: Costs) -> Plan:
+    def replan(
+        self, start: int, stop: int, num_losses: int, beside_bytes: int, costs: Costs
+    ) -> PredictedPlan:
         """A plan of some steps of a window, with what else is there at the time."""
-        costs = replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes))
-        return plan(stop - start, costs, budget_bytes=self.budget_bytes, first=start)
+        return plan(
+            stop - start,
+            replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes)),
+            budget_bytes=self.budget_bytes,
+            new_steps=num_losses,
+            first=start,
+        )
 
     def explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
         """The planner's error as one about the user's budget."""
@@ -184,7 +193,9 @@ class FittingPlans:
         self._reserve = state["reserve"]
         for entry in state["plans"]:
             shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
-            self._plans[shape] = _Planned(entry["fixed_bytes"], Plan.from_dict(entry["plan"]))
+            self._plans[shape] = _Planned(
+                entry["fixed_bytes"], PredictedPlan.from_dict(entry["plan"])
+            )
             if entry["confirmed"]:
                 self._confirmed.add(shape)
 
@@ -193,24 +204,24 @@ class FittingPlans:
         assert self.budget_bytes is not None, "it is fixed before the first plan"
         return self.budget_bytes
 
-    def _keep(self, shape: Shape, fixed_bytes: int, plan: Plan) -> None:
+    def _keep(self, shape: Shape, fixed_bytes: int, plan: PredictedPlan) -> None:
         self._plans[shape] = _Planned(fixed_bytes, plan)
         while len(self._plans) > _MOST_CACHED:
             self._plans.popitem(last=False)
 
-    def _within_budget(self, shape: Shape, costs: Costs) -> Plan:
+    def _within_budget(self, shape: Shape, costs: Costs) -> PredictedPlan:
         chosen = self.fitting(shape, costs)
         self._longest_seen = max(self._longest_seen, shape.num_steps)
         return chosen
 
-    def _below_ceiling(self, shape: Shape, costs: Costs, ceiling: int) -> Plan:
+    def _below_ceiling(self, shape: Shape, costs: Costs, ceiling: int) -> PredictedPlan:
         """The fastest plan below the ceiling, or the one that takes least."""
         try:
             return self._planned(shape, costs, ceiling)
         except InfeasibleBudgetError as error:
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
 
-    def _beside_reserve(self, shape: Shape, costs: Costs, whole: Plan) -> Plan:
+    def _beside_reserve(self, shape: Shape, costs: Costs, whole: PredictedPlan) -> PredictedPlan:
         """A plan that leaves as much of the reserve as is worth its price.
 
         Args:
@@ -219,18 +230,18 @@ class FittingPlans:
             whole: The plan that leaves none.
         """
         free = max(0, self._budget - costs.fixed.total(shape.run_steps))
-        affordable = _PRICE_OF_RESERVE * (whole.predicted_seconds or 0.0)
+        affordable = _PRICE_OF_RESERVE * whole.predicted_seconds
         for share in _LESS_OF_RESERVE:
             reserved = int(share * self._reserve * free)
             try:
                 chosen = self._planned(shape, costs, self._budget - reserved)
             except InfeasibleBudgetError:
                 continue
-            if (chosen.predicted_seconds or 0.0) <= affordable:
+            if chosen.predicted_seconds <= affordable:
                 return chosen
         return whole
 
-    def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> Plan:
+    def _planned(self, shape: Shape, costs: Costs, budget_bytes: int) -> PredictedPlan:
         return plan(
             shape.num_steps,
             costs,

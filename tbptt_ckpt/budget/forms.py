@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -40,7 +40,7 @@ def costs_of_forms(
     return costs
 
 
-def fastest_form(costs: Mapping[bool, Costs], planned: Callable[[Costs], Plan]) -> bool:
+def fastest_form(costs: Mapping[bool, Costs], planned: Callable[[Costs], PredictedPlan]) -> bool:
     """The form whose plan takes the least predicted time; the least bytes where none fits.
 
     Args:
@@ -52,7 +52,7 @@ def fastest_form(costs: Mapping[bool, Costs], planned: Callable[[Costs], Plan]) 
 
     def rank(form: bool) -> tuple[bool, float]:
         try:
-            return False, planned(costs[form]).predicted_seconds or 0.0
+            return False, planned(costs[form]).predicted_seconds
         except InfeasibleBudgetError as error:
             return True, error.smallest_budget_bytes or 0
 

@@ -21,7 +21,7 @@ from tbptt_ckpt.memory.meter import Lap, can_measure
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.schedule.simulator import simulate
 from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.schedule.windows import Window
@@ -114,7 +114,7 @@ class MeasuredBudget(WindowBudget):
         is_right = costs == known
         _log.info(
             "predicted %s, measured %s%s",
-            format_bytes(planned.plan.predicted_peak_bytes or 0),
+            format_bytes(watch.plan.predicted_peak_bytes),
             format_bytes(peak_bytes),
             "" if is_right else "; costs corrected",
         )
@@ -123,7 +123,7 @@ class MeasuredBudget(WindowBudget):
         self._costs.adopt(costs)
         self._plans.start_over()
         if not watch.rest:
-            self._keep_what_ran(watch, costs.update_bytes, planned.plan, update)
+            self._keep_what_ran(watch, costs.update_bytes, update)
 
     def shrink(self, window: Window) -> str | None:
         """Plan with less from here on; a promised budget stays, and what is said tells if not."""
@@ -133,7 +133,7 @@ class MeasuredBudget(WindowBudget):
         if self._plans.finds_fastest:
             if not self._plans.shrink(shape, costs):
                 return None
-            peak = self._plans.chosen(shape, costs).predicted_peak_bytes or 0
+            peak = self._plans.chosen(shape, costs).predicted_peak_bytes
             return f"{self.strategy} within {format_bytes(peak)}"
         smaller = smaller_strategy(self.strategy, window)
         while smaller is not None:
@@ -206,13 +206,13 @@ class MeasuredBudget(WindowBudget):
         self._plans.check_fullest(fullest, of_fullest(costs))
         return costs
 
-    def _keep_what_ran(self, watch: Corrections, update_bytes: int, ran: Plan, update: Lap) -> None:
+    def _keep_what_ran(self, watch: Corrections, update_bytes: int, update: Lap) -> None:
         """Let a plan go on that ran within the budget, where the corrected costs have none."""
         made = self._costs.optimizer_bytes() - watch.optimizer_bytes
         peak = max(watch.peak_bytes + made, update.peak_bytes) + watch.absent_bytes
         costs = self._costs.with_optimizer(self._costs.corrected(watch, watch.costs))
         costs = replace(costs, update_bytes=update_bytes)
-        self._plans.keep_what_ran(watch.shape, costs, ran, peak)
+        self._plans.keep_what_ran(watch.shape, costs, watch.plan, peak)
 
     def _shrunk_unmeasured(self, window: Window) -> str | None:
         """The next smaller strategy, where there was no memory to measure what windows take."""
@@ -226,7 +226,7 @@ class MeasuredBudget(WindowBudget):
             "to measure what windows take"
         )
 
-    def _watched(self, request: Request, chosen: Plan, costs: Costs) -> PlannedWindow:
+    def _watched(self, request: Request, chosen: PredictedPlan, costs: Costs) -> PlannedWindow:
         missing = costs.fixed.optimizer - self._costs.optimizer_bytes()
         made = request.makes_first_state * costs.state_bytes
         recorded = costs.fixed.states - request.shape.coming_states * costs.state_bytes - made
@@ -264,8 +264,8 @@ def _is_worth_measuring(request: Request) -> bool:
 
 
 def _as_measured_now(
-    request: Request, chosen: Plan, costs: Costs, missing: int, absent: int
-) -> Plan:
+    request: Request, chosen: PredictedPlan, costs: Costs, missing: int, absent: int
+) -> PredictedPlan:
     """The plan with the prediction of an early window, where not all exists yet.
 
     Args:
@@ -282,6 +282,7 @@ def _as_measured_now(
         replace(costs, fixed=now, update_bytes=0),
         given=request.absolute_joints,
         advance_steps=chosen.advance_steps,
+        loss_start=request.window.new_start,
     )
     update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
     return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))

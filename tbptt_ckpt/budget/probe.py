@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
-from tbptt_ckpt.executor.observer import Observer
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.route import Route
@@ -21,7 +22,7 @@ from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.memory.malloc import malloc_bytes
-from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
+from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
@@ -67,6 +68,23 @@ class SegmentSeconds:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class QuietSample:
+    """What segments of some length take whose steps have no loss; the one after them has.
+
+    Attributes:
+        steps: Their length.
+        leaf: Peak of a leaf, above what then is live.
+        graph: Tensors of its graph.
+        advance: Peak of an advance.
+    """
+
+    steps: int
+    leaf: int
+    graph: int
+    advance: int
+
+
 @dataclass(slots=True)
 class SegmentProbe:
     """Runs segments at a window's end, where its losses are, each from the same state.
@@ -98,55 +116,70 @@ class SegmentProbe:
     loss_start: int
     boundary: Boundary
     resets: Resets = field(default_factory=Resets)
-    _arrived: Callable[[], None] = field(default=lambda: None)
 
     def bytes_of(self, steps: int) -> SegmentBytes:
         """Measure both kinds of leaf, and an advance."""
         self.forget_gradients()
-        graphs: list[int] = []
+        actions = (self._leaf(steps), self._leaf(steps), self._advance(steps))
         with peak_memory(self.device, held=(), rss=False) as meter:
-            self._arrived = lambda: graphs.append(_now(meter))
-            actions = (self._leaf(steps), self._leaf(steps), self._advance(steps))
-            laps = [meter.lap()]
-            state_grads = self._run(steps, actions, lambda: laps.append(meter.lap()))
-            gradients, state_gradients = self._gradient_bytes(state_grads)
-        self._arrived = lambda: None
-        begun, last, leaf, advance = laps
+            readings = _Readings(meter.lap)
+            state_grads = self._run(actions, readings)
+            weights = [p.grad for p in self.parameters if p.grad is not None]
+            gradients, state_gradients = tensor_bytes(weights), tensor_bytes(state_grads)
+        begun, last_forward, last, forward, leaf, advance = readings.found
         return SegmentBytes(
             steps=steps,
-            last_leaf=last.peak_bytes - begun.now_bytes,
-            leaf=leaf.peak_bytes - last.now_bytes,
+            last_leaf=max(last_forward.peak_bytes, last.peak_bytes) - begun.now_bytes,
+            leaf=max(forward.peak_bytes, leaf.peak_bytes) - last.now_bytes,
             advance=advance.peak_bytes - leaf.now_bytes,
             gradients=gradients,
             state_gradients=state_gradients,
-            graph=graphs[0] - begun.now_bytes,
+            graph=last_forward.now_bytes - begun.now_bytes,
             peak=meter.peak_bytes,
         )
 
-    def advance_bytes_of(self, steps: int) -> int:
-        """Peak of an advance, which may be longer than any leaf that fits."""
+    def quiet_bytes_of(self, steps: int) -> QuietSample:
+        """Measure an advance and a leaf of steps without a loss; one more step has it."""
+        joint = self.stop - 1
+        actions = (
+            Advance(joint - steps, joint),
+            Differentiate(joint, self.stop),
+            Differentiate(joint - steps, joint),
+        )
         with peak_memory(self.device, held=(), rss=False) as meter:
-            self._run(steps, (self._advance(steps),), lambda: None)
+            readings = _Readings(meter.lap)
+            self._run(actions, readings, loss_start=joint)
+        before, advance, *_, begun, forward, leaf = readings.found
+        return QuietSample(
+            steps=steps,
+            leaf=max(forward.peak_bytes, leaf.peak_bytes) - begun.now_bytes,
+            graph=forward.now_bytes - begun.now_bytes,
+            advance=advance.peak_bytes - before.now_bytes,
+        )
+
+    def advance_bytes_of(self, steps: int, *, has_losses: bool) -> int:
+        """Peak of an advance, which may be longer than any leaf that fits."""
+        loss_start = self.loss_start if has_losses else self.stop
+        with peak_memory(self.device, held=(), rss=False) as meter:
+            self._run((self._advance(steps),), UNOBSERVED, loss_start)
         return meter.peak_bytes
 
     def seconds_of(self, steps: int) -> SegmentSeconds:
         """Time a leaf and an advance."""
-        times = [self._now()]
-        actions = (self._leaf(steps), self._advance(steps))
-        self._run(steps, actions, lambda: times.append(self._now()))
-        return SegmentSeconds(steps, times[1] - times[0], times[2] - times[1])
+        readings = _Readings(self._now)
+        self._run((self._leaf(steps), self._advance(steps)), readings)
+        begun, _, leaf, advance = readings.found
+        return SegmentSeconds(steps, leaf - begun, advance - leaf)
 
     def host_bytes_of(self, sample: SegmentBytes) -> int | None:
         """Host memory of a leaf's graph besides its tensors; None where nobody says."""
-        found: list[int | None] = []
-        self._arrived = lambda: found.append(malloc_bytes())
-        before = malloc_bytes()
-        self._run(sample.steps, (self._leaf(sample.steps),), lambda: None)
-        self._arrived = lambda: None
-        if before is None or found[0] is None:
+        readings = _Readings(malloc_bytes)
+        self._run((self._leaf(sample.steps),), readings)
+        before, forward, _ = readings.found
+        if before is None or forward is None:
             return None
         on_host = sample.graph if self.device.type == "cpu" else 0
-        return max(0, found[0] - before - on_host)
+        return max(0, forward - before - on_host)
 
     def once_made_bytes(self) -> int:
         """Gradients of weights that a leaf makes once, however many steps it has."""
@@ -157,9 +190,8 @@ class SegmentProbe:
         """Start from the state one step later; the generators and buffers there before."""
         before = self.ambient.capture()
         stop = self.first + 1
-        step = self._pass(self.first, stop, stop, stop, Observer())
-        reached = step.advance(self._boundary_at(self.first), stop, 1)
-        self.boundary = reached
+        step = self._pass(self.first, stop, stop, stop, UNOBSERVED)
+        self.boundary = step.advance(self._boundary_at(self.first), stop, 1)
         return before
 
     def forget_gradients(self) -> None:
@@ -167,26 +199,26 @@ class SegmentProbe:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _leaf(self, steps: int) -> Action:
+    def _leaf(self, steps: int) -> Differentiate:
         return Differentiate(self.stop - steps, self.stop)
 
-    def _advance(self, steps: int) -> Action:
+    def _advance(self, steps: int) -> Advance:
         return Advance(self.stop - steps, self.stop)
 
     def _boundary_at(self, step: int) -> Boundary:
         return Boundary(step, self.boundary.state, self.boundary.ambient)
 
     def _run(
-        self, steps: int, actions: Sequence[Action], after: Callable[[], None]
+        self,
+        actions: Sequence[Advance | Differentiate],
+        observer: Observer,
+        loss_start: int | None = None,
     ) -> StateGrads | None:
-        def watched() -> Iterator[Action]:
-            for action in actions:
-                yield action
-                after()
-
-        start = self.stop - steps
-        this = self._pass(start, start, self.stop, max(start, self.loss_start), _Arrived(self))
-        route = Route(watched(), steps)
+        """Run actions; losses begin where they do in the window, or where it is said."""
+        start = min(action.start for action in actions)
+        loss_start = self.loss_start if loss_start is None else loss_start
+        this = self._pass(start, start, self.stop, max(start, loss_start), observer)
+        route = Route(actions, self.stop - start)
         return ReplayExecutor().run(this, route, self._boundary_at(start))
 
     def _pass(
@@ -206,27 +238,37 @@ class SegmentProbe:
             observer=observer,
         )
 
-    def _gradient_bytes(self, state_grads: StateGrads | None) -> tuple[int, int]:
-        weights = [p.grad for p in self.parameters if p.grad is not None]
-        return tensor_bytes(weights), tensor_bytes(state_grads)
-
     def _now(self) -> float:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
 
-def _now(meter: PeakMeter) -> int:
-    meter.flush()
-    return meter.net_bytes
+Reading = TypeVar("Reading")
 
 
-class _Arrived(Observer):
-    def __init__(self, probe: SegmentProbe) -> None:
-        self._probe = probe
+class _Readings(Observer, Generic[Reading]):
+    """Reads something as actions begin, when a leaf's graph is complete, and at the end.
 
-    def arrives(self, *_: object) -> None:
-        self._probe._arrived()
+    Args:
+        read: Gives the reading.
+    """
+
+    def __init__(self, read: Callable[[], Reading]) -> None:
+        self._read = read
+        self.found: list[Reading] = []
+
+    def begins(self, action: Action) -> None:
+        """The action before has ended."""
+        self.found.append(self._read())
+
+    def differentiates(self) -> None:
+        """A leaf's graph is complete."""
+        self.found.append(self._read())
+
+    def ends(self) -> None:
+        """All is done."""
+        self.found.append(self._read())
 
 
 class _UndividedLoss(WindowLoss):

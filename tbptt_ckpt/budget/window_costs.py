@@ -9,21 +9,21 @@ from typing import Any
 from torch import nn
 
 from tbptt_ckpt.budget.calibrate import Limits, calibrate
-from tbptt_ckpt.budget.corrections import Corrections
-from tbptt_ckpt.budget.curves import (
+from tbptt_ckpt.budget.checked_costs import (
     CHECKED_STEPS,
     ROUNDING_BYTES,
     at_least,
     not_below,
     with_host_bytes,
 )
+from tbptt_ckpt.budget.corrections import Corrections
 from tbptt_ckpt.budget.forms import costs_of_forms, fastest_form
 from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.window_budget import Request
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
 
@@ -49,7 +49,7 @@ class WindowCosts:
         self._updater, self._parameters, self._batching = updater, parameters, batching
 
     def prepare(
-        self, request: Request, room_bytes: float, planned: Callable[[Costs], Plan] | None
+        self, request: Request, room_bytes: float, planned: Callable[[Costs], PredictedPlan] | None
     ) -> Costs:
         """What the module takes, measured or checked now if it has not been.
 
@@ -131,7 +131,7 @@ class WindowCosts:
         self._batching.decide(state.get("time_batching", True))  # older ones followed the rule
 
     def _of_fastest_form(
-        self, request: Request, limits: Limits, planned: Callable[[Costs], Plan] | None
+        self, request: Request, limits: Limits, planned: Callable[[Costs], PredictedPlan] | None
     ) -> Costs:
         """Measured costs; where steps may be batched over time or not, those of the faster form."""
 

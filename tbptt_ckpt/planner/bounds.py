@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 
-from tbptt_ckpt.planner.feasibility import Demand
+from tbptt_ckpt.planner.feasibility import Demand, way_fits
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.pricing import BEYOND, Floats, Ints, best_leaves, best_rows
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_seconds
+from tbptt_ckpt.planner.ways import Stretch, Way, ways
 from tbptt_ckpt.schedule.actions import usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 
@@ -40,9 +42,8 @@ class SecondsBound:
 
     def __init__(self, demand: Demand, costs: Costs) -> None:
         self._demand, self._costs = demand, costs
-        last = len(demand.lengths) - 1
-        self._blocks = Counter((n, index == last) for index, n in enumerate(demand.lengths))
-        self._prices: dict[tuple[int, bool], float] = {}
+        self._stretches = Counter(demand.stretches)
+        self._prices: dict[tuple[int, Way], float] = {}
 
     def rules_out(self, seconds: float, free_bytes: int) -> bool:
         """Whether no plan in so many bytes is faster, to rounding; or none is known to be."""
@@ -54,29 +55,44 @@ class SecondsBound:
     def __call__(self, free_bytes: int) -> float:
         """The least seconds with so many bytes for the states and one leaf of a block."""
         demand, costs = self._demand, self._costs
-        longest = max(demand.lengths)
-        leaf = LeafRoom(longest, free_bytes, costs, True, longest)
-        most_steps = usual_advance_steps(max(leaf.leaf(0), leaf.last(0)))
-        rate = least_advance_rate(costs, most_steps)
+        rooms = {stretch: self._rooms(stretch, free_bytes) for stretch in self._stretches}
+        if not all(rooms.values()):
+            return math.inf
+        longest = max(
+            length
+            for room in chain.from_iterable(rooms.values())
+            for length in (1, room.leaf(0), room.last(0))
+        )
+        rate = least_advance_rate(costs, usual_advance_steps(longest))
         seconds = demand.lead_steps * rate
-        for (steps, is_last), count in self._blocks.items():
-            if steps <= SHORT_STEPS:
-                seconds += count * short_seconds(steps, free_bytes, costs, is_last=is_last)
+        for stretch, count in self._stretches.items():
+            if stretch.steps <= SHORT_STEPS:
+                seconds += count * short_seconds(stretch, free_bytes, costs)
                 continue
-            worth = _Worth(LeafRoom(steps, free_bytes, costs, is_last, steps), rate)
-            if (steps, is_last) not in self._prices:
-                self._prices[steps, is_last] = worth.tightest_price()
-            seconds += count * worth.bound(self._prices[steps, is_last])
+            seconds += count * min(self._least(room, rate) for room in rooms[stretch])
         if len(demand.lengths) > 1:  # one leaf over all
             seconds = min(seconds, costs.leaf_seconds(demand.num_steps))
         return seconds
 
+    def _least(self, room: LeafRoom, advance_rate: float) -> float:
+        """What no plan in a room goes below, at the price found best in the first such room."""
+        worth, kind = _Worth(room, advance_rate), (room.steps, room.way)
+        if kind not in self._prices:
+            self._prices[kind] = worth.tightest_price()
+        return worth.bound(self._prices[kind])
+
+    def _rooms(self, stretch: Stretch, free_bytes: int) -> list[LeafRoom]:
+        """The rooms of the ways that fit."""
+        return [
+            LeafRoom(stretch.steps, free_bytes, way, stretch.steps)
+            for way in ways(stretch, self._costs)
+            if way_fits(way, stretch.steps, free_bytes)
+        ]
+
     def fewest_alike(self, free_bytes: int) -> int:
         """The fewest bytes in which all leaves may be as long as in so many."""
-        needed = 0
-        for steps, is_last in self._blocks:
-            needed = max(needed, LeafRoom(steps, free_bytes, self._costs, is_last, steps).needed())
-        return needed
+        rooms = chain.from_iterable(self._rooms(each, free_bytes) for each in self._stretches)
+        return max(room.needed() for room in rooms)
 
 
 class _Worth:
@@ -87,7 +103,7 @@ class _Worth:
         curve = room.costs.leaf_seconds
         self._leaves = self._lasts = _Leaves(room, room.covering_lengths())
         self._is_cut = len(self._leaves.lengths) <= room.deepest_leaf  # more would fit
-        if room.is_last:
+        if room.way.is_last:
             self._lasts = _Leaves(room, room.last_lengths(len(self._leaves.lengths) + 1))
         longest = max(self._leaves.longest, self._lasts.longest)
         lengths = {1, longest, *(p for p, _ in curve.points if 0 < p < longest)}

@@ -11,12 +11,18 @@ from itertools import pairwise
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, check_positive_int
 from tbptt_ckpt.planner.bounds import SecondsBound
 from tbptt_ckpt.planner.feasibility import Demand, certain_budget, largest_steps, smallest_budget
-from tbptt_ckpt.planner.predictions import Prediction, advance_peak, advance_seconds, predict
+from tbptt_ckpt.planner.predictions import (
+    Prediction,
+    advance_seconds,
+    losses_of_copies,
+    predict,
+)
 from tbptt_ckpt.planner.search import fastest_nestings, is_exact
+from tbptt_ckpt.planner.ways import Stretch
 from tbptt_ckpt.schedule.actions import usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
-from tbptt_ckpt.schedule.plan import Plan, plan_window, run_length_coded
+from tbptt_ckpt.schedule.plan import Plan, PredictedPlan, plan_window, run_length_coded
 from tbptt_ckpt.schedule.simulator import simulate
 from tbptt_ckpt.schedule.strategies import Retain, parse_strategy
 from tbptt_ckpt.schedule.stretch import Block
@@ -32,11 +38,11 @@ def plan(
     *,
     budget_bytes: int | None = None,
     strategy: object = OPTIMAL,
-    new_steps: int = 0,
+    new_steps: int | None = None,
     joints: Sequence[int] = (),
     recorded_states: int = 0,
     first: int = 0,
-) -> Plan:
+) -> PredictedPlan:
     """The plan of one window that takes the least predicted seconds within a byte budget.
 
     It is made without writing its actions: ten million steps take a fraction of a second.
@@ -47,8 +53,9 @@ def plan(
         budget_bytes: Peak of device memory, everything included; None sets no limit.
         strategy: "optimal", or a fixed strategy as for `TBPTT`, whose bytes and seconds are
             predicted and held against the budget.
-        new_steps: Steps that no window before has run. Where they are more than `num_steps`
-            (k2 < k1), those before only advance.
+        new_steps: Steps that no window before has run: the last ones, which alone have a loss.
+            Where they are more than `num_steps` (k2 < k1), those before only advance. None
+            where every step has a loss.
         joints: Steps, counted from the first one differentiated, whose states are given
             (stale overlap). Blocks are cut there.
         recorded_states: States that exist throughout beside the fixed part of the costs.
@@ -78,26 +85,26 @@ def plan(
 def _check(
     num_steps: int,
     budget_bytes: int | None,
-    new_steps: int,
+    new_steps: int | None,
     joints: Sequence[int],
     recorded_states: int,
 ) -> None:
     check_positive_int("num_steps", num_steps)
     for name, number in (("new_steps", new_steps), ("recorded_states", recorded_states)):
-        if number != 0:
+        if number not in (0, None):
             check_positive_int(name, number, "0")
     if budget_bytes is not None:
         check_positive_int("budget_bytes", budget_bytes, "None (no limit)")
     if any(b <= a for a, b in pairwise([0, *joints, num_steps])):
         raise ArgumentError(f"joints={list(joints)} must be in order within 1..{num_steps - 1}")
-    if joints and new_steps > num_steps:
+    if joints and (new_steps or 0) > num_steps:
         raise ArgumentError(
             f"joints={list(joints)} do not go with new_steps={new_steps} above num_steps="
             f"{num_steps}: a window with steps that only advance has no recorded states inside"
         )
 
 
-def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
+def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> PredictedPlan:
     """The fastest of the plans made for budgets up to the given one.
 
     NOTE [More bytes never cost more seconds]
@@ -113,7 +120,7 @@ def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
     if is_exact(demand):
         return _made_for(budget_bytes, demand, costs)
     best = _made_for(enough_bytes, demand, costs)
-    seconds, most_bytes = best.predicted_seconds or 0.0, best.predicted_peak_bytes or 0
+    seconds, most_bytes = best.predicted_seconds, best.predicted_peak_bytes
     if most_bytes > budget_bytes:
         seconds, most_bytes = math.inf, budget_bytes
     bound, smallest_bytes = SecondsBound(demand, costs), smallest_budget(demand, costs)
@@ -125,15 +132,15 @@ def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Plan:
         if bound.rules_out(seconds, free_bytes):
             break
         found = _made_for(less_bytes, demand, costs)
-        if (found.predicted_seconds or 0.0) < seconds:
-            best, seconds = found, found.predicted_seconds or 0.0
+        if found.predicted_seconds < seconds:
+            best, seconds = found, found.predicted_seconds
         most_bytes = less_bytes - (free_bytes - bound.fewest_alike(free_bytes)) - 1
     return best
 
 
-def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> Plan:
+def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> PredictedPlan:
     """A plan that uses so many bytes well."""
-    nestings = fastest_nestings(demand.lengths, demand.free_bytes(budget_bytes, costs), costs)
+    nestings = fastest_nestings(demand, demand.free_bytes(budget_bytes, costs), costs)
     blocks = run_length_coded(zip(demand.lengths, nestings, strict=True))
     planned = Plan(
         strategy=OPTIMAL,
@@ -151,16 +158,14 @@ def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> Plan:
     if _predict_blocks(whole, demand, costs, 1).peak_bytes > budget_bytes:
         return cut
     whole = _within(whole, demand, costs, budget_bytes, ())
-    return min(cut, whole, key=lambda found: found.predicted_seconds or 0.0)
+    return min(cut, whole, key=lambda found: found.predicted_seconds)
 
 
 def _enough_bytes(demand: Demand, costs: Costs) -> int:
     """A budget beyond which more change nothing."""
     steps = demand.num_steps + demand.lead_steps
-    leaf = costs.leaf_bytes(steps) + costs.advance_bytes(steps) + costs.update_bytes
-    if costs.last_leaf_bytes is not None:
-        leaf += costs.last_leaf_bytes(steps)
-    return demand.base_bytes(costs) + int(leaf) + 1 + (steps + 1) * costs.state_bytes
+    actions = costs.most_bytes(steps) + costs.update_bytes
+    return demand.base_bytes(costs) + actions + (steps + 1) * costs.state_bytes
 
 
 def _within(
@@ -169,7 +174,7 @@ def _within(
     costs: Costs,
     budget_bytes: int | None,
     joints: Sequence[int],
-) -> Plan:
+) -> PredictedPlan:
     """The plan with its predictions, its advances in calls that fit the budget."""
 
     def prediction(advance_steps: int) -> Prediction:
@@ -181,6 +186,7 @@ def _within(
             given=joints,
             recorded_states=demand.recorded_states,
             advance_steps=advance_steps,
+            loss_start=planned.first + demand.lead_steps + demand.num_steps - demand.num_losses,
         )
         return Prediction(simulation.peak_bytes, simulation.seconds)
 
@@ -188,12 +194,7 @@ def _within(
     advance_steps, found = _largest_fitting(usual, prediction, budget_bytes)
     if budget_bytes is not None and found.peak_bytes > budget_bytes:
         raise _strategy_misses(planned.strategy, found.peak_bytes, demand, costs, budget_bytes)
-    return replace(
-        planned,
-        advance_steps=advance_steps,
-        predicted_peak_bytes=found.peak_bytes,
-        predicted_seconds=found.seconds,
-    )
+    return planned.predicted(found.peak_bytes, found.seconds, advance_steps)
 
 
 def _largest_fitting(
@@ -216,18 +217,22 @@ def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: 
     peaks, seconds = [costs.update_bytes], 0.0
     lead_state = 0
     if demand.lead_steps:
-        peaks.append(advance_peak(costs, demand.lead_steps, advance_steps))
+        peaks.append(costs.advance_peak(demand.lead_steps, demand.lead_steps, advance_steps))
         seconds += advance_seconds(costs, demand.lead_steps, advance_steps)
         lead_state = costs.state_bytes
-    for index, block in enumerate(reversed(planned.blocks)):
+    losses, is_last = demand.num_losses, True
+    for block in reversed(planned.blocks):
         assert isinstance(block.how, Nesting), "others are simulated"
-        for is_last, count in (
-            ((True, 1), (False, block.count - 1)) if not index else ((False, block.count),)
-        ):
-            if count:
-                one = predict(block.how, costs, advance_steps, is_last=is_last)
-                peaks.append(lead_state + one.peak_bytes)
-                seconds += count * one.seconds
+        count = block.count
+        while count:
+            copies, each = next(losses_of_copies(count, block.steps, losses))
+            if is_last:
+                copies = 1
+            stretch = Stretch(block.steps, each, is_last)
+            one = predict(block.how, costs, advance_steps, stretch)
+            peaks.append(lead_state + one.peak_bytes)
+            seconds += copies * one.seconds
+            losses, count, is_last = losses - copies * each, count - copies, False
     return Prediction(demand.base_bytes(costs) + max(peaks), seconds)
 
 

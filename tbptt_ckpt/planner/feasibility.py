@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from tbptt_ckpt.planner.predictions import leaf_curve
+from tbptt_ckpt.planner.ways import Stretch, Way, ways
 from tbptt_ckpt.schedule.costs import Costs
 
 _DIGITS = 10  # of budgets that plans are made for
@@ -19,13 +18,14 @@ class Demand:
     Attributes:
         lengths: Steps of its blocks in time order; all but a first one after a lead start
             from given states.
-        new_steps: Steps that no window before has run. Where there are more of them than
-            steps to differentiate, the first ones only advance.
+        new_steps: Steps that no window before has run, which alone have losses. Where there
+            are more of them than steps to differentiate, the first ones only advance; None
+            where all steps have losses and none only advances.
         recorded_states: States that exist throughout.
     """
 
     lengths: tuple[int, ...]
-    new_steps: int = 0
+    new_steps: int | None = None
     recorded_states: int = 0
 
     @property
@@ -36,7 +36,21 @@ class Demand:
     @property
     def lead_steps(self) -> int:
         """Steps that only advance."""
-        return max(0, self.new_steps - self.num_steps)
+        return max(0, (self.new_steps or 0) - self.num_steps)
+
+    @property
+    def num_losses(self) -> int:
+        """Steps to differentiate that have a loss, the last ones."""
+        return self.num_steps if self.new_steps is None else min(self.new_steps, self.num_steps)
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """Its blocks in time order."""
+        found, left = list[Stretch](), self.num_losses
+        for steps in reversed(self.lengths):
+            found.append(Stretch(steps, min(steps, left), is_last=not found))
+            left -= found[-1].num_losses
+        return found[::-1]
 
     def free_bytes(self, budget_bytes: int, costs: Costs) -> int:
         """What a budget leaves for the states and one leaf of a block; may be negative."""
@@ -65,20 +79,20 @@ class Demand:
             return False
         if self.lead_steps and free + costs.state_bytes < costs.advance_bytes(1):
             return False
-        last, *others = reversed(self.lengths)
-        return _block_fits(last, free, costs, is_last=True) and all(
-            _block_fits(steps, free, costs, is_last=False) for steps in set(others)
+        return all(
+            any(way_fits(way, stretch.steps, free) for way in ways(stretch, costs))
+            for stretch in set(self.stretches)
         )
 
 
-def _block_fits(steps: int, free: int, costs: Costs, *, is_last: bool) -> bool:
-    """Whether a block fits; with a second state it does whatever its length."""
-    last_curve, state = leaf_curve(costs, is_last=is_last), costs.state_bytes
-    if last_curve(steps) <= free:
+def way_fits(way: Way, steps: int, free: int) -> bool:
+    """Whether a stretch fits in one way; with a second state it does whatever its length."""
+    costs, state = way.costs, way.costs.state_bytes
+    if way.last_bytes(steps) <= free:
         return True
     first_leaf = costs.leaf_bytes.longest(free)
-    last_leaf = last_curve.longest(free - state)
-    if costs.advance_bytes(1) > free or first_leaf < 1 or last_leaf < 1:
+    last_leaf = way.last_bytes.longest(free - state)
+    if costs.advance_bytes(1) > free or first_leaf < 1 or last_leaf < way.least_last:
         return False
     return first_leaf + last_leaf >= steps or costs.leaf_bytes.longest(free - state) >= 1
 
@@ -87,8 +101,7 @@ def smallest_budget(demand: Demand, costs: Costs) -> int:
     """The least bytes that some schedule meets."""
     longest = max(demand.lengths)
     enough = demand.base_bytes(costs) + costs.update_bytes + costs.state_bytes
-    enough += math.ceil(max(costs.leaf_bytes(longest), leaf_curve(costs, is_last=True)(longest)))
-    enough += math.ceil(costs.advance_bytes(1))
+    enough += costs.most_bytes(longest)
     return bisect_left(range(enough), True, key=lambda budget: demand.fits(budget, costs))
 
 
@@ -112,7 +125,8 @@ def largest_steps(demand: Demand, budget_bytes: int, costs: Costs) -> int:
         return not demand.shortened(num_steps).fits(budget_bytes, costs)
 
     # What is below `new_steps` needs one state more, so the two ranges are searched apart.
-    for least, most in ((max(1, demand.new_steps), demand.num_steps), (1, demand.new_steps - 1)):
+    new_steps = demand.new_steps or 0
+    for least, most in ((max(1, new_steps), demand.num_steps), (1, new_steps - 1)):
         most = min(most, demand.num_steps)
         found = bisect_left(range(least, most + 1), True, key=misses)
         if found:

@@ -8,7 +8,7 @@ from tbptt_ckpt.errors import check_positive_int
 from tbptt_ckpt.planner.fastest import plan
 from tbptt_ckpt.planner.feasibility import Demand, smallest_budget
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.plan import PredictedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Rung:
     """
 
     budget_bytes: int
-    plan: Plan
+    plan: PredictedPlan
 
 
 def budget_ladder(num_steps: int, costs: Costs, *, count: int = 10) -> list[Rung]:
@@ -39,7 +39,6 @@ def budget_ladder(num_steps: int, costs: Costs, *, count: int = 10) -> list[Rung
     demand = Demand((num_steps,))
     least = smallest_budget(demand, costs)
     most = plan(num_steps, costs, strategy="retain").predicted_peak_bytes
-    assert most is not None, "costs were given"
     fixed = demand.base_bytes(costs)
     low, high = max(1, least - fixed), max(1, most - fixed)
     budgets = {least, most}

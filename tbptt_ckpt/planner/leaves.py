@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tbptt_ckpt.planner.predictions import leaf_curve
-from tbptt_ckpt.schedule.costs import Costs, Curve
+from tbptt_ckpt.planner.ways import Way
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.curves import Curve
 
 _MOST_FULL = 1 << 14  # leaves looked at
 
@@ -28,8 +29,7 @@ class LeafRoom:
     Attributes:
         steps: Steps of the stretch; no leaf is longer.
         bytes: m.
-        costs: What steps take.
-        is_last: Whether the window ends with the stretch.
+        way: How the stretch is planned.
         longest: No leaf is longer than this, whatever fits.
         shortest: No leaf but the last is planned in less room than this many steps need.
         full: So many leaves are as long as fits all the same, those that start below the
@@ -38,11 +38,15 @@ class LeafRoom:
 
     steps: int
     bytes: int
-    costs: Costs
-    is_last: bool
+    way: Way
     longest: int
     shortest: int = 1
     full: int = 0
+
+    @property
+    def costs(self) -> Costs:
+        """What steps take."""
+        return self.way.costs
 
     def leaf(self, depth: int) -> int:
         """Steps of the longest leaf that starts `depth` states deep, 0 if there is none."""
@@ -53,8 +57,10 @@ class LeafRoom:
 
     def last(self, depth: int) -> int:
         """The same for the leaf at the stretch's end."""
-        steps = self._fitting(leaf_curve(self.costs, is_last=self.is_last), depth)
-        return steps if self.full else min(steps, self.longest)
+        steps = self._fitting(self.way.last_bytes, depth)
+        if not self.full:
+            steps = min(steps, max(self.longest, self.way.least_last))
+        return steps if steps >= self.way.least_last else 0
 
     @cached_property
     def deepest_leaf(self) -> float:
@@ -66,7 +72,7 @@ class LeafRoom:
     def deepest_last(self) -> float:
         """The same for the leaf at the stretch's end."""
         below_advance = 1 + self._deepest(self.costs.advance_bytes, 1)
-        deepest = self._deepest(leaf_curve(self.costs, is_last=self.is_last), 1)
+        deepest = self._deepest(self.way.last_bytes, self.way.least_last)
         return min(below_advance, 1 + self.deepest_leaf, deepest)
 
     def runs(self) -> Iterator[tuple[int, float, int]]:
@@ -105,7 +111,7 @@ class LeafRoom:
     def last_lengths(self, most: int) -> list[int]:
         """The same for leaves at the stretch's end."""
         found: list[int] = []
-        curve = leaf_curve(self.costs, is_last=self.is_last)
+        curve = self.way.last_bytes
         while len(found) < most and len(found) <= self.deepest_last:
             steps = self.last(len(found))
             after = min(1 + self._deepest(curve, max(1, steps)), 1 + self.deepest_last, most)
@@ -118,12 +124,8 @@ class LeafRoom:
         if len(lengths) == _MOST_FULL:
             return self.bytes
         lasts = self.last_lengths(len(lengths) + 1)
-        bytes_of, last_bytes_of = (
-            self.costs.leaf_bytes,
-            leaf_curve(self.costs, is_last=self.is_last),
-        )
         needed = [0.0]
-        for curve, found in ((bytes_of, lengths), (last_bytes_of, lasts)):
+        for curve, found in ((self.costs.leaf_bytes, lengths), (self.way.last_bytes, lasts)):
             states = np.arange(len(found)) * self.costs.state_bytes
             needed.append((curve.at(np.array(found, np.int64)) + states).max(initial=0.0))
         return min(self.bytes, math.ceil(max(needed)))

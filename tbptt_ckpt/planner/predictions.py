@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
-from tbptt_ckpt.schedule.costs import Costs, Curve
+from tbptt_ckpt.planner.ways import Stretch
+from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
 
 
@@ -24,13 +24,6 @@ class Prediction:
     seconds: float
 
 
-def leaf_curve(costs: Costs, *, is_last: bool) -> Curve:
-    """Bytes of a leaf; `is_last` for the one that is differentiated first in a window."""
-    if is_last and costs.last_leaf_bytes is not None:
-        return costs.last_leaf_bytes
-    return costs.leaf_bytes
-
-
 def advance_seconds(costs: Costs, steps: int, advance_steps: int) -> float:
     """Time to advance, in calls of at most `advance_steps`."""
     calls, rest = divmod(steps, advance_steps)
@@ -38,81 +31,98 @@ def advance_seconds(costs: Costs, steps: int, advance_steps: int) -> float:
     return seconds + (costs.advance_seconds(rest) if rest else 0.0)
 
 
-def advance_peak(costs: Costs, steps: int, advance_steps: int) -> int:
-    """Bytes of an advance beside the states kept at the moment."""
-    return math.ceil(costs.advance_bytes(min(steps, advance_steps)))
-
-
-def predict(nesting: Nesting, costs: Costs, advance_steps: int, *, is_last: bool) -> Prediction:
+def predict(nesting: Nesting, costs: Costs, advance_steps: int, stretch: Stretch) -> Prediction:
     """What a stretch takes whose first state is given.
 
     Args:
-        nesting: The stretch.
+        nesting: How it is run.
         costs: What its steps take.
         advance_steps: Most steps of one call in an advance.
-        is_last: Whether the window ends with it, so that its last leaf runs before
+        stretch: Which of its steps have a loss, and whether its last leaf runs before
             gradients exist.
     """
-    peaks = _node_peaks(nesting, costs, advance_steps)
-    seconds = _node_seconds(nesting, costs, advance_steps)
-    peak = _peak_at_the_end(nesting, costs, advance_steps, peaks) if is_last else peaks[-1]
-    return Prediction(peak, seconds[-1])
+    return Prediction(
+        _Peaks(nesting, costs, advance_steps).of(stretch),
+        _seconds(nesting, costs, advance_steps),
+    )
 
 
-def _node_peaks(nesting: Nesting, costs: Costs, advance_steps: int) -> list[int]:
-    peaks: list[int] = []
-    advance = _peaks_of_advances(costs, advance_steps)
-    state_bytes, steps = costs.state_bytes, nesting.node_steps
-    for head, repeats, tail in nesting.nodes:
-        if not repeats:
-            peaks.append(math.ceil(costs.leaf_bytes(head)))
-            continue
-        # Of the equal segments the last has the most states beside it.
-        before = (repeats - 1) * state_bytes + max(advance(steps[head]), peaks[head])
-        peaks.append(max(before, repeats * state_bytes + peaks[tail]))
-    return peaks
+def losses_of_copies(count: int, steps: int, num_losses: int) -> Iterator[tuple[int, int]]:
+    """(copies, losses of each) of equal neighbours of which the last steps have losses, last first.
+
+    Copies without steps are left out.
+    """
+    full, rest = divmod(num_losses, steps)
+    full = min(count, full)
+    some = min(count - full, int(rest > 0))
+    for copies, losses in ((full, steps), (some, rest), (count - full - some, 0)):
+        if copies:
+            yield copies, losses
 
 
-def _peaks_of_advances(costs: Costs, advance_steps: int) -> Callable[[int], int]:
-    """`advance_peak` by steps, each looked up once."""
-    known = cache(partial(advance_peak, costs, advance_steps=advance_steps))
-    return lambda steps: known(min(steps, advance_steps))
+class _Peaks:
+    """The peaks of a nesting's nodes with losses at every step and at none, and of some others."""
+
+    def __init__(self, nesting: Nesting, costs: Costs, advance_steps: int) -> None:
+        self._nesting, self._costs, self._advance_steps = nesting, costs, advance_steps
+        self._advance = cache(self._advance_peak)
+        self._alike: dict[bool, list[int]] = {}
+
+    def of(self, stretch: Stretch) -> int:
+        """The peak of the whole."""
+        nesting, state_bytes = self._nesting, self._costs.state_bytes
+        steps, peak = nesting.node_steps, 0
+        # Along the way to the step where losses begin, and to the last leaf: (node, losses,
+        # states beside it, whether the window ends with it).
+        todo = [(len(nesting.nodes) - 1, stretch.num_losses, 0, stretch.is_last)]
+        while todo:
+            node, losses, states, is_last = todo.pop()
+            head, repeats, tail = nesting.nodes[node]
+            if not is_last and losses in (0, steps[node]):
+                found = self._all_alike(losses > 0)[node]
+            elif not repeats:
+                found = self._costs.leaf_peak(head, losses, is_last=is_last)
+            else:
+                at_end = min(losses, steps[tail])
+                todo.append((tail, at_end, states + repeats, is_last))
+                found, left = 0, repeats
+                for copies, each in losses_of_copies(repeats, steps[head], losses - at_end):
+                    left -= copies  # of equal ones the last has the most states beside it
+                    beside = states + left + copies - 1
+                    todo.append((head, each, beside, False))
+                    advance = self._advance(steps[head], each)
+                    peak = max(peak, beside * state_bytes + advance)
+            peak = max(peak, states * state_bytes + found)
+        return peak
+
+    def _all_alike(self, has_losses: bool) -> list[int]:
+        """The peak of every node where all of its steps have losses, or none has."""
+        peaks = self._alike.setdefault(has_losses, [])
+        if peaks:
+            return peaks
+        state_bytes, steps = self._costs.state_bytes, self._nesting.node_steps
+        for head, repeats, tail in self._nesting.nodes:
+            if not repeats:
+                peaks.append(self._costs.leaf_peak(head, head * has_losses))
+                continue
+            longest = min(steps[head], self._advance_steps)  # each length is looked up once
+            advance = self._advance(longest, longest * has_losses)
+            before = (repeats - 1) * state_bytes + max(advance, peaks[head])
+            peaks.append(max(before, repeats * state_bytes + peaks[tail]))
+        return peaks
+
+    def _advance_peak(self, steps: int, num_losses: int) -> int:
+        return self._costs.advance_peak(steps, num_losses, self._advance_steps)
 
 
-def _times_of_advances(costs: Costs, advance_steps: int) -> Callable[[int], float]:
-    """`advance_seconds` by steps, each call looked up once."""
-    whole, part = costs.advance_seconds(advance_steps), cache(costs.advance_seconds)
-
-    def seconds(steps: int) -> float:
-        calls, rest = divmod(steps, advance_steps)
-        return calls * whole + (part(rest) if rest else 0.0)
-
-    return seconds
-
-
-def _peak_at_the_end(
-    nesting: Nesting, costs: Costs, advance_steps: int, peaks: Sequence[int]
-) -> int:
-    """The same where the last leaf has costs of its own."""
-    node, states, peak = len(nesting.nodes) - 1, 0, 0
-    advance = _peaks_of_advances(costs, advance_steps)
-    while True:
-        head, repeats, tail = nesting.nodes[node]
-        kept_bytes = states * costs.state_bytes
-        if not repeats:
-            curve = leaf_curve(costs, is_last=True)
-            return max(peak, kept_bytes + math.ceil(curve(head)))
-        before = max(advance(nesting.node_steps[head]), peaks[head])
-        peak = max(peak, kept_bytes + (repeats - 1) * costs.state_bytes + before)
-        node, states = tail, states + repeats
-
-
-def _node_seconds(nesting: Nesting, costs: Costs, advance_steps: int) -> list[float]:
+def _seconds(nesting: Nesting, costs: Costs, advance_steps: int) -> float:
     seconds: list[float] = []
-    advance, steps = _times_of_advances(costs, advance_steps), nesting.node_steps
+    whole, part = costs.advance_seconds(advance_steps), cache(costs.advance_seconds)
     for head, repeats, tail in nesting.nodes:
         if not repeats:
             seconds.append(costs.leaf_seconds(head))
             continue
-        seconds.append(repeats * (advance(steps[head]) + seconds[head]) + seconds[tail])
-    return seconds
+        calls, rest = divmod(nesting.node_steps[head], advance_steps)
+        advance = calls * whole + (part(rest) if rest else 0.0)
+        seconds.append(repeats * (advance + seconds[head]) + seconds[tail])
+    return seconds[-1]

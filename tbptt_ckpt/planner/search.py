@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from tbptt_ckpt.planner.feasibility import Demand
+from tbptt_ckpt.planner.feasibility import Demand, way_fits
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.predictions import Prediction, predict
 from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels, with_one_state
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
+from tbptt_ckpt.planner.ways import Stretch, Way, ways
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS, usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
@@ -27,59 +28,79 @@ def is_exact(demand: Demand) -> bool:
     return max(demand.lengths) <= SHORT_STEPS
 
 
-def fastest_nestings(lengths: Sequence[int], free_bytes: int, costs: Costs) -> list[Nesting]:
-    """Nestings of the blocks of a window that fits, in time order; the last one ends it.
+def fastest_nestings(demand: Demand, free_bytes: int, costs: Costs) -> list[Nesting]:
+    """Nestings of the blocks of a window that fits, in time order; those alike are planned once.
 
     Args:
-        lengths: Steps of each block; those of one length are planned once.
+        demand: The window.
         free_bytes: For states and one leaf.
         costs: What steps take.
     """
-    planned: dict[tuple[int, bool], Nesting] = {}
-    for index, steps in enumerate(lengths):
-        kind = (steps, index == len(lengths) - 1)
-        if kind not in planned:
-            planned[kind] = _fastest(steps, free_bytes, costs, is_last=kind[1])
-    return [planned[n, index == len(lengths) - 1] for index, n in enumerate(lengths)]
+    planned = cache(lambda stretch: _Search(stretch, free_bytes, costs).fastest())
+    return [planned(stretch) for stretch in demand.stretches]
 
 
-def _fastest(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nesting:
-    """The nesting of one block whose first state is given."""
-    best: tuple[tuple[float, int], Nesting] | None = None
+class _Search:
+    """Looks for the nesting of one block whose first state is given."""
 
-    def consider(nesting: Nesting) -> None:
-        nonlocal best
-        prediction = _fitting_prediction(nesting, costs, free_bytes, is_last=is_last)
-        if prediction is not None:
-            rank = prediction.seconds, prediction.peak_bytes
-            if best is None or rank < best[0]:
-                best = rank, nesting
+    def __init__(self, stretch: Stretch, free_bytes: int, costs: Costs) -> None:
+        self._stretch, self._free_bytes, self._costs = stretch, free_bytes, costs
+        self._best: tuple[tuple[float, int], Nesting] | None = None
 
-    def consider_row(row: list[tuple[int, int]] | None) -> None:
+    def fastest(self) -> Nesting:
+        """The fastest of all that are tried."""
+        stretch, free_bytes = self._stretch, self._free_bytes
+        if stretch.steps <= SHORT_STEPS:
+            self._consider(short_nesting(stretch, free_bytes, self._costs))
+        for way in ways(stretch, self._costs):
+            if way_fits(way, stretch.steps, free_bytes):
+                self._try(way)
+        assert self._best is not None, "the block fits"
+        return self._best[1]
+
+    def _try(self, way: Way) -> None:
+        """Leaves of every length that may be the longest, in a row and with several levels."""
+        steps, free_bytes = self._stretch.steps, self._free_bytes
+        fitting = LeafRoom(steps, free_bytes, way, steps).leaf(0)
+        for longest in _leaf_limits(steps, way.costs):
+            if fitting <= longest < steps:
+                continue  # no limit at all
+            room = LeafRoom(steps, free_bytes, way, longest)
+            row = room.row()
+            self._consider_row(row)
+            if longest < steps and (some_full := room.with_full_leaves()) is not None:
+                self._consider_row(some_full.row())
+            if steps > SHORT_STEPS and (row is None or len(row) > 1):
+                is_hopeful = self._best is None or _least_seconds(room) < self._best[0][0]
+                if is_hopeful:
+                    self._consider(_with_levels(room, is_needed=row is None))
+
+    def _consider_row(self, row: list[tuple[int, int]] | None) -> None:
         if row is not None:
             builder = NestingBuilder()
-            consider(builder.build(builder.chain(row)))
+            self._consider(builder.build(builder.chain(row)))
 
-    if steps <= SHORT_STEPS:
-        short = short_nesting(steps, free_bytes, costs, is_last=is_last)
-        if short is not None:
-            consider(short)
-    fitting = LeafRoom(steps, free_bytes, costs, is_last, steps).leaf(0)
-    for longest in _leaf_limits(steps, costs):
-        if fitting <= longest < steps:
-            continue  # no limit at all
-        room = LeafRoom(steps, free_bytes, costs, is_last, longest)
-        row = room.row()
-        consider_row(row)
-        if longest < steps and (some_full := room.with_full_leaves()) is not None:
-            consider_row(some_full.row())
-        if steps > SHORT_STEPS and (row is None or len(row) > 1):
-            hopeful = best is None or _least_seconds(room) < best[0][0]
-            levels = _with_levels(room, is_needed=row is None) if hopeful else None
-            if levels is not None:
-                consider(levels)
-    assert best is not None, "the block fits"
-    return best[1]
+    def _consider(self, nesting: Nesting | None) -> None:
+        prediction = nesting and self._fitting_prediction(nesting)
+        if nesting and prediction:
+            rank = prediction.seconds, prediction.peak_bytes
+            if self._best is None or rank < self._best[0]:
+                self._best = rank, nesting
+
+    def _fitting_prediction(self, nesting: Nesting) -> Prediction | None:
+        """What a nesting takes with its advances in the longest calls that fit, if any do."""
+
+        def prediction(advance_steps: int) -> Prediction:
+            return predict(nesting, self._costs, advance_steps, self._stretch)
+
+        usual = usual_advance_steps(nesting.longest_leaf)
+        found = prediction(usual)
+        if found.peak_bytes <= self._free_bytes:
+            return found
+        longest = bisect_left(
+            range(1, usual), True, key=lambda n: prediction(n).peak_bytes > self._free_bytes
+        )
+        return prediction(longest) if longest else None
 
 
 def _least_seconds(room: LeafRoom) -> float:
@@ -101,24 +122,6 @@ def _least_seconds(room: LeafRoom) -> float:
     points = [p for p, _ in costs.leaf_seconds.points if 0 < p < longest]
     leaf_rate = min(costs.leaf_seconds(n) / n for n in [*points, longest])
     return leaf_rate * room.steps + costs.advance_seconds.slope * advanced
-
-
-def _fitting_prediction(
-    nesting: Nesting, costs: Costs, free_bytes: int, *, is_last: bool
-) -> Prediction | None:
-    """What a nesting takes with its advances in the longest calls that fit, if any do."""
-
-    def prediction(advance_steps: int) -> Prediction:
-        return predict(nesting, costs, advance_steps, is_last=is_last)
-
-    usual = usual_advance_steps(nesting.longest_leaf)
-    found = prediction(usual)
-    if found.peak_bytes <= free_bytes:
-        return found
-    longest = bisect_left(
-        range(1, usual), True, key=lambda n: prediction(n).peak_bytes > free_bytes
-    )
-    return prediction(longest) if longest else None
 
 
 def _leaf_limits(steps: int, costs: Costs) -> list[int]:
@@ -160,7 +163,7 @@ def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
     ):
         return None
     lasts = []
-    if room.is_last:
+    if room.way.is_last:
         lasts = room.last_lengths(len(leaves) + 1)
     seconds = room.costs.leaf_seconds
     bends = [p for p, _ in seconds.points if 0 < p < leaves[0]] if len(seconds.points) > 2 else []

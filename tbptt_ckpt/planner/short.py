@@ -1,4 +1,8 @@
-"""Short windows: the fastest nesting of all, by dynamic programming over every split."""
+"""Short windows: the fastest nesting of all, by dynamic programming over every split.
+
+Leaves with losses, without, and with both are told apart; but in a part with both that is run
+again and split once more, every step counts as one with a loss.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.planner.leaves import LeafRoom
+from tbptt_ckpt.planner.ways import Stretch
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
@@ -24,10 +28,12 @@ class _Segments:
 
     Attributes:
         seconds: Their times; infinity where none fits. One depth more than fits anything.
+        parts: The same where such a segment is advanced first, to be run again.
         lefts: Steps of the left part where they are split, 0 where they are leaves.
     """
 
     seconds: Floats
+    parts: Floats
     lefts: NDArray[np.int64]
 
 
@@ -38,25 +44,36 @@ class ShortTable:
         most: Steps.
         free_bytes: For the states and one leaf.
         costs: What steps take.
+        num_losses: How many of the last steps have losses.
         is_last: Whether the window ends with the segment.
     """
 
-    def __init__(self, most: int, free_bytes: int, costs: Costs, *, is_last: bool) -> None:
-        room = LeafRoom(most, free_bytes, costs, is_last, most)
-        self._most, lengths = most, range(most + 1)
-        self._leaf = np.array([costs.leaf_seconds(steps) for steps in lengths])
-        self._advance = np.array([costs.advance_seconds(steps) for steps in lengths])
-        # Even in calls of one step, an advance needs room beside the states kept so far.
-        self._advance_room = free_bytes - costs.advance_bytes(1)
-        self._state_bytes = costs.state_bytes
-        longest = room.lengths(most)
-        self._inner = self._segments(longest, None)
-        self._ending = self._inner
-        if is_last:
-            deepest = int(min(room.deepest_last, len(longest), most - 1))
-            self._ending = self._segments(
-                [room.last(depth) for depth in range(deepest + 1)], self._inner.seconds
-            )
+    def __init__(
+        self,
+        most: int,
+        free_bytes: int,
+        costs: Costs,
+        num_losses: int,
+        *,
+        is_last: bool,
+    ) -> None:
+        self._most, self._costs, self._num_losses = most, costs, num_losses
+        self._leaf = np.array([costs.leaf_seconds(steps) for steps in range(most + 1)])
+        self._advance = np.array([costs.advance_seconds(steps) for steps in range(most + 1)])
+        least = min(
+            costs.leaf_peak(1, losses, is_last=last) for losses in (0, 1) for last in (False, True)
+        )
+        depths = most
+        if costs.state_bytes:
+            depths = max(1, min(most, 1 + (free_bytes - least) // costs.state_bytes))
+        self._free_bytes = free_bytes - np.arange(depths) * costs.state_bytes
+        self._both_bytes = _bytes_with_both(most, num_losses, costs)
+        self._inner = {
+            has_losses: self._segments(has_losses)
+            for has_losses in (False, True)
+            if (num_losses > 0 if has_losses else num_losses < most)
+        }
+        self._ending = self._segments(None) if is_last else self._inner[num_losses > 0]
 
     def seconds(self, steps: int) -> float:
         """Time of the fastest nesting of a stretch; infinity where none fits."""
@@ -73,53 +90,104 @@ class ShortTable:
         left = int(segments.lefts[depth, steps])
         if not left:
             return builder.leaf(steps)
-        head = self._node(builder, self._inner, depth, left)
+        head = self._head(builder, segments, depth, left, steps - self._num_losses)
         tail = self._node(builder, segments, depth + 1, steps - left)
         return builder.split(head, 1, tail)
 
-    def _segments(self, longest: list[int], inner: Floats | None) -> _Segments:
-        """All lengths in order, each at all depths at once.
+    def _head(
+        self, builder: NestingBuilder, segments: _Segments, depth: int, steps: int, without: int
+    ) -> int:
+        """The left part of a split; losses begin `without` steps after its start."""
+        inner, both = segments, np.inf
+        if segments is self._ending:
+            inner = self._inner.get(steps > without, segments)
+            if 0 < without < steps:
+                both = self._leaves_with_both(without, steps)[depth, -1]
+        if both <= inner.parts[depth, steps]:
+            return builder.leaf(steps)
+        return self._node(builder, inner, depth, steps)
 
-        Args:
-            longest: Steps of the longest leaf that ends such a segment, by depth.
-            inner: Times of left parts, where they are of another kind.
-        """
-        depths = len(longest)
-        seconds = np.full((depths + 1, self._most + 1), np.inf)
-        lefts = np.zeros((depths + 1, self._most + 1), np.int64)
-        parts = seconds
-        if inner is not None:
-            parts = np.full_like(seconds, np.inf)
-            parts[: len(inner)] = inner[: depths + 1]
-        limits = np.array(longest)
-        cannot_advance = np.arange(depths) * self._state_bytes > self._advance_room
-        for steps in range(1, self._most + 1):
-            best = np.where(limits >= steps, self._leaf[steps], np.inf)
+    def _segments(self, has_losses: bool | None) -> _Segments:
+        """All lengths in order, each at all depths at once; None for those that end the window."""
+        depths, most = len(self._free_bytes), self._most
+        seconds = np.full((depths + 1, most + 1), np.inf)
+        parts = np.full_like(seconds, np.inf)
+        lefts = np.zeros((depths + 1, most + 1), np.int64)
+        # Even in calls of one step, an advance needs room beside the states kept so far.
+        advance_bytes = self._costs.advance_peak(1, int(has_losses or 0), 1)
+        may_advance = advance_bytes <= self._free_bytes
+        for steps in range(1, most + 1):
+            fits = self._leaf_bytes(steps, has_losses) <= self._free_bytes
+            best = np.where(fits, self._leaf[steps], np.inf)
             if steps > 1:
-                splits = self._advance[1:steps] + parts[:-1, 1:steps]
-                splits = splits + seconds[1:, steps - 1 : 0 : -1]
-                splits[cannot_advance] = np.inf
+                before = parts[:-1, 1:steps] if has_losses is not None else self._before(steps)
+                splits = self._advance[1:steps] + before + seconds[1:, steps - 1 : 0 : -1]
                 shortest = splits.argmin(axis=1)
                 split = splits[np.arange(depths), shortest]
                 lefts[:-1, steps] = np.where(split < best, shortest + 1, 0)
                 best = np.minimum(best, split)
             seconds[:-1, steps] = best
-        return _Segments(seconds, lefts)
+            parts[:-1, steps] = np.where(may_advance, best, np.inf)
+        return _Segments(seconds, parts, lefts)
+
+    def _before(self, steps: int) -> Floats:
+        """Times of left parts of every length: those that end where losses begin have none."""
+        without = max(0, steps - self._num_losses)
+        quiet, loud = self._inner.get(False), self._inner.get(True)
+        if quiet is None or loud is None:
+            return self._inner[loud is not None].parts[:-1, 1:steps]
+        without = min(without, steps - 1)
+        again = loud.parts[:-1, without + 1 : steps]
+        if without and again.shape[1]:
+            again = np.minimum(again, self._leaves_with_both(without, steps - 1))
+        return np.hstack([quiet.parts[:-1, 1 : without + 1], again])
+
+    def _leaves_with_both(self, without: int, most: int) -> Floats:
+        """Times by depth of leaves that losses begin `without` steps into, up to `most` steps."""
+        num_longer = most - without
+        fits = self._both_bytes[without, 1 : num_longer + 1] <= self._free_bytes[:, None]
+        advances = self._costs.advance_peak(1, 1, 1) <= self._free_bytes[:, None]
+        return np.where(fits & advances, self._leaf[without + 1 : most + 1], np.inf)
+
+    def _leaf_bytes(self, steps: int, has_losses: bool | None) -> int:
+        if has_losses is None:
+            num_losses = min(steps, self._num_losses)
+            return self._costs.leaf_peak(steps, num_losses, is_last=True)
+        return self._costs.leaf_peak(steps, steps * has_losses)
 
 
-def short_nesting(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> Nesting | None:
+@lru_cache(maxsize=8)
+def _bytes_with_both(most: int, num_losses: int, costs: Costs) -> NDArray[np.int64]:
+    """Peaks of leaves by their steps without a loss and with one."""
+    peaks = np.zeros((most - num_losses + 1, num_losses + 1), np.int64)
+    for without in range(1, most - num_losses + 1):
+        for losses in range(1, num_losses + 1):
+            peaks[without, losses] = costs.leaf_peak(without + losses, losses)
+    return peaks
+
+
+def short_nesting(stretch: Stretch, free_bytes: int, costs: Costs) -> Nesting | None:
     """The fastest nesting of at most `SHORT_STEPS` steps; None where none fits."""
-    most = next(size for size in _SIZES if size >= steps)
-    return _short_table(most, free_bytes, costs, is_last).nesting(steps)
+    return _table_of(stretch, free_bytes, costs).nesting(stretch.steps)
 
 
-def short_seconds(steps: int, free_bytes: int, costs: Costs, *, is_last: bool) -> float:
+def short_seconds(stretch: Stretch, free_bytes: int, costs: Costs) -> float:
     """Time of the fastest nesting; infinity where none fits."""
-    most = next(size for size in _SIZES if size >= steps)
-    return _short_table(most, free_bytes, costs, is_last).seconds(steps)
+    return _table_of(stretch, free_bytes, costs).seconds(stretch.steps)
+
+
+def _table_of(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
+    most = next(size for size in _SIZES if size >= stretch.steps)
+    num_losses = stretch.num_losses
+    is_cut = 0 < num_losses < stretch.steps
+    if costs.quiet is None or num_losses == stretch.steps or (is_cut and not stretch.is_last):
+        num_losses = most
+    return _short_table(most, free_bytes, costs, num_losses, stretch.is_last)
 
 
 @lru_cache(maxsize=64)
-def _short_table(most: int, free_bytes: int, costs: Costs, is_last: bool) -> ShortTable:
+def _short_table(
+    most: int, free_bytes: int, costs: Costs, num_losses: int, is_last: bool
+) -> ShortTable:
     """The table, made once for all lengths."""
-    return ShortTable(most, free_bytes, costs, is_last=is_last)
+    return ShortTable(most, free_bytes, costs, num_losses, is_last=is_last)

@@ -15,17 +15,16 @@ from torch import nn
 
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.endless import EndlessSource
-from tbptt_ckpt.profiling.foretelling import Foretold, measure_forecast
+from tbptt_ckpt.profiling.predicting import measure_work, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.work import Work
-from tbptt_ckpt.schedule.actions import Action
+from tbptt_ckpt.schedule.simulator import Simulation
 
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2
@@ -60,7 +59,7 @@ class WindowBench:
         k1, k2 = configuration.k1, configuration.k2
         self._silent_windows = max(0, k2 // k1)
         self._source = EndlessSource(work.source, self._silent_windows * k1)
-        self._spy = _Spy()
+        self._watch = ActionWatch(work.device)
         self._engine = TBPTT(
             work.module,
             work.loss_fn,
@@ -72,7 +71,7 @@ class WindowBench:
             overlap=configuration.overlap,
             executor=configuration.executor,
             time_batching=configuration.time_batching,
-            observer=self._spy,
+            observer=self._watch,
             **work.options,
         )
         self._running: Iterator[WindowResult] | None = None
@@ -100,17 +99,16 @@ class WindowBench:
             gc.enable()
 
     def measure(self, *, trace: bool = False) -> MemoryReport:
-        """One warm window under the meter, and what short segments foretell for it.
+        """One warm window under the meter, and what short segments predict for it.
 
         Args:
             trace: Whether the report shall hold the window in time.
         """
         self._running = None
         gc.collect()
-        forecast = measure_forecast(self._work, self._engine.parts, self._configuration)
+        measured = measure_work(self._work, self._engine.parts, self._configuration)
         metered = self._metered_window()
-        foretold = forecast.of(metered.window, self._configuration)
-        return self._report(metered, foretold, trace=trace)
+        return self._report(metered, measured.predicted(metered.window), trace=trace)
 
     def write_history(self, path: Path) -> None:
         """Run one warm window on CUDA and write PyTorch's memory history of it.
@@ -133,12 +131,14 @@ class WindowBench:
                 windows = self._warm_windows()
             outer.flush()
             before = base + outer.net_bytes
-            with peak_memory(self._device, held=(), rss=False) as meter:
-                watch = ActionWatch(meter, self._device, before)
-                reads = self._each_call(_every(_CALLS_PER_FLUSH, watch.read))
-                with reads, self._spy.watching(watch):
-                    window = next(windows)
-        return _Metered(window, watch, meter, before)
+            reads = self._each_call(_every(_CALLS_PER_FLUSH, self._watch.read))
+            with (
+                peak_memory(self._device, held=(), rss=False) as meter,
+                self._watch.watching(meter, before),
+                reads,
+            ):
+                window = next(windows)
+        return _Metered(window, self._watch, meter, before)
 
     def _warm_windows(self) -> Iterator[WindowResult]:
         """An iterator over windows whose next one is warm."""
@@ -177,7 +177,7 @@ class WindowBench:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def _report(self, metered: _Metered, foretold: Foretold, *, trace: bool) -> MemoryReport:
+    def _report(self, metered: _Metered, predicted: Simulation, *, trace: bool) -> MemoryReport:
         window, watch, meter = metered.window, metered.watch, metered.meter
         first = min(window.start, window.new_start)
         data = self._source.read(first, window.stop)  # read when the window begins
@@ -185,14 +185,14 @@ class WindowBench:
             device=str(self._device),
             peak_bytes=metered.before_bytes + meter.peak_bytes,
             fixed_bytes=metered.before_bytes + tensor_bytes(data),
-            predicted_peak_bytes=foretold.peak_bytes,
+            predicted_peak_bytes=predicted.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             allocation_retries=meter.allocation_retries,
             window_steps=window.stop - first,
             executed_steps=window.recomputed_steps + window.stop - window.new_start,
             held_states=watch.held_states,
             longest_leaf=window.plan.longest_leaf if window.plan else None,
-            trace=metered.trace(foretold) if trace else None,
+            trace=metered.trace(predicted) if trace else None,
         )
 
 
@@ -212,7 +212,7 @@ class _Metered:
     meter: PeakMeter
     before_bytes: int
 
-    def trace(self, foretold: Foretold) -> WindowTrace:
+    def trace(self, predicted: Simulation) -> WindowTrace:
         """The window in time."""
         clock, spans = self.watch.clock, self.watch.spans
         points = [
@@ -223,32 +223,7 @@ class _Metered:
             points.append((span.began_seconds, span.live_bytes))
             points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
         points.sort()
-        return WindowTrace(points[-1][0], tuple(points), foretold.fill_in(spans))
-
-
-class _Spy(Observer):
-    """Tells a watch, while there is one."""
-
-    def __init__(self) -> None:
-        self._watch: ActionWatch | None = None
-
-    @contextmanager
-    def watching(self, watch: ActionWatch) -> Iterator[None]:
-        self._watch = watch
-        yield
-        self._watch = None
-
-    def begins(self, action: Action) -> None:
-        if self._watch:
-            self._watch.begins(action)
-
-    def differentiates(self) -> None:
-        if self._watch:
-            self._watch.differentiates()
-
-    def ends(self) -> None:
-        if self._watch:
-            self._watch.ends()
+        return WindowTrace(points[-1][0], tuple(points), with_predictions(spans, predicted))
 
 
 def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:

@@ -132,11 +132,11 @@ def _draw_point(axes: Any, row: MemoryReport, time: float, *, on_front: bool) ->
 
 
 def _draw_predictions(axes: Any, rows: Sequence[MemoryReport], times: dict[int, float]) -> None:
-    foretold = [row for row in rows if row.predicted_peak_bytes]
-    if foretold:
+    predicted = [row for row in rows if row.predicted_peak_bytes]
+    if predicted:
         axes.scatter(
-            [times[id(row)] for row in foretold],
-            [_mib(row.predicted_peak_bytes) for row in foretold],
+            [times[id(row)] for row in predicted],
+            [_mib(row.predicted_peak_bytes) for row in predicted],
             marker="_",
             s=180,
             color=_VERMILLION,
@@ -176,8 +176,8 @@ def _draw_window(axes: Any, row: MemoryReport, trace: WindowTrace) -> None:
         linewidth=0.7,
         label="measured",
     )
-    foretold = [action for action in trace.actions if action.predicted_bytes is not None]
-    for position, action in enumerate(foretold):
+    predicted = [action for action in trace.actions if action.predicted_bytes is not None]
+    for position, action in enumerate(predicted):
         axes.plot(
             [1e3 * action.began_seconds, 1e3 * action.ended_seconds],
             [_mib(action.predicted_bytes)] * 2,

@@ -65,7 +65,7 @@ class WindowTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """One window of one configuration: what it took and what was foretold.
+    """One window of one configuration: what it took and what was predicted.
 
     All tensor bytes are totals on the device: weights, gradients, optimizer state, inputs,
     boundary states and leaf. A figure that was not measured is None.

@@ -9,18 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.meter import PeakMeter
 from tbptt_ckpt.profiling.report import ActionSpan
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
 
-class ActionWatch:
-    """An observer that measures every action of a window.
+class ActionWatch(Observer):
+    """An observer that measures every action of a window, while it is told to.
 
     Args:
-        meter: Of the window.
-        device: Where it runs.
-        before_bytes: Tensor bytes live when the meter began.
+        device: Where windows run.
 
     Attributes:
         clock: Stands still while the meter is read.
@@ -28,18 +27,35 @@ class ActionWatch:
         spans: The actions so far.
     """
 
-    def __init__(self, meter: PeakMeter, device: torch.device, before_bytes: int) -> None:
-        self._meter, self._device, self._before_bytes = meter, device, before_bytes
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._meter: PeakMeter | None = None
+
+    @contextmanager
+    def watching(self, meter: PeakMeter, before_bytes: int) -> Iterator[None]:
+        """Watch while the context is open.
+
+        Args:
+            meter: Of the window.
+            before_bytes: Tensor bytes live when the meter began.
+        """
         self.clock = PausedClock()
         self._action: Action | None = None
-        self._began_seconds, self._live_bytes = 0.0, before_bytes
+        self._before_bytes = self._live_bytes = before_bytes
+        self._began_seconds = 0.0
         self._gradient_seconds: float | None = None
-        self._held = 0
-        self.held_states = 0
+        self._held = self.held_states = 0
         self.spans: list[ActionSpan] = []
+        self._meter = meter
+        try:
+            yield
+        finally:
+            self._meter = None
 
     def begins(self, action: Action) -> None:
         """Close the action before and open this one."""
+        if self._meter is None:
+            return
         self.ends()
         if isinstance(action, Keep | Drop):
             self._held += 1 if isinstance(action, Keep) else -1
@@ -49,10 +65,13 @@ class ActionWatch:
 
     def differentiates(self) -> None:
         """Note when a leaf's gradient begins."""
-        self._gradient_seconds = self._now()
+        if self._meter is not None:
+            self._gradient_seconds = self._now()
 
     def ends(self) -> None:
         """Close the last action."""
+        if self._meter is None:
+            return
         ended = self._now()
         with self.clock.paused():
             lap = self._meter.lap()
@@ -74,8 +93,9 @@ class ActionWatch:
 
     def read(self) -> None:
         """Take in what the meter recorded, off the clock."""
-        with self.clock.paused():
-            self._meter.flush()
+        if self._meter is not None:
+            with self.clock.paused():
+                self._meter.flush()
 
     def _now(self) -> float:
         if self._device.type != "cpu":

@@ -1,7 +1,8 @@
 """Schedules as data: windows, actions, nestings, plans, and what they cost; pure."""
 
 from tbptt_ckpt.schedule.actions import Advance, Differentiate, Drop, Keep, Schedule
-from tbptt_ckpt.schedule.costs import Costs, Curve, FixedBytes
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.curves import Curve
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
 from tbptt_ckpt.schedule.strategies import Retain, Revolve, Sqrt, Step, Uniform

@@ -3,99 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tbptt_ckpt.errors import ArgumentError
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A measured function of a number of steps: straight between points and beyond the last.
-
-    Left of the first point it follows the line through the first two. It never falls.
-
-    Attributes:
-        points: (steps, value), by steps; one point stands for a constant.
-
-    Raises:
-        ArgumentError: No points, or points that are not in order, negative or falling.
-    """
-
-    points: tuple[tuple[int, float], ...]
-
-    def __post_init__(self) -> None:
-        points = tuple((int(steps), float(value)) for steps, value in self.points)
-        object.__setattr__(self, "points", points)
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        if not points or steps[0] < 0 or any(b <= a for a, b in pairwise(steps)):
-            raise ArgumentError(f"points={points!r} must be (steps, value) with growing steps")
-        falls = any(b < a for a, b in pairwise(values))
-        if falls or not all(0 <= value < math.inf for value in values):
-            raise ArgumentError(f"points={points!r} must have finite values that do not fall")
-
-    @classmethod
-    def linear(cls, fixed: float, per_step: float) -> Curve:
-        """`fixed + per_step * steps`."""
-        return cls(((0, fixed), (1, fixed + per_step)))
-
-    @classmethod
-    def through(cls, points: Iterable[tuple[int, float]]) -> Curve:
-        """Through measured points, each raised to the highest before it."""
-        highest, rising = 0.0, []
-        for steps, value in sorted(points):
-            highest = max(highest, value)
-            rising.append((steps, highest))
-        return cls(tuple(rising))
-
-    @property
-    def slope(self) -> float:
-        """Growth per step beyond the last point."""
-        if len(self.points) == 1:
-            return 0.0
-        (x0, y0), (x1, y1) = self.points[-2:]
-        return (y1 - y0) / (x1 - x0)
-
-    def __call__(self, steps: int) -> float:
-        """The value at a number of steps, never negative."""
-        if len(self.points) == 1:
-            return self.points[0][1]
-        right = bisect_left(self.points, (steps, -math.inf))
-        right = min(max(right, 1), len(self.points) - 1)
-        (x0, y0), (x1, y1) = self.points[right - 1], self.points[right]
-        return max(0.0, y0 + (y1 - y0) * (steps - x0) / (x1 - x0))
-
-    def at(self, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The values at many numbers of steps."""
-        distinct, where = np.unique(steps, return_inverse=True)
-        return np.array([self(n) for n in distinct.tolist()], np.float64)[where]
-
-    def longest(self, limit: float) -> float:
-        """Most steps whose value is at most `limit`; infinity where there is no bound.
-
-        -1 where not even zero steps fit.
-        """
-        if self(0) > limit:
-            return -1
-        at = bisect_right([value for _, value in self.points], limit)
-        if at == len(self.points) and self.slope == 0.0:
-            return math.inf
-        if len(self.points) == 1:
-            return math.inf
-        left = min(max(at - 1, 0), len(self.points) - 2)
-        (x0, y0), (x1, y1) = self.points[left], self.points[left + 1]
-        guess = math.floor(x0 + (limit - y0) * (x1 - x0) / (y1 - y0)) if y1 > y0 else x1
-        while self(guess) > limit:  # a rounding error away at most
-            guess -= 1
-        while self(guess + 1) <= limit:
-            guess += 1
-        return guess
+from tbptt_ckpt.schedule.curves import Curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +38,48 @@ class FixedBytes:
         return held + math.ceil(self.step_inputs * window_steps)
 
 
+@dataclass(frozen=True, slots=True)
+class QuietBytes:
+    """What steps without a loss take, which make no outputs and have none to differentiate.
+
+    Attributes:
+        leaf: Peak of a leaf of such steps.
+        advance: Peak of one call in an advance.
+        graph: What its graph holds, beside the leaf's later steps while they are differentiated;
+            None where a leaf is run in one piece wherever its losses begin.
+    """
+
+    leaf: Curve
+    advance: Curve
+    graph: Curve | None = None
+
+    def before_losses(self, steps: int, num_losses: int, losses: Curve) -> float:
+        """Peak of a leaf of such steps, and then of some with a loss.
+
+        Args:
+            steps: Steps without a loss.
+            num_losses: Steps with one.
+            losses: Bytes of leaves of such steps.
+        """
+        if self.graph is None:
+            added = losses(num_losses) - self.leaf(num_losses)
+            return self.leaf(steps + num_losses) + max(0.0, added)
+        return max(self.graph(steps) + losses(num_losses), self.leaf(steps))
+
+    def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
+        """The same for leaves that take other bytes."""
+        graph = self.graph and change(self.graph)
+        return replace(self, leaf=change(self.leaf), graph=graph)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """What a module costs.
 
     A leaf of L steps takes `leaf_bytes(L)` above the fixed part and the kept boundary
     states, and `leaf_seconds(L)` to run with a graph and differentiate. Advancing L steps in
-    one call takes `advance_bytes(L)` and `advance_seconds(L)`.
+    one call takes `advance_bytes(L)` and `advance_seconds(L)`. Where the first steps of a leaf
+    or an advance have no loss, it takes less: see `leaf_peak` and `advance_peak`.
 
     Attributes:
         state_bytes: One boundary state, with the generators and buffers kept with it.
@@ -148,6 +96,7 @@ class Costs:
         host_state_bytes: The same for each kept boundary state.
         ambient_bytes: Of `state_bytes`, the generators and buffers that steps change; they are
             also kept at each update point within reach.
+        quiet: What steps without a loss take; None where it is as much as with one.
     """
 
     state_bytes: int
@@ -161,6 +110,55 @@ class Costs:
     host_step_bytes: float = 0.0
     host_state_bytes: float = 0.0
     ambient_bytes: int = 0
+    quiet: QuietBytes | None = None
+
+    def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
+        """Peak of a leaf.
+
+        Args:
+            steps: Its steps.
+            num_losses: How many of them, the last ones, have a loss.
+            is_last: Whether it is the leaf that is last in time.
+        """
+        curve, without = self.leaf_curve(is_last=is_last), steps - num_losses
+        if self.quiet is None or not without:
+            return math.ceil(curve(steps))
+        peak = self.quiet.leaf(steps)
+        if num_losses:
+            peak = self.quiet.before_losses(without, num_losses, curve)
+        return math.ceil(min(peak, curve(steps)))
+
+    def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
+        """Peak of an advance in calls of at most `most_steps`, whose last steps have a loss."""
+        peak = self.advance_bytes(min(steps, most_steps))
+        if self.quiet is not None and num_losses < steps:
+            without = self.quiet.advance(min(steps - num_losses, most_steps))
+            later = self.advance_bytes(min(num_losses, most_steps)) if num_losses else 0.0
+            peak = min(peak, max(later, without))
+        return math.ceil(peak)
+
+    def most_bytes(self, steps: int) -> int:
+        """More than any action of up to so many steps takes."""
+        curves = [self.leaf_bytes, self.leaf_curve(is_last=True), self.advance_bytes]
+        if self.quiet is not None:
+            curves += [self.quiet.leaf, self.quiet.graph or self.quiet.leaf, self.quiet.advance]
+        return math.ceil(sum(curve(steps) for curve in curves)) + 1
+
+    def leaf_curve(self, *, is_last: bool) -> Curve:
+        """Bytes of a leaf whose steps all have losses."""
+        return (self.last_leaf_bytes if is_last else None) or self.leaf_bytes
+
+    def with_leaves(
+        self, change: Callable[[Curve], Curve], change_last: Callable[[Curve], Curve]
+    ) -> Costs:
+        """Costs whose leaves take other bytes."""
+        last, quiet = self.last_leaf_bytes, self.quiet
+        return replace(
+            self,
+            leaf_bytes=change(self.leaf_bytes),
+            last_leaf_bytes=last and change_last(last),
+            quiet=quiet and quiet.changed(change),
+        )
 
     @classmethod
     def linear(
@@ -194,19 +192,11 @@ class Costs:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        plain: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Curve):
-                value = [list(point) for point in value.points]
-            elif isinstance(value, FixedBytes):
-                value = {part.name: getattr(value, part.name) for part in fields(value)}
-            plain[field.name] = value
-        return plain
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Costs:
-        """The costs that `to_dict` wrote.
+        """The costs that `to_dict` wrote, also before steps without a loss were told apart.
 
         Raises:
             ArgumentError: Names that costs do not have, or that are missing.
@@ -221,9 +211,19 @@ class Costs:
             raise ArgumentError(f"costs cannot be read: {error}") from error
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Curve):
+        return [list(point) for point in value.points]
+    if isinstance(value, FixedBytes | QuietBytes):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return value
+
+
 def _parsed(name: str, value: Any) -> Any:
     if name == "fixed":
         return FixedBytes(**value)
+    if name == "quiet" and value is not None:
+        return QuietBytes(**{part: _parsed(part, points) for part, points in value.items()})
     if isinstance(value, list | tuple):
         return Curve(tuple((int(steps), float(y)) for steps, y in value))
     return value

@@ -1,12 +1,12 @@
-"""A plan: how one window is run, and what that is predicted to take."""
+"""A plan: how one window is run; where there are costs, with what that is predicted to take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Self
 
 from tbptt_ckpt.errors import ScheduleError
 from tbptt_ckpt.schedule.actions import (
@@ -37,8 +37,9 @@ class Plan:
         lead_steps: Steps from there that only advance.
         blocks: The rest, in time order. Blocks are run from the last to the first.
         advance_steps: Most steps of one call of a segment module in an advance.
-        predicted_peak_bytes: Peak of device memory, everything included; None without costs.
-        predicted_seconds: Time; None without costs.
+        predicted_peak_bytes: Peak of device memory, everything included; None in a plan that
+            was made without costs, for which see `PredictedPlan`.
+        predicted_seconds: Time; None in such a plan.
     """
 
     strategy: str
@@ -46,8 +47,8 @@ class Plan:
     lead_steps: int
     blocks: tuple[Block, ...]
     advance_steps: int
-    predicted_peak_bytes: int | None = None
-    predicted_seconds: float | None = None
+    predicted_peak_bytes: int | None = field(default=None, init=False)
+    predicted_seconds: float | None = field(default=None, init=False)
 
     @property
     def num_steps(self) -> int:
@@ -90,9 +91,21 @@ class Plan:
             length += 1 if self._is_one_leaf else 3
         return Schedule(self._actions, length)
 
-    def at(self, first: int) -> Plan:
+    def at(self, first: int) -> Self:
         """The same plan for a window whose first state stands at another step."""
         return self if first == self.first else replace(self, first=first)
+
+    def predicted(self, peak_bytes: int, seconds: float, advance_steps: int) -> PredictedPlan:
+        """The same plan with what it takes when an advance is cut into calls of so many steps."""
+        return PredictedPlan(
+            strategy=self.strategy,
+            first=self.first,
+            lead_steps=self.lead_steps,
+            blocks=self.blocks,
+            advance_steps=advance_steps,
+            predicted_peak_bytes=peak_bytes,
+            predicted_seconds=seconds,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -107,7 +120,7 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The plan that `to_dict` wrote.
 
         Raises:
@@ -115,9 +128,17 @@ class Plan:
         """
         try:
             blocks = tuple(_read_block(block) for block in plain["blocks"])
-            return cls(**{**plain, "blocks": blocks})
+            given = {**plain, "blocks": blocks}
+            kind: type[Plan] = PredictedPlan
+            if plain["predicted_peak_bytes"] is None:
+                kind = Plan
+                del given["predicted_peak_bytes"], given["predicted_seconds"]
+            plan = kind(**given)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ScheduleError(f"not a plan: {error!r}") from error
+        if not isinstance(plan, cls):
+            raise ScheduleError(f"not a plan made from costs: {plan}")
+        return plan
 
     def __repr__(self) -> str:
         return f"Plan({self})"
@@ -128,9 +149,6 @@ class Plan:
             f"leaves up to {self.longest_leaf:,}",
             f"{self.num_boundaries:,} states",
         ]
-        if self.predicted_peak_bytes is not None and self.predicted_seconds is not None:
-            parts.append(f"{self.predicted_peak_bytes:,} bytes")
-            parts.append(f"{self.predicted_seconds:.3g} s predicted")
         return ", ".join(parts)
 
     @property
@@ -151,6 +169,18 @@ class Plan:
                 yield from block.actions(stop)
         if keeps_start:
             yield Drop(start)
+
+
+@dataclass(frozen=True)
+class PredictedPlan(Plan):
+    """A plan that was made from costs."""
+
+    predicted_peak_bytes: int = field()
+    predicted_seconds: float = field()
+
+    def __str__(self) -> str:
+        peak_bytes, seconds = self.predicted_peak_bytes, self.predicted_seconds
+        return f"{super().__str__()}, {peak_bytes:,} bytes, {seconds:.3g} s predicted"
 
 
 def plan_window(

@@ -51,6 +51,7 @@ def simulate(
     given: Collection[int] = (),
     recorded_states: int = 0,
     advance_steps: int | None = None,
+    loss_start: int | None = None,
 ) -> Simulation:
     """Replay a schedule without running a module; takes time in proportion to its actions.
 
@@ -61,6 +62,7 @@ def simulate(
         recorded_states: States that earlier windows left and that exist throughout.
         advance_steps: Most steps of one call in an advance; by default 64, or the longest
             leaf where that is longer.
+        loss_start: The first step with a loss; None where every step has one.
 
     Raises:
         ScheduleError: A schedule that does not differentiate one window.
@@ -72,7 +74,8 @@ def simulate(
         advance_steps = max(_CALL_STEPS, longest)
     check_positive_int("advance_steps", advance_steps)
     base_bytes = costs.fixed.total(stop - first) + recorded_states * costs.state_bytes
-    replay = _Replay(costs, stop, {first, *given}, base_bytes, advance_steps)
+    loss_start = first if loss_start is None else min(loss_start, stop)
+    replay = _Replay(costs, stop, {first, *given}, base_bytes, advance_steps, loss_start)
     for action in actions:
         replay.take(action)
     return replay.finish()
@@ -97,9 +100,15 @@ class _Replay:
     """The states at hand, and the clock."""
 
     def __init__(
-        self, costs: Costs, stop: int, given: set[int], base_bytes: int, advance_steps: int
+        self,
+        costs: Costs,
+        stop: int,
+        given: set[int],
+        base_bytes: int,
+        advance_steps: int,
+        loss_start: int,
     ) -> None:
-        self.costs, self.stop, self.given = costs, stop, given
+        self.costs, self.stop, self.given, self.loss_start = costs, stop, given, loss_start
         self.base_bytes, self.advance_steps = base_bytes, advance_steps
         self.kept: set[int] = set()
         self.working: int | None = None  # None too where it is a given state
@@ -111,7 +120,7 @@ class _Replay:
         """Do one action."""
         match action:
             case Advance(start, stop):
-                self._advance(stop - start)
+                self._advance(stop - start, self._num_losses(start, stop))
                 self.working = None if stop in self.given else stop
             case Keep(step):
                 self.kept.add(step)
@@ -135,9 +144,11 @@ class _Replay:
             timeline=tuple(self.timeline.points),
         )
 
-    def _advance(self, steps: int) -> None:
-        longest_call = min(steps, self.advance_steps)
-        self._hold(self.costs.advance_bytes(longest_call))
+    def _num_losses(self, start: int, stop: int) -> int:
+        return max(0, stop - max(start, self.loss_start))
+
+    def _advance(self, steps: int, num_losses: int) -> None:
+        self._hold(self.costs.advance_peak(steps, num_losses, self.advance_steps))
         self.advanced += steps
         for call in _calls(steps, self.advance_steps):
             self.seconds += call.count * self.costs.advance_seconds(call.steps)
@@ -146,21 +157,19 @@ class _Replay:
     def _differentiate(self, start: int, stop: int) -> None:
         if self.working != start:
             self.working = None  # let go of before the leaf begins
-        costs, curve = self.costs, self.costs.leaf_bytes
-        if stop == self.stop and costs.last_leaf_bytes is not None:
-            curve = costs.last_leaf_bytes
-        self._hold(curve(stop - start))
-        self.seconds += costs.leaf_seconds(stop - start)
-        self.differentiated += stop - start
+        steps, losses = stop - start, self._num_losses(start, stop)
+        self._hold(self.costs.leaf_peak(steps, losses, is_last=stop == self.stop))
+        self.seconds += self.costs.leaf_seconds(steps)
+        self.differentiated += steps
         self.leaves += 1
         self.calls += 1
 
-    def _hold(self, action_bytes: float) -> None:
+    def _hold(self, action_bytes: int) -> None:
         """Take bytes for an action, beside the states at hand."""
         held = len(self.kept)
         held += self.working is not None and self.working not in self.kept
         self.boundaries = max(self.boundaries, held)
-        now_bytes = self.base_bytes + held * self.costs.state_bytes + math.ceil(action_bytes)
+        now_bytes = self.base_bytes + held * self.costs.state_bytes + action_bytes
         self.peak_bytes = max(self.peak_bytes, now_bytes)
         self.timeline.add(self.seconds, now_bytes)
 

@@ -1,4 +1,4 @@
-"""."""
+"""Parts of a plan: neighbouring stretches that are run alike, written down once."""
 
 from __future__ import annotations
 

@@ -28,14 +28,15 @@ from tbptt_ckpt import (
     plan,
     run_window,
 )
+from tbptt_ckpt.budget.checked_costs import not_below
 from tbptt_ckpt.budget.corrections import Ratios
-from tbptt_ckpt.budget.curves import not_below, scaled
 from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule import Curve
 from tbptt_ckpt.schedule.actions import check_schedule
+from tbptt_ckpt.schedule.curves import scaled
 
 pytestmark = pytest.mark.times_the_module
 
@@ -540,7 +541,7 @@ def test_leaves_of_one_length_that_took_less_say_nothing_of_others():
     measured = Curve(((1, 1500.0), (2, 1900.0), (14, 6000.0)))
     costs = replace(Costs.linear(state_bytes=1, step_bytes=1), leaf_bytes=measured)
     ratios = Ratios()
-    ratios.add(0.5 * measured(1) - 1e6, measured, 1)
+    ratios.add(0.5 * measured(1) - 1e6, measured(1))
     lowered = replace(costs, leaf_bytes=scaled(measured, ratios.factor_either_way))
     assert lowered.leaf_bytes(7) < measured(7)
     assert not_below(lowered, costs).leaf_bytes == measured

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, Costs, measure_costs
-from tbptt_ckpt.budget.curves import bounding_curve, seconds_curve
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule import Curve
+from tbptt_ckpt.schedule.curves import bounding_curve, seconds_curve
 from tbptt_ckpt.updates.updater import Updater
 
 pytestmark = pytest.mark.times_the_module
@@ -107,7 +107,7 @@ def test_a_leaf_takes_what_it_takes_when_run_by_hand(case, steps):
     assert costs.leaf_bytes(steps) == pytest.approx(found, rel=0.03, abs=8192)
 
 
-def test_long_leaves_are_foretold_where_there_is_little_time(monkeypatch):
+def test_long_leaves_are_predicted_where_there_is_little_time(monkeypatch):
     """A line through 5 and 8 steps would be 3.5 % too low."""
     module_of_lengths = importlib.import_module("tbptt_ckpt.budget.calibrate")
     monkeypatch.setattr(module_of_lengths, "_METERED_SHARE", 0.0)

@@ -83,7 +83,7 @@ def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
 @pytest.mark.parametrize(("k1", "k2"), [(8, 48), (24, 10)])
-def test_peaks_are_foretold_within_three_percent(kind, k1, k2):
+def test_peaks_are_predicted_within_three_percent(kind, k1, k2):
     work = make(kind, width=64, num_steps=48, lanes=32)
     optimizer = torch.optim.Adam(work[0].parameters())
     for strategy in ("retain", "uniform:16"):
@@ -92,7 +92,7 @@ def test_peaks_are_foretold_within_three_percent(kind, k1, k2):
 
 
 @pytest.mark.parametrize("kind", [nn.GRUCell, lambda *sizes: Dropped(*sizes)])
-def test_generators_that_windows_note_are_foretold(kind):
+def test_generators_that_windows_note_are_predicted(kind):
     work = make(kind)
     optimizer = torch.optim.SGD(work[0].parameters(), lr=0.1)
     state_bytes = torch.get_rng_state().nbytes

@@ -1,0 +1,83 @@
+"""Costs that are believed, raised to what was measured since."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from tbptt_ckpt.schedule.costs import Costs, QuietBytes
+from tbptt_ckpt.schedule.curves import Curve, higher
+
+# Predictions above a measurement by less than this are left alone; none may be below it.
+TOLERANCE = 0.03
+ROUNDING_BYTES = 1024  # losses and other numbers
+
+CHECKED_STEPS = 8  # bytes become a straight line by then
+
+
+def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
+    """Given costs, raised where short segments took more bytes; seconds stay as they were given.
+
+    Args:
+        given: What is believed where it is enough.
+        measured: From segments of up to `CHECKED_STEPS` steps.
+        most_steps: The longest window.
+    """
+
+    def checked(curve: Curve, found: Curve) -> Curve:
+        """The given curve where it is not below the measured one, otherwise the higher one."""
+        lengths = range(1, min(CHECKED_STEPS, most_steps) + 1)
+        if all(found(n) <= (1 + TOLERANCE) * curve(n) + ROUNDING_BYTES for n in lengths):
+            return curve
+        return higher(curve, found, most_steps)
+
+    fixed, found = given.fixed, measured.fixed
+    return replace(
+        _leaves_joined(given, measured, checked),
+        state_bytes=max(given.state_bytes, measured.state_bytes),
+        ambient_bytes=max(given.ambient_bytes, measured.ambient_bytes),
+        advance_bytes=checked(given.advance_bytes, measured.advance_bytes),
+        update_bytes=max(given.update_bytes, measured.update_bytes),
+        fixed=replace(
+            fixed,
+            gradients=max(fixed.gradients, found.gradients),
+            optimizer=max(fixed.optimizer, found.optimizer),
+        ),
+    )
+
+
+def not_below(costs: Costs, measured: Costs | None) -> Costs:
+    """Costs whose leaves take no less than they did when segments of all lengths were measured."""
+    return costs if measured is None else _leaves_joined(costs, measured, higher)
+
+
+def _leaves_joined(some: Costs, other: Costs, join: Callable[[Curve, Curve], Curve]) -> Costs:
+    """Costs with the curves of leaves joined; a kind that either does not know is left out."""
+    last, other_last = some.last_leaf_bytes, other.last_leaf_bytes
+    quiet, other_quiet = some.quiet, other.quiet
+    return replace(
+        some,
+        leaf_bytes=join(some.leaf_bytes, other.leaf_bytes),
+        last_leaf_bytes=last and other_last and join(last, other_last),
+        quiet=quiet
+        and other_quiet
+        and QuietBytes(
+            leaf=join(quiet.leaf, other_quiet.leaf),
+            graph=quiet.graph and other_quiet.graph and join(quiet.graph, other_quiet.graph),
+            advance=join(quiet.advance, other_quiet.advance),
+        ),
+    )
+
+
+def with_host_bytes(costs: Costs) -> Costs:
+    """The costs with what a leaf and a state take on the host besides tensors."""
+
+    def added(curve: Curve) -> Curve:
+        per_step = costs.host_step_bytes
+        return Curve(tuple((steps, value + per_step * steps) for steps, value in curve.points))
+
+    return replace(
+        costs.with_leaves(added, added),
+        state_bytes=costs.state_bytes + math.ceil(costs.host_state_bytes),
+    )

@@ -1,0 +1,120 @@
+"""What a window is predicted to take: its schedule, simulated with costs measured once.
+
+These are the costs that budgets rest on, and the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.update_bytes import update_bytes
+from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.endless import EndlessSource
+from tbptt_ckpt.profiling.report import ActionSpan
+from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.simulator import Simulation, simulate
+
+_SECONDS = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredWork:
+    """The costs of some work, ready to predict its windows.
+
+    Attributes:
+        costs: What steps and updates take.
+        configuration: Of the windows.
+        only_last: Whether only a window's last step has a loss.
+    """
+
+    costs: Costs
+    configuration: Configuration
+    only_last: bool
+
+    def predicted(self, window: WindowResult) -> Simulation:
+        """What a window was to take."""
+        assert window.plan is not None, "a measured window has a loss"
+        joints, k1, costs = self._joints(window), self.configuration.k1, self.costs
+        other = costs.fixed.other
+        if window.start < window.new_start:  # noted at the update points within reach
+            num_noted = window.new_start // k1 - window.start // k1 + 1
+            other += num_noted * costs.ambient_bytes
+        return simulate(
+            window.plan.schedule,
+            replace(costs, fixed=replace(costs.fixed, other=other)),
+            given=joints,
+            recorded_states=len(joints),
+            advance_steps=window.plan.advance_steps,
+            loss_start=window.stop - 1 if self.only_last else window.new_start,
+        )
+
+    def _joints(self, window: WindowResult) -> Sequence[int]:
+        """Under stale overlap, the steps of recorded states from which blocks restart."""
+        if self.configuration.overlap != "stale" or window.start >= window.new_start:
+            return ()
+        k1 = self.configuration.k1
+        first = (window.start // k1 + 1) * k1
+        return range(first, window.new_start + 1, k1)
+
+
+def measure_work(work: Work, parts: Parts, configuration: Configuration) -> MeasuredWork:
+    """Run short segments of the work as its windows run them.
+
+    Args:
+        work: What to run; its gradients are left as they are.
+        parts: Of the engine that runs its windows.
+        configuration: Of these windows.
+    """
+    k1, k2 = configuration.k1, configuration.k2
+    inputs, targets = EndlessSource(work.source, 0).read(0, k2)
+    time_dim = getattr(work.source, "time_dim", 0)
+    tensors = [*parts.parameters, *tensors_of(work.init_state), *tensors_of(inputs)]
+    owners = (work.module, work.loss_fn)
+    ambient = Ambient(owners, tensors)
+    found = ambient.capture()
+    only_last = work.options.get("loss") == "last"
+    probe = SegmentProbe(
+        runner=parts.runner,
+        loss=parts.loss_function,
+        blocks=[StepBlock(0, k2, inputs, targets, None, time_dim)],
+        ambient=ambient,
+        parameters=parts.parameters,
+        device=work.device,
+        first=0,
+        stop=k2,
+        loss_start=k2 - (1 if only_last else min(k1, k2)),
+        boundary=Boundary(0, work.init_state, found),
+    )
+    fixed = FixedBytes(
+        weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / k2
+    )
+    costs = calibrate(probe, Limits(k2, _SECONDS), update_bytes(parts.updater), fixed)
+    if not costs.ambient_bytes:  # else each state has its own
+        noted = tensor_bytes(*owners, found) - tensor_bytes(*owners)
+        costs = replace(costs, fixed=replace(costs.fixed, other=noted))
+    if work.optimizer is None:  # gradients accumulate from window to window
+        costs = replace(costs, last_leaf_bytes=None)
+    return MeasuredWork(costs, configuration, only_last)
+
+
+def with_predictions(spans: Sequence[ActionSpan], simulation: Simulation) -> tuple[ActionSpan, ...]:
+    """The spans with what was predicted for each; without it where there are very many."""
+    peaks = [peak_bytes for _, peak_bytes in simulation.timeline[:-1]]  # the update comes last
+    if len(peaks) != sum(span.stop > span.start for span in spans):
+        return tuple(spans)
+    predicted = iter(peaks)
+    return tuple(
+        replace(span, predicted_bytes=next(predicted)) if span.stop > span.start else span
+        for span in spans
+    )
