@@ -191,8 +191,7 @@ class Trainer:
 
         The tensors are the run's own; write them out before the next window.
         """
-        progress = self._progress
-        run = self._run
+        progress, run = self._progress, self._run
         return {
             "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
