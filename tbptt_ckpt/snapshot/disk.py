@@ -71,31 +71,35 @@ class NewFile:
 
     Attributes:
         num_bytes: Bytes written.
-        error: The first error, which every later write meets too.
     """
 
     def __init__(self, disk: Disk, descriptor: int) -> None:
         self._disk, self._descriptor = disk, descriptor
         self.num_bytes = 0
-        self.error: OSError | None = None
+        # Of the first error; the error itself would keep alive all that was being written.
+        self._failure: tuple[int | None, str | None] | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it."""
-        if self.error is not None:
-            raise self.error  # torch goes on to write the end of the archive
+        self.raise_failure()  # torch goes on to write the end of the archive
         view = memoryview(data).cast("B")
         rest = view
         try:
             while len(rest):
                 rest = rest[self._disk.write(self._descriptor, rest[:_WRITE_BYTES]) :]
         except OSError as error:
-            self.error = error
+            self._failure = error.errno, error.strerror
             raise
         self.num_bytes += len(view)
         return len(view)
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+    def raise_failure(self) -> None:
+        """Raise the first error of `write` again, if there was one."""
+        if self._failure is not None:
+            raise OSError(*self._failure) from None
 
 
 @contextmanager
@@ -113,8 +117,8 @@ def new_file(path: Path, disk: Disk) -> Iterator[NewFile]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             disk.close(descriptor)
-        if isinstance(error, Exception) and file.error is not None:
-            raise file.error from None
+        if isinstance(error, Exception):
+            file.raise_failure()
         raise
     disk.close(descriptor)
 

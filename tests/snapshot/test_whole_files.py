@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from disks import CountingDisk, FailingDisk, KillingDisk
 
-from tbptt_ckpt.snapshot.disk import Disk, whole_file
+from tbptt_ckpt.snapshot.disk import Disk, new_file, whole_file
 
 Injected = Callable[..., None]
 
@@ -83,6 +85,23 @@ def test_an_error_of_whoever_writes_leaves_the_old_file(tmp_path: Path) -> None:
         interrupted()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_could_not_be_written_is_not_kept_alive(tmp_path: Path) -> None:
+    tensor = torch.zeros(2000)
+    gone = weakref.ref(tensor)
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="No space"), new_file(tmp_path / "file", full()) as file:
+            torch.save({"weight": tensor}, file)
+        del tensor, file
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def full() -> Disk:
+    return FailingDisk(1, errno.ENOSPC, "write")
 
 
 def test_what_a_link_in_the_way_leads_to_is_not_written(tmp_path: Path) -> None:
