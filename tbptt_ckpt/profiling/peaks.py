@@ -36,8 +36,12 @@ def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
 
     The meter's records are read while the module runs, so that they stay few.
     """
-    live, calls = _live_bytes(work.device), count(1)
-    with peak_memory(work.device, rss=False) as meter, ExitStack() as hooks:
+    device, calls = work.device, count(1)
+    if device.type == "cpu":
+        live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
+    else:
+        live = torch.accelerator.memory_allocated(device)
+    with peak_memory(device, rss=False) as meter, ExitStack() as hooks:
 
         def flush(*_: object) -> None:
             if next(calls) % _CALLS_PER_FLUSH == 0:
@@ -47,12 +51,6 @@ def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
             hooks.callback(work.module.register_forward_pre_hook(flush).remove)
         result = act()
     return result, live + meter.peak_bytes
-
-
-def _live_bytes(device: torch.device) -> int:
-    if device.type != "cpu":
-        return torch.accelerator.memory_allocated(device)
-    return sum(storage.nbytes() for storage in live_storages() if storage.device == device)
 
 
 def fullest_window(windows: WindowSequence) -> int:
@@ -83,26 +81,21 @@ class RetainedPeak:
 
 
 def retained_peak(work: Work, window: Window) -> RetainedPeak:
-    """Peak of a window, its loss and update with everything retained.
+    """Peak of a window, its loss and update with everything retained, run on copies.
 
-    It runs on copies; what is trained stays as it is.
-
-    Args:
-        work: What runs; the first state stands for the window's.
-        window: Which steps of the source.
+    The first state stands for the window's.
     """
     steps = window.stop - window.first
     try:
         copied(work)
     except ArgumentError:
         return RetainedPeak(None, measured=False)
-    if steps <= _PROBE_STEPS[-1]:
-        return RetainedPeak(_measure(work, window, steps), measured=True)
-    short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
-    per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
-    predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
-    if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
-        return RetainedPeak(predicted, measured=False)
+    if steps > _PROBE_STEPS[1]:
+        short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
+        per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
+        predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
+        if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
+            return RetainedPeak(predicted, measured=False)
     return RetainedPeak(_measure(work, window, steps), measured=True)
 
 

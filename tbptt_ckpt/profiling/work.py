@@ -18,8 +18,7 @@ class Work:
     """What `TBPTT` is given, without the choices that are profiled.
 
     Attributes:
-        module: As for `TBPTT`.
-        loss_fn: As for `TBPTT`.
+        module: As for `TBPTT`, as is the loss function.
         source: Where steps come from; it has a length, and is read over and over.
         init_state: The state at the first step.
         optimizer: Of the module's parameters; None measures windows without an update.
