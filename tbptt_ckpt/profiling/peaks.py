@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
@@ -26,29 +23,18 @@ _PROBE_STEPS = (32, 64)
 # Longer windows are not retained: the graph of every step takes host memory as well.
 _MOST_RETAINED_STEPS = 1_024
 _FREE_FRACTION = 0.5
-_CALLS_PER_FLUSH = 64
 
 T = TypeVar("T")
 
 
 def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
-    """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile.
-
-    The meter's records are read while the module runs, so that they stay few.
-    """
-    device, calls = work.device, count(1)
+    """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile."""
+    device = work.device
     if device.type == "cpu":
         live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
     else:
         live = torch.accelerator.memory_allocated(device)
-    with peak_memory(device, rss=False) as meter, ExitStack() as hooks:
-
-        def flush(*_: object) -> None:
-            if next(calls) % _CALLS_PER_FLUSH == 0:
-                meter.flush()
-
-        if isinstance(work.module, nn.Module):
-            hooks.callback(work.module.register_forward_pre_hook(flush).remove)
+    with peak_memory(device, rss=False) as meter, work.reading(meter.flush):
         result = act()
     return result, live + meter.peak_bytes
 
