@@ -132,7 +132,7 @@ def _draw_points(
         name = f"{row.strategy} ({row.k1}, {row.k2})" if several else row.strategy
         if row.budget_bytes is not None:
             name += f" in {_mib(row.budget_bytes):.0f} MiB"
-        beside = {"xytext": (7, 4), "textcoords": "offset points"}
+        beside = {"xytext": (7, 4), "textcoords": "offset points", "zorder": 3.5}  # above points
         axes.annotate(name, (time, peak), **beside, fontsize=9)
 
 
