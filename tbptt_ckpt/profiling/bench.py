@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -29,7 +25,6 @@ from tbptt_ckpt.schedule.simulator import Simulation
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2
 _MOST_WARM_UPDATES = 16
-_CALLS_PER_FLUSH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +55,15 @@ class WindowBench:
         self._silent_windows = max(0, k2 // k1)
         self._source = EndlessSource(work.source, self._silent_windows * k1)
         self._watch = ActionWatch(work.device)
-        self._engine = TBPTT(
-            work.module,
-            work.loss_fn,
+        self._engine = work.engine(
             k1,
             k2,
-            work.optimizer,
             strategy=configuration.strategy,
             memory_budget=configuration.budget_bytes,
             overlap=configuration.overlap,
             executor=configuration.executor,
             time_batching=configuration.time_batching,
             observer=self._watch,
-            **work.options,
         )
         self._running: Iterator[WindowResult] | None = None
 
@@ -127,15 +118,14 @@ class WindowBench:
     def _metered_window(self) -> _Metered:
         base = self._live_bytes_before()
         with peak_memory(self._device, held=self._held(), rss=False) as outer:
-            with self._each_call(_every(_CALLS_PER_FLUSH, outer.flush)):
+            with self._work.reading(outer.flush):
                 windows = self._warm_windows()
             outer.flush()
             before = base + outer.net_bytes
-            reads = self._each_call(_every(_CALLS_PER_FLUSH, self._watch.read))
             with (
                 peak_memory(self._device, held=(), rss=False) as meter,
                 self._watch.watching(meter, before),
-                reads,
+                self._work.reading(self._watch.read),
             ):
                 window = next(windows)
         return _Metered(window, self._watch, meter, before)
@@ -159,19 +149,6 @@ class WindowBench:
     def _held(self) -> tuple[object, ...]:
         """The trees of tensors that are there before a sequence begins."""
         return (*self._work.held(), self._engine.parts.updater.grad_norm)
-
-    @contextmanager
-    def _each_call(self, hook: Callable[..., None]) -> Iterator[None]:
-        """Have a function called before each call of the module."""
-        module = self._work.module
-        if not isinstance(module, nn.Module):
-            yield
-            return
-        handle = module.register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
@@ -198,14 +175,7 @@ class WindowBench:
 
 @dataclass(frozen=True, slots=True)
 class _Metered:
-    """A window that was run under the meter.
-
-    Attributes:
-        window: Its result.
-        watch: Its actions.
-        meter: Its memory.
-        before_bytes: Tensor bytes live before it.
-    """
+    """A window that was run under the meter, and the tensor bytes live before it."""
 
     window: WindowResult
     watch: ActionWatch
@@ -224,14 +194,3 @@ class _Metered:
             points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
         points.sort()
         return WindowTrace(points[-1][0], tuple(points), with_predictions(spans, predicted))
-
-
-def _every(num_calls: int, act: Callable[[], None]) -> Callable[..., None]:
-    """A hook that acts at every so many calls."""
-    calls = count(1)
-
-    def hook(*_: object) -> None:
-        if next(calls) % num_calls == 0:
-            act()
-
-    return hook

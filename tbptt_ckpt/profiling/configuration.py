@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -19,13 +19,9 @@ BASELINE = "retain"
 class Configuration:
     """One row of a profile.
 
+    Attributes not named here are those of `TBPTT`.
+
     Attributes:
-        strategy: As for `TBPTT`.
-        k1: Steps between updates.
-        k2: Steps the gradient reaches back.
-        overlap: "refresh" or "stale".
-        executor: "replay" or "checkpoint".
-        time_batching: True, False or "auto".
         budget_bytes: A memory budget; None gives none.
     """
 
@@ -66,16 +62,9 @@ class Configuration:
 
     def report(self, **figures: Any) -> MemoryReport:
         """A report about this configuration with those figures."""
-        return MemoryReport(
-            strategy=self.strategy_name,
-            k1=self.k1,
-            k2=self.k2,
-            overlap=self.overlap,
-            executor=self.executor,
-            time_batching=str(self.time_batching).lower(),
-            budget_bytes=self.budget_bytes,
-            **figures,
-        )
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        words = {"strategy": self.strategy_name, "time_batching": str(self.time_batching).lower()}
+        return MemoryReport(**{**given, **words, **figures})
 
     def failed(self, failure: Failure) -> MemoryReport:
         """A report that says why there are no figures."""
@@ -89,15 +78,7 @@ def combinations(
     budgets: Sequence[int | None],
     **shared: Any,
 ) -> list[Configuration]:
-    """Every combination, checked.
-
-    Args:
-        k1: Steps between updates.
-        k2: Steps the gradient reaches back.
-        strategies: As for `TBPTT`.
-        budgets: Memory budgets in bytes, None for none.
-        **shared: What all of them have in common.
-    """
+    """Every combination of what may be several, with what is shared; checked."""
     configurations = [
         Configuration(strategy=strategy, k1=k1, k2=k2, budget_bytes=budget, **shared)
         for k1, k2, strategy, budget in product(k1, k2, strategies, budgets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,6 @@ class EndlessSource:
 
     Windows without targets run forward only: a cheap way to the states that a window in the
     middle of a long sequence starts from. Every read is a copy, as it is for a stream.
-
-    Args:
-        source: Has `read(start, stop)` and a length.
-        silent_steps: Steps at the beginning that have no target.
     """
 
     def __init__(self, source: Any, silent_steps: int) -> None:
@@ -43,11 +39,9 @@ class EndlessSource:
 
     def weights(self, start: int, stop: int) -> Tensor | None:
         """The source's own weights of those steps, if it has any."""
-        weights: Callable[[int, int], Tensor | None] | None
-        weights = getattr(self._source, "weights", None)
-        if weights is None or stop <= self._silent_steps:
+        if not hasattr(self._source, "weights") or stop <= self._silent_steps:
             return None
-        parts = [weights(low, high) for low, high in self._pieces(start, stop)]
+        parts = [self._source.weights(low, high) for low, high in self._pieces(start, stop)]
         known = [torch.as_tensor(part) for part in parts if part is not None]
         return torch.cat(known) if known else None
 

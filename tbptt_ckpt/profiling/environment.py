@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,35 +17,28 @@ import torch
 
 
 def describe_environment(*further: str) -> dict[str, Any]:
-    """Versions, processor, cores and threads in use, and how busy the machine was.
-
-    Args:
-        further: Distributions whose versions matter too; absent ones are left out.
-    """
+    """Versions, also of `further` distributions that are installed, machine and its load."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tbptt_ckpt": version("tbptt-ckpt"),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        **installed_versions(*further),
+        **dict(_installed(further)),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "accelerator": _accelerator(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load_average": round(psutil.getloadavg()[0], 2),
     }
 
 
-def installed_versions(*distributions: str) -> dict[str, Any]:
-    """Versions of those distributions that are installed."""
-    found: dict[str, Any] = {}
+def _installed(distributions: Iterable[str]) -> Iterator[tuple[str, str]]:
     for name in distributions:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _processor() -> str:
@@ -62,9 +56,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _accelerator() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "none"

@@ -11,13 +11,7 @@ from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a configuration did not run.
-
-    Attributes:
-        status: As in `MemoryReport`.
-        message: One line.
-        traceback: Where it was raised, as Python prints it.
-    """
+    """Why a configuration did not run: status, a line, and where, as Python prints it."""
 
     status: str
     message: str
@@ -25,11 +19,7 @@ class Failure:
 
 
 class BenchError(Exception):
-    """A bench could not do what it was asked.
-
-    Attributes:
-        failure: Why.
-    """
+    """A bench could not do what it was asked."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -50,13 +40,11 @@ class ProfileError(ArgumentError):
 
 def describe_failure(error: BaseException, traceback: str = "") -> Failure:
     """What an error means for its row."""
-    line = " ".join(str(error).split())
+    status, line = FAILED, " ".join(str(error).split())
     if is_out_of_memory(error):
-        return Failure(OUT_OF_MEMORY, line or "out of memory", traceback)
-    if isinstance(error, InfeasibleBudgetError):
-        return Failure(OVER_BUDGET, line, traceback)
-    if isinstance(error, TbpttError):
-        return Failure(FAILED, line, traceback)
-    return Failure(
-        FAILED, f"the module or its loss raised {type(error).__name__}: {line}", traceback
-    )
+        status, line = OUT_OF_MEMORY, line or "out of memory"
+    elif isinstance(error, InfeasibleBudgetError):
+        status = OVER_BUDGET
+    elif not isinstance(error, TbpttError):
+        line = f"the module or its loss raised {type(error).__name__}: {line}"
+    return Failure(status, line, traceback)

@@ -20,12 +20,7 @@ T = TypeVar("T")
 
 
 class BenchHere:
-    """A `WindowBench` in this process, on copies; what is copied stays as it is.
-
-    Args:
-        work: What to copy.
-        configuration: The row.
-    """
+    """A `WindowBench` in this process, on copies; what is copied stays as it is."""
 
     def __init__(self, work: Work, configuration: Configuration) -> None:
         self._work, self._configuration = work, configuration
@@ -38,7 +33,7 @@ class BenchHere:
         self._bench = None
 
     def ask(self, request: Callable[[WindowBench], T]) -> T:
-        """As `Bench.ask`; the `WindowBench` is made for the first request."""
+        """What a request returns; the `WindowBench` is made for the first one."""
         try:
             with untouched(self._work.module, tensors=tensors_of(self._work.init_state)):
                 if self._bench is None:
@@ -49,11 +44,7 @@ class BenchHere:
 
 
 def copied(work: Work) -> Work:
-    """The same work with copies of what training changes.
-
-    Raises:
-        ArgumentError: It cannot be copied.
-    """
+    """The same work with copies of what training changes; `ArgumentError` if there are none."""
     try:
         module, loss_fn, optimizer, state = copy.deepcopy(work.held())
     except Exception as error:  # whatever the user's own __deepcopy__ raises

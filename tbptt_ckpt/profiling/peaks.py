@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
@@ -26,33 +23,20 @@ _PROBE_STEPS = (32, 64)
 # Longer windows are not retained: the graph of every step takes host memory as well.
 _MOST_RETAINED_STEPS = 1_024
 _FREE_FRACTION = 0.5
-_CALLS_PER_FLUSH = 64
 
 T = TypeVar("T")
 
 
 def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
-    """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile.
-
-    The meter's records are read while the module runs, so that they stay few.
-    """
-    live, calls = _live_bytes(work.device), count(1)
-    with peak_memory(work.device, rss=False) as meter, ExitStack() as hooks:
-
-        def flush(*_: object) -> None:
-            if next(calls) % _CALLS_PER_FLUSH == 0:
-                meter.flush()
-
-        if isinstance(work.module, nn.Module):
-            hooks.callback(work.module.register_forward_pre_hook(flush).remove)
+    """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile."""
+    device = work.device
+    if device.type == "cpu":
+        live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
+    else:
+        live = torch.accelerator.memory_allocated(device)
+    with peak_memory(device, rss=False) as meter, work.reading(meter.flush):
         result = act()
     return result, live + meter.peak_bytes
-
-
-def _live_bytes(device: torch.device) -> int:
-    if device.type != "cpu":
-        return torch.accelerator.memory_allocated(device)
-    return sum(storage.nbytes() for storage in live_storages() if storage.device == device)
 
 
 def fullest_window(windows: WindowSequence) -> int:
@@ -83,26 +67,21 @@ class RetainedPeak:
 
 
 def retained_peak(work: Work, window: Window) -> RetainedPeak:
-    """Peak of a window, its loss and update with everything retained.
+    """Peak of a window, its loss and update with everything retained, run on copies.
 
-    It runs on copies; what is trained stays as it is.
-
-    Args:
-        work: What runs; the first state stands for the window's.
-        window: Which steps of the source.
+    The first state stands for the window's.
     """
     steps = window.stop - window.first
     try:
         copied(work)
     except ArgumentError:
         return RetainedPeak(None, measured=False)
-    if steps <= _PROBE_STEPS[-1]:
-        return RetainedPeak(_measure(work, window, steps), measured=True)
-    short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
-    per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
-    predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
-    if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
-        return RetainedPeak(predicted, measured=False)
+    if steps > _PROBE_STEPS[1]:
+        short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
+        per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
+        predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
+        if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
+            return RetainedPeak(predicted, measured=False)
     return RetainedPeak(_measure(work, window, steps), measured=True)
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import WindowBench
@@ -39,7 +39,14 @@ class ProcessBench:
     def __init__(self, workload: Workload, configuration: Configuration) -> None:
         # Pickled here: torch's own way through a pipe would put tensors in shared memory,
         # which the tensor allocator does not count.
-        pickled = _pickled(workload)
+        try:
+            pickled = pickle.dumps(workload)
+        except Exception as error:  # whatever the user's __reduce__ raises
+            raise ArgumentError(
+                f"the module, its loss, data or optimizer cannot be sent to a fresh process "
+                f"({type(error).__name__}: {error}); define classes and functions at the top of a "
+                "file, or measure in this process"
+            ) from error
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, configuration), daemon=True)
@@ -57,7 +64,7 @@ class ProcessBench:
         self.close()
 
     def ask(self, request: Callable[[WindowBench], T]) -> T:
-        """As `Bench.ask`; request and answer are pickled."""
+        """What a request returns, or `BenchError`; request and answer are pickled."""
         try:
             self._pipe.send(request)
             answer = self._pipe.recv()
@@ -65,8 +72,7 @@ class ProcessBench:
             answer = self._obituary()
         if isinstance(answer, Failure):
             raise BenchError(answer)
-        found: T = answer
-        return found
+        return cast(T, answer)
 
     def close(self) -> None:
         """End the process."""
@@ -84,23 +90,13 @@ class ProcessBench:
         return Failure(FAILED, f"the measured process ended by itself with exit code {code}")
 
 
-def _pickled(workload: Workload) -> bytes:
-    try:
-        return pickle.dumps(workload)
-    except Exception as error:  # whatever the user's __reduce__ raises
-        raise ArgumentError(
-            f"the module, its loss, data or optimizer cannot be sent to a fresh process "
-            f"({type(error).__name__}: {error}); define classes and functions at the top of a "
-            "file, or measure in this process"
-        ) from error
-
-
 def serve(pipe: Connection, configuration: Configuration) -> None:
-    """Answer requests to a `WindowBench` until the pipe is closed.
-
-    The pickled workload comes first. An answer is what the request returns, or a `Failure`.
-    """
-    _stand_back()
+    """Answer requests, after a pickled workload, with what they return or a `Failure`."""
+    # Leaves the terminal to the parent, and is the first to go when memory runs out.
+    os.dup2(2, 1)  # what the user's module prints must not mix with a report
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    with contextlib.suppress(OSError):  # not everywhere is Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")
     pickled_workload = pipe.recv_bytes()
     bench: WindowBench | None = None
     while True:
@@ -116,11 +112,3 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
         except Exception as error:
             answer = describe_failure(error, traceback.format_exc())
         pipe.send(answer)
-
-
-def _stand_back() -> None:
-    """Leave the terminal to the parent, and be the first to go when memory runs out."""
-    os.dup2(2, 1)  # what the user's module prints must not mix with a report
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-    with contextlib.suppress(OSError):  # not everywhere is Linux
-        Path("/proc/self/oom_score_adj").write_text("1000")

@@ -56,25 +56,14 @@ def profile_window(
     generators stay as they are. The steps are read over and over as those of a stream, so
     that a few hundred serve any `k2`; they count for the window that is being run only.
 
-    Args:
-        module: As for `TBPTT`.
-        loss_fn: As for `TBPTT`.
-        inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
-        targets: The same, such as [T, B].
-        init_state: The state at the first step.
-        k1: Steps between updates.
-        k2: Steps the gradient reaches back.
-        optimizer: Its state counts, and its step is timed; None leaves both out.
-        strategy: As for `TBPTT`.
-        memory_budget: As for `TBPTT`; one that does not fit gives a report that says so.
-        overlap: As for `TBPTT`.
-        executor: As for `TBPTT`.
-        time_batching: As for `TBPTT`.
-        per_step: As for `TBPTT`.
-        time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
-        repeats: Windows to time, without the meter, which runs for one more.
-        trace: Whether the report shall hold the window in time.
-        **options: `loss`, `reduction`, `clip_grad_norm`, `autocast_dtype`, as for `TBPTT`.
+    Arguments that are not explained here are those of `TBPTT`, and so are the `options`: `loss`,
+    `reduction`, `clip_grad_norm` and `autocast_dtype`. `inputs` are nested tensors with time on
+    `time_dim`, such as [T, B, F], and `targets` such as [T, B]; `time_dim` is 1 for modules with
+    `batch_first` and otherwise 0, unless it is given. `init_state` is the state at the first
+    step. The optimizer's state counts and its step is timed; None leaves both out. A
+    `memory_budget` that does not fit gives a report that says so. `repeats` windows are timed
+    without the meter, which runs for one more; `trace` says whether the report shall hold that
+    one in time.
 
     Returns:
         A report, also where memory or the budget did not suffice: see its `status`.
@@ -133,29 +122,12 @@ def profile_strategies(
     with plain BPTT, which retains everything and batches nothing over time, and `ratio` is
     the median of the ratios of neighbours.
 
-    Args:
-        module: As for `profile_window`, like all arguments that are not named here.
-        loss_fn: As for `profile_window`.
-        inputs: As for `profile_window`.
-        targets: As for `profile_window`.
-        init_state: As for `profile_window`.
-        k1: One or several.
-        k2: One or several.
-        optimizer: As for `profile_window`.
-        strategies: As for `TBPTT`.
-        memory_budgets: Bytes, sizes such as "512MiB", or None for no budget.
-        overlap: As for `TBPTT`.
-        executor: As for `TBPTT`.
-        time_batching: As for `TBPTT`.
-        per_step: As for `TBPTT`.
-        time_dim: As for `profile_window`.
-        repeats: Windows to time for each row.
-        traces: Whether rows shall hold their window in time.
-        fresh_processes: Measure each row in a process of its own, so that its resident
-            memory is its own too. Everything is pickled then, and a script needs its
-            `if __name__ == "__main__":`.
-        watch: Told before every stage.
-        **options: As for `profile_window`.
+    Arguments that are not explained here are those of `profile_window`. `k1` and `k2` are one
+    number or several; `memory_budgets` are bytes, sizes such as "512MiB", or None for no budget;
+    `repeats` windows are timed for each row; `traces` says whether rows shall hold their window
+    in time; `watch` is told before every stage. With `fresh_processes` each row is measured in
+    a process of its own, so that its resident memory is its own too: everything is pickled
+    then, and a script needs its `if __name__ == "__main__":`.
 
     Returns:
         A report with a row for each configuration, also for those that could not run.

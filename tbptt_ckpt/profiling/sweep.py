@@ -28,14 +28,7 @@ class Bench(Protocol):
     """Has a `WindowBench` of one configuration somewhere."""
 
     def ask(self, request: Callable[[WindowBench], T]) -> T:
-        """What a request to the `WindowBench` returns.
-
-        Args:
-            request: One of its methods, or `partial` of one; it can be pickled.
-
-        Raises:
-            BenchError: The request failed.
-        """
+        """What a method of `WindowBench`, or `partial` of one, returns; else `BenchError`."""
         ...
 
 
@@ -123,8 +116,9 @@ class _Group:
         with ExitStack() as stack:
             bench = stack.enter_context(self.open_bench(self.baseline))
             report = self._measure(self.baseline, bench)
-            self.rival_seconds = report.seconds
-            if _may_stay(report):
+            self.rival_seconds, taken = report.seconds, report.rss_peak_bytes
+            room = _KEPT_PART_OF_FREE * free_memory()
+            if report.device == "cpu" and taken is not None and taken < room:
                 self.rival = bench
                 self.stack.enter_context(stack.pop_all())
         return replace(report, ratio=1.0)
@@ -159,16 +153,7 @@ def measured(
     rival: Callable[[], float | None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> MemoryReport:
-    """All figures of a bench.
-
-    Args:
-        bench: Measures one configuration.
-        repeats: Windows to time.
-        trace: Whether the report shall hold the window in time.
-        rival: Seconds of a window to compare with, run when it is called; None where there
-            is nothing to compare with.
-        say: Told before every stage.
-    """
+    """All figures of a bench; `rival` runs a window to compare with, if there is one."""
     say("warming up")
     resident = bench.ask(WindowBench.warm_up)
     say("timing")
@@ -187,10 +172,3 @@ def measured(
         seconds=median(seconds),
         ratio=median(ratios) if ratios else None,
     )
-
-
-def _may_stay(report: MemoryReport) -> bool:
-    """Whether plain BPTT leaves enough memory to be kept at hand beside another process."""
-    if report.device != "cpu" or report.rss_peak_bytes is None:
-        return False
-    return report.rss_peak_bytes < _KEPT_PART_OF_FREE * free_memory()

@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tbptt_ckpt.profiling.report import ActionSpan, MemoryReport, WindowTrace
+from tbptt_ckpt.profiling.report import ActionSpan, MemoryReport
 
-_WINDOW, _SCHEDULE, _PASSES = 0, 1, 2  # tracks of one configuration
-_TRACKS = {_WINDOW: "window", _SCHEDULE: "schedule", _PASSES: "passes over steps"}
+_TRACKS = ("window", "schedule", "passes over steps")  # of one configuration
+_WINDOW, _SCHEDULE, _PASSES = range(3)
+_ARGUMENTS = ("start", "stop", "live_bytes", "peak_bytes", "predicted_bytes")
 
 
 def trace_json(rows: Iterable[MemoryReport]) -> str:
@@ -25,79 +26,60 @@ def trace_json(rows: Iterable[MemoryReport]) -> str:
     tensor bytes, and one of the bytes that were predicted, where costs were measured.
     """
     traced = [row for row in rows if row.trace is not None]
-    events = [event for pid, row in enumerate(traced, 1) for event in row_events(row, pid)]
+    events = [{**event, "pid": pid} for pid, row in enumerate(traced, 1) for event in _events(row)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False)
 
 
-def row_events(row: MemoryReport, pid: int) -> Iterator[dict[str, Any]]:
-    """The events of one row, under a process number of its own."""
+def _events(row: MemoryReport) -> Iterator[dict[str, Any]]:
+    """The events of one row, without the number of its process."""
     assert row.trace is not None, "rows without a window in time are left out"
-    yield _named("process_name", pid, 0, f"{row.strategy}, k1={row.k1}, k2={row.k2}")
-    for track, name in _TRACKS.items():
-        yield _named("thread_name", pid, track, name)
-    yield _span("window", "window", pid, _WINDOW, 0.0, row.trace.seconds)
+    yield _named("process_name", 0, f"{row.strategy}, k1={row.k1}, k2={row.k2}")
+    for track, name in enumerate(_TRACKS):
+        yield _named("thread_name", track, name)
+    yield _span("window", "window", _WINDOW, 0.0, row.trace.seconds)
     for action in row.trace.actions:
-        yield _action(action, pid)
-    yield from _passes(row.trace, pid)
-    yield from _counters(row.trace, pid)
+        held = action.start == action.stop
+        steps = f"{action.start}" if held else f"[{action.start}, {action.stop})"
+        arguments = {name: getattr(action, name) for name in _ARGUMENTS}
+        began, ended = action.began_seconds, action.ended_seconds
+        yield _span(f"{action.kind} {steps}", "action", _SCHEDULE, began, ended, args=arguments)
+    yield from _passes(row.trace.actions)
+    for seconds, live_bytes in row.trace.timeline:
+        yield _counter("tensor memory", seconds, live_bytes)
+    for action in row.trace.actions:
+        if action.predicted_bytes is not None:
+            yield _counter("predicted", action.began_seconds, action.predicted_bytes)
 
 
-def _action(action: ActionSpan, pid: int) -> dict[str, Any]:
-    held = action.start == action.stop
-    steps = f"{action.start}" if held else f"[{action.start}, {action.stop})"
-    arguments = {
-        "start": action.start,
-        "stop": action.stop,
-        "live_bytes": action.live_bytes,
-        "peak_bytes": action.peak_bytes,
-        "predicted_bytes": action.predicted_bytes,
-    }
-    began, ended = action.began_seconds, action.ended_seconds
-    name = f"{action.kind} {steps}"
-    return _span(name, "action", pid, _SCHEDULE, began, ended, args=arguments)
-
-
-def _passes(trace: WindowTrace, pid: int) -> Iterator[dict[str, Any]]:
+def _passes(actions: Iterable[ActionSpan]) -> Iterator[dict[str, Any]]:
     reached = -1
-    for action in trace.actions:
+    for action in actions:
         began, ended = action.began_seconds, action.ended_seconds
         if action.kind == "advance":
-            yield _span("advance", "pass", pid, _PASSES, began, ended)
+            yield _span("advance", "pass", _PASSES, began, ended)
         elif action.kind == "differentiate":
             middle = ended if action.gradient_seconds is None else action.gradient_seconds
             name = "replay" if action.stop <= reached else "first run"
-            yield _span(name, "pass", pid, _PASSES, began, middle)
-            yield _span("differentiate", "pass", pid, _PASSES, middle, ended)
+            yield _span(name, "pass", _PASSES, began, middle)
+            yield _span("differentiate", "pass", _PASSES, middle, ended)
         if action.stop > action.start:
             reached = max(reached, action.stop)
 
 
-def _counters(trace: WindowTrace, pid: int) -> Iterator[dict[str, Any]]:
-    for seconds, live_bytes in trace.timeline:
-        yield _counter("tensor memory", pid, seconds, live_bytes)
-    for action in trace.actions:
-        if action.predicted_bytes is not None:
-            yield _counter("predicted", pid, action.began_seconds, action.predicted_bytes)
-
-
-def _named(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return _event("M", kind, pid, tid, args={"name": name})
+def _named(kind: str, track: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "tid": track, "args": {"name": name}}
 
 
 def _span(
-    name: str, category: str, pid: int, tid: int, began: float, ended: float, **arguments: Any
+    name: str, category: str, track: int, began: float, ended: float, **arguments: Any
 ) -> dict[str, Any]:
     begin = _micros(began)
-    duration = round(_micros(ended) - begin, 3)
-    return _event("X", name, pid, tid, cat=category, ts=begin, dur=duration, **arguments)
+    times = {"ts": begin, "dur": round(_micros(ended) - begin, 3)}
+    return {"name": name, "ph": "X", "tid": track, "cat": category, **times, **arguments}
 
 
-def _counter(name: str, pid: int, seconds: float, num_bytes: int) -> dict[str, Any]:
-    return _event("C", name, pid, 0, ts=_micros(seconds), args={"bytes": num_bytes})
-
-
-def _event(phase: str, name: str, pid: int, tid: int, **more: Any) -> dict[str, Any]:
-    return {"name": name, "ph": phase, "pid": pid, "tid": tid, **more}
+def _counter(name: str, seconds: float, num_bytes: int) -> dict[str, Any]:
+    return {"name": name, "ph": "C", "tid": 0, "ts": _micros(seconds), "args": {"bytes": num_bytes}}
 
 
 def _micros(seconds: float) -> float:

@@ -11,7 +11,7 @@ from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.files import check_target
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.profiling.configuration import Configuration, combinations
-from tbptt_ckpt.profiling.plots import check_plots
+from tbptt_ckpt.profiling.plots import pyplot
 from tbptt_ckpt.profiling.profile import DEFAULT_STRATEGIES
 from tbptt_ckpt.profiling.sweep import with_baselines
 
@@ -135,7 +135,7 @@ class ProfileConfig:
             return
         if self.plot.suffix.lower() not in (".png", ".svg"):
             raise ArgumentError(f"--plot {self.plot} must end in .png or .svg")
-        check_plots()
+        pyplot()
 
     def _check_memory_history(self) -> None:
         if self.memory_history is not None and find_device(self.device).type != "cuda":
