@@ -31,13 +31,7 @@ def bits_per_byte(
     """Mean bits per byte over all of `source`, with the state carried through it.
 
     Memory does not grow with the source: nothing is recorded, and outputs exist for
-    `segment_steps` steps at a time.
-
-    Args:
-        module: The model, run in eval mode and given back in the mode it had.
-        source: The bytes to predict.
-        segment_steps: Steps to read at a time.
-        autocast_dtype: As in training.
+    `segment_steps` steps at a time. The model runs in eval mode and keeps the mode it had.
     """
     found = evaluate(
         module,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tbptt_ckpt import Costs, Plan
 from tbptt_ckpt.planner.predictions import advance_seconds
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.schedule.plan import PredictedPlan
 
 COLUMNS = 66  # beside the labels on a terminal of 80
 LABEL = 13
@@ -17,9 +18,9 @@ MOST_ACTIONS = 2_000_000  # a few seconds to walk
 IDLE, ADVANCED, DIFFERENTIATED, KEPT = " ", "-", "#", "o"
 
 
-def draw_plan(plan: Plan, costs: Costs) -> list[str]:
+def draw_plan(plan: PredictedPlan, costs: Costs) -> list[str]:
     """The lines of the drawing; none for a plan of too many actions to walk through."""
-    if len(plan.schedule) > MOST_ACTIONS or plan.predicted_seconds is None:
+    if len(plan.schedule) > MOST_ACTIONS:
         return []
     canvas = _Canvas(plan, costs)
     return [
@@ -66,7 +67,7 @@ class _Row:
 class _Canvas:
     """Walks through a plan once and notes what each column and row sees."""
 
-    def __init__(self, plan: Plan, costs: Costs) -> None:
+    def __init__(self, plan: PredictedPlan, costs: Costs) -> None:
         self._plan, self._costs = plan, costs
         self._steps = plan.lead_steps + plan.num_steps
         self._seconds = plan.predicted_seconds or 1.0

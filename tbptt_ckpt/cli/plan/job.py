@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tbptt_ckpt import Costs, Plan, measure_costs
+from tbptt_ckpt import Costs, measure_costs
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, check_model, initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.models import build_model
@@ -18,6 +18,7 @@ from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
 from tbptt_ckpt.schedule import FixedBytes
+from tbptt_ckpt.schedule.plan import PredictedPlan
 
 MEASURED_STEPS = 256
 DEFAULT_MODEL = "lstm"
@@ -25,32 +26,18 @@ DEFAULT_MODEL = "lstm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanningOutcome:
-    """A plan and what to hold it against.
-
-    Attributes:
-        config: The options.
-        what: What the costs are those of.
-        costs: The costs.
-        plan: The plan.
-        retained: The plan that keeps everything.
-        ladder: Plans from the smallest budget to keeping everything.
-    """
+    """A plan and what to hold it against."""
 
     config: PlanningConfig
-    what: str
+    what: str  # the costs are those of
     costs: Costs
-    plan: Plan
-    retained: Plan
-    ladder: list[Rung]
+    plan: PredictedPlan
+    retained: PredictedPlan  # keeps everything
+    ladder: list[Rung]  # from the smallest budget to keeping everything
 
 
 def run_planning_job(config: PlanningConfig) -> PlanningOutcome:
-    """Find the costs, plan, and plan for other budgets too.
-
-    Raises:
-        ArgumentError: An option that cannot work.
-        InfeasibleBudgetError: A budget that no schedule, or not the fixed one, meets.
-    """
+    """Find the costs, plan, and plan for other budgets too."""
     config.check()
     what, costs = _costs(config)
     return PlanningOutcome(

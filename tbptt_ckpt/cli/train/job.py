@@ -34,15 +34,8 @@ def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> Traini
     """Train a byte-level language model, score it on held-out bytes, measure its memory.
 
     The same options on the same machine give the same weights. Torch's global seed is set.
-    Weights are saved as soon as they are trained, before memory is compared.
-
-    Args:
-        config: The options.
-        watch: Told of every stage and window.
-
-    Raises:
-        ArgumentError: Options that cannot work; found before training where possible.
-        NonFiniteError: The loss became infinite or NaN; nothing is saved then.
+    Weights are saved as soon as they are trained, before memory is compared; never those of
+    a loss that became infinite or NaN.
     """
     config.check()
     device = find_device(config.device)
@@ -76,7 +69,9 @@ class _Job:
     def run(self) -> TrainingOutcome:
         """Score, train, score, save, compare memory."""
         config, scorecard = self.config, self.loop.scorecard
-        self._check_model()
+        inputs, _ = self.held_out.read(0, min(2, len(self.held_out)))
+        with untouched(self.module):
+            check_model(config.model, self.module, inputs, config.lanes)
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
             if not (config.resume and self.loop.resume()):
@@ -106,11 +101,6 @@ class _Job:
         return ByteLanes(
             self.corpus.held_out, lanes, device=self.device, max_steps=max(1, max_steps)
         )
-
-    def _check_model(self) -> None:
-        inputs, _ = self.held_out.read(0, min(2, len(self.held_out)))
-        with untouched(self.module):
-            check_model(self.config.model, self.module, inputs, self.config.lanes)
 
     def _score(self, stage: str) -> float:
         self.watch(self.loop.progress(stage))
