@@ -120,23 +120,19 @@ def standard_library_text(
     directory = directory or Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
     for path in standard_library_files(directory):
-        text += _read(path)
+        try:
+            text += path.read_bytes()
+        except OSError as error:
+            raise ArgumentError(
+                f"the Python standard library's {path} cannot be read: {error.strerror}; "
+                "name a text with --data FILE"
+            ) from error
         if len(text) >= num_bytes:
             return np.frombuffer(bytes(text[:num_bytes]), dtype=np.uint8)
     raise ArgumentError(
         f"the Python standard library at {directory} has only {len(text)} bytes of source files, "
         f"{num_bytes} are needed (some distributions strip them); name a text with --data FILE"
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(
-            f"the Python standard library's {path} cannot be read: {error.strerror}; "
-            "name a text with --data FILE"
-        ) from error
 
 
 def standard_library_files(directory: Path) -> Iterator[Path]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, call_factory
-from tbptt_ckpt.cli.devices import DTYPES
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.outputs import outputs_needed
 
@@ -58,25 +56,15 @@ class CellModel(nn.Module):
 _FUSED: dict[str, MakeRecurrent] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
-def build_model(
-    name: str,
-    *,
-    hidden: int,
-    layers: int,
-    device: torch.device | str = "cpu",
-    dtype: str = "float32",
-) -> nn.Module:
-    """A built-in model, or what the factory `package.module:factory` returns, on its device."""
-    module: nn.Module
+def build_model(name: str, *, hidden: int, layers: int) -> nn.Module:
+    """A built-in model, or what the factory `package.module:factory` returns."""
     if name in _FUSED:
-        module = SegmentModel(_FUSED[name], hidden, layers)
-    elif name == "lstmcell":
-        module = CellModel(hidden, layers)
-    elif ":" in name:
+        return SegmentModel(_FUSED[name], hidden, layers)
+    if name == "lstmcell":
+        return CellModel(hidden, layers)
+    if ":" in name:
         offered = {"vocab_size": VOCAB_SIZE, "hidden": hidden, "layers": layers}
-        module = call_factory(name, offered)
-    else:
-        raise ArgumentError(
-            f"--model {name} is neither lstm, gru, rnn or lstmcell, nor package.module:factory"
-        )
-    return module.to(device, DTYPES[dtype])
+        return call_factory(name, offered)
+    raise ArgumentError(
+        f"--model {name} is neither lstm, gru, rnn or lstmcell, nor package.module:factory"
+    )

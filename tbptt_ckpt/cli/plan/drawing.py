@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from tbptt_ckpt import Costs, Plan
 from tbptt_ckpt.planner.predictions import advance_seconds
@@ -40,30 +39,6 @@ def _scale(plan: Plan) -> str:
     return f"{first:<{COLUMNS - len(stop)}}{stop}"
 
 
-@dataclass(slots=True)
-class _Row:
-    """What happens in one stretch of time."""
-
-    advanced: set[int] = field(default_factory=set)
-    differentiated: set[int] = field(default_factory=set)
-    kept: set[int] = field(default_factory=set)
-
-    def hold(self, columns: Iterable[int]) -> None:
-        """These states are kept at the end of the stretch."""
-        self.kept = set(columns)
-
-    def text(self) -> str:
-        """One character a column."""
-        return "".join(map(self._mark, range(COLUMNS)))
-
-    def _mark(self, column: int) -> str:
-        if column in self.differentiated:
-            return DIFFERENTIATED
-        if column in self.kept:
-            return KEPT
-        return ADVANCED if column in self.advanced else IDLE
-
-
 class _Canvas:
     """Walks through a plan once and notes what each column and row sees."""
 
@@ -73,7 +48,9 @@ class _Canvas:
         self._seconds = plan.predicted_seconds or 1.0
         self._advanced_steps = [0.0] * COLUMNS
         self._leaf_starts: set[int] = set()
-        self._rows = [_Row() for _ in range(ROWS)]
+        # Columns by what happens there; the first mark that has a column is drawn.
+        marks = (DIFFERENTIATED, KEPT, ADVANCED)
+        self._rows: list[dict[str, set[int]]] = [{m: set() for m in marks} for _ in range(ROWS)]
         self._kept: set[int] = set()
         self._clock, self._row = 0.0, 0
         for action in plan.schedule:
@@ -105,7 +82,10 @@ class _Canvas:
     def timeline(self) -> list[str]:
         """The rows, from the first in time to the last."""
         return [
-            _line(format_seconds(self._seconds * number / ROWS), row.text())
+            _line(
+                format_seconds(self._seconds * number / ROWS),
+                "".join(next((m for m in row if c in row[m]), IDLE) for c in range(COLUMNS)),
+            )
             for number, row in enumerate(self._rows)
         ]
 
@@ -122,10 +102,10 @@ class _Canvas:
             seen = self._rows[row]
             if isinstance(action, Advance):
                 low, high = start + part[0] * (stop - start), start + part[1] * (stop - start)
-                seen.advanced.update(self._span(low, high))
+                seen[ADVANCED].update(self._span(low, high))
             else:  # a leaf is there as a whole until it is differentiated
-                seen.differentiated.update(self._span(start, stop))
-            seen.hold(map(self._column, self._kept))
+                seen[DIFFERENTIATED].update(self._span(start, stop))
+            seen[KEPT] = set(map(self._column, self._kept))
 
     def _row_parts(self, begun: float, ended: float) -> Iterator[tuple[int, tuple[float, float]]]:
         """Rows that a stretch of time touches, and which part of it lies in each."""

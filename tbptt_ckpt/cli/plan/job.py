@@ -13,7 +13,7 @@ from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, check_model, initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import byte_loss
-from tbptt_ckpt.cli.devices import autocast_dtype, find_device
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
@@ -82,9 +82,8 @@ def _read_costs(path: Path) -> Costs:
 
 def _measured(name: str, config: PlanningConfig, device: torch.device) -> Costs:
     """What a byte-level model takes on random bytes, with Adam."""
-    module = build_model(
-        name, hidden=config.hidden, layers=config.layers, device=device, dtype=config.dtype
-    )
+    module = build_model(name, hidden=config.hidden, layers=config.layers)
+    module.to(device, DTYPES[config.dtype])
     shape = (min(max(config.steps, 2), MEASURED_STEPS), config.lanes)
     inputs, targets = (torch.randint(VOCAB_SIZE, shape, device=device) for _ in range(2))
     check_model(name, module, inputs[:2], config.lanes)

@@ -9,8 +9,8 @@ import torch
 from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model
-from tbptt_ckpt.cli.bytes.work import byte_work
-from tbptt_ckpt.cli.devices import find_device
+from tbptt_ckpt.cli.bytes.score import byte_work
+from tbptt_ckpt.cli.devices import DTYPES, find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.profiling.plots import plot_front, plot_windows
@@ -37,13 +37,8 @@ class ByteWorkload:
         device = find_device(config.device)
         corpus = load_corpus(config.data, config.lanes)
         source = ByteLanes(corpus.train, config.lanes, device=device)
-        module = build_model(
-            config.model,
-            hidden=config.hidden,
-            layers=config.layers,
-            device=device,
-            dtype=config.dtype,
-        )
+        module = build_model(config.model, hidden=config.hidden, layers=config.layers)
+        module.to(device, DTYPES[config.dtype])
         inputs, _ = source.read(0, min(2, len(source)))
         check_model(config.model, module, inputs, config.lanes)
         optimizer = torch.optim.Adam(module.parameters(), lr=_LEARNING_RATE)

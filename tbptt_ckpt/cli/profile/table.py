@@ -59,7 +59,7 @@ def _columns(device: str) -> list[Column]:
         ("k2", lambda row: str(row.k2)),
         ("budget", lambda row: _size(row.budget_bytes)),
         (_BATCHING, lambda row: row.time_batching),
-        (peak, _peak),
+        (peak, lambda row: _size(row.peak_bytes) if row.is_ok else row.status),
         ("predicted", lambda row: _size(row.predicted_peak_bytes)),
         ("error", lambda row: _number(row.prediction_error, "+.1%")),
         ("reserved\npeak", lambda row: _size(row.reserved_peak_bytes)),
@@ -92,10 +92,6 @@ def _caption(report: StrategyReport, config: ProfileConfig) -> str:
 def _name(row: MemoryReport) -> str:
     budget = "" if row.budget_bytes is None else f", budget {format_bytes(row.budget_bytes)}"
     return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
-
-
-def _peak(row: MemoryReport) -> str:
-    return _size(row.peak_bytes) if row.is_ok else row.status
 
 
 def _size(num_bytes: int | None) -> str:

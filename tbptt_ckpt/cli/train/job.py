@@ -12,9 +12,8 @@ from tbptt_ckpt.cli.bytes.bigram import bigram_bits
 from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model
-from tbptt_ckpt.cli.bytes.score import bits_per_byte
-from tbptt_ckpt.cli.bytes.work import byte_work
-from tbptt_ckpt.cli.devices import autocast_dtype, find_device, repeatable
+from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_work
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
 from tbptt_ckpt.cli.files import save_weights
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
@@ -53,13 +52,8 @@ class _Job:
         self.config, self.corpus, self.device, self.watch = config, corpus, device, watch
         self.evaluation_steps = min(config.k1, _MOST_EVALUATION_STEPS)
         torch.manual_seed(config.seed)
-        self.module = build_model(
-            config.model,
-            hidden=config.hidden,
-            layers=config.layers,
-            device=device,
-            dtype=config.dtype,
-        )
+        module = build_model(config.model, hidden=config.hidden, layers=config.layers)
+        self.module = module.to(device, DTYPES[config.dtype])
         optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
         self.held_out = self._held_out_lanes(_MOST_SCORED_BYTES // config.lanes)
         train = ByteLanes(corpus.train, config.lanes, device=device)

@@ -1,10 +1,18 @@
-"""What a training run found; field for field what `--json` prints."""
+"""What a training run found, field for field what `--json` prints, and as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from tbptt_ckpt.cli.tables import figure_table
 from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.memory.sizes import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,3 +63,60 @@ class TrainingOutcome:
     bits_per_byte: Scores
     work: WorkDone
     memory: MemoryUse
+
+
+def print_outcome(outcome: TrainingOutcome) -> None:
+    """Print the outcome as a table on the standard output."""
+    config = outcome.config
+    reach = "the start" if config.k2 is None else config.k2
+    caption = (
+        f"k1={config.k1}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
+        f"{config.lanes} lanes, {outcome.num_parameters:,} parameters"
+    )
+    title = f"{config.model} on {outcome.corpus}, {outcome.device}"
+    Console().print(figure_table(title, outcome_rows(outcome), caption))
+
+
+def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
+    """What the table says, line by line."""
+    scores, work, memory = outcome.bits_per_byte, outcome.work, outcome.memory
+    return [
+        ("held-out bits per byte before training", f"{scores.before:.3f}"),
+        ("held-out bits per byte after training", f"{scores.after:.3f}"),
+        (f"bigram table on the same {scores.num_bytes:,} bytes", f"{scores.bigram:.3f}"),
+        ("windows (one update each)", f"{work.num_windows:,}"),
+        ("time steps per lane", f"{work.num_steps:,}"),
+        ("passes over the training bytes", f"{work.num_passes:,}"),
+        ("recomputed steps per step", f"{work.recomputed_steps_per_step:.3f}"),
+        ("mean drift of recomputed states", f"{work.mean_drift:.2e}"),
+        ("time training", f"{work.seconds:.1f} s"),
+        ("time steps per second", f"{work.steps_per_second:,.0f}"),
+        ("peak tensor memory", format_bytes(memory.peak_bytes)),
+        _retained_row(memory),
+        ("resident memory before training", format_bytes(memory.rss_before_bytes)),
+        ("resident memory at its peak", format_bytes(memory.rss_peak_bytes)),
+    ]
+
+
+def _retained_row(memory: MemoryUse) -> tuple[str, str]:
+    name = f"the same window of {memory.window_steps:,} steps retained"
+    if memory.retained_peak_bytes is None:
+        return name, "model cannot be copied"
+    how = "" if memory.retained_is_measured else ", extrapolated"
+    return name + how, format_bytes(memory.retained_peak_bytes)
+
+
+def outcome_json(outcome: TrainingOutcome) -> str:
+    """The outcome as one JSON object on one line; keys as in `TrainingOutcome`."""
+    return json.dumps(_plain(asdict(outcome)), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same in what JSON has: paths as strings, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
