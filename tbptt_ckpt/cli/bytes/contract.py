@@ -48,10 +48,7 @@ def is_per_step(module: nn.Module) -> bool:
 
 
 def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> None:
-    """Call the module on bytes and raise `ArgumentError` unless logits and a state come back.
-
-    The inputs are two steps, [2, lanes].
-    """
+    """Raise `ArgumentError` unless bytes [2, lanes] bring forth logits and a state."""
     per_step = is_per_step(module)
     given = inputs[0] if per_step else inputs
     expected = (*given.shape, VOCAB_SIZE)
@@ -70,11 +67,7 @@ def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> Non
 
 
 def call_factory(name: str, offered: dict[str, int]) -> nn.Module:
-    """The module that the factory makes; it gets those of the offered arguments that it takes.
-
-    The name is `package.module:factory`, where the current directory can be imported from, or
-    `path/to/file.py:factory`.
-    """
+    """What `package.module:factory` or `file.py:factory` makes of the arguments that it takes."""
     factory = _find_factory(name)
     arguments = _accepted(name, factory, offered)
     try:

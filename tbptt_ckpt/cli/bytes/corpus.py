@@ -113,10 +113,7 @@ def map_bytes(path: Path) -> ByteArray:
 def standard_library_text(
     num_bytes: int = STANDARD_LIBRARY_BYTES, directory: Path | None = None
 ) -> ByteArray:
-    """The first bytes of the standard library's source files, in a fixed order.
-
-    The library is the running Python's, unless a directory is named.
-    """
+    """The first bytes of a standard library's source files, by default this Python's."""
     directory = directory or Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
     for path in standard_library_files(directory):

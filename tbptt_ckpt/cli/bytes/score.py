@@ -27,8 +27,9 @@ def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def byte_work(
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
     source: ByteLanes,
+    *,
+    lr: float,
     dtype: str,
     init_state: Any = None,
 ) -> Work:
@@ -38,7 +39,7 @@ def byte_work(
         loss_fn=byte_loss,
         source=source,
         init_state=init_state,
-        optimizer=optimizer,
+        optimizer=torch.optim.Adam(module.parameters(), lr=lr),
         options={
             "per_step": is_per_step(module),
             "clip_grad_norm": CLIP_GRAD_NORM,

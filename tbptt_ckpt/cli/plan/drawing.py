@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tbptt_ckpt import Costs, Plan
+from tbptt_ckpt import Costs
 from tbptt_ckpt.planner.predictions import advance_seconds
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
 from tbptt_ckpt.schedule.plan import PredictedPlan
@@ -22,8 +22,9 @@ def draw_plan(plan: PredictedPlan, costs: Costs) -> list[str]:
     if len(plan.schedule) > MOST_ACTIONS:
         return []
     canvas = _Canvas(plan, costs)
+    stop = f"{plan.first + plan.lead_steps + plan.num_steps:,}"
     return [
-        _line("steps", _scale(plan)),
+        _line("steps", f"{plan.first:<{COLUMNS - len(stop)}}{stop}"),
         *canvas.levels(),
         _line("leaves", canvas.leaves()),
         *canvas.timeline(),
@@ -32,11 +33,6 @@ def draw_plan(plan: PredictedPlan, costs: Costs) -> list[str]:
 
 def _line(label: str, text: str) -> str:
     return f"{label:>{LABEL - 2}}  {text}".rstrip()
-
-
-def _scale(plan: Plan) -> str:
-    first, stop = str(plan.first), f"{plan.first + plan.lead_steps + plan.num_steps:,}"
-    return f"{first:<{COLUMNS - len(stop)}}{stop}"
 
 
 class _Canvas:

@@ -21,7 +21,6 @@ from tbptt_ckpt.schedule import FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
 
 MEASURED_STEPS = 256
-DEFAULT_MODEL = "lstm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +62,7 @@ def _costs(config: PlanningConfig) -> tuple[str, Costs]:
             backward_ratio=config.backward_ratio,
         )
         return "costs by hand", replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
-    model = config.model or DEFAULT_MODEL
+    model = config.model or "lstm"
     device = find_device(config.device)
     what = f"{model}, {config.lanes} lanes, {config.dtype}, measured on {device}"
     return what, _measured(model, config, device)
@@ -83,7 +82,7 @@ def _read_costs(path: Path) -> Costs:
 def _measured(name: str, config: PlanningConfig, device: torch.device) -> Costs:
     """What a byte-level model takes on random bytes, with Adam."""
     module = build_model(name, hidden=config.hidden, layers=config.layers)
-    module.to(device, DTYPES[config.dtype])
+    module = module.to(device, DTYPES[config.dtype])
     shape = (min(max(config.steps, 2), MEASURED_STEPS), config.lanes)
     inputs, targets = (torch.randint(VOCAB_SIZE, shape, device=device) for _ in range(2))
     check_model(name, module, inputs[:2], config.lanes)

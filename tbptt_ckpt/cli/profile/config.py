@@ -84,8 +84,16 @@ class ProfileConfig:
     def check(self) -> None:
         """Raise `ArgumentError` for options that cannot work, before anything is started."""
         options.check_options(self)
-        for option, path in self._targets():
-            check_target(option, path, force=self.force)
+        targets = {
+            "--csv": self.csv,
+            "--plot": self.plot,
+            "--plot, second picture": self.window_plot,
+            "--trace": self.trace,
+        }
+        histories = map(self.history_of, with_baselines(self.configurations()))
+        for option, path in (*targets.items(), *(("--memory-history", h) for h in histories)):
+            if path is not None:
+                check_target(option, path, force=self.force)
         if self.plot is not None:
             if self.plot.suffix.lower() not in (".png", ".svg"):
                 raise ArgumentError(f"--plot {self.plot} must end in .png or .svg")
@@ -120,14 +128,3 @@ class ProfileConfig:
             executor=self.executor,
             time_batching=_TIME_BATCHING[self.time_batching],
         )
-
-    def _targets(self) -> list[tuple[str, Path]]:
-        named = {
-            "--csv": self.csv,
-            "--plot": self.plot,
-            "--plot, second picture": self.window_plot,
-            "--trace": self.trace,
-        }
-        single = [(option, path) for option, path in named.items() if path is not None]
-        histories = map(self.history_of, with_baselines(self.configurations()))
-        return single + [("--memory-history", path) for path in histories if path is not None]

@@ -38,12 +38,11 @@ class ByteWorkload:
         corpus = load_corpus(config.data, config.lanes)
         source = ByteLanes(corpus.train, config.lanes, device=device)
         module = build_model(config.model, hidden=config.hidden, layers=config.layers)
-        module.to(device, DTYPES[config.dtype])
+        module = module.to(device, DTYPES[config.dtype])
         inputs, _ = source.read(0, min(2, len(source)))
         check_model(config.model, module, inputs, config.lanes)
-        optimizer = torch.optim.Adam(module.parameters(), lr=_LEARNING_RATE)
         state = initial_state(module, config.lanes)
-        return byte_work(module, optimizer, source, config.dtype, state)
+        return byte_work(module, source, lr=_LEARNING_RATE, dtype=config.dtype, init_state=state)
 
 
 def run_profile(config: ProfileConfig, watch: Watch = unwatched) -> StrategyReport:

@@ -36,7 +36,9 @@ def print_profile(report: StrategyReport, config: ProfileConfig) -> None:
     console.print(made)
     for row in rows:
         if row.message:
-            console.print(Text(f"{_name(row)}: {row.message}"))
+            budget = f", budget {_size(row.budget_bytes)}" if row.budget_bytes is not None else ""
+            name = f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
+            console.print(Text(f"{name}: {row.message}"))
 
 
 def _tells(column: Column, rows: Sequence[MemoryReport]) -> bool:
@@ -87,11 +89,6 @@ def _caption(report: StrategyReport, config: ProfileConfig) -> str:
     if report.environment:
         lines.append("torch {torch}, {threads} threads, {processor}".format(**report.environment))
     return "\n".join(lines)
-
-
-def _name(row: MemoryReport) -> str:
-    budget = "" if row.budget_bytes is None else f", budget {format_bytes(row.budget_bytes)}"
-    return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
 
 
 def _size(num_bytes: int | None) -> str:

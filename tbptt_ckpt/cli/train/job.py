@@ -54,10 +54,9 @@ class _Job:
         torch.manual_seed(config.seed)
         module = build_model(config.model, hidden=config.hidden, layers=config.layers)
         self.module = module.to(device, DTYPES[config.dtype])
-        optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
         self.held_out = self._held_out_lanes(_MOST_SCORED_BYTES // config.lanes)
         train = ByteLanes(corpus.train, config.lanes, device=device)
-        self.work = byte_work(self.module, optimizer, train, config.dtype)
+        self.work = byte_work(self.module, train, lr=config.lr, dtype=config.dtype)
         self.loop = TrainingLoop(config, self.module, self.work)
 
     def run(self) -> TrainingOutcome:

@@ -112,7 +112,17 @@ class TrainingLoop:
             speed = self._trainer.num_steps / scorecard.seconds
             shown = figures(scorecard.bits, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
-        return self._done()
+        done = self._trainer.result()
+        return WorkDone(
+            num_windows=done.num_windows,
+            num_steps=done.num_steps,
+            num_passes=done.num_epochs + 1,  # the last counts, complete or not
+            recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
+            mean_drift=done.mean_drift,
+            training_bits=scorecard.bits,
+            seconds=scorecard.seconds,
+            steps_per_second=done.num_steps / scorecard.seconds,
+        )
 
     def progress(self, stage: str, shown: str = "") -> Progress:
         """Where the run stands."""
@@ -126,19 +136,6 @@ class TrainingLoop:
         if window is not None:
             self.scorecard.meter(window, peak_bytes)
         return window
-
-    def _done(self) -> WorkDone:
-        done, scorecard = self._trainer.result(), self.scorecard
-        return WorkDone(
-            num_windows=done.num_windows,
-            num_steps=done.num_steps,
-            num_passes=done.num_epochs + 1,  # the last counts, complete or not
-            recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
-            mean_drift=done.mean_drift,
-            training_bits=scorecard.bits,
-            seconds=scorecard.seconds,
-            steps_per_second=done.num_steps / scorecard.seconds,
-        )
 
 
 def snapshots_of(config: TrainingConfig) -> Snapshots | None:
