@@ -27,18 +27,12 @@ from tbptt_ckpt.trainer.signals import TrainingStopped
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-app = typer.Typer(name="tbptt-ckpt", add_completion=False)
-
-
+_ABOUT = "Truncated backpropagation through time, recomputed from boundary states."
+app = typer.Typer(name="tbptt-ckpt", help=_ABOUT, add_completion=False)
 app.command("train")(Command(TrainingConfig, train))
 app.command("plan")(Command(PlanningConfig, plan))
 app.command("snapshots")(snapshots)
 app.command("profile")(Command(ProfileConfig, profile))
-
-
-@app.callback()
-def commands() -> None:
-    """Truncated backpropagation through time, recomputed from boundary states."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

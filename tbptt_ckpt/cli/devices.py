@@ -15,11 +15,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; the accelerator, or else the CPU, if None.
-
-    Raises:
-        ArgumentError: No device name, or a device that this machine lacks.
-    """
+    """The device of that name, which this machine must have; None is the accelerator or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return accelerator or torch.device("cpu")

@@ -16,13 +16,7 @@ from tbptt_ckpt.snapshot.disk import whole_file
 
 
 def check_target(option: str, path: Path, *, force: bool) -> None:
-    """Raise `ArgumentError` unless a file can be written at `path`.
-
-    Args:
-        option: What names the file, for the message.
-        path: Where it will be.
-        force: Whether a file that is there may be replaced.
-    """
+    """Raise `ArgumentError` unless a file can be written where an option says."""
     if path.is_dir():
         raise ArgumentError(f"{option} {path} is a directory; name a file")
     if not path.parent.is_dir():
@@ -34,23 +28,13 @@ def check_target(option: str, path: Path, *, force: bool) -> None:
 
 
 def write_text(option: str, path: Path, text: str, *, force: bool) -> None:
-    """Write a file.
-
-    Raises:
-        ArgumentError: It cannot be written.
-    """
+    """Write the file that an option names."""
     with _written(option, path, force=force) as file:
         file.write(text.encode("utf-8"))
 
 
 def save_weights(option: str, path: Path, module: nn.Module, *, force: bool) -> None:
-    """Write the module's `state_dict`, from the CPU, with `torch.save`.
-
-    Equal weights give equal bytes.
-
-    Raises:
-        ArgumentError: The file cannot be written.
-    """
+    """Write the module's `state_dict`, from the CPU; equal weights give equal bytes."""
     weights = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     # Given a path, torch.save would write the temporary's name into the archive.
     with _written(option, path, force=force) as file:

@@ -40,10 +40,7 @@ class Default:
 class Command(Generic[C]):
     """A function for typer: a configuration's fields are its options.
 
-    Args:
-        configuration: A dataclass of options.
-        act: The command, with its docstring: takes a configuration, and by keyword options of
-            its own, which say how the result is shown.
+    What it runs takes the configuration, and by keyword options of its own.
     """
 
     def __init__(self, configuration: type[C], act: Callable[Concatenate[C, ...], None]) -> None:

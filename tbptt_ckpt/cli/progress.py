@@ -15,11 +15,7 @@ from tbptt_ckpt.profiling.progress import Progress, Watch, unwatched
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Watch]:
-    """A bar on the standard error while the context is open; nothing where that is no terminal.
-
-    Args:
-        unit: What is counted.
-    """
+    """A bar on the standard error while the context is open; nothing where that is no terminal."""
     if not sys.stderr.isatty():
         yield unwatched
         return

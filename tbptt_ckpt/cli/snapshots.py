@@ -31,18 +31,21 @@ def snapshots(
         raise ArgumentError(f"there is no directory {directory}")
     reports = list(SnapshotStore(directory).reports())
     if json:
-        typer.echo(reports_json(directory, reports))
+        # `problem` is null for a valid snapshot.
+        items = [{**asdict(report), "path": str(report.path)} for report in reports]
+        typer.echo(json_format.dumps({"directory": str(directory), "snapshots": items}))
     else:
-        print_reports(directory, reports)
+        _print_reports(directory, reports)
     if any(report.problem for report in reports):
         raise typer.Exit(1)
 
 
-def print_reports(directory: Path, reports: list[SnapshotReport]) -> None:
+def _print_reports(directory: Path, reports: list[SnapshotReport]) -> None:
     """Print a table on the standard output."""
     made = table(f"snapshots in {directory}")
-    for heading, justify in (("steps", "right"), ("taken", "left"), ("size", "right")):
-        made.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    made.add_column("steps", justify="right")
+    made.add_column("taken")
+    made.add_column("size", justify="right")
     made.add_column("state", overflow="fold")
     for report in reports:
         made.add_row(
@@ -52,9 +55,3 @@ def print_reports(directory: Path, reports: list[SnapshotReport]) -> None:
             Text(report.problem or "valid"),
         )
     Console().print(made)
-
-
-def reports_json(directory: Path, reports: list[SnapshotReport]) -> str:
-    """The list as one JSON object on one line; `problem` is null for a valid snapshot."""
-    items = [{**asdict(report), "path": str(report.path)} for report in reports]
-    return json_format.dumps({"directory": str(directory), "snapshots": items})

@@ -1,4 +1,4 @@
-"""What a byte-level model is: how it is called, where it begins, what it must answer.
+"""What a byte-level model is, and how the user's is found.
 
 A model reads bytes and answers with logits over the next byte: `(symbols, state) -> (logits,
 state)`, over one step, symbols [B] and logits [B, 256], or, where its attribute `per_step` is
@@ -9,7 +9,13 @@ looks at the logits, it may return None for them.
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +48,7 @@ def is_per_step(module: nn.Module) -> bool:
 
 
 def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> None:
-    """Call the module once and raise `ArgumentError` unless logits and a state come back.
-
-    Args:
-        name: What the user called the model.
-        module: The model.
-        inputs: Two steps of bytes, [2, lanes].
-        lanes: Number of lanes.
-    """
+    """Raise `ArgumentError` unless bytes [2, lanes] bring forth logits and a state."""
     per_step = is_per_step(module)
     given = inputs[0] if per_step else inputs
     expected = (*given.shape, VOCAB_SIZE)
@@ -58,7 +57,7 @@ def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> Non
         with torch.no_grad():
             result = module(given, initial_state(module, lanes))
     except Exception as error:
-        raise ArgumentError(f"{asked} raised {in_one_line(error)}") from error
+        raise ArgumentError(f"{asked} raised {_in_one_line(error)}") from error
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ArgumentError(f"{asked} returned {type(result).__name__}, not (logits, state)")
     logits = result[0]
@@ -67,6 +66,72 @@ def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> Non
         raise ArgumentError(f"{asked} returned logits {shape}, not {list(expected)}")
 
 
-def in_one_line(error: Exception) -> str:
+def call_factory(name: str, offered: dict[str, int]) -> nn.Module:
+    """What `package.module:factory` or `file.py:factory` makes of the arguments that it takes."""
+    factory = _find_factory(name)
+    arguments = _accepted(name, factory, offered)
+    try:
+        module = factory(**arguments)
+    except Exception as error:
+        raise ArgumentError(f"--model {name} raised {_in_one_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"--model {name} returned {type(module).__name__}, not an nn.Module")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ArgumentError(f"--model {name} returned a module without trainable parameters")
+    return module
+
+
+def _find_factory(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.rpartition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # an installed script's path begins elsewhere
+        sys.path.insert(0, here)
+    try:
+        factory: Any = _import(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except Exception as error:
+        raise ArgumentError(f"--model {name} cannot be found: {_in_one_line(error)}") from error
+    if not callable(factory):
+        raise ArgumentError(f"--model {name} is {type(factory).__name__}, not a factory to call")
+    return cast("Callable[..., Any]", factory)
+
+
+def _import(name: str) -> ModuleType:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _accepted(name: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
+    """Those of the offered arguments that the factory takes by keyword."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # some callables written in C have none
+        return {}
+    needed = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    unknown = [wanted for wanted in needed if wanted not in offered]
+    if unknown:
+        raise ArgumentError(
+            f"--model {name} needs the argument {unknown[0]!r}; offered are {', '.join(offered)}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return offered
+    taken = {p.name for p in parameters}
+    return {key: value for key, value in offered.items() if key in taken}
+
+
+def _in_one_line(error: Exception) -> str:
     """The error's type and message, whatever lines the message had."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -41,16 +41,8 @@ class ByteLanes:
     Lane b reads the b-th of `lanes` equal, contiguous stretches, one byte a step; each
     byte's target is the byte after it. Equal lanes need no padding, weights or resets, and
     are read in one piece, which makes a read cheaper than that of a `LaneSource`. A read
-    touches the bytes it returns and no others, so a memory-mapped file stays on disk.
-
-    Args:
-        data: The bytes, in memory or memory-mapped.
-        lanes: Number of stretches.
-        device: Where `read` puts its tensors.
-        max_steps: Steps to offer at most; None offers the whole stretch.
-
-    Raises:
-        ArgumentError: Fewer bytes than one step of every lane and the last target need.
+    touches the bytes it returns and no others, so a memory-mapped file stays on disk. With
+    `max_steps` only the first steps of each stretch are offered.
     """
 
     time_dim = 0
@@ -90,20 +82,12 @@ class ByteLanes:
         return {"num_bytes": len(self.data), "lanes": self.lanes, "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Accept what `state_dict` of equal lanes returned.
-
-        Raises:
-            ArgumentError: The lanes are not the same.
-        """
+        """Accept what `state_dict` of equal lanes returned."""
         check_same_source(state, self.state_dict())
 
 
 def load_corpus(path: Path | None, lanes: int) -> Corpus:
-    """The file at `path`, memory-mapped, or the standard library's source text if None.
-
-    Raises:
-        ArgumentError: No regular file, or too short for `lanes` lanes.
-    """
+    """The file at `path`, memory-mapped, or the standard library's source text if None."""
     if path is None:
         name, data = "the Python standard library", standard_library_text()
     else:
@@ -129,35 +113,23 @@ def map_bytes(path: Path) -> ByteArray:
 def standard_library_text(
     num_bytes: int = STANDARD_LIBRARY_BYTES, directory: Path | None = None
 ) -> ByteArray:
-    """The first `num_bytes` bytes of the standard library's source files, in a fixed order.
-
-    Args:
-        num_bytes: How much text to take.
-        directory: Where the library is; None asks the running Python.
-
-    Raises:
-        ArgumentError: The library has less source text than that.
-    """
+    """The first bytes of a standard library's source files, by default this Python's."""
     directory = directory or Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
     for path in standard_library_files(directory):
-        text += _read(path)
+        try:
+            text += path.read_bytes()
+        except OSError as error:
+            raise ArgumentError(
+                f"the Python standard library's {path} cannot be read: {error.strerror}; "
+                "name a text with --data FILE"
+            ) from error
         if len(text) >= num_bytes:
             return np.frombuffer(bytes(text[:num_bytes]), dtype=np.uint8)
     raise ArgumentError(
         f"the Python standard library at {directory} has only {len(text)} bytes of source files, "
         f"{num_bytes} are needed (some distributions strip them); name a text with --data FILE"
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(
-            f"the Python standard library's {path} cannot be read: {error.strerror}; "
-            "name a text with --data FILE"
-        ) from error
 
 
 def standard_library_files(directory: Path) -> Iterator[Path]:

@@ -1,8 +1,9 @@
-"""How well a model predicts held-out bytes, found without changing anything."""
+"""What a model is trained for: its loss on bytes, its work, and its score on held-out bytes."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,40 @@ from torch import Tensor, nn
 from tbptt_ckpt import evaluate
 from tbptt_ckpt.cli.bytes.contract import initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.cli.devices import autocast_dtype
+from tbptt_ckpt.profiling.work import Work
 
 NATS_PER_BIT = math.log(2.0)
+CLIP_GRAD_NORM = 1.0
 
 
 def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats, at least in float32, over one step or over a segment."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def byte_work(
+    module: nn.Module,
+    source: ByteLanes,
+    *,
+    lr: float,
+    dtype: str,
+    init_state: Any = None,
+) -> Work:
+    """What `TBPTT` is given for a byte-level model, choices of windows and plans aside."""
+    return Work(
+        module=module,
+        loss_fn=byte_loss,
+        source=source,
+        init_state=init_state,
+        optimizer=torch.optim.Adam(module.parameters(), lr=lr),
+        options={
+            "per_step": is_per_step(module),
+            "clip_grad_norm": CLIP_GRAD_NORM,
+            "autocast_dtype": autocast_dtype(dtype),
+        },
+    )
 
 
 def bits_per_byte(
@@ -31,13 +58,7 @@ def bits_per_byte(
     """Mean bits per byte over all of `source`, with the state carried through it.
 
     Memory does not grow with the source: nothing is recorded, and outputs exist for
-    `segment_steps` steps at a time.
-
-    Args:
-        module: The model, run in eval mode and given back in the mode it had.
-        source: The bytes to predict.
-        segment_steps: Steps to read at a time.
-        autocast_dtype: As in training.
+    `segment_steps` steps at a time. The model runs in eval mode and keeps the mode it had.
     """
     found = evaluate(
         module,

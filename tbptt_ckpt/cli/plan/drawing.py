@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-from tbptt_ckpt import Costs, Plan
+from tbptt_ckpt import Costs
 from tbptt_ckpt.planner.predictions import advance_seconds
 from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.schedule.plan import PredictedPlan
 
 COLUMNS = 66  # beside the labels on a terminal of 80
 LABEL = 13
@@ -17,13 +17,14 @@ MOST_ACTIONS = 2_000_000  # a few seconds to walk
 IDLE, ADVANCED, DIFFERENTIATED, KEPT = " ", "-", "#", "o"
 
 
-def draw_plan(plan: Plan, costs: Costs) -> list[str]:
+def draw_plan(plan: PredictedPlan, costs: Costs) -> list[str]:
     """The lines of the drawing; none for a plan of too many actions to walk through."""
-    if len(plan.schedule) > MOST_ACTIONS or plan.predicted_seconds is None:
+    if len(plan.schedule) > MOST_ACTIONS:
         return []
     canvas = _Canvas(plan, costs)
+    stop = f"{plan.first + plan.lead_steps + plan.num_steps:,}"
     return [
-        _line("steps", _scale(plan)),
+        _line("steps", f"{plan.first:<{COLUMNS - len(stop)}}{stop}"),
         *canvas.levels(),
         _line("leaves", canvas.leaves()),
         *canvas.timeline(),
@@ -34,45 +35,18 @@ def _line(label: str, text: str) -> str:
     return f"{label:>{LABEL - 2}}  {text}".rstrip()
 
 
-def _scale(plan: Plan) -> str:
-    first, stop = str(plan.first), f"{plan.first + plan.lead_steps + plan.num_steps:,}"
-    return f"{first:<{COLUMNS - len(stop)}}{stop}"
-
-
-@dataclass(slots=True)
-class _Row:
-    """What happens in one stretch of time."""
-
-    advanced: set[int] = field(default_factory=set)
-    differentiated: set[int] = field(default_factory=set)
-    kept: set[int] = field(default_factory=set)
-
-    def hold(self, columns: Iterable[int]) -> None:
-        """These states are kept at the end of the stretch."""
-        self.kept = set(columns)
-
-    def text(self) -> str:
-        """One character a column."""
-        return "".join(map(self._mark, range(COLUMNS)))
-
-    def _mark(self, column: int) -> str:
-        if column in self.differentiated:
-            return DIFFERENTIATED
-        if column in self.kept:
-            return KEPT
-        return ADVANCED if column in self.advanced else IDLE
-
-
 class _Canvas:
     """Walks through a plan once and notes what each column and row sees."""
 
-    def __init__(self, plan: Plan, costs: Costs) -> None:
+    def __init__(self, plan: PredictedPlan, costs: Costs) -> None:
         self._plan, self._costs = plan, costs
         self._steps = plan.lead_steps + plan.num_steps
         self._seconds = plan.predicted_seconds or 1.0
         self._advanced_steps = [0.0] * COLUMNS
         self._leaf_starts: set[int] = set()
-        self._rows = [_Row() for _ in range(ROWS)]
+        # Columns by what happens there; the first mark that has a column is drawn.
+        marks = (DIFFERENTIATED, KEPT, ADVANCED)
+        self._rows: list[dict[str, set[int]]] = [{m: set() for m in marks} for _ in range(ROWS)]
         self._kept: set[int] = set()
         self._clock, self._row = 0.0, 0
         for action in plan.schedule:
@@ -104,7 +78,10 @@ class _Canvas:
     def timeline(self) -> list[str]:
         """The rows, from the first in time to the last."""
         return [
-            _line(format_seconds(self._seconds * number / ROWS), row.text())
+            _line(
+                format_seconds(self._seconds * number / ROWS),
+                "".join(next((m for m in row if c in row[m]), IDLE) for c in range(COLUMNS)),
+            )
             for number, row in enumerate(self._rows)
         ]
 
@@ -121,10 +98,10 @@ class _Canvas:
             seen = self._rows[row]
             if isinstance(action, Advance):
                 low, high = start + part[0] * (stop - start), start + part[1] * (stop - start)
-                seen.advanced.update(self._span(low, high))
+                seen[ADVANCED].update(self._span(low, high))
             else:  # a leaf is there as a whole until it is differentiated
-                seen.differentiated.update(self._span(start, stop))
-            seen.hold(map(self._column, self._kept))
+                seen[DIFFERENTIATED].update(self._span(start, stop))
+            seen[KEPT] = set(map(self._column, self._kept))
 
     def _row_parts(self, begun: float, ended: float) -> Iterator[tuple[int, tuple[float, float]]]:
         """Rows that a stretch of time touches, and which part of it lies in each."""

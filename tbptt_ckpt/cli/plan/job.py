@@ -8,49 +8,35 @@ from pathlib import Path
 
 import torch
 
-from tbptt_ckpt import Costs, Plan, measure_costs
+from tbptt_ckpt import Costs, measure_costs
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, check_model, initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import byte_loss
-from tbptt_ckpt.cli.devices import autocast_dtype, find_device
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
 from tbptt_ckpt.schedule import FixedBytes
+from tbptt_ckpt.schedule.plan import PredictedPlan
 
 MEASURED_STEPS = 256
-DEFAULT_MODEL = "lstm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanningOutcome:
-    """A plan and what to hold it against.
-
-    Attributes:
-        config: The options.
-        what: What the costs are those of.
-        costs: The costs.
-        plan: The plan.
-        retained: The plan that keeps everything.
-        ladder: Plans from the smallest budget to keeping everything.
-    """
+    """A plan and what to hold it against."""
 
     config: PlanningConfig
-    what: str
+    what: str  # the costs are those of
     costs: Costs
-    plan: Plan
-    retained: Plan
-    ladder: list[Rung]
+    plan: PredictedPlan
+    retained: PredictedPlan  # keeps everything
+    ladder: list[Rung]  # from the smallest budget to keeping everything
 
 
 def run_planning_job(config: PlanningConfig) -> PlanningOutcome:
-    """Find the costs, plan, and plan for other budgets too.
-
-    Raises:
-        ArgumentError: An option that cannot work.
-        InfeasibleBudgetError: A budget that no schedule, or not the fixed one, meets.
-    """
+    """Find the costs, plan, and plan for other budgets too."""
     config.check()
     what, costs = _costs(config)
     return PlanningOutcome(
@@ -76,7 +62,7 @@ def _costs(config: PlanningConfig) -> tuple[str, Costs]:
             backward_ratio=config.backward_ratio,
         )
         return "costs by hand", replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
-    model = config.model or DEFAULT_MODEL
+    model = config.model or "lstm"
     device = find_device(config.device)
     what = f"{model}, {config.lanes} lanes, {config.dtype}, measured on {device}"
     return what, _measured(model, config, device)
@@ -95,9 +81,8 @@ def _read_costs(path: Path) -> Costs:
 
 def _measured(name: str, config: PlanningConfig, device: torch.device) -> Costs:
     """What a byte-level model takes on random bytes, with Adam."""
-    module = build_model(
-        name, hidden=config.hidden, layers=config.layers, device=device, dtype=config.dtype
-    )
+    module = build_model(name, hidden=config.hidden, layers=config.layers)
+    module = module.to(device, DTYPES[config.dtype])
     shape = (min(max(config.steps, 2), MEASURED_STEPS), config.lanes)
     inputs, targets = (torch.randint(VOCAB_SIZE, shape, device=device) for _ in range(2))
     check_model(name, module, inputs[:2], config.lanes)

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tbptt_ckpt import Plan
 from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan, format_seconds
 from tbptt_ckpt.cli.plan.job import PlanningOutcome
 from tbptt_ckpt.cli.tables import figure_table, table
@@ -33,20 +32,18 @@ def print_plan(outcome: PlanningOutcome) -> None:
 
 def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
     """What the table says, line by line."""
-    plan, retained = outcome.plan, outcome.retained
-    peak, seconds = _predicted(plan)
-    retained_peak, retained_seconds = _predicted(retained)
+    plan, retained, seconds = outcome.plan, outcome.retained, outcome.plan.predicted_seconds
     budget = outcome.config.budget
     limit = "none" if budget is None else format_bytes(budget)
     fixed = outcome.costs.fixed.total(outcome.config.steps)
     return [
         ("strategy", plan.strategy),
         ("budget", limit),
-        ("predicted peak", format_bytes(peak)),
+        ("predicted peak", format_bytes(plan.predicted_peak_bytes)),
         ("  of it there in any case", format_bytes(fixed)),
-        ("  everything retained", format_bytes(retained_peak)),
+        ("  everything retained", format_bytes(retained.predicted_peak_bytes)),
         ("predicted time", format_seconds(seconds)),
-        ("  over everything retained", f"{_ratio(seconds, retained_seconds):.3f}"),
+        ("  over everything retained", f"{_ratio(seconds, retained.predicted_seconds):.3f}"),
         ("executed steps per step", f"{plan.executed_steps / plan.num_steps:.3f}"),
         ("levels", f"{plan.num_levels:,}"),
         ("leaves", f"{plan.num_leaves:,}, up to {plan.longest_leaf:,} steps"),
@@ -74,24 +71,21 @@ def _budget_table(outcome: PlanningOutcome) -> Table:
 def ladder_rows(outcome: PlanningOutcome) -> list[dict[str, Any]]:
     """The table of budgets, as data."""
     rows: list[dict[str, Any]] = []
-    _, retained_seconds = _predicted(outcome.retained)
-    before: tuple[int, float] | None = None
-    for rung in outcome.ladder:
-        peak, seconds = _predicted(rung.plan)
-        saved = None
-        if before is not None and rung.budget_bytes > before[0]:
-            saved = (before[1] - seconds) * 2**20 / (rung.budget_bytes - before[0])
+    for before, rung in zip((None, *outcome.ladder), outcome.ladder, strict=False):
+        seconds, saved = rung.plan.predicted_seconds, None
+        if before is not None:
+            bought = before.plan.predicted_seconds - seconds
+            saved = bought * 2**20 / (rung.budget_bytes - before.budget_bytes)
         rows.append(
             {
                 "budget_bytes": rung.budget_bytes,
-                "predicted_peak_bytes": peak,
+                "predicted_peak_bytes": rung.plan.predicted_peak_bytes,
                 "predicted_seconds": seconds,
-                "over_retained": _ratio(seconds, retained_seconds),
+                "over_retained": _ratio(seconds, outcome.retained.predicted_seconds),
                 "executed_steps_per_step": rung.plan.executed_steps / rung.plan.num_steps,
                 "saved_seconds_per_mib": saved,
             }
         )
-        before = rung.budget_bytes, seconds
     return rows
 
 
@@ -117,12 +111,6 @@ def plan_json(outcome: PlanningOutcome) -> str:
         },
         allow_nan=False,
     )
-
-
-def _predicted(plan: Plan) -> tuple[int, float]:
-    assert plan.predicted_peak_bytes is not None, "costs were given"
-    assert plan.predicted_seconds is not None, "costs were given"
-    return plan.predicted_peak_bytes, plan.predicted_seconds
 
 
 def _ratio(seconds: float, over: float) -> float:

@@ -84,20 +84,30 @@ class ProfileConfig:
     def check(self) -> None:
         """Raise `ArgumentError` for options that cannot work, before anything is started."""
         options.check_options(self)
-        for option, path in self._targets():
-            check_target(option, path, force=self.force)
-        self._check_plot()
-        self._check_memory_history()
+        targets = {
+            "--csv": self.csv,
+            "--plot": self.plot,
+            "--plot, second picture": self.window_plot,
+            "--trace": self.trace,
+        }
+        histories = map(self.history_of, with_baselines(self.configurations()))
+        for option, path in (*targets.items(), *(("--memory-history", h) for h in histories)):
+            if path is not None:
+                check_target(option, path, force=self.force)
+        if self.plot is not None:
+            if self.plot.suffix.lower() not in (".png", ".svg"):
+                raise ArgumentError(f"--plot {self.plot} must end in .png or .svg")
+            pyplot()
+        if self.memory_history is not None and find_device(self.device).type != "cuda":
+            raise ArgumentError(
+                f"--memory-history {self.memory_history} needs --device cuda: PyTorch keeps a "
+                "history of CUDA's allocator only; --trace FILE.json works on every device"
+            )
 
     @property
     def window_plot(self) -> Path | None:
         """File for the second picture, of memory within windows: beside the first."""
         return self.plot and self.plot.with_stem(f"{self.plot.stem}-windows")
-
-    @property
-    def wants_traces(self) -> bool:
-        """Whether windows in time are wanted."""
-        return self.plot is not None or self.trace is not None
 
     def history_of(self, row: Configuration) -> Path | None:
         """File for PyTorch's memory history of a row, None where none is wanted."""
@@ -118,28 +128,3 @@ class ProfileConfig:
             executor=self.executor,
             time_batching=_TIME_BATCHING[self.time_batching],
         )
-
-    def _targets(self) -> list[tuple[str, Path]]:
-        named = {
-            "--csv": self.csv,
-            "--plot": self.plot,
-            "--plot, second picture": self.window_plot,
-            "--trace": self.trace,
-        }
-        single = [(option, path) for option, path in named.items() if path is not None]
-        histories = map(self.history_of, with_baselines(self.configurations()))
-        return single + [("--memory-history", path) for path in histories if path is not None]
-
-    def _check_plot(self) -> None:
-        if self.plot is None:
-            return
-        if self.plot.suffix.lower() not in (".png", ".svg"):
-            raise ArgumentError(f"--plot {self.plot} must end in .png or .svg")
-        pyplot()
-
-    def _check_memory_history(self) -> None:
-        if self.memory_history is not None and find_device(self.device).type != "cuda":
-            raise ArgumentError(
-                f"--memory-history {self.memory_history} needs --device cuda: PyTorch keeps a "
-                "history of CUDA's allocator only; --trace FILE.json works on every device"
-            )

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from tbptt_ckpt.cli.devices import find_device
+from dataclasses import dataclass
+
+import torch
+
+from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
+from tbptt_ckpt.cli.bytes.corpus import ByteLanes, load_corpus
+from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.score import byte_work
+from tbptt_ckpt.cli.devices import DTYPES, find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.cli.profile.workload import ByteWorkload
 from tbptt_ckpt.profiling.plots import plot_front, plot_windows
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.progress import Watch, unwatched
 from tbptt_ckpt.profiling.report import StrategyReport
 from tbptt_ckpt.profiling.sweep import sweep
 from tbptt_ckpt.profiling.trace import trace_json
+from tbptt_ckpt.profiling.work import Work
+
+_LEARNING_RATE = 4e-3
+
+
+@dataclass(frozen=True, slots=True)
+class ByteWorkload:
+    """Makes model, optimizer and data in whatever process it is called."""
+
+    config: ProfileConfig
+
+    def build(self) -> Work:
+        """The model with its optimizer, at the beginning of the text."""
+        config = self.config
+        torch.manual_seed(0)
+        device = find_device(config.device)
+        corpus = load_corpus(config.data, config.lanes)
+        source = ByteLanes(corpus.train, config.lanes, device=device)
+        module = build_model(config.model, hidden=config.hidden, layers=config.layers)
+        module = module.to(device, DTYPES[config.dtype])
+        inputs, _ = source.read(0, min(2, len(source)))
+        check_model(config.model, module, inputs, config.lanes)
+        state = initial_state(module, config.lanes)
+        return byte_work(module, source, lr=_LEARNING_RATE, dtype=config.dtype, init_state=state)
 
 
 def run_profile(config: ProfileConfig, watch: Watch = unwatched) -> StrategyReport:
-    """Measure every row in a process of its own and write the files asked for.
-
-    Args:
-        config: The options.
-        watch: Told before every stage.
-
-    Raises:
-        ArgumentError: Options that cannot work; found before anything is measured.
-        ProfileError: A model that fails in plain BPTT already.
-    """
+    """Measure every row in a process of its own and write the files asked for."""
     config.check()
     find_device(config.device)  # refused here rather than in every process
     workload = ByteWorkload(config)
@@ -32,15 +54,10 @@ def run_profile(config: ProfileConfig, watch: Watch = unwatched) -> StrategyRepo
         config.configurations(),
         lambda configuration: ProcessBench(workload, configuration),
         repeats=config.repeats,
-        traces=config.wants_traces,
+        traces=bool(config.plot or config.trace),
         history=config.history_of,
         watch=watch,
     )
-    _write_files(report, config)
-    return report
-
-
-def _write_files(report: StrategyReport, config: ProfileConfig) -> None:
     if config.csv is not None:
         write_text("--csv", config.csv, report.to_csv(), force=config.force)
     if config.trace is not None:
@@ -48,3 +65,4 @@ def _write_files(report: StrategyReport, config: ProfileConfig) -> None:
     if config.plot is not None and config.window_plot is not None:
         plot_front(report, config.plot)
         plot_windows(report, config.window_plot)
+    return report

@@ -36,7 +36,9 @@ def print_profile(report: StrategyReport, config: ProfileConfig) -> None:
     console.print(made)
     for row in rows:
         if row.message:
-            console.print(Text(f"{_name(row)}: {row.message}"))
+            budget = f", budget {_size(row.budget_bytes)}" if row.budget_bytes is not None else ""
+            name = f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
+            console.print(Text(f"{name}: {row.message}"))
 
 
 def _tells(column: Column, rows: Sequence[MemoryReport]) -> bool:
@@ -59,7 +61,7 @@ def _columns(device: str) -> list[Column]:
         ("k2", lambda row: str(row.k2)),
         ("budget", lambda row: _size(row.budget_bytes)),
         (_BATCHING, lambda row: row.time_batching),
-        (peak, _peak),
+        (peak, lambda row: _size(row.peak_bytes) if row.is_ok else row.status),
         ("predicted", lambda row: _size(row.predicted_peak_bytes)),
         ("error", lambda row: _number(row.prediction_error, "+.1%")),
         ("reserved\npeak", lambda row: _size(row.reserved_peak_bytes)),
@@ -87,15 +89,6 @@ def _caption(report: StrategyReport, config: ProfileConfig) -> str:
     if report.environment:
         lines.append("torch {torch}, {threads} threads, {processor}".format(**report.environment))
     return "\n".join(lines)
-
-
-def _name(row: MemoryReport) -> str:
-    budget = "" if row.budget_bytes is None else f", budget {format_bytes(row.budget_bytes)}"
-    return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
-
-
-def _peak(row: MemoryReport) -> str:
-    return _size(row.peak_bytes) if row.is_ok else row.status
 
 
 def _size(num_bytes: int | None) -> str:

@@ -9,7 +9,7 @@ import typer
 from tbptt_ckpt.cli.progress import progress_bar
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
-from tbptt_ckpt.cli.train.report import outcome_json, print_outcome
+from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
 
 
 def train(

@@ -12,9 +12,8 @@ from tbptt_ckpt.cli.bytes.bigram import bigram_bits
 from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model
-from tbptt_ckpt.cli.bytes.score import bits_per_byte
-from tbptt_ckpt.cli.bytes.work import byte_work
-from tbptt_ckpt.cli.devices import autocast_dtype, find_device, repeatable
+from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_work
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
 from tbptt_ckpt.cli.files import save_weights
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
@@ -34,15 +33,8 @@ def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> Traini
     """Train a byte-level language model, score it on held-out bytes, measure its memory.
 
     The same options on the same machine give the same weights. Torch's global seed is set.
-    Weights are saved as soon as they are trained, before memory is compared.
-
-    Args:
-        config: The options.
-        watch: Told of every stage and window.
-
-    Raises:
-        ArgumentError: Options that cannot work; found before training where possible.
-        NonFiniteError: The loss became infinite or NaN; nothing is saved then.
+    Weights are saved as soon as they are trained, before memory is compared; never those of
+    a loss that became infinite or NaN.
     """
     config.check()
     device = find_device(config.device)
@@ -60,23 +52,19 @@ class _Job:
         self.config, self.corpus, self.device, self.watch = config, corpus, device, watch
         self.evaluation_steps = min(config.k1, _MOST_EVALUATION_STEPS)
         torch.manual_seed(config.seed)
-        self.module = build_model(
-            config.model,
-            hidden=config.hidden,
-            layers=config.layers,
-            device=device,
-            dtype=config.dtype,
-        )
-        optimizer = torch.optim.Adam(self.module.parameters(), lr=config.lr)
+        module = build_model(config.model, hidden=config.hidden, layers=config.layers)
+        self.module = module.to(device, DTYPES[config.dtype])
         self.held_out = self._held_out_lanes(_MOST_SCORED_BYTES // config.lanes)
         train = ByteLanes(corpus.train, config.lanes, device=device)
-        self.work = byte_work(self.module, optimizer, train, config.dtype)
+        self.work = byte_work(self.module, train, lr=config.lr, dtype=config.dtype)
         self.loop = TrainingLoop(config, self.module, self.work)
 
     def run(self) -> TrainingOutcome:
         """Score, train, score, save, compare memory."""
         config, scorecard = self.config, self.loop.scorecard
-        self._check_model()
+        inputs, _ = self.held_out.read(0, min(2, len(self.held_out)))
+        with untouched(self.module):
+            check_model(config.model, self.module, inputs, config.lanes)
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
             if not (config.resume and self.loop.resume()):
@@ -106,11 +94,6 @@ class _Job:
         return ByteLanes(
             self.corpus.held_out, lanes, device=self.device, max_steps=max(1, max_steps)
         )
-
-    def _check_model(self) -> None:
-        inputs, _ = self.held_out.read(0, min(2, len(self.held_out)))
-        with untouched(self.module):
-            check_model(self.config.model, self.module, inputs, self.config.lanes)
 
     def _score(self, stage: str) -> float:
         self.watch(self.loop.progress(stage))

@@ -28,21 +28,13 @@ _LOSS_MEMORY = 0.98  # of the running mean that is shown
 
 @dataclass(slots=True)
 class Scorecard:
-    """What is noted of a run beside the trainer's own account; saved and resumed with it.
+    """What is noted of a run beside the trainer's own account; saved and resumed with it."""
 
-    Attributes:
-        bits: Running mean of the loss, bits per byte.
-        untrained_bits: How well the model predicted before it was trained, bits per byte.
-        seconds: Time spent training, in all processes.
-        peak_bytes: Peak tensor memory of the metered window; 0 before it has run.
-        metered: Index, start, new_start and stop of that window.
-    """
-
-    bits: float = math.nan
-    untrained_bits: float = math.nan
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    metered: tuple[int, ...] = ()
+    bits: float = math.nan  # per byte, running mean of the loss
+    untrained_bits: float = math.nan  # per byte, before training
+    seconds: float = 0.0  # spent training, in all processes
+    peak_bytes: int = 0  # of the metered window; 0 before it has run
+    metered: tuple[int, ...] = ()  # its index, start, new_start and stop
 
     @property
     def metered_window(self) -> Window:
@@ -77,16 +69,7 @@ class Scorecard:
 
 
 class TrainingLoop:
-    """Trains a model on lanes of bytes; one window of the first pass is metered.
-
-    Args:
-        config: The options.
-        module: The model.
-        work: The same with its bytes and optimizer.
-
-    Attributes:
-        scorecard: What was noted; the trainer counts the rest.
-    """
+    """Trains a model on lanes of bytes; one window of the first pass is metered."""
 
     def __init__(self, config: TrainingConfig, module: nn.Module, work: Work) -> None:
         self._config, self._work, self.scorecard = config, work, Scorecard()
@@ -129,7 +112,17 @@ class TrainingLoop:
             speed = self._trainer.num_steps / scorecard.seconds
             shown = figures(scorecard.bits, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
-        return self._done()
+        done = self._trainer.result()
+        return WorkDone(
+            num_windows=done.num_windows,
+            num_steps=done.num_steps,
+            num_passes=done.num_epochs + 1,  # the last counts, complete or not
+            recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
+            mean_drift=done.mean_drift,
+            training_bits=scorecard.bits,
+            seconds=scorecard.seconds,
+            steps_per_second=done.num_steps / scorecard.seconds,
+        )
 
     def progress(self, stage: str, shown: str = "") -> Progress:
         """Where the run stands."""
@@ -143,19 +136,6 @@ class TrainingLoop:
         if window is not None:
             self.scorecard.meter(window, peak_bytes)
         return window
-
-    def _done(self) -> WorkDone:
-        done, scorecard = self._trainer.result(), self.scorecard
-        return WorkDone(
-            num_windows=done.num_windows,
-            num_steps=done.num_steps,
-            num_passes=done.num_epochs + 1,  # the last counts, complete or not
-            recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
-            mean_drift=done.mean_drift,
-            training_bits=scorecard.bits,
-            seconds=scorecard.seconds,
-            steps_per_second=done.num_steps / scorecard.seconds,
-        )
 
 
 def snapshots_of(config: TrainingConfig) -> Snapshots | None:

@@ -1,91 +1,59 @@
-"""What a training run found; field for field what `--json` prints."""
+"""What a training run found, field for field what `--json` prints, and as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from tbptt_ckpt.cli.tables import figure_table
 from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.memory.sizes import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Bits per byte on the same held-out bytes.
+    """Bits per byte on the same held-out bytes."""
 
-    Attributes:
-        before: The model before training.
-        after: The model after training.
-        bigram: A table of byte pairs, fitted on the training bytes.
-        num_bytes: Bytes predicted.
-    """
-
-    before: float
+    before: float  # training
     after: float
-    bigram: float
-    num_bytes: int
+    bigram: float  # a table of byte pairs, fitted on the training bytes
+    num_bytes: int  # predicted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkDone:
-    """What training did.
+    """What training did."""
 
-    Attributes:
-        num_windows: Windows, each with one update.
-        num_steps: Time steps per lane.
-        num_passes: Passes over the training bytes, the last perhaps not complete.
-        recomputed_steps_per_step: Steps run again for every new one.
-        mean_drift: Mean relative change of a recomputed state against the recorded one.
-        training_bits: Running mean of the training loss at the end, bits per byte.
-        seconds: Time spent training, one metered window included, evaluation excluded.
-        steps_per_second: Time steps per lane and second.
-    """
-
-    num_windows: int
-    num_steps: int
-    num_passes: int
+    num_windows: int  # each with one update
+    num_steps: int  # per lane
+    num_passes: int  # over the training bytes, the last perhaps not complete
     recomputed_steps_per_step: float
-    mean_drift: float
-    training_bits: float
-    seconds: float
-    steps_per_second: float
+    mean_drift: float  # relative, of a recomputed state against the recorded one
+    training_bits: float  # per byte, running mean at the end
+    seconds: float  # spent training, one metered window included, evaluation excluded
+    steps_per_second: float  # per lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """What the run took.
+    """What the run took: tensor memory in all, and resident memory of the process."""
 
-    Attributes:
-        window_steps: Steps of the metered window, the longest kind there was.
-        peak_bytes: Peak of tensor memory: weights, gradients, optimizer state, window.
-        retained_peak_bytes: The same for that window with everything retained; None where
-            the model cannot be copied to find out.
-        retained_is_measured: False where running that was not safe, and the figure is
-            extrapolated from shorter windows.
-        rss_before_bytes: Resident memory of the process before anything was trained.
-        rss_peak_bytes: Most resident memory of the process until training was over.
-    """
-
-    window_steps: int
-    peak_bytes: int
-    retained_peak_bytes: int | None
-    retained_is_measured: bool
-    rss_before_bytes: int
-    rss_peak_bytes: int
+    window_steps: int  # of the metered window, the longest kind there was
+    peak_bytes: int  # weights, gradients, optimizer state and window
+    retained_peak_bytes: int | None  # with everything kept; None: the model cannot be copied
+    retained_is_measured: bool  # or else extrapolated, where running that was not safe
+    rss_before_bytes: int  # anything was trained
+    rss_peak_bytes: int  # until training was over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOutcome:
-    """What a run found.
-
-    Attributes:
-        config: What was asked.
-        corpus: Name of the text.
-        num_train_bytes: Bytes there were to train on.
-        device: Where it ran.
-        num_parameters: Trained numbers of the model.
-        bits_per_byte: How well it predicts.
-        work: What training did.
-        memory: What it took.
-    """
+    """What a run found."""
 
     config: TrainingConfig
     corpus: str
@@ -95,3 +63,60 @@ class TrainingOutcome:
     bits_per_byte: Scores
     work: WorkDone
     memory: MemoryUse
+
+
+def print_outcome(outcome: TrainingOutcome) -> None:
+    """Print the outcome as a table on the standard output."""
+    config = outcome.config
+    reach = "the start" if config.k2 is None else config.k2
+    caption = (
+        f"k1={config.k1}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
+        f"{config.lanes} lanes, {outcome.num_parameters:,} parameters"
+    )
+    title = f"{config.model} on {outcome.corpus}, {outcome.device}"
+    Console().print(figure_table(title, outcome_rows(outcome), caption))
+
+
+def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
+    """What the table says, line by line."""
+    scores, work, memory = outcome.bits_per_byte, outcome.work, outcome.memory
+    return [
+        ("held-out bits per byte before training", f"{scores.before:.3f}"),
+        ("held-out bits per byte after training", f"{scores.after:.3f}"),
+        (f"bigram table on the same {scores.num_bytes:,} bytes", f"{scores.bigram:.3f}"),
+        ("windows (one update each)", f"{work.num_windows:,}"),
+        ("time steps per lane", f"{work.num_steps:,}"),
+        ("passes over the training bytes", f"{work.num_passes:,}"),
+        ("recomputed steps per step", f"{work.recomputed_steps_per_step:.3f}"),
+        ("mean drift of recomputed states", f"{work.mean_drift:.2e}"),
+        ("time training", f"{work.seconds:.1f} s"),
+        ("time steps per second", f"{work.steps_per_second:,.0f}"),
+        ("peak tensor memory", format_bytes(memory.peak_bytes)),
+        _retained_row(memory),
+        ("resident memory before training", format_bytes(memory.rss_before_bytes)),
+        ("resident memory at its peak", format_bytes(memory.rss_peak_bytes)),
+    ]
+
+
+def _retained_row(memory: MemoryUse) -> tuple[str, str]:
+    name = f"the same window of {memory.window_steps:,} steps retained"
+    if memory.retained_peak_bytes is None:
+        return name, "model cannot be copied"
+    how = "" if memory.retained_is_measured else ", extrapolated"
+    return name + how, format_bytes(memory.retained_peak_bytes)
+
+
+def outcome_json(outcome: TrainingOutcome) -> str:
+    """The outcome as one JSON object on one line; keys as in `TrainingOutcome`."""
+    return json.dumps(_plain(asdict(outcome)), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same in what JSON has: paths as strings, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
