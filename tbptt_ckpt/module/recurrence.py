@@ -193,8 +193,11 @@ def check_autocast(module: object, dtype: torch.dtype | None) -> None:
 def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
     lstm = nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # draws no random numbers
     try:
-        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-            lstm(torch.zeros(1, 1, 1))
+        # With a graph: oneDNN has some dtypes on some CPUs for inference only.
+        with torch.inference_mode(False), torch.enable_grad():
+            with torch.autocast("cpu", dtype=dtype):
+                outputs, _ = lstm(torch.zeros(1, 1, 1))
+            torch.autograd.grad(outputs.sum(), list(lstm.parameters()))
     except RuntimeError:
         return False
     return True
