@@ -58,8 +58,7 @@ class StepBlock:
 
     def num_bytes(self) -> int:
         """Bytes of inputs and targets, as far as they are these steps'."""
-        tensors = tensors_of((self.inputs, self.targets))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors_of((self.inputs, self.targets)))
 
     def step_weights(self) -> list[StepWeight] | None:
         """The weight of each step; None where every step has a target and weight one."""

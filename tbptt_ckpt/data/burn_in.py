@@ -81,10 +81,8 @@ class BurnIn:
         Raises:
             ArgumentError: The source is not the same, or burnt in otherwise.
         """
-        saved = state["num_burn_in_steps"]
-        check_same_source(
-            f"one of {saved} burn-in steps", f"one of {self.num_burn_in_steps} burn-in steps"
-        )
+        numbers = state["num_burn_in_steps"], self.num_burn_in_steps
+        check_same_source(*(f"one of {number} burn-in steps" for number in numbers))
         if hasattr(self.source, "load_state_dict"):
             self.source.load_state_dict(state["source"])
 

@@ -56,14 +56,13 @@ class LaneSource:
             raise ArgumentError(f"seed={seed!r} must be an integer, or None to keep the order")
         if isinstance(sequences, Source):
             self._lengths = _stretch_lengths(sequences, lanes, lengths)
-            # Source and first step there of each sequence.
-            starts = np.cumsum(self._lengths) - self._lengths
-            self._origins = [(sequences, start) for start in starts.tolist()]
+            self._starts = np.cumsum(self._lengths) - self._lengths
+            self._sources: Sequence[Source] = [sequences] * len(self._starts)
         elif lengths is not None:
             raise ArgumentError("lengths cut one source; with several, each has its own length")
         else:
-            self._lengths = _lengths_of(sequences)
-            self._origins = [(source, 0) for source in sequences]
+            self._lengths, self._sources = _lengths_of(sequences), sequences
+            self._starts = np.zeros_like(self._lengths)
         if not len(self._lengths):
             raise ArgumentError("sequences are empty; at least one is needed")
         if self._lengths.min() < 1:
@@ -141,9 +140,8 @@ class LaneSource:
 
     def _range_of(self, piece: Piece) -> tuple[Source, int, int]:
         """The source of a piece and the range to read there."""
-        source, first = self._origins[piece.sequence]
-        low = first + piece.offset
-        return source, low, low + piece.stop - piece.start
+        low = int(self._starts[piece.sequence]) + piece.offset
+        return self._sources[piece.sequence], low, low + piece.stop - piece.start
 
     def _rows_of(self, piece: Piece, method: str) -> Tensor | None:
         source, low, high = self._range_of(piece)

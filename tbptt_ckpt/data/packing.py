@@ -68,17 +68,10 @@ def _pack(values: list[Any]) -> Tree:
         columns = list(zip(*leaves, strict=True))
         # A leaf that is no tensor may differ from step to step.
         only_tensors = all(isinstance(leaf, Tensor) for leaf in iterate_leaves(values[0]))
-        if only_tensors and all(_stackable(column) for column in columns):
+        alike = all(len({(t.shape, t.dtype, t.device) for t in c}) == 1 for c in columns)
+        if only_tensors and alike:
             return replace_tensors(values[0], [torch.stack(column) for column in columns])
     return Column(tuple(values))
-
-
-def _stackable(column: Sequence[Tensor]) -> bool:
-    first = column[0]
-    return all(
-        t.shape == first.shape and t.dtype == first.dtype and t.device == first.device
-        for t in column
-    )
 
 
 def _concatenate(trees: Sequence[Tree], time_dim: int) -> Tree:

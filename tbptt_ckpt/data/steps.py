@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,9 @@ class StepIterable:
         """The next steps, packed; fewer than asked at the end, None if there are none."""
         assert start == self.position, "steps are read in order"
         steps = []
-        for item in self._iterator:
+        for item in islice(self._iterator, stop - start):
             steps.append(_checked_step(item, self.position))
             self.position += 1
-            if self.position == stop:
-                break
         if self.position == self.num_steps and next(self._iterator, None) is not None:
             raise ArgumentError(
                 f"the sequence has length {self.num_steps} but there are more steps than that"

@@ -21,11 +21,7 @@ from tbptt_ckpt.module.recurrence import owner_of, parameters_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AmbientState:
-    """Generators and buffers at one step.
-
-    States between which nothing was drawn or changed share these parts, or are one
-    object, so that keeping many of them costs nothing.
-    """
+    """Generators and buffers at one step; what did not change is shared with other states."""
 
     cpu_random: Tensor
     device_random: tuple[Tensor, ...]
@@ -36,9 +32,8 @@ class Ambient:
     """Captures and restores the CPU's generator, those of the tensors' devices, and buffers."""
 
     def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
-        self._modules = list(modules)
-        self._buffers = find_buffers(self._modules)
-        self._census = BufferCensus(self._modules)
+        roots = list(modules)
+        self._buffers, self._census = find_buffers(roots), BufferCensus(roots)
         # A tensor on each accelerator, to name those whose generators count.
         found = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
         self._examples = list(found.values())
@@ -78,9 +73,6 @@ class Ambient:
         """Put buffers back to `state`, and take the generators to be there already.
 
         They may since have been used to read the first steps, and then count as changed.
-
-        Raises:
-            ArgumentError: The state is that of a module with other buffers.
         """
         if len(state.buffers) != len(self._buffers):
             raise ArgumentError(
@@ -95,8 +87,7 @@ class Ambient:
         Nothing is known of what such a buffer held when its steps were new. With `searches`
         it is looked for everywhere, whatever the modules that are known say.
         """
-        new = self._census.search() if searches else self._census.new_buffers()
-        if new:
+        if new := self._census.new_buffers(searches=searches):
             raise ArgumentError(
                 f"module buffer {new[0]!r} was registered while the module ran, so that what it "
                 "held at earlier steps is not known; register it in __init__, as None if its "
@@ -131,8 +122,8 @@ def untouched(
 
     There are no gradients at the beginning: those that were there are neither read nor added to.
     Owners are modules or their methods, and anything else is passed over; `tensors` are others
-    whose gradients, and whose devices' generators, count. What is yielded puts everything back
-    as it was at the beginning, at any time.
+    whose gradients, and whose devices' generators, count; `ambient` keeps buffers and
+    generators, if there is one. What is yielded puts everything back at any time.
     """
     modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
     used = [*parameters_of(*modules), *tensors]

@@ -154,16 +154,12 @@ class BufferCensus:
         self._known, self._sizes = set(self._names()), self._present_sizes()
         self._times_asked = 0
 
-    def new_buffers(self) -> list[str]:
-        """Names of buffers that were not there when this was made, as far as known modules tell."""
+    def new_buffers(self, *, searches: bool) -> list[str]:
+        """Names of buffers that were not there when this was made, as far as it looks."""
         self._times_asked += 1
-        is_power_of_two = self._times_asked & (self._times_asked - 1) == 0
-        if not is_power_of_two and self._present_sizes() == self._sizes:
+        searches = searches or self._times_asked & (self._times_asked - 1) == 0
+        if not searches and self._present_sizes() == self._sizes:
             return []
-        return self.search()
-
-    def search(self) -> list[str]:
-        """The same, wherever they are."""
         return [name for key, name in self._names().items() if key not in self._known]
 
     def _present_sizes(self) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def recognise(
     if per_step not in (None, True, False):
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     if lane_dim is None:
-        lane_dim = 1 if any(_recurrent_layers(module)) else 0
+        lane_dim = 1 if _recurrent_layers(module) else 0
     parameters = tuple(parameters_of(module))
     if isinstance(module, nn.RNNBase):
         name = type(module).__name__
@@ -191,12 +191,10 @@ def check_initialised(name: str, module: object) -> None:
                 )
 
 
-def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
+def _recurrent_layers(module: object) -> list[tuple[str, nn.RNNBase]]:
     owner = owner_of(module)
-    if isinstance(owner, nn.Module):
-        for name, layer in owner.named_modules():
-            if isinstance(layer, nn.RNNBase):
-                yield name, layer
+    found = owner.named_modules() if isinstance(owner, nn.Module) else ()
+    return [(name, layer) for name, layer in found if isinstance(layer, nn.RNNBase)]
 
 
 def _name(module: object) -> str:
