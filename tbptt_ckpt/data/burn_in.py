@@ -59,10 +59,8 @@ class BurnIn:
         kept = self._steps_since_beginning(start, stop) >= self.num_burn_in_steps
         if weights is None:
             return kept.to(torch.float64)
-        if weights.dim() < kept.dim():
-            weights = weights.unsqueeze(1)
-        elif kept.dim() < weights.dim():
-            kept = kept.unsqueeze(1)
+        if weights.dim() != kept.dim():  # one of them has lanes
+            weights, kept = (rows.reshape(stop - start, -1) for rows in (weights, kept))
         return weights * kept
 
     def set_epoch(self, epoch: int) -> None:

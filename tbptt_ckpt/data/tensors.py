@@ -69,11 +69,11 @@ class TensorSequence:
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Views of the steps `[start, stop)`."""
         check_range(start, stop, self._num_steps)
-
-        def narrow(tensor: Tensor) -> Tensor:
-            return tensor.narrow(self.time_dim, start, stop - start)
-
-        return map_tensors(narrow, self.inputs), map_tensors(narrow, self.targets)
+        inputs, targets = map_tensors(
+            lambda tensor: tensor.narrow(self.time_dim, start, stop - start),
+            (self.inputs, self.targets),
+        )
+        return inputs, targets
 
     def weights(self, start: int, stop: int) -> Tensor | None:
         """The weights of the steps `[start, stop)`; None where all are one."""
