@@ -18,7 +18,7 @@ from tbptt_ckpt.budget.probe import (
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
-from tbptt_ckpt.memory.malloc import malloc_bytes
+from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched

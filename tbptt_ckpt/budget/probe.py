@@ -21,8 +21,8 @@ from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
-from tbptt_ckpt.memory.malloc import malloc_bytes
 from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate

@@ -164,17 +164,13 @@ def _mapped_raw(
 
 
 def _check_array(name: str, array: object) -> None:
+    what = type(array).__name__
+    if isinstance(array, np.ndarray):
+        what = f"{array.dtype} array of shape {array.shape}"
     if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "biufc":
-        what = (
-            f"{array.dtype} array of shape {array.shape}"
-            if isinstance(array, np.ndarray)
-            else (type(array).__name__)
-        )
         raise ArgumentError(f"{name} is a {what}; pass a numpy array of numbers with time first")
 
 
 def _owned(rows: Array) -> Tensor:
     """A copy in the machine's byte order; a view would tie a tensor to the whole map."""
-    return torch.from_numpy(
-        np.array(rows, dtype=rows.dtype.newbyteorder("="), copy=True, order="C")
-    )
+    return torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("="), order="C"))

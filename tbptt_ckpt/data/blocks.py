@@ -16,8 +16,6 @@ from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors, replace_ten
 
 # The weight of one step: a number, or one number per lane.
 StepWeight = float | Sequence[float]
-
-
 # What a stored block may consist of, besides tuples, lists and dicts.
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), Tensor)
 # Views made at a time when a block is read step by step; each costs host memory.
@@ -33,26 +31,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class StepBlock:
-    """The steps `[start, stop)`.
-
-    Attributes:
-        start: First step.
-        stop: End.
-        inputs: Nested tensors with time on `time_dim`, or a `Column`.
-        targets: The same; None where no step has a target.
-        weight: [n] or [n, B] on the CPU, zero where a target is absent; None stands for ones.
-        time_dim: Where time is.
-        resets: [n] or [n, B] of bools on the CPU: steps that begin a new sequence, in every
-            lane or in each; None where none does.
-    """
+    """The steps `[start, stop)`; weights and resets are [n] or [n, B] on the CPU."""
 
     start: int
     stop: int
-    inputs: Tree
-    targets: Tree
-    weight: Tensor | None
+    inputs: Tree  # nested tensors with time on `time_dim`, or a `Column`
+    targets: Tree  # the same; None where no step has a target
+    weight: Tensor | None  # zero where a target is absent; None stands for ones
     time_dim: int
-    resets: Tensor | None = None
+    resets: Tensor | None = None  # steps that begin a sequence, in every lane or in each
 
     def part(self, start: int, stop: int) -> StepBlock:
         """The steps `[start, stop)` of the block, as views."""
@@ -71,8 +58,7 @@ class StepBlock:
 
     def num_bytes(self) -> int:
         """Bytes of inputs and targets, as far as they are these steps'."""
-        tensors = tensors_of((self.inputs, self.targets))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors_of((self.inputs, self.targets)))
 
     def step_weights(self) -> list[StepWeight] | None:
         """The weight of each step; None where every step has a target and weight one."""
@@ -97,7 +83,7 @@ class StepBlock:
         return (self.stop - self.start) * self._num_lanes()
 
     def _num_lanes(self) -> int:
-        """Lanes of one step: its first dimension, where its inputs have one for lanes."""
+        """The first dimension of one step, where its inputs have one for lanes."""
         first = self.inputs.values[0] if isinstance(self.inputs, Column) else self.inputs
         tensors = tensors_of(first)
         if not tensors:
@@ -168,26 +154,24 @@ def _unpack(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
 def store_block(block: StepBlock) -> dict[str, Any]:
     """A block as containers of numbers, strings and tensors.
 
-    Raises:
-        ArgumentError: Steps of other types, which could not be loaded without running code.
+    Steps of other types, which could not be loaded without running code, are refused.
     """
     stored = {field.name: getattr(block, field.name) for field in fields(block)}
-    return {**stored, "inputs": _store(block.inputs), "targets": _store(block.targets)}
+    return stored | {"inputs": _store(block.inputs), "targets": _store(block.targets)}
 
 
 def load_block(stored: dict[str, Any]) -> StepBlock:
     """The block that was stored."""
     return StepBlock(
-        **{**stored, "inputs": _load(stored["inputs"]), "targets": _load(stored["targets"])}
+        **stored | {"inputs": _load(stored["inputs"]), "targets": _load(stored["targets"])}
     )
 
 
 def _store(values: Tree) -> dict[str, Any]:
-    if isinstance(values, Column):
-        _check_plain(values.values)
-        return {"column": list(detach_state(values.values))}
-    _check_plain(values)
-    return {"packed": detach_state(values)}
+    is_column = isinstance(values, Column)
+    plain = list(values.values) if is_column else values
+    _check_plain(plain)
+    return {"column" if is_column else "packed": detach_state(plain)}
 
 
 def _load(stored: dict[str, Any]) -> Tree:
@@ -195,12 +179,8 @@ def _load(stored: dict[str, Any]) -> Tree:
 
 
 def _check_plain(tree: Tree) -> None:
-    if type(tree) in (tuple, list):
-        for item in tree:
-            _check_plain(item)
-    elif type(tree) is dict:
-        for key, item in tree.items():
-            _check_plain(key)
+    if type(tree) in (tuple, list, dict):
+        for item in (*tree, *tree.values()) if type(tree) is dict else tree:
             _check_plain(item)
     elif not isinstance(tree, _PLAIN):
         raise ArgumentError(

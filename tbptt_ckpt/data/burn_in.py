@@ -59,10 +59,8 @@ class BurnIn:
         kept = self._steps_since_beginning(start, stop) >= self.num_burn_in_steps
         if weights is None:
             return kept.to(torch.float64)
-        if weights.dim() < kept.dim():
-            weights = weights.unsqueeze(1)
-        elif kept.dim() < weights.dim():
-            kept = kept.unsqueeze(1)
+        if weights.dim() != kept.dim():  # one of them has lanes
+            weights, kept = (rows.reshape(stop - start, -1) for rows in (weights, kept))
         return weights * kept
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,10 +79,8 @@ class BurnIn:
         Raises:
             ArgumentError: The source is not the same, or burnt in otherwise.
         """
-        saved = state["num_burn_in_steps"]
-        check_same_source(
-            f"one of {saved} burn-in steps", f"one of {self.num_burn_in_steps} burn-in steps"
-        )
+        numbers = state["num_burn_in_steps"], self.num_burn_in_steps
+        check_same_source(*(f"one of {number} burn-in steps" for number in numbers))
         if hasattr(self.source, "load_state_dict"):
             self.source.load_state_dict(state["source"])
 

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
-from tbptt_ckpt.data.source import (
-    Source,
-    as_tensors,
-    check_range,
-    check_same_source,
-    rows_of,
-)
+from tbptt_ckpt.data.source import Source, as_tensors, check_range, check_same_source, rows_of
 from tbptt_ckpt.errors import ArgumentError, check_dimension, check_positive_int
 from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
 
@@ -61,29 +55,34 @@ class LaneSource:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise ArgumentError(f"seed={seed!r} must be an integer, or None to keep the order")
         if isinstance(sequences, Source):
-            stretches = _stretch_lengths(sequences, lanes, lengths)
-            self._sequences = _stretches_of_one(sequences, stretches)
+            self._lengths = _stretch_lengths(sequences, lanes, lengths)
+            self._starts = np.cumsum(self._lengths) - self._lengths
+            self._sources: Sequence[Source] = [sequences] * len(self._starts)
         elif lengths is not None:
             raise ArgumentError("lengths cut one source; with several, each has its own length")
         else:
-            self._sequences = _several(sequences)
+            self._lengths, self._sources = _lengths_of(sequences), sequences
+            self._starts = np.zeros_like(self._lengths)
+        if not len(self._lengths):
+            raise ArgumentError("sequences are empty; at least one is needed")
+        if self._lengths.min() < 1:
+            raise ArgumentError(f"sequence {int(self._lengths.argmin())} is empty; leave it out")
         self.lanes, self._seed, self._device = lanes, seed, device
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Lay the sequences out for a pass over them: with a seed, each epoch has its order."""
-        lengths = self._sequences.lengths
-        order = np.arange(len(lengths), dtype=np.int64)
+        order = np.arange(len(self._lengths), dtype=np.int64)
         if self._seed is not None:
-            order = shuffled(len(lengths), self._seed, epoch)
+            order = shuffled(len(order), self._seed, epoch)
         self.epoch = epoch
-        self._layout = LaneLayout(lengths, order, self.lanes)
+        self._layout = LaneLayout(self._lengths, order, self.lanes)
 
     def __len__(self) -> int:
         return self._layout.num_steps
 
     def __repr__(self) -> str:
-        sequences = f"{len(self._sequences.lengths):,} sequences in {self.lanes:,} lanes"
+        sequences = f"{len(self._lengths):,} sequences in {self.lanes:,} lanes"
         order = "in order" if self._seed is None else f"shuffled by seed {self._seed}"
         return f"LaneSource({sequences}, {len(self):,} steps, {order})"
 
@@ -93,7 +92,7 @@ class LaneSource:
         inputs = _LaneBatch("inputs", start, stop, self.lanes)
         targets = _LaneBatch("targets", start, stop, self.lanes)
         for piece in self._layout.pieces(start, stop):
-            source, low, high = self._sequences.find(piece)
+            source, low, high = self._range_of(piece)
             read, time_dim = source.read(low, high), getattr(source, "time_dim", 0)
             inputs.put(piece, as_tensors(read[0]), time_dim)
             targets.put(piece, as_tensors(read[1]), time_dim)
@@ -121,13 +120,13 @@ class LaneSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and what identifies the lanes; a read depends on its arguments alone."""
-        lengths = self._sequences.lengths
+        lengths = self._lengths.astype("<i8").tobytes()
         return {
             "epoch": self.epoch,
             "seed": self._seed,
             "lanes": self.lanes,
-            "num_sequences": len(lengths),
-            "lengths_sha256": hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
+            "num_sequences": len(self._lengths),
+            "lengths_sha256": hashlib.sha256(lengths).hexdigest(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,8 +138,13 @@ class LaneSource:
         check_same_source({**state, "epoch": None}, {**self.state_dict(), "epoch": None})
         self.set_epoch(state["epoch"])
 
+    def _range_of(self, piece: Piece) -> tuple[Source, int, int]:
+        """The source of a piece and the range to read there."""
+        low = int(self._starts[piece.sequence]) + piece.offset
+        return self._sources[piece.sequence], low, low + piece.stop - piece.start
+
     def _rows_of(self, piece: Piece, method: str) -> Tensor | None:
-        source, low, high = self._sequences.find(piece)
+        source, low, high = self._range_of(piece)
         rows = rows_of(source, method, low, high)
         if rows is not None and rows.dim() != 1:
             raise ArgumentError(
@@ -150,30 +154,7 @@ class LaneSource:
         return rows
 
 
-class _Sequences:
-    """Numbered sequences, each from some step of a source on.
-
-    Args:
-        sources: The source of each.
-        starts: Its first step there.
-        lengths: Its steps.
-    """
-
-    def __init__(self, sources: Sequence[Source], starts: Integers, lengths: Integers) -> None:
-        self._sources, self._starts, self.lengths = sources, starts, lengths
-        if not len(lengths):
-            raise ArgumentError("sequences are empty; at least one is needed")
-        if lengths.min() < 1:
-            raise ArgumentError(f"sequence {int(lengths.argmin())} is empty; leave it out")
-
-    def find(self, piece: Piece) -> tuple[Source, int, int]:
-        """The source of a piece and the range to read there."""
-        start = int(self._starts[piece.sequence]) + piece.offset
-        return self._sources[piece.sequence], start, start + piece.stop - piece.start
-
-
-def _several(sources: Sequence[Source]) -> _Sequences:
-    """Each sequence is a source of its own."""
+def _lengths_of(sources: Sequence[Source]) -> Integers:
     if not isinstance(sources, Sequence):
         raise ArgumentError(
             f"sequences={sources!r} must be a source, or a list of sources with a length"
@@ -185,28 +166,15 @@ def _several(sources: Sequence[Source]) -> _Sequences:
                 "TensorSequence(inputs, targets)"
             )
     lengths = [_check_source(source, f"sequence {n}") for n, source in enumerate(sources)]
-    starts = np.zeros(len(lengths), dtype=np.int64)
-    return _Sequences(sources, starts, np.array(lengths, dtype=np.int64))
-
-
-def _stretches_of_one(source: Source, lengths: Integers) -> _Sequences:
-    """Sequences that follow each other in one source."""
-    return _Sequences([source] * len(lengths), np.cumsum(lengths) - lengths, lengths)
+    return np.array(lengths, dtype=np.int64)
 
 
 class _LaneBatch:
-    """Inputs or targets of some steps of all lanes, put together piece by piece.
-
-    Args:
-        name: What they are, for errors.
-        start: First step.
-        stop: End.
-        lanes: Number of lanes.
-    """
+    """Inputs or targets of some steps of all lanes, put together piece by piece."""
 
     def __init__(self, name: str, start: int, stop: int, lanes: int) -> None:
         self._name, self._start, self._shape = name, start, (stop - start, lanes)
-        self._tree: Tree = None
+        self._tree: Tree = None  # of the first piece
         self._tensors: list[Tensor] | None = None
 
     def put(self, piece: Piece, tree: Tree, time_dim: int) -> None:
@@ -215,31 +183,25 @@ class _LaneBatch:
         if self._tensors is None:
             self._tree = tree
             self._tensors = [row.new_zeros(self._shape + row.shape[1:]) for row in rows]
-        self._check_alike(piece, tree, rows, self._tensors)
-        low, high = piece.start - self._start, piece.stop - self._start
-        for whole, row in zip(self._tensors, rows, strict=True):
-            whole[low:high, piece.lane] = row
-
-    def result(self, device: torch.device | str | None) -> Tree:
-        """The tree of tensors [n, B, ...]."""
-        assert self._tensors is not None, "some lane runs at every step"
-        return replace_tensors(self._tree, [t.to(device) for t in self._tensors])
-
-    def _check_alike(
-        self, piece: Piece, tree: Tree, rows: list[Tensor], known: list[Tensor]
-    ) -> None:
         if structure(tree) != structure(self._tree):
             raise ArgumentError(
                 f"{self._name} of sequence {piece.sequence} are {structure(tree)}, those of others "
                 f"are {structure(self._tree)}; where targets are absent, give them weight zero"
             )
-        for row, whole in zip(rows, known, strict=True):
+        low, high = piece.start - self._start, piece.stop - self._start
+        for row, whole in zip(rows, self._tensors, strict=True):
             if row.shape[1:] != whole.shape[2:] or row.dtype != whole.dtype:
                 raise ArgumentError(
                     f"{self._name} of sequence {piece.sequence} have steps of shape "
                     f"{tuple(row.shape[1:])} and dtype {row.dtype}, those of others "
                     f"{tuple(whole.shape[2:])} and {whole.dtype}"
                 )
+            whole[low:high, piece.lane] = row
+
+    def result(self, device: torch.device | str | None) -> Tree:
+        """The tree of tensors [n, B, ...]."""
+        assert self._tensors is not None, "some lane runs at every step"
+        return replace_tensors(self._tree, [t.to(device) for t in self._tensors])
 
 
 def _stretch_lengths(source: Source, lanes: int, lengths: Iterable[int] | None) -> Integers:

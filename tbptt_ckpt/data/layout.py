@@ -15,15 +15,7 @@ Words = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Steps of one sequence in one lane.
-
-    Attributes:
-        lane: The lane.
-        sequence: Number of the sequence.
-        offset: The sequence's step that runs at `start`.
-        start: First step of the lane.
-        stop: End.
-    """
+    """Steps `[start, stop)` of a lane, which are those of one sequence from `offset` on."""
 
     lane: int
     sequence: int
@@ -33,16 +25,9 @@ class Piece:
 
 
 class LaneLayout:
-    """Sequences one after another in lanes; the lane that ends first takes the next one.
-
-    Args:
-        lengths: Steps of each sequence, [N].
-        order: The order in which sequences are taken, [N].
-        lanes: Number of lanes.
-    """
+    """Sequences one after another in lanes; the lane that ends first takes the next one."""
 
     def __init__(self, lengths: Integers, order: Integers, lanes: int) -> None:
-        self.lanes = lanes
         taken: list[list[int]] = [[] for _ in range(lanes)]
         ends = [(0, lane) for lane in range(lanes)]  # ties go to the lower lane
         for sequence in order.tolist():
@@ -75,13 +60,11 @@ def shuffled(count: int, seed: int, epoch: int) -> Integers:
     References:
         Steele, Lea & Flood (2014), doi:10.1145/2714064.2660195.
     """
-    key = _mixed(_mixed(_word(seed)) + _word(epoch))  # modulo 2**64, as arrays compute
+    # Modulo 2**64, as arrays compute.
+    words: Words = np.array([[seed % 2**64], [epoch % 2**64]], dtype=np.uint64)
+    key = _mixed(_mixed(words[0]) + words[1])
     numbers: Words = np.arange(count, dtype=np.uint64)
     return np.argsort(_mixed(key + numbers), kind="stable").astype(np.int64)
-
-
-def _word(number: int) -> Words:
-    return np.array([number % 2**64], dtype=np.uint64)
 
 
 def _mixed(words: Words) -> Words:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,28 +10,35 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import Column, StepBlock
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, structure, tensors_of
+from tbptt_ckpt.module.trees import (
+    Tree,
+    iterate_leaves,
+    map_tensors,
+    replace_tensors,
+    structure,
+    tensors_of,
+)
 
 
 def join_blocks(parts: Sequence[StepBlock]) -> StepBlock:
     """Consecutive blocks as one; copies only where there are several."""
     if len(parts) == 1:
         return parts[0]
-    weight = _joined_weight(parts)
+    time_dim = parts[0].time_dim
     targets = [part.targets for part in parts]
     known = next((t for t in targets if t is not None), None)
     if known is not None:  # steps without a target get zeros, which their weight hides
         targets = [
-            _zeros_like_steps(known, p.stop - p.start, p.time_dim) if t is None else t
+            _zeros_like_steps(known, p.stop - p.start, time_dim) if t is None else t
             for t, p in zip(targets, parts, strict=True)
         ]
     return StepBlock(
         parts[0].start,
         parts[-1].stop,
-        _concatenate([part.inputs for part in parts], parts[0].time_dim),
-        None if known is None else _concatenate(targets, parts[0].time_dim),
-        weight,
-        parts[0].time_dim,
+        _concatenate([part.inputs for part in parts], time_dim),
+        None if known is None else _concatenate(targets, time_dim),
+        _joined_weight(parts),
+        time_dim,
     )
 
 
@@ -60,28 +66,12 @@ def _pack(values: list[Any]) -> Tree:
     first = structure(values[0])
     if leaves[0] and all(structure(value) == first for value in values):
         columns = list(zip(*leaves, strict=True))
-        if all(_stackable(column) for column in columns) and _only_tensors(values[0]):
+        # A leaf that is no tensor may differ from step to step.
+        only_tensors = all(isinstance(leaf, Tensor) for leaf in iterate_leaves(values[0]))
+        alike = all(len({(t.shape, t.dtype, t.device) for t in c}) == 1 for c in columns)
+        if only_tensors and alike:
             return replace_tensors(values[0], [torch.stack(column) for column in columns])
     return Column(tuple(values))
-
-
-def _stackable(column: Sequence[Tensor]) -> bool:
-    first = column[0]
-    return all(
-        t.shape == first.shape and t.dtype == first.dtype and t.device == first.device
-        for t in column
-    )
-
-
-def _only_tensors(tree: Tree) -> bool:
-    """Whether packing loses nothing: a leaf that is no tensor may differ from step to step."""
-    if isinstance(tree, Tensor):
-        return True
-    if isinstance(tree, dict):
-        return all(_only_tensors(item) for item in tree.values())
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return all(_only_tensors(getattr(tree, f.name)) for f in dataclasses.fields(tree))
-    return isinstance(tree, tuple | list) and all(_only_tensors(item) for item in tree)
 
 
 def _concatenate(trees: Sequence[Tree], time_dim: int) -> Tree:
@@ -96,9 +86,9 @@ def _concatenate(trees: Sequence[Tree], time_dim: int) -> Tree:
 
 def _zeros_like_steps(tree: Tree, num_steps: int, time_dim: int) -> Tree:
     def zeros(tensor: Tensor) -> Tensor:
-        shape = list(tensor.shape)
-        shape[time_dim] = num_steps
-        return tensor.new_zeros(shape)
+        return tensor.new_zeros(
+            (*tensor.shape[:time_dim], num_steps, *tensor.shape[time_dim + 1 :])
+        )
 
     return map_tensors(zeros, tree)
 
@@ -109,10 +99,10 @@ def _joined_weight(parts: Sequence[StepBlock]) -> Tensor | None:
     lanes = next((p.weight.shape[1:] for p in parts if p.weight is not None), torch.Size())
     rows = []
     for part in parts:
-        if part.targets is None:
-            rows.append(torch.zeros(part.stop - part.start, *lanes, dtype=torch.float64))
-        elif part.weight is None:
-            rows.append(torch.ones(part.stop - part.start, *lanes, dtype=torch.float64))
-        else:
+        if part.targets is not None and part.weight is not None:
             rows.append(part.weight)
+        else:
+            value = 0.0 if part.targets is None else 1.0
+            shape = (part.stop - part.start, *lanes)
+            rows.append(torch.full(shape, value, dtype=torch.float64))
     return torch.cat(rows)

@@ -36,11 +36,7 @@ class Source(Protocol):
 
 
 def as_tensors(tree: Tree) -> Tree:
-    """The tree with numpy arrays as tensors that share their memory.
-
-    Raises:
-        ArgumentError: An array that torch cannot read.
-    """
+    """The tree with numpy arrays as tensors that share their memory."""
     return tree if isinstance(tree, Tensor) else map_tensors(_from_numpy, tree, np.ndarray)
 
 

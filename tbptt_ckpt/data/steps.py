@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,7 @@ from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
 
 
 class StepIterable:
-    """An iterable of `(input, target)` steps, read once from front to back.
-
-    Args:
-        steps: The iterable; its length is used where it has one.
-    """
+    """An iterable of `(input, target)` steps, read once from front to back."""
 
     time_dim = 0
 
@@ -43,11 +40,9 @@ class StepIterable:
         """The next steps, packed; fewer than asked at the end, None if there are none."""
         assert start == self.position, "steps are read in order"
         steps = []
-        for item in self._iterator:
+        for item in islice(self._iterator, stop - start):
             steps.append(_checked_step(item, self.position))
             self.position += 1
-            if self.position == stop:
-                break
         if self.position == self.num_steps and next(self._iterator, None) is not None:
             raise ArgumentError(
                 f"the sequence has length {self.num_steps} but there are more steps than that"
@@ -55,11 +50,7 @@ class StepIterable:
         return pack_steps(steps, start) if steps else None
 
     def skip_to(self, step: int) -> None:
-        """Pass over steps that were read before.
-
-        Raises:
-            ArgumentError: The iterable ends before.
-        """
+        """Pass over steps that were read before."""
         while self.position < step:
             if next(self._iterator, self) is self:
                 raise ArgumentError(
@@ -123,11 +114,7 @@ class SourceReader:
 
 
 def reader_for(sequence: object) -> StepIterable | SourceReader:
-    """The reader of a user's sequence.
-
-    Raises:
-        ArgumentError: Something that is no sequence of steps.
-    """
+    """The reader of a user's sequence."""
     if isinstance(sequence, io.IOBase):
         raise ArgumentError(
             f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
@@ -138,8 +125,7 @@ def reader_for(sequence: object) -> StepIterable | SourceReader:
             "map_file(path, dtype, step_shape) or np.memmap, and pass ArraySequence(array)"
         )
     if isinstance(sequence, TensorSequence):
-        _check_usable(sequence.inputs, "inputs")
-        _check_usable(sequence.targets, "targets")
+        _check_usable(sequence.inputs, sequence.targets)
     if isinstance(sequence, Source):
         return SourceReader(sequence)
     if isinstance(sequence, Tensor | np.ndarray):
@@ -158,8 +144,7 @@ def reader_for(sequence: object) -> StepIterable | SourceReader:
 def _checked_step(item: Any, step: int) -> tuple[Any, Any]:
     if isinstance(item, tuple | list) and len(item) == 2:
         inputs, target = as_tensors(item[0]), as_tensors(item[1])
-        _check_usable(inputs, "inputs")
-        _check_usable(target, "targets")
+        _check_usable(inputs, target)
         return inputs, target
     raise ArgumentError(
         f"step {step} of the sequence is a {type(item).__name__}, not a pair (input, target); "
@@ -167,17 +152,19 @@ def _checked_step(item: Any, step: int) -> tuple[Any, Any]:
     )
 
 
-def _check_usable(tree: Tree, name: str) -> None:
-    if any(tensor.grad_fn is not None for tensor in iterate_tensors(tree)):
-        raise ArgumentError(
-            f"{name} were computed with a graph, which every window would have to differentiate "
-            "again; detach them, or move what computes them into the module"
-        )
-    if any(tensor.is_inference() for tensor in iterate_tensors(tree)):
-        raise ArgumentError(
-            f"{name} hold tensors of torch.inference_mode, which cannot be differentiated; clone "
-            "them outside of it"
-        )
+def _check_usable(inputs: Tree, targets: Tree) -> None:
+    for name, tree in (("inputs", inputs), ("targets", targets)):
+        for tensor in iterate_tensors(tree):
+            if tensor.grad_fn is not None:
+                raise ArgumentError(
+                    f"{name} were computed with a graph, which every window would have to "
+                    "differentiate again; detach them, or move what computes them into the module"
+                )
+            if tensor.is_inference():
+                raise ArgumentError(
+                    f"{name} hold tensors of torch.inference_mode, which cannot be "
+                    "differentiated; clone them outside of it"
+                )
 
 
 def _length_of(sequence: object) -> int | None:

@@ -69,11 +69,11 @@ class TensorSequence:
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Views of the steps `[start, stop)`."""
         check_range(start, stop, self._num_steps)
-
-        def narrow(tensor: Tensor) -> Tensor:
-            return tensor.narrow(self.time_dim, start, stop - start)
-
-        return map_tensors(narrow, self.inputs), map_tensors(narrow, self.targets)
+        inputs, targets = map_tensors(
+            lambda tensor: tensor.narrow(self.time_dim, start, stop - start),
+            (self.inputs, self.targets),
+        )
+        return inputs, targets
 
     def weights(self, start: int, stop: int) -> Tensor | None:
         """The weights of the steps `[start, stop)`; None where all are one."""
@@ -97,19 +97,18 @@ class TensorSequence:
 
     def _check_lengths(self) -> int:
         named = [("inputs", t) for t in tensors_of(self.inputs)]
-        named += [("targets", t) for t in tensors_of(self.targets)]
-        if not named or named[0][0] != "inputs":
+        if not named:
             raise ArgumentError(f"inputs={self.inputs!r} holds no tensor")
-        lengths = []
+        named += [("targets", t) for t in tensors_of(self.targets)]
         for name, tensor in named:
             check_time_exists(name, tensor, self.time_dim)
-            lengths.append(tensor.shape[self.time_dim])
-        for (name, tensor), length in zip(named, lengths, strict=True):
-            if length != lengths[0]:
+        num_steps = named[0][1].shape[self.time_dim]
+        for name, tensor in named:
+            if tensor.shape[self.time_dim] != num_steps:
                 raise ArgumentError(
-                    f"{name} of shape {tuple(tensor.shape)} has {length} steps on "
-                    f"time_dim={self.time_dim}, inputs have {lengths[0]}"
+                    f"{name} of shape {tuple(tensor.shape)} has {tensor.shape[self.time_dim]} "
+                    f"steps on time_dim={self.time_dim}, inputs have {num_steps}"
                 )
-        if lengths[0] == 0:
+        if num_steps == 0:
             raise ArgumentError("inputs hold an empty sequence; at least one step is needed")
-        return lengths[0]
+        return num_steps

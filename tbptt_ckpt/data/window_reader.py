@@ -27,8 +27,7 @@ class WindowReader:
         self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
         self._held: list[StepBlock] = []
         self._position = 0
-        if self.num_steps == 0:
-            raise ArgumentError("the sequence is empty; at least one step is needed")
+        self._check_not_empty()
 
     def drop_before(self, step: int) -> None:
         """Forget steps that no later window needs."""
@@ -38,8 +37,7 @@ class WindowReader:
         """Make sure that the end is known if it lies before `stop`."""
         if self.num_steps is None:
             self._pull(stop)
-            if self.num_steps == 0:
-                raise ArgumentError("the sequence is empty; at least one step is needed")
+            self._check_not_empty()
 
     def window(self, first: int, stop: int) -> list[StepBlock]:
         """The steps `[first, stop)` in blocks; blocks at the ends may reach further."""
@@ -57,10 +55,6 @@ class WindowReader:
         An iterable of steps is iterated anew and passed over up to the first step that is
         still needed. A source without a length goes on after the last step that it gave; the
         steps that are held are part of the state.
-
-        Raises:
-            ArgumentError: A source without a length that has no `state_dict`, or whose steps
-                cannot be stored.
         """
         if isinstance(self._reader, StepIterable):
             return {"first": self._held[0].start if self._held else self._position}
@@ -77,11 +71,7 @@ class WindowReader:
         return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
-
-        Raises:
-            ArgumentError: The sequence is not the one that was saved.
-        """
+        """Go on where `state_dict` was called."""
         if isinstance(self._reader, StepIterable):
             self._reader.skip_to(state["first"])
             self._position = state["first"]
@@ -100,7 +90,12 @@ class WindowReader:
                 self._held.append(block)
                 self._position = block.stop
             if block is None or block.stop < wanted:
-                self._end()
+                if self.num_steps is not None:
+                    raise ArgumentError(
+                        f"the sequence has length {self.num_steps} but ended after "
+                        f"{self._position} steps"
+                    )
+                self.num_steps = self._position
 
     def _next_start(self) -> int:
         """The next step at which a window may start: a block must not reach across it."""
@@ -108,9 +103,6 @@ class WindowReader:
             return self._position + self.PACK_STEPS
         return self._position + self._k1 - (self._position + self._k2) % self._k1
 
-    def _end(self) -> None:
-        if self.num_steps is not None:
-            raise ArgumentError(
-                f"the sequence has length {self.num_steps} but ended after {self._position} steps"
-            )
-        self.num_steps = self._position
+    def _check_not_empty(self) -> None:
+        if self.num_steps == 0:
+            raise ArgumentError("the sequence is empty; at least one step is needed")

@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,12 +19,8 @@ from tbptt_ckpt.memory.native import make_known
 from tbptt_ckpt.memory.recorders import Events, Recorder, new_recorder, profiler_is_active
 from tbptt_ckpt.memory.storages import distinct_storages, live_storages
 
-
-class Listener(Protocol):
-    """What a source reports to."""
-
-    def observe(self, events: Events, reserved_bytes: int | None) -> None:
-        """Take in changes, in order, and the allocator's reserved peak if it has one."""
+# Takes in changes, in order, and the allocator's reserved peak if it has one.
+Listener = Callable[[Events, int | None], None]
 
 
 class CpuSource:
@@ -51,7 +47,6 @@ class CpuSource:
                     "peak_memory() cannot start: a torch profiler is active on this thread, and "
                     "torch allows only one; leave its region first, or measure outside of it"
                 )
-            _end_recording_in_forks()
             self._recorder = new_recorder()
             self._recorder.start()
         entered = make_known(older)
@@ -98,14 +93,13 @@ class CpuSource:
 
     def _report(self, events: Events) -> None:
         for listener in self._listeners:
-            listener.observe(events, None)
+            listener(events, None)
 
 
 class AcceleratorSource:
     """Changes of an accelerator's allocator, from its own statistics.
 
-    Those are counted per process, so every thread's allocations are in them. Reading
-    resets the allocator's peak statistics, the user's view of them included.
+    Those are the process's, all threads together. Reading resets the peaks among them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -136,33 +130,28 @@ class AcceleratorSource:
             deltas = np.array([peak - self._live, live - peak], np.int64)
             self._live = live
             for listener in self._listeners:
-                listener.observe((np.full(2, time.time()), deltas), reserved)
+                listener((np.full(2, time.time()), deltas), reserved)
 
     def retries(self) -> int | None:
         """How often the allocator had to free its cache and try again, ever."""
         return torch.accelerator.memory_stats(self._device).get("num_alloc_retries")
 
 
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.source = CpuSource()
+
+
 Source = CpuSource | AcceleratorSource
-_this_thread = threading.local()
+_this_thread = _ThisThread()
+accelerator_source = functools.cache(AcceleratorSource)
 
 
 def cpu_source() -> CpuSource:
     """The calling thread's source."""
-    source: CpuSource | None = getattr(_this_thread, "source", None)
-    if source is None:
-        source = _this_thread.source = CpuSource()
-    return source
+    return _this_thread.source
 
 
-@functools.cache
-def accelerator_source(device: torch.device) -> AcceleratorSource:
-    """The device's source."""
-    return AcceleratorSource(device)
-
-
-@functools.cache
-def _end_recording_in_forks() -> None:
-    """A data loader's worker forked inside a region would record for ever, unread."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: cpu_source().silence())
+# A data loader's worker forked inside a region would record for ever, unread.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: cpu_source().silence())

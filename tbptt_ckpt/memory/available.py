@@ -37,11 +37,7 @@ def free_memory(device: torch.device | str | None = None, *, root: str | Path = 
 
 
 def accelerator_or_cpu(device: torch.device | str | None) -> torch.device:
-    """The device with its index filled in; None is the CPU.
-
-    Raises:
-        ArgumentError: A device that this machine does not have.
-    """
+    """The device with its index filled in; None is the CPU."""
     where = torch.device("cpu" if device is None else device)
     if where.type == "cpu":
         return torch.device("cpu")

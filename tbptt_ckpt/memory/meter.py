@@ -129,7 +129,7 @@ class PeakMeter:
     def __enter__(self) -> Self:
         if self._state != "new":
             raise TbpttError("a meter measures one region; call peak_memory() for each")
-        self._source.attach(self, self._held)
+        self._source.attach(self._observe, self._held)
         self._state, self._held = "open", None
         self._started = time.time()
         self._retries_before = self._source.retries()
@@ -140,7 +140,7 @@ class PeakMeter:
     def __exit__(self, *_: object) -> None:
         self._state = "closed"
         try:
-            self._source.detach(self)
+            self._source.detach(self._observe)
         finally:
             if self._rss:
                 self._rss.__exit__()
@@ -175,8 +175,7 @@ class PeakMeter:
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self.flush())  # type: ignore[no-untyped-call]
 
-    def observe(self, events: Events, reserved_bytes: int | None) -> None:
-        """Take in changes that the source reports."""
+    def _observe(self, events: Events, reserved_bytes: int | None) -> None:
         seconds, deltas = events
         self._live.fold(seconds - self._started, deltas)
         if reserved_bytes is not None:

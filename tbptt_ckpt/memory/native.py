@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,46 +35,36 @@ def make_known(storages: Iterable[torch.UntypedStorage]) -> int:
     To be called while memory is being recorded. Each entered storage also emits an
     allocation event, which the caller has to discount.
     """
-    enter = _table_entry()
-    if enter is None:
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    reporter = _load("c10", _REPORTER, pointer)
+    enter = _load("c10", _REPORT_NEW, None, pointer, pointer, size)
+    if reporter is None or enter is None:
         return 0
-    total = 0
+    total, address = 0, reporter()
     for storage in storages:
         if _from_cpu_allocator(storage):
-            enter(storage.data_ptr(), storage.nbytes())
+            enter(address, storage.data_ptr(), storage.nbytes())
             total += storage.nbytes()
     return total
 
 
-@functools.cache
-def has_operator_callbacks() -> Callable[[], bool]:
-    """A function that says whether anything on this thread observes torch's operators."""
-    function = _load("torch_cpu", _HAS_CALLBACKS)
-    if function is None:
-        return lambda: False
-    function.restype, function.argtypes = ctypes.c_bool, []
-    return lambda: bool(function())
+def has_operator_callbacks() -> bool:
+    """Whether anything on this thread observes torch's operators, as far as torch says."""
+    function = _load("torch_cpu", _HAS_CALLBACKS, ctypes.c_bool)
+    return function is not None and bool(function())
 
 
 @functools.cache
-def _table_entry() -> Callable[[int, int], object] | None:
-    """`enter(address, num_bytes)`, or None where torch does not export it."""
-    reporter, new = _load("c10", _REPORTER), _load("c10", _REPORT_NEW)
-    if reporter is None or new is None:
-        return None
-    reporter.restype, reporter.argtypes = ctypes.c_void_p, []
-    new.restype, new.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    return functools.partial(new, reporter())
-
-
-def _load(library: str, symbol: str) -> Any:
+def _load(library: str, symbol: str, result: Any, *arguments: Any) -> Any:
     """A function of one of torch's libraries, or None."""
     suffix = {"linux": "so", "darwin": "dylib"}.get(sys.platform)
     path = Path(torch.__file__).parent / "lib" / f"lib{library}.{suffix}"
     try:
-        return ctypes.CDLL(str(path))[symbol]
+        function = ctypes.CDLL(str(path))[symbol]
     except (OSError, AttributeError):
         return None
+    function.restype, function.argtypes = result, arguments
+    return function
 
 
 def _from_cpu_allocator(storage: torch.UntypedStorage) -> bool:

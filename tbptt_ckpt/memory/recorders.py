@@ -50,15 +50,8 @@ class DrainingRecorder:
         self.drain()
         _API._clear_callbacks()
 
-    def drain(self) -> Events:
+    def drain(self, *, end: bool = False) -> Events:
         """Events since the last call."""
-        return self._read(end=False)
-
-    def stop(self) -> Events:
-        """As `drain`, and end recording."""
-        return self._read(end=True)
-
-    def _read(self, *, end: bool) -> Events:
         options = _API._ProfilerDisableOptions(end, True)
         per_thread = [_columns(events) for events in _API._disable_profiler_legacy(options)]
         seconds = np.concatenate([np.zeros(0), *(pair[0] for pair in per_thread)])
@@ -67,6 +60,10 @@ class DrainingRecorder:
             order = np.argsort(seconds, kind="stable")
             return seconds[order], deltas[order]
         return seconds, deltas
+
+    def stop(self) -> Events:
+        """As `drain`, and end recording."""
+        return self.drain(end=True)
 
 
 def _columns(events: list[Any]) -> Events:
@@ -104,14 +101,14 @@ class KinetoRecorder:
         """As `drain`, and end recording."""
         self._profile.stop()
         results: Any = getattr(self._profile.profiler, "kineto_results", None)
-        memory = [each for each in results.events() if _is_cpu_memory(each)]
+        memory = [
+            each
+            for each in results.events()
+            if each.name() == "[memory]" and each.device_type() == _autograd.DeviceType.CPU
+        ]
         seconds = np.array([each.start_ns() * 1e-9 for each in memory], np.float64)
         order = np.argsort(seconds, kind="stable")
         return seconds[order], np.array([each.nbytes() for each in memory], np.int64)[order]
-
-
-def _is_cpu_memory(event: Any) -> bool:
-    return bool(event.name() == "[memory]" and event.device_type() == _autograd.DeviceType.CPU)
 
 
 Recorder = DrainingRecorder | KinetoRecorder
@@ -120,6 +117,6 @@ Recorder = DrainingRecorder | KinetoRecorder
 def new_recorder() -> Recorder:
     """The cheapest recorder that works in this version of torch, on this thread, now."""
     names = ("_enable_profiler_legacy", "_disable_profiler_legacy", "_clear_callbacks")
-    if all(hasattr(_autograd, name) for name in names) and not has_operator_callbacks()():
+    if all(hasattr(_autograd, name) for name in names) and not has_operator_callbacks():
         return DrainingRecorder()
     return KinetoRecorder()

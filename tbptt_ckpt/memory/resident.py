@@ -1,8 +1,11 @@
-"""Resident memory of this process: what the kernel counts, and kills for."""
+"""Host memory of this process: what the kernel counts, and what its allocator handed out."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -33,7 +36,7 @@ def rss_bytes() -> RssBytes:
     reported as anonymous.
     """
     status = _read_status()
-    if status is None:
+    if not status:
         total = psutil.Process().memory_info().rss
         return RssBytes(total, total, 0)
     return RssBytes(status["VmRSS"], status["RssAnon"], status["RssFile"])
@@ -62,7 +65,7 @@ class RssSampler:
         self._thread = threading.Thread(target=self._run, name="rss-sampler", daemon=True)
 
     def __enter__(self) -> Self:
-        self._mark_before = _high_water_bytes()
+        self._mark_before = _read_status().get("VmHWM", 0)
         self.sample()
         self._thread.start()
         return self
@@ -71,7 +74,7 @@ class RssSampler:
         self._stop.set()
         self._thread.join()
         self.sample()
-        mark = _high_water_bytes()
+        mark = _read_status().get("VmHWM", 0)
         if mark > self._mark_before:
             self.peak_bytes, self.source = max(mark, self.peak_bytes), "VmHWM"
 
@@ -86,18 +89,47 @@ class RssSampler:
             self.sample()
 
 
-def _high_water_bytes() -> int:
-    """The kernel's mark of the highest resident memory so far; 0 where it keeps none."""
-    status = _read_status()
-    return 0 if status is None else status["VmHWM"]
-
-
-def _read_status() -> dict[str, int] | None:
-    """Memory lines of /proc/self/status in bytes; None where they do not exist."""
+def _read_status() -> dict[str, int]:
+    """Memory lines of /proc/self/status in bytes; none where they do not exist."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
-        return None
+        return {}
     pairs = (line.partition(":")[::2] for line in lines if line.endswith(" kB"))
     sizes = {key: int(text.split()[0]) * 1024 for key, text in pairs}
-    return sizes if {"VmRSS", "VmHWM", "RssAnon", "RssFile"} <= sizes.keys() else None
+    return sizes if {"VmRSS", "VmHWM", "RssAnon", "RssFile"} <= sizes.keys() else {}
+
+
+def malloc_bytes() -> int | None:
+    """Bytes that the C library's allocator has handed out; None where it does not say.
+
+    Resident memory would not do: in a warm process an allocation mostly finds pages that
+    are resident already.
+    """
+    function = _mallinfo()
+    if function is None:
+        return None
+    info = function()
+    return int(info.in_use + info.mapped)
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and later."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "num_free", "num_small", "num_mapped", "mapped"),
+            *("unused", "free_small", "in_use", "free", "releasable"),
+        )
+    )
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _MallInfo] | None:
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (OSError, TypeError, AttributeError):  # not Linux, or no such glibc
+        return None
+    function.restype, function.argtypes = _MallInfo, []
+    return function

@@ -9,13 +9,7 @@ _KEPT_POINTS = 4096
 
 
 class LiveBytes:
-    """Live bytes relative to the start of a region.
-
-    Attributes:
-        now_bytes: Bytes live after all changes so far; negative when more was freed than
-            allocated.
-        peak_bytes: The highest value so far, at least 0.
-    """
+    """Live bytes relative to the start of a region: now, and at the most so far."""
 
     def __init__(self) -> None:
         self.now_bytes = 0

@@ -21,11 +21,7 @@ from tbptt_ckpt.module.recurrence import owner_of, parameters_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AmbientState:
-    """Generators and buffers at one step.
-
-    States between which nothing was drawn or changed share these parts, or are one
-    object, so that keeping many of them costs nothing.
-    """
+    """Generators and buffers at one step; what did not change is shared with other states."""
 
     cpu_random: Tensor
     device_random: tuple[Tensor, ...]
@@ -33,18 +29,15 @@ class AmbientState:
 
 
 class Ambient:
-    """Captures and restores the generators of all devices in use and the buffers of modules.
-
-    Args:
-        modules: Whose buffers count; anything that is not an `nn.Module` is passed over.
-        tensors: Name the devices whose generators count, besides the CPU's.
-    """
+    """Captures and restores the CPU's generator, those of the tensors' devices, and buffers."""
 
     def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
-        self._modules = list(modules)
-        self._buffers = find_buffers(self._modules)
-        self._census = BufferCensus(self._modules)
-        self._device_ids, self._device_type, self._examples = _accelerators(tensors)
+        roots = list(modules)
+        self._buffers, self._census = find_buffers(roots), BufferCensus(roots)
+        # A tensor on each accelerator, to name those whose generators count.
+        found = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
+        self._examples = list(found.values())
+        self._device_ids = [tensor.get_device() for tensor in self._examples]
         self._last: AmbientState | None = None
 
     def about_to_run(self) -> None:
@@ -54,19 +47,16 @@ class Ambient:
 
     def capture(self) -> AmbientState:
         """The present state; the very object returned before where nothing has changed."""
-        cpu_random, device_random = torch.get_rng_state(), self._get_device_states()
+        cpu_random = torch.get_rng_state()
+        device_random = tuple(get_device_states(*self._examples)[1]) if self._examples else ()
         buffers = tuple(buffer.capture() for buffer in self._buffers)
         last = self._last
         if last is not None:
             cpu_random = _shared(cpu_random, last.cpu_random)
             device_random = tuple(map(_shared, device_random, last.device_random))
-            unchanged = cpu_random is last.cpu_random and all(
-                new is old
-                for new, old in zip(
-                    (*device_random, *buffers), (*last.device_random, *last.buffers), strict=True
-                )
-            )
-            if unchanged:
+            parts = (cpu_random, *device_random, *buffers)
+            known = (last.cpu_random, *last.device_random, *last.buffers)
+            if all(new is old for new, old in zip(parts, known, strict=True)):
                 return last
         self._last = AmbientState(cpu_random, device_random, buffers)
         return self._last
@@ -74,19 +64,15 @@ class Ambient:
     def restore(self, state: AmbientState) -> None:
         """Put generators and buffers back to `state`."""
         torch.set_rng_state(state.cpu_random)
-        if self._device_ids:
-            set_device_states(
-                self._device_ids, list(state.device_random), device_type=self._device_type
-            )
+        if self._examples:
+            kind = self._examples[0].device.type
+            set_device_states(self._device_ids, list(state.device_random), device_type=kind)
         self._restore_buffers(state)
 
     def adopt(self, state: AmbientState) -> None:
         """Put buffers back to `state`, and take the generators to be there already.
 
         They may since have been used to read the first steps, and then count as changed.
-
-        Raises:
-            ArgumentError: The state is that of a module with other buffers.
         """
         if len(state.buffers) != len(self._buffers):
             raise ArgumentError(
@@ -98,13 +84,10 @@ class Ambient:
     def check_complete(self, *, searches: bool = False) -> None:
         """Raise `ArgumentError` if a module has registered a buffer since this was made.
 
-        Nothing is known of what such a buffer held when its steps were new.
-
-        Args:
-            searches: Look everywhere, whatever the modules that are known say.
+        Nothing is known of what such a buffer held when its steps were new. With `searches`
+        it is looked for everywhere, whatever the modules that are known say.
         """
-        new = self._census.search() if searches else self._census.new_buffers()
-        if new:
+        if new := self._census.new_buffers(searches=searches):
             raise ArgumentError(
                 f"module buffer {new[0]!r} was registered while the module ran, so that what it "
                 "held at earlier steps is not known; register it in __init__, as None if its "
@@ -115,18 +98,6 @@ class Ambient:
         for buffer, value in zip(self._buffers, state.buffers, strict=True):
             buffer.restore(value)
         self._last = state
-
-    def _get_device_states(self) -> tuple[Tensor, ...]:
-        return tuple(get_device_states(*self._examples)[1]) if self._examples else ()
-
-
-def _accelerators(tensors: Iterable[Tensor]) -> tuple[list[int], str | None, list[Tensor]]:
-    """Device indices, their type, and a tensor on each accelerator among `tensors`."""
-    examples = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
-    if not examples:
-        return [], None, []
-    found = list(examples.values())
-    return list(get_device_states(*found)[0]), found[0].device.type, found
 
 
 def _shared(new: Tensor, old: Tensor) -> Tensor:
@@ -150,14 +121,9 @@ def untouched(
     """Leave modes, buffers, gradients and random generators as they were, whatever happens inside.
 
     There are no gradients at the beginning: those that were there are neither read nor added to.
-
-    Args:
-        owners: Modules or their methods; anything else is passed over.
-        tensors: Others whose gradients, and whose devices' generators, count.
-        ambient: Keeps buffers and generators; made by default.
-
-    Yields:
-        Puts everything back as it was at the beginning, at any time.
+    Owners are modules or their methods, and anything else is passed over; `tensors` are others
+    whose gradients, and whose devices' generators, count; `ambient` keeps buffers and
+    generators, if there is one. What is yielded puts everything back at any time.
     """
     modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
     used = [*parameters_of(*modules), *tensors]

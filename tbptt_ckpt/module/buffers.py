@@ -35,34 +35,19 @@ _SEARCHED_ITEMS = 1000
 
 
 class BufferValue:
-    """What a buffer held at some step.
-
-    Attributes:
-        values: A copy; empty where the buffer is None.
-        is_none: Whether the buffer is None, as one is that is set in a first step.
-        holder: A tensor that stood in the module, holds these values, and is not in the
-            module now.
-    """
+    """What a buffer held at some step; it may be None, as one is that is set in a first step."""
 
     __slots__ = ("holder", "is_none", "values")
 
     def __init__(self, values: Tensor | None) -> None:
         self.is_none = values is None
         self.values = torch.empty(0) if values is None else values
+        # Stood in the module, holds these values, and is not in the module now.
         self.holder: Tensor | None = None
-
-    def copy(self) -> Tensor | None:
-        """The value as another tensor."""
-        return None if self.is_none else self.values.clone()
 
 
 class Buffer:
-    """One buffer of one module.
-
-    Args:
-        module: Its owner.
-        name: Its name there.
-    """
+    """One buffer of one module."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._module, self._name = module, name
@@ -82,12 +67,13 @@ class Buffer:
 
     def capture(self) -> BufferValue:
         """What the buffer holds; the same object as before where nothing changed."""
-        if self._value is None or not self._holds(self._value):
+        value = self._value
+        if value is None or not self._holds(value):
             tensor = self._checked()
-            self._remember(BufferValue(None if tensor is None else tensor.detach().clone()))
+            value = BufferValue(None if tensor is None else tensor.detach().clone())
+            self._remember(value)
         self._has_run = False
-        assert self._value is not None
-        return self._value
+        return value
 
     def restore(self, value: BufferValue) -> None:
         """Put a value back, as another tensor unless it is there."""
@@ -95,8 +81,8 @@ class Buffer:
         if known is value:
             return
         self._check_alone()
-        if value.holder is None:
-            value.holder = value.copy()  # may find no memory: before anything changes
+        if value.holder is None and not value.is_none:
+            value.holder = value.values.clone()  # may find no memory: before anything changes
         if known is not None:
             known.holder = self._tensor
         self._module._buffers[self._name] = value.holder
@@ -128,10 +114,8 @@ class Buffer:
 
     def _holds(self, value: BufferValue) -> bool:
         tensor = self.present()
-        if tensor is not self._tensor:
-            return False
-        if tensor is None:
-            return True
+        if tensor is None or tensor is not self._tensor:
+            return tensor is self._tensor
         if tensor._version != self._version:
             return False
         if not self._has_run:
@@ -143,10 +127,11 @@ class Buffer:
 
 def find_buffers(roots: Iterable[object]) -> list[Buffer]:
     """The distinct buffers of all the modules among `roots`, those that are None included."""
-    found: dict[tuple[int, str], Buffer] = {}
-    for _, module in _modules_of(roots):
-        for name in module._buffers:
-            found[id(module), name] = Buffer(module, name)
+    found = {
+        (id(module), name): Buffer(module, name)
+        for _, module in _modules_of(roots)
+        for name in module._buffers
+    }
     first_of: dict[int, Buffer] = {}
     for buffer in found.values():
         tensor = buffer.present()
@@ -161,9 +146,6 @@ class BufferCensus:
 
     Between two large products a search takes as long as all else that happens there. It is
     made the 1st, 2nd, 4th, 8th, ... time; in between, the modules that are known are asked.
-
-    Args:
-        roots: The modules; anything else is passed over.
     """
 
     def __init__(self, roots: Iterable[object]) -> None:
@@ -172,16 +154,12 @@ class BufferCensus:
         self._known, self._sizes = set(self._names()), self._present_sizes()
         self._times_asked = 0
 
-    def new_buffers(self) -> list[str]:
-        """Names of buffers that were not there when this was made, as far as known modules tell."""
+    def new_buffers(self, *, searches: bool) -> list[str]:
+        """Names of buffers that were not there when this was made, as far as it looks."""
         self._times_asked += 1
-        is_power_of_two = self._times_asked & (self._times_asked - 1) == 0
-        if not is_power_of_two and self._present_sizes() == self._sizes:
+        searches = searches or self._times_asked & (self._times_asked - 1) == 0
+        if not searches and self._present_sizes() == self._sizes:
             return []
-        return self.search()
-
-    def search(self) -> list[str]:
-        """The same, wherever they are."""
         return [name for key, name in self._names().items() if key not in self._known]
 
     def _present_sizes(self) -> list[tuple[int, int]]:
@@ -212,25 +190,20 @@ def _unregistered_modules(root: nn.Module) -> list[nn.Module]:
     left: deque[Any] = deque([root])
     while left:
         item = left.popleft()
-        if id(item) in seen:
+        if not isinstance(item, nn.Module | list | tuple | dict) or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
             if id(item) not in registered:
                 found.append(item)
-            inside: Iterable[Any] = vars(item).values()
-        elif len(item) > _SEARCHED_ITEMS:
-            continue
-        else:
-            inside = item.values() if isinstance(item, dict) else item
-        left += [part for part in inside if isinstance(part, nn.Module | list | tuple | dict)]
+            left += vars(item).values()
+        elif len(item) <= _SEARCHED_ITEMS:
+            left += item.values() if isinstance(item, dict) else item
     return found
 
 
 def _same_values(some: Tensor, other: Tensor) -> bool:
     """Bitwise equality as far as it matters: a NaN equals itself."""
-    if torch.equal(some, other):
-        return True
-    return some.is_floating_point() and torch.allclose(
-        some, other, rtol=0.0, atol=0.0, equal_nan=True
+    return torch.equal(some, other) or (
+        some.is_floating_point() and torch.allclose(some, other, rtol=0, atol=0, equal_nan=True)
     )

@@ -17,9 +17,8 @@ from tbptt_ckpt.module.replaced import ReplacedFunctions
 class SilenceableHooks:
     """While entered, `silent_hooks` has an effect.
 
-    Kept apart from `silent_hooks`, which is entered once per advance: the methods of
-    `torch.Tensor` are replaced at the first one and put back here, since that is not cheap.
-    It also makes the interpreter forget what it knew of every other method of tensors.
+    That is entered once per advance; the methods of `torch.Tensor` are replaced at the first
+    one and put back here, since the interpreter then forgets what it knew of all the others.
     """
 
     __slots__ = ("_outer",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,14 @@ from tbptt_ckpt.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
-    """A module together with the way it wants to be called.
-
-    Attributes:
-        module: The user's module, or the callable that was given.
-        call: `(inputs, state) -> (outputs, state)`, over one step or over a segment.
-        per_step: True where `call` takes one step without a time dimension.
-        time_dim: Where a segment module wants time in its inputs and has it in its outputs.
-        lane_dim: Where lanes are in the tensors of its state.
-        parameters: The module's; those of a function are not known.
-    """
+    """A module, or the callable that was given, together with the way it wants to be called."""
 
     module: object
-    call: Callable[[Any, Any], Any]
-    per_step: bool
-    time_dim: int
-    lane_dim: int
-    parameters: tuple[nn.Parameter, ...]
+    call: Callable[[Any, Any], Any]  # (inputs, state) -> (outputs, state), over step or segment
+    per_step: bool  # `call` takes one step without a time dimension
+    time_dim: int  # of the inputs and outputs of a segment module
+    lane_dim: int  # of the tensors of its state
+    parameters: tuple[nn.Parameter, ...]  # those of a function are not known
 
 
 def owner_of(function: object) -> object:
@@ -67,10 +58,17 @@ def recognise(
     if per_step not in (None, True, False):
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     if lane_dim is None:
-        lane_dim = 1 if any(_recurrent_layers(module)) else 0
+        lane_dim = 1 if _recurrent_layers(module) else 0
     parameters = tuple(parameters_of(module))
     if isinstance(module, nn.RNNBase):
-        _check_fused(module, per_step)
+        name = type(module).__name__
+        if per_step:
+            raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
+        if module.bidirectional:
+            raise ArgumentError(
+                f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
+                "carry from window to window; use bidirectional=False"
+            )
         time_dim = 1 if module.batch_first else 0
         return Recurrence(module, module, False, time_dim, lane_dim, parameters)
     if isinstance(module, nn.RNNCellBase):
@@ -88,17 +86,6 @@ def time_dim_of(module: object, per_step: bool | None, given: int | None) -> int
     return recognise(module, per_step).time_dim if given is None else given
 
 
-def _check_fused(module: nn.RNNBase, per_step: bool | None) -> None:
-    name = type(module).__name__
-    if per_step:
-        raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
-    if module.bidirectional:
-        raise ArgumentError(
-            f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
-            "carry from window to window; use bidirectional=False"
-        )
-
-
 def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:
     def call(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
         new_state = cell(inputs, state)
@@ -109,12 +96,11 @@ def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]
 
 def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
     """The `(output, state)` that a call returned, or an error that says what it returned."""
-    if isinstance(result, tuple | list) and len(result) == 2:
-        return result[0], result[1]
+    returned = type(result).__name__
     if isinstance(result, tuple | list):
-        returned = f"{type(result).__name__} of {len(result)}"
-    else:
-        returned = type(result).__name__
+        if len(result) == 2:
+            return result[0], result[1]
+        returned += f" of {len(result)}"
     raise ArgumentError(
         f"module={_name(recurrence.module)} returned a {returned}; it must return (output, state)"
     )
@@ -122,15 +108,12 @@ def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
 
 def check_segment_output(outputs: object, num_steps: int, time_dim: int, module: object) -> None:
     """Raise `ArgumentError` unless a segment's output has one entry per step."""
-    if not isinstance(outputs, Tensor):
-        return
-    if outputs.dim() > time_dim and outputs.shape[time_dim] == num_steps:
-        return
-    raise ArgumentError(
-        f"module={_name(module)} returned outputs of shape {tuple(outputs.shape)} for "
-        f"{num_steps} steps with time_dim={time_dim}; a segment module returns one output per "
-        "step, a module of one step needs per_step=True"
-    )
+    if isinstance(outputs, Tensor) and outputs.shape[time_dim : time_dim + 1] != (num_steps,):
+        raise ArgumentError(
+            f"module={_name(module)} returned outputs of shape {tuple(outputs.shape)} for "
+            f"{num_steps} steps with time_dim={time_dim}; a segment module returns one output per "
+            "step, a module of one step needs per_step=True"
+        )
 
 
 def parameters_of(*owners: object) -> list[nn.Parameter]:
@@ -151,11 +134,8 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
     """Raise `ArgumentError` for cuDNN recurrent layers in eval mode.
 
     cuDNN keeps what its backward needs only in training mode (pytorch issue 15788), and
-    the error it raises otherwise comes late and names another call.
-
-    Args:
-        module: The user's module.
-        device_types: Where its weights are; read from them if None.
+    the error it raises otherwise comes late and names another call. Where the weights are is
+    read from them unless `device_types` says it.
     """
     for name, layer in _recurrent_layers(module):
         types = device_types or {p.device.type for p in layer.parameters()}
@@ -172,10 +152,6 @@ def check_autocast(module: object, dtype: torch.dtype | None) -> None:
 
     torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
     whose error names neither.
-
-    Args:
-        module: The user's module.
-        dtype: The dtype of autocast; None for no autocast.
     """
     if dtype is None:
         return
@@ -193,20 +169,18 @@ def check_autocast(module: object, dtype: torch.dtype | None) -> None:
 def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
     lstm = nn.LSTM(1, 1, device="meta").to_empty(device="cpu")  # draws no random numbers
     try:
-        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-            lstm(torch.zeros(1, 1, 1))
+        # With a graph: oneDNN has some dtypes on some CPUs for inference only.
+        with torch.inference_mode(False), torch.enable_grad():
+            with torch.autocast("cpu", dtype=dtype):
+                outputs, _ = lstm(torch.zeros(1, 1, 1))
+            torch.autograd.grad(outputs.sum(), list(lstm.parameters()))
     except RuntimeError:
         return False
     return True
 
 
 def check_initialised(name: str, module: object) -> None:
-    """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet.
-
-    Args:
-        name: The argument's name.
-        module: The user's module.
-    """
+    """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet."""
     owner = owner_of(module)
     if isinstance(owner, nn.Module):
         for path, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
@@ -217,12 +191,10 @@ def check_initialised(name: str, module: object) -> None:
                 )
 
 
-def _recurrent_layers(module: object) -> Iterator[tuple[str, nn.RNNBase]]:
+def _recurrent_layers(module: object) -> list[tuple[str, nn.RNNBase]]:
     owner = owner_of(module)
-    if isinstance(owner, nn.Module):
-        for name, layer in owner.named_modules():
-            if isinstance(layer, nn.RNNBase):
-                yield name, layer
+    found = owner.named_modules() if isinstance(owner, nn.Module) else ()
+    return [(name, layer) for name, layer in found if isinstance(layer, nn.RNNBase)]
 
 
 def _name(module: object) -> str:

@@ -15,10 +15,8 @@ class ReplacedFunctions:
     torch's functions are shared by all threads: a replacement looks its own thread's region up,
     and calls the function that it stands for where there is none. That function is the one found
     when the first region opens, so that a patch made by others is called too. A patch that
-    others put over a replacement stays where it is.
-
-    Args:
-        makers: By owner and name of a function: makes the replacement, given the function.
+    others put over a replacement stays where it is. `makers` are given by owner and name of a
+    function, and make its replacement from it.
     """
 
     def __init__(self, makers: Mapping[tuple[Any, str], Callable[[Function], Function]]) -> None:
@@ -46,12 +44,10 @@ class ReplacedFunctions:
 
     def _replace(self, owner: Any, name: str) -> None:
         place, found = (owner, name), getattr(owner, name)
-        known, _ = self._made.get(place, (None, None))
-        if found is not known:
+        if place not in self._made or self._made[place][0] is not found:
             self._made[place] = found, self._makers[place](found)
-        if name in vars(owner):
-            self._inherited.discard(place)
-        else:
+        self._inherited.discard(place)
+        if name not in vars(owner):
             self._inherited.add(place)
         setattr(owner, name, self._made[place][1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -46,19 +46,23 @@ def copy_containers(tree: Tree) -> Tree:
 
 def iterate_leaves(tree: Tree) -> Iterator[Any]:
     """Everything that is no container, in the order `map_tensors` visits it."""
-    if isinstance(tree, Tensor):
+    inside = None if isinstance(tree, Tensor) else _children(tree)
+    if inside is None:
         yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from iterate_leaves(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from iterate_leaves(item)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from iterate_leaves(getattr(tree, field.name))
-    else:
-        yield tree
+        return
+    for item in inside:
+        yield from iterate_leaves(item)
+
+
+def _children(tree: Tree) -> Iterable[Tree] | None:
+    """What a container holds; None for what is none."""
+    if isinstance(tree, tuple | list):
+        return tree
+    if isinstance(tree, dict):
+        return tree.values()
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+    return None
 
 
 def iterate_tensors(tree: Tree) -> Iterator[Tensor]:
@@ -87,15 +91,13 @@ def structure(tree: Tree) -> object:
     """A comparable description of a tree's containers; tensors are all alike, lists are tuples."""
     if isinstance(tree, Tensor):
         return "tensor"
-    if isinstance(tree, tuple | list):
-        name = type(tree).__name__ if hasattr(tree, "_fields") else "sequence"
-        return (name, *(structure(item) for item in tree))
+    inside, name = _children(tree), type(tree).__name__
+    if inside is None:
+        return name
     if isinstance(tree, dict):
-        return (type(tree).__name__, *((key, structure(item)) for key, item in tree.items()))
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = dataclasses.fields(tree)
-        return (type(tree).__name__, *(structure(getattr(tree, f.name)) for f in fields))
-    return type(tree).__name__
+        return (name, *zip(tree, map(structure, inside), strict=True))
+    is_plain = isinstance(tree, tuple | list) and not hasattr(tree, "_fields")
+    return ("sequence" if is_plain else name, *map(structure, inside))
 
 
 def check_no_hidden_tensors(state: Tree) -> None:
@@ -125,13 +127,13 @@ def is_differentiable(tensor: Tensor) -> bool:
 
 def detach_state(state: Tree) -> Tree:
     """The state without its graph, owning no more memory than its values need."""
-    return map_tensors(_detach_compact, state)
 
+    def compact(tensor: Tensor) -> Tensor:
+        detached = tensor.detach()
+        # A state that is a slice of a segment's output would keep all of the output alive.
+        return detached.clone() if keeps_more_than_its_values(detached) else detached
 
-def _detach_compact(tensor: Tensor) -> Tensor:
-    detached = tensor.detach()
-    # A state that is a slice of a segment's output would keep all of the output alive.
-    return detached.clone() if keeps_more_than_its_values(detached) else detached
+    return map_tensors(compact, state)
 
 
 def keeps_more_than_its_values(tensor: Tensor) -> bool:

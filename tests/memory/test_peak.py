@@ -435,7 +435,7 @@ def test_other_observers_of_operators_are_left_in_place(tmp_path):
     observer.start()
     try:
         meter = measure(lambda _: blob(100))
-        assert has_operator_callbacks()()
+        assert has_operator_callbacks()
     finally:
         observer.stop()
         observer.unregister_callback()
@@ -456,7 +456,7 @@ def test_nothing_stays_on_after_the_region(fails):
     else:
         measure(work)
     assert not torch._C._autograd._profiler_enabled()
-    assert not has_operator_callbacks()()
+    assert not has_operator_callbacks()
     assert "aten::add" in recorded_names()
 
 
