@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.time_batching.candidates import COMPUTED, is_plain, is_stable
+from tbptt_ckpt.time_batching.candidates import COMPUTED, autocast_dtype, is_plain, is_stable
 from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
@@ -194,11 +194,14 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
     """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
     hidden = weights.hidden
     dtype = hidden.dtype
-    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or x.device.type != "cpu":
+    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or not x.is_cpu:
         return False
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or autocast_dtype(hidden) is not None:
         return False
-    if x.shape[1] != weights.input.shape[1] or torch.is_autocast_enabled("cpu"):
+    if x.shape[1] != weights.input.shape[1]:
         return False
     shape = (x.shape[0], hidden.shape[1])
-    return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
+    for state in states:
+        if not is_plain(state) or state.dtype != dtype or state.shape != shape:
+            return False
+    return True

@@ -42,16 +42,6 @@ class CellWeights(NamedTuple):
     hidden_bias: Tensor | None
 
 
-class Call(NamedTuple):
-    """What the backward of one call knows: `kept` as the cell's `run` gave it."""
-
-    slot: Tensor
-    states: Sequence[Tensor]
-    kept: Tensor
-    hidden: Tensor
-    needs: Sequence[bool]
-
-
 Run = tuple[Tensor | tuple[Tensor, ...], Tensor]
 CallGradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
@@ -61,11 +51,13 @@ class Cell(ABC):
 
     Attributes:
         name: For the report.
+        num_states: One, or two.
         resets: Whether a gate multiplies a part of h's product, which is kept, and whose bias
             cannot be added to the products of the input.
     """
 
     name: str
+    num_states = 1
     resets = False
 
     @abstractmethod
@@ -79,10 +71,26 @@ class Cell(ABC):
         """
 
     @abstractmethod
-    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+    def gradients(
+        self,
+        grads: Sequence[Any],
+        slot: Tensor,
+        states: Sequence[Tensor],
+        kept: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+    ) -> CallGradients:
         """The gradients of what was kept, if a weight made that, and of the states.
 
         Those of the gates are left in the slot.
+
+        Args:
+            grads: Of the new states.
+            slot: With the gates.
+            states: Those before.
+            kept: As `run` gave it.
+            hidden: [G*H, H], the weight.
+            needs: Which states want a gradient.
         """
 
 
@@ -205,8 +213,9 @@ class CellNode(torch.autograd.Function):
         record.versions.check()
         slot, x, kept, *states = ctx.saved_tensors
         slot, weights, needs = own(slot), record.weights, ctx.needs_input_grad
-        call = Call(slot, states, kept, weights.hidden, needs[4:])
-        reset_slot, state_grads = record.cell.gradients(grads, call)
+        reset_slot, state_grads = record.cell.gradients(
+            grads, slot, states, kept, weights.hidden, needs[4:]
+        )
         record.notes.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
         is_wanted = needs[3] and not record.of_rows
         x_grad = multiply_back(slot, weights.input) if is_wanted else None

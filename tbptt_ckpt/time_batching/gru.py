@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run, own
+from tbptt_ckpt.time_batching.cells import CallGradients, Cell, CellWeights, Run, own
 from tbptt_ckpt.time_batching.lstm import sigmoid_backward, tanh_backward
 from tbptt_ckpt.time_batching.products import multiply, multiply_back
 
@@ -36,10 +36,18 @@ class GRU(Cell):
         new_h.mul_(z).add_(n)
         return new_h, reset
 
-    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+    def gradients(
+        self,
+        grads: Sequence[Any],
+        slot: Tensor,
+        states: Sequence[Tensor],
+        kept: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+    ) -> CallGradients:
         """That of h."""
         (grad,) = grads
-        slot, (h,), kept, hidden, needs = call
+        (h,) = states
         reset = own(kept)
         width = h.shape[1]
         r, z, n = slot.chunk(3, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run
+from tbptt_ckpt.time_batching.cells import CallGradients, Cell, CellWeights, Run
 from tbptt_ckpt.time_batching.products import add_product, multiply_back
 
 sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
@@ -19,6 +19,7 @@ class LSTM(Cell):
     """States h and c; the gates end up in the slot: [N, 4H]."""
 
     name = "LSTMCell"
+    num_states = 2
 
     def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
         """The new h and c, of which the backward needs c."""
@@ -35,16 +36,24 @@ class LSTM(Cell):
         new_h.mul_(o)
         return (new_h, new_c), new_c
 
-    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+    def gradients(
+        self,
+        grads: Sequence[Any],
+        slot: Tensor,
+        states: Sequence[Tensor],
+        kept: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+    ) -> CallGradients:
         """Those of h and c."""
         grad_h, grad_c = grads
-        slot, (_, c), new_c, hidden, needs = call
+        _, c = states
         width = c.shape[1]
         i, f, g, o = slot.chunk(4, 1)
         if grad_h is None:
             grad_o, total = torch.zeros_like(c), grad_c
         else:
-            grad_o = torch.tanh(new_c)
+            grad_o = torch.tanh(kept)
             total = torch.mul(grad_h, o)
             tanh_backward(total, grad_o, grad_input=total)
             if grad_c is not None:

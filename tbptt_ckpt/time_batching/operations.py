@@ -76,6 +76,8 @@ class Linear(Operation):
         """[..., K]."""
         if not needs[0]:
             return (None,)
+        if grad.dim() == 2:
+            return (multiply_back(grad, self.weight),)
         return (multiply_back(_flat(grad), self.weight).view(inputs[0].shape),)
 
     def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
@@ -185,4 +187,4 @@ class Convolution(Operation):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])

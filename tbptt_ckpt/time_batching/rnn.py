@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run
+from tbptt_ckpt.time_batching.cells import CallGradients, Cell, CellWeights, Run
 from tbptt_ckpt.time_batching.lstm import tanh_backward
 from tbptt_ckpt.time_batching.products import add_product, multiply_back
 
@@ -29,12 +29,19 @@ class RNN(Cell):
         new_h = torch.tanh(slot) if self._is_tanh else torch.relu(slot)
         return new_h, new_h
 
-    def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
+    def gradients(
+        self,
+        grads: Sequence[Any],
+        slot: Tensor,
+        states: Sequence[Tensor],
+        kept: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+    ) -> CallGradients:
         """That of h."""
         (grad,) = grads
-        slot, _, new_h, hidden, needs = call
         if self._is_tanh:
-            tanh_backward(grad, new_h, grad_input=slot)
+            tanh_backward(grad, kept, grad_input=slot)
         else:
-            torch.mul(grad, new_h > 0, out=slot)
+            torch.mul(grad, kept > 0, out=slot)
         return None, (multiply_back(slot, hidden) if needs[0] else None,)
