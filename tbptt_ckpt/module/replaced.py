@@ -15,25 +15,27 @@ class ReplacedFunctions:
     torch's functions are shared by all threads: a replacement looks its own thread's region up,
     and calls the function that it stands for where there is none. That function is the one found
     when the first region opens, so that a patch made by others is called too. A patch that
-    others put over a replacement stays where it is.
-
-    Args:
-        makers: By owner and name of a function: makes the replacement, given the function.
+    others put over a replacement stays where it is. `makers` are given by owner and name of a
+    function, and make its replacement from it.
     """
 
     def __init__(self, makers: Mapping[tuple[Any, str], Callable[[Function], Function]]) -> None:
         self._makers = makers
         self._lock, self._open = threading.Lock(), 0
-        # Replacements are made once: compiled code is compiled again for another function.
-        self._made: dict[tuple[Any, str], tuple[Function, Function]] = {}
-        self._inherited: set[tuple[Any, str]] = set()
+        # By place: the function found, its replacement, and whether the owner inherits it.
+        # Made once: compiled code is compiled again for another function.
+        self._made: dict[tuple[Any, str], tuple[Function, Function, bool]] = {}
 
     def open(self) -> None:
         """A region begins."""
         with self._lock:
             if self._open == 0:
-                for place in self._makers:
-                    self._replace(*place)
+                for place, make in self._makers.items():
+                    owner, name = place
+                    found, made = getattr(owner, name), self._made.get(place)
+                    if made is None or made[0] is not found:
+                        made = self._made[place] = found, make(found), name not in vars(owner)
+                    setattr(owner, name, made[1])
             self._open += 1
 
     def close(self) -> None:
@@ -41,25 +43,10 @@ class ReplacedFunctions:
         with self._lock:
             self._open -= 1
             if self._open == 0:
-                for place in self._makers:
-                    self._put_back(*place)
-
-    def _replace(self, owner: Any, name: str) -> None:
-        place, found = (owner, name), getattr(owner, name)
-        known, _ = self._made.get(place, (None, None))
-        if found is not known:
-            self._made[place] = found, self._makers[place](found)
-        if name in vars(owner):
-            self._inherited.discard(place)
-        else:
-            self._inherited.add(place)
-        setattr(owner, name, self._made[place][1])
-
-    def _put_back(self, owner: Any, name: str) -> None:
-        found, replacement = self._made[owner, name]
-        if getattr(owner, name) is not replacement:
-            return
-        if (owner, name) in self._inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, found)
+                for (owner, name), (found, replacement, is_inherited) in self._made.items():
+                    if getattr(owner, name) is not replacement:
+                        continue
+                    if is_inherited:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, found)

@@ -56,13 +56,8 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
 class Candidate:
     """An operation of a run that may be batched: all calls with the same weights and options.
 
-    Args:
-        name: For the report.
-        make: Makes the operation of weight and bias, without a graph, and the options.
-        weight: Its weight.
-        bias: Its bias, or None.
-        options: See `make`.
-        cast: To what autocast casts weight, bias and inputs.
+    `make` makes it of weight and bias, without a graph, and the options; `cast` is to what autocast
+    casts weight, bias and inputs.
     """
 
     def __init__(

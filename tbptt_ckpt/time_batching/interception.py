@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
+from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
 from tbptt_ckpt.time_batching.cells import Cell
-from tbptt_ckpt.time_batching.gru import GRU
-from tbptt_ckpt.time_batching.lstm import LSTM
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region
-from tbptt_ckpt.time_batching.rnn import RNN
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
 # of them a step's weight gradient is a large product already.
@@ -77,16 +75,15 @@ def _region() -> Region | None:
     return None if torch._C._len_torch_function_stack() else region
 
 
-def _is_torchs_own(function: Function) -> bool:
-    """Whether nobody has put a function of theirs in the place of one of torch's."""
-    if isinstance(function, BuiltinFunctionType | MethodDescriptorType):
-        return True
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.nn.")
-
-
 def _unless_patched(make: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Leaves a function as it is if it is not torch's own."""
-    return lambda plain: make(plain) if _is_torchs_own(plain) else plain
+    """Leaves a function as it is where others have put theirs in the place of torch's own."""
+
+    def made(plain: Function) -> Function:
+        is_builtin = isinstance(plain, BuiltinFunctionType | MethodDescriptorType)
+        module = str(getattr(plain, "__globals__", {}).get("__name__"))
+        return make(plain) if is_builtin or module.startswith("torch.nn.") else plain
+
+    return made
 
 
 def _linear(plain: Function) -> Function:
@@ -195,8 +192,9 @@ def _convolution(dims: int, plain: Function) -> Function:
         region, output = _region(), None
         if region is not None and (input.dim() != dims + 2 or isinstance(padding, str)):
             region = None
-        if region is not None and region.chooses and _positions(input) > _MOST_POSITIONS:
-            region = None
+        if region is not None and region.chooses:
+            positions = input.numel() // max(input.shape[1], 1)
+            region = region if positions <= _MOST_POSITIONS else None
         if region is not None:
             options = (*(_each(size, dims) for size in (stride, padding, dilation)), groups)
             output = region.recorded(name, Convolution, (input,), weight, bias, options)
@@ -205,10 +203,6 @@ def _convolution(dims: int, plain: Function) -> Function:
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolve
-
-
-def _positions(x: Tensor) -> int:
-    return x.numel() // max(x.shape[1], 1)
 
 
 def _each(size: Any, dims: int) -> tuple[int, ...]:

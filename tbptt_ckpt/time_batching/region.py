@@ -24,24 +24,13 @@ from tbptt_ckpt.time_batching.rows import InputRows, Row
 
 
 class Region:
-    """Operations of one run of steps.
+    """Operations of one run of steps; those whose weight has `smallest` elements are batched."""
 
-    Args:
-        num_steps: Of the run.
-        tally: Counts what was batched and what not.
-        pays: Whether batching gains time for a weight of so many elements.
-
-    Attributes:
-        chooses: Whether only what gains time is batched, and not all that can be.
-        rows: The inputs of the steps.
-        cells: Runs the cells.
-    """
-
-    def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int], bool]) -> None:
-        self.chooses = not pays(1)
+    def __init__(self, num_steps: int, tally: Tally, smallest: int) -> None:
+        self.chooses = smallest > 1  # rather than batching all that can be
         self.rows = InputRows()
-        self.cells = CellCalls(num_steps, pays, tally, self.rows)
-        self._tally, self._pays = tally, pays
+        self.cells = CellCalls(num_steps, smallest, tally, self.rows)
+        self._tally, self._smallest = tally, smallest
         self._candidates: dict[Hashable, tuple[Candidate, str]] = {}
         self._calls: dict[Candidate, RecordedCalls] = {}
 
@@ -59,12 +48,9 @@ class Region:
         return multiply(x, weight, bias) if cast is None and x.dim() == 2 else None
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """`x @ weight + bias`, or None where the plain operation is to do it.
+        """`x @ weight + bias`; None where the plain operation is to do it.
 
-        Args:
-            x: [..., K].
-            weight: [K, M], a weight or the transpose of one.
-            bias: [M], or None.
+        For x: [..., K], weight: [K, M], which may be the transpose of a weight, and bias: [M].
         """
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() != 2:
             return None
@@ -137,7 +123,7 @@ class Region:
         if found is None:
             candidate = Candidate(name, make, weight, bias, options, cast)
             reason = candidate.reason_to_leave()
-            if not reason and not self._pays(weight.numel()):
+            if not reason and weight.numel() < self._smallest:
                 reason = SMALL
             found = candidate, reason
             if reason != COMPUTED:
