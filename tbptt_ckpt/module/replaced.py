@@ -22,16 +22,20 @@ class ReplacedFunctions:
     def __init__(self, makers: Mapping[tuple[Any, str], Callable[[Function], Function]]) -> None:
         self._makers = makers
         self._lock, self._open = threading.Lock(), 0
-        # Replacements are made once: compiled code is compiled again for another function.
-        self._made: dict[tuple[Any, str], tuple[Function, Function]] = {}
-        self._inherited: set[tuple[Any, str]] = set()
+        # By place: the function found, its replacement, and whether the owner inherits it.
+        # Made once: compiled code is compiled again for another function.
+        self._made: dict[tuple[Any, str], tuple[Function, Function, bool]] = {}
 
     def open(self) -> None:
         """A region begins."""
         with self._lock:
             if self._open == 0:
-                for place in self._makers:
-                    self._replace(*place)
+                for place, make in self._makers.items():
+                    owner, name = place
+                    found, made = getattr(owner, name), self._made.get(place)
+                    if made is None or made[0] is not found:
+                        made = self._made[place] = found, make(found), name not in vars(owner)
+                    setattr(owner, name, made[1])
             self._open += 1
 
     def close(self) -> None:
@@ -39,23 +43,10 @@ class ReplacedFunctions:
         with self._lock:
             self._open -= 1
             if self._open == 0:
-                for place in self._makers:
-                    self._put_back(*place)
-
-    def _replace(self, owner: Any, name: str) -> None:
-        place, found = (owner, name), getattr(owner, name)
-        if place not in self._made or self._made[place][0] is not found:
-            self._made[place] = found, self._makers[place](found)
-        self._inherited.discard(place)
-        if name not in vars(owner):
-            self._inherited.add(place)
-        setattr(owner, name, self._made[place][1])
-
-    def _put_back(self, owner: Any, name: str) -> None:
-        found, replacement = self._made[owner, name]
-        if getattr(owner, name) is not replacement:
-            return
-        if (owner, name) in self._inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, found)
+                for (owner, name), (found, replacement, is_inherited) in self._made.items():
+                    if getattr(owner, name) is not replacement:
+                        continue
+                    if is_inherited:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, found)

@@ -9,8 +9,8 @@ into it. Whatever else comes is left to the plain operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,47 +45,52 @@ def transposed_weight(weight: Tensor) -> Tensor | None:
     return base if alike and base.data_ptr() == weight.data_ptr() else None
 
 
-class Candidate(NamedTuple):
-    """An operation that may be batched.
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """To what autocast casts a product with a weight; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    Attributes:
-        name: For the report.
-        make: Makes the operation of a weight and bias without a graph.
-        weight: Its weight.
-        bias: Its bias, or None.
-        options: What else tells it from others of the same weight.
-        cast: To what autocast casts weight, bias and inputs.
+
+class Candidate:
+    """An operation of a run that may be batched: all calls with the same weights and options.
+
+    `make` makes it of weight and bias, without a graph, and the options; `cast` is to what autocast
+    casts weight, bias and inputs.
     """
 
-    name: str
-    make: Callable[[Tensor, Tensor | None], Operation]
-    weight: Tensor
-    bias: Tensor | None = None
-    options: Hashable = ()
-    cast: torch.dtype | None = None
+    def __init__(
+        self,
+        name: str,
+        make: Callable[..., Operation],
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[Any, ...],
+        cast: torch.dtype | None,
+    ) -> None:
+        self.name, self.weight, self.bias, self.cast = name, weight, bias, cast
+        self._make, self._options = make, options
+        self._allowed = (weight.dtype,) if cast is None else (torch.float32, cast)
 
-    @property
-    def key(self) -> Hashable:
-        """The same for the same operation, as long as somebody holds its weights."""
-        return self.name, id(self.weight), id(self.bias), self.options, self.cast
-
-    def reason_to_leave(self, inputs: Sequence[Any]) -> str:
-        """Why it is left to the plain operation; empty if it is not."""
-        weight, bias, cast = self.weight, self.bias, self.cast
-        if not is_stable(weight) or not is_stable(bias):
+    def reason_to_leave(self) -> str:
+        """Why no call is batched, whatever its inputs are; empty where some may be."""
+        weights = [w for w in (self.weight, self.bias) if w is not None]
+        if not all(map(is_stable, weights)):
             return COMPUTED
-        if weight.is_complex():
+        if self.weight.is_complex():
             return "complex numbers"
-        allowed = (weight.dtype,) if cast is None else (torch.float32, cast)
+        if self.cast is not None and any(w.dtype not in self._allowed for w in weights):
+            return "dtypes that autocast leaves alone"
+        return ""
+
+    def misfit(self, inputs: Sequence[Any]) -> str:
+        """Why a call with these inputs is not batched; empty if it may be."""
         for x in inputs:
             if not is_plain(x) or not x.dim():
                 return "inputs of another type, or without a dimension"
-            if x.dtype not in allowed and (x.is_floating_point() or x.is_complex()):
+            if x.dtype not in self._allowed and (x.is_floating_point() or x.is_complex()):
                 return "dtypes that differ"
-        if cast is not None and any(
-            w is not None and w.dtype not in allowed for w in (weight, bias)
-        ):
-            return "dtypes that autocast leaves alone"
         return ""
 
     def tapped(self) -> tuple[Tensor, Tensor | None]:
@@ -96,4 +101,5 @@ class Candidate(NamedTuple):
 
     def operation(self, weight: Tensor, bias: Tensor | None) -> Operation:
         """The operation with these weights."""
-        return self.make(weight.detach(), None if bias is None else bias.detach())
+        without_graph = None if bias is None else bias.detach()
+        return self._make(weight.detach(), without_graph, *self._options)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.time_batching.candidates import COMPUTED, is_plain, is_stable
+from tbptt_ckpt.time_batching.candidates import COMPUTED, autocast_dtype, is_plain, is_stable
 from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
@@ -20,14 +20,7 @@ _BUFFER_BYTES = 8 << 20
 
 
 class _Calls:
-    """Calls of one cell that share a buffer.
-
-    Args:
-        weights: The cell's.
-        slots: One for each call.
-        record: In a leaf, their record.
-        rows: Those of their inputs that have a gradient.
-    """
+    """Calls of one cell that share a buffer: a slot for each; in a leaf with a record and token."""
 
     def __init__(
         self,
@@ -36,73 +29,55 @@ class _Calls:
         record: CellRecord | None = None,
         rows: Sequence[Tensor] = (),
     ) -> None:
-        self.weights, self.slots, self.record = weights, slots, record
+        self.num_used, self._weights, self._slots, self._record = 0, weights, slots, record
         # Not in the record: the token's node holds that, and the two would hold each other.
-        self.token = None if record is None else tap(record, weights, rows)
+        self._token = None if record is None else tap(record, weights, rows)
         self._versions, self._is_used = Versions(*weights), [False] * len(slots)
-        self._num_used = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot is taken."""
+        return self.num_used == len(self._slots)
 
     def take(self, index: int) -> bool:
         """Whether a call may have the slot at an index."""
-        if self._versions.moved() or self._is_used[index]:
+        if self._is_used[index] or self._versions.moved():
             return False
         self._is_used[index] = True
-        self._num_used += 1
+        self.num_used += 1
         return True
-
-    def next(self) -> int | None:
-        """The index of the next slot; None where there is none."""
-        return self._num_used if self._num_used < len(self.slots) else None
 
     def run(self, index: int, cell: Cell, x: Tensor, states: Sequence[Tensor]) -> Any:
         """One call, with the slot at an index."""
-        if self.record is None:
-            return cell.run(self.slots[index], states, self.weights)[0]
-        return CellNode.apply(self.record, index, self.token, x, *states)  # type: ignore[no-untyped-call]
+        if self._record is None:
+            return cell.run(self._slots[index], states, self._weights)[0]
+        return CellNode.apply(self._record, index, self._token, x, *states)  # type: ignore[no-untyped-call]
 
     def close(self, _source: object = None) -> None:
         """No call is to come."""
-        if self.record is not None:
-            self.record.close()
+        if self._record is not None:
+            self._record.close()
 
 
 class CellCalls:
-    """Runs cells: `RNNCell`, `LSTMCell` and `GRUCell`.
+    """Runs the cells of a `Region`: `RNNCell`, `LSTMCell` and `GRUCell`."""
 
-    Args:
-        num_steps: Of the run of steps.
-        pays: As for `Region`.
-        tally: As for `Region`.
-        rows: The inputs of the steps.
-    """
-
-    def __init__(
-        self, num_steps: int, pays: Callable[[int], bool], tally: Tally, rows: InputRows
-    ) -> None:
-        self._num_steps, self._pays, self._tally, self._rows = num_steps, pays, tally, rows
+    def __init__(self, num_steps: int, smallest: int, tally: Tally, rows: InputRows) -> None:
+        self._num_steps, self._smallest, self._tally, self._rows = num_steps, smallest, tally, rows
         self._weights: dict[int, CellWeights] = {}
         self._held: list[CellWeights] = []
         self._own: dict[Any, _Calls] = {}
         self._biases: dict[Any, Tensor | None] = {}
 
     def call(self, cell: nn.RNNCellBase, kind: Cell, x: Tensor, states: tuple[Any, ...]) -> Any:
-        """The cell's result, or None where the plain operation is to do it.
-
-        Args:
-            cell: The module.
-            kind: What it is.
-            x: [N, K].
-            states: [N, H] each, as many as such a cell has.
-        """
+        """The result for x: [N, K] and states: [N, H]; None where the plain cell is to make it."""
         weights = self._weights_of(cell)
-        reason = "" if weights is not None else COMPUTED
-        if weights is not None and not _fits(x, states, weights):
-            reason = "no batch of lanes, autocast, or dtypes or shapes that differ"
-        elif weights is not None and not self._pays(weights.hidden.numel()):
-            reason = SMALL
-        if weights is None or reason:
-            self._tally.left(kind.name, reason)
-            return None
+        if weights is None:
+            return self._left(kind, COMPUTED)
+        if not _fits(x, states, weights):
+            return self._left(kind, "no batch of lanes, autocast, or dtypes or shapes that differ")
+        if weights.hidden.numel() < self._smallest:
+            return self._left(kind, SMALL)
         row = self._rows.find(x)
         if row is not None:
             calls = self._calls_of_rows(kind, row.rows, weights)
@@ -111,11 +86,12 @@ class CellCalls:
         if not torch.is_grad_enabled():
             slot = multiply(x, weights.input, self._input_bias(kind, weights))
             return kind.run(slot, states, weights)[0]
-        calls, index = self._own_calls(kind, x, weights)
-        if not calls.take(index):
-            self._tally.left(kind.name, CHANGED)
-            return None
-        return calls.run(index, kind, x, states)
+        calls = self._own_calls(kind, x, weights)
+        index = calls.num_used
+        return calls.run(index, kind, x, states) if calls.take(index) else self._left(kind, CHANGED)
+
+    def _left(self, kind: Cell, reason: str) -> None:
+        self._tally.left(kind.name, reason)
 
     def _weights_of(self, cell: nn.RNNCellBase) -> CellWeights | None:
         """A cell's weights, the same object as long as they are the same; None if computed."""
@@ -161,13 +137,12 @@ class CellCalls:
         rows.made[key] = calls
         return calls
 
-    def _own_calls(self, kind: Cell, x: Tensor, weights: CellWeights) -> tuple[_Calls, int]:
-        """Calls that bring their input, and the index of the one to come."""
+    def _own_calls(self, kind: Cell, x: Tensor, weights: CellWeights) -> _Calls:
+        """Calls that bring their input, with a slot for one more."""
         key = (kind.name, id(weights), x.shape[0])
         calls = self._own.get(key)
-        index = None if calls is None else calls.next()
-        if calls is not None and index is not None:
-            return calls, index
+        if calls is not None and not calls.is_full:
+            return calls
         if calls is not None:
             calls.close()
         rows = weights.hidden.shape[0]
@@ -177,7 +152,7 @@ class CellCalls:
         buffer = x.new_empty(num_steps, x.shape[0], rows)
         record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), False)
         calls = self._own[key] = _Calls(weights, record.slots, record)
-        return calls, 0
+        return calls
 
     def _input_bias(self, kind: Cell, weights: CellWeights) -> Tensor | None:
         """What is added to the products of the input: both biases, unless r multiplies one."""
@@ -194,11 +169,14 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
     """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
     hidden = weights.hidden
     dtype = hidden.dtype
-    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or x.device.type != "cpu":
+    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or not x.is_cpu:
         return False
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or autocast_dtype(hidden) is not None:
         return False
-    if x.shape[1] != weights.input.shape[1] or torch.is_autocast_enabled("cpu"):
+    if x.shape[1] != weights.input.shape[1]:
         return False
     shape = (x.shape[0], hidden.shape[1])
-    return all(is_plain(s) and s.dtype == dtype and s.shape == shape for s in states)
+    for state in states:
+        if not is_plain(state) or state.dtype != dtype or state.shape != shape:
+            return False
+    return True

@@ -23,13 +23,12 @@ from tbptt_ckpt.time_batching.products import (
     multiply_back,
     write_product,
 )
-from tbptt_ckpt.time_batching.slots import cut, joined
+from tbptt_ckpt.time_batching.rows import cut, joined
 from tbptt_ckpt.time_batching.taps import (
     Gradients,
     Notes,
     Versions,
     begin_backward,
-    graph_is_kept,
 )
 
 
@@ -42,45 +41,33 @@ class CellWeights(NamedTuple):
     hidden_bias: Tensor | None
 
 
-class Call(NamedTuple):
-    """What the backward of one call knows: `kept` as the cell's `run` gave it."""
-
-    slot: Tensor
-    states: Sequence[Tensor]
-    kept: Tensor
-    hidden: Tensor
-    needs: Sequence[bool]
-
-
+# What the backward of a call knows: its slot, the states before, what `run` gave to keep, the
+# weight of h, and which states want a gradient. No named tuple: one is made in every step.
+Call = tuple[Tensor, Sequence[Tensor], Tensor, Tensor, Sequence[bool]]
 Run = tuple[Tensor | tuple[Tensor, ...], Tensor]
 CallGradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
 
 class Cell(ABC):
-    """A kind of cell.
+    """A kind of cell."""
 
-    Attributes:
-        name: For the report.
-        resets: Whether a gate multiplies a part of h's product, which is kept, and whose bias
-            cannot be added to the products of the input.
-    """
-
-    name: str
+    name: str  # for the report
+    num_states = 1
+    # Whether a gate multiplies a part of h's product, which is kept, and whose bias cannot be
+    # added to the products of the input.
     resets = False
 
     @abstractmethod
     def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
         """One step, and a tensor that its backward needs.
 
-        Args:
-            slot: [N, G*H], the products of the input and the biases; ends up with the gates.
-            states: [N, H] each.
-            weights: The cell's.
+        The slot, [N, G*H], comes with the products of the input and the biases, and ends up with
+        the gates; states: [N, H] each.
         """
 
     @abstractmethod
     def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
-        """The gradients of what was kept, if a weight made that, and of the states.
+        """The gradients of what `run` gave to keep, if a weight made that, and of the states.
 
         Those of the gates are left in the slot.
         """
@@ -98,13 +85,8 @@ class Note(NamedTuple):
 class CellRecord:
     """The calls of one cell in a leaf that take their inputs from the same place.
 
-    Args:
-        cell: What they do.
-        weights: The cell's.
-        buffer: [n, N, G*H]; with the products of the input, if the calls are those of rows.
-        input_bias: [G*H], what is added to the products of the input.
-        of_rows: Whether call i is that of the i-th row, so that the tap makes the gradients of
-            the inputs, too.
+    If call i is that of the i-th row, the buffer, [n, N, G*H], has the products of the inputs, and
+    the tap makes their gradients, too. The bias, [G*H], is what is added to these products.
     """
 
     def __init__(
@@ -116,23 +98,15 @@ class CellRecord:
         of_rows: bool,
     ) -> None:
         self.cell, self.weights, self.versions = cell, weights, Versions(*weights)
-        self.of_rows, self._input_bias = of_rows, input_bias
+        self.of_rows, self.input_bias = of_rows, input_bias
         self.slots, self.reset_slots = cut(buffer), None
         if cell.resets:
-            reset_buffer = buffer.new_empty(*buffer.shape[:2], weights.hidden.shape[1])
-            self.reset_slots = cut(reset_buffer)
+            self.reset_slots = cut(buffer.new_empty(*buffer.shape[:2], weights.hidden.shape[1]))
         self.notes: Notes[Note] = Notes()
 
     def close(self) -> None:
         """No call is to come: what the backward needs is saved by autograd from here on."""
         self.slots, self.reset_slots = [], None
-
-    def filled_slot(self, call: int, x: Tensor) -> Tensor:
-        """A call's slot with the products of its input: x: [N, K]."""
-        slot = self.slots[call]
-        if not self.of_rows:
-            write_product(slot, x, self.weights.input, self._input_bias)
-        return slot
 
     def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
         """The gradients of the weights and of the rows."""
@@ -186,7 +160,9 @@ class CellNode(torch.autograd.Function):
         """The new states."""
         ctx.set_materialize_grads(False)
         ctx.record, ctx.call = record, call
-        slot = record.filled_slot(call, x)
+        slot = record.slots[call]
+        if not record.of_rows:
+            write_product(slot, x, record.weights.input, record.input_bias)
         new_states, kept = record.cell.run(slot, states, record.weights)
         if record.reset_slots is not None:
             kept = record.reset_slots[call].copy_(kept)
@@ -205,7 +181,7 @@ class CellNode(torch.autograd.Function):
         record.versions.check()
         slot, x, kept, *states = ctx.saved_tensors
         slot, weights, needs = own(slot), record.weights, ctx.needs_input_grad
-        call = Call(slot, states, kept, weights.hidden, needs[4:])
+        call = slot, states, kept, weights.hidden, needs[4:]
         reset_slot, state_grads = record.cell.gradients(grads, call)
         record.notes.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
         is_wanted = needs[3] and not record.of_rows
@@ -215,4 +191,5 @@ class CellNode(torch.autograd.Function):
 
 def own(slot: Tensor) -> Tensor:
     """The slot to write gradients into."""
-    return slot.clone() if graph_is_kept() else slot
+    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward
+    return slot.clone() if is_kept else slot

@@ -10,7 +10,7 @@ looked up by thread: torch's functions are shared by all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, MethodDescriptorType
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
-from tbptt_ckpt.time_batching.candidates import Candidate
+from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
 from tbptt_ckpt.time_batching.cells import Cell
-from tbptt_ckpt.time_batching.gru import GRU
-from tbptt_ckpt.time_batching.lstm import LSTM
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
 from tbptt_ckpt.time_batching.region import Region
-from tbptt_ckpt.time_batching.rnn import RNN
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
 # of them a step's weight gradient is a large product already.
@@ -38,8 +35,7 @@ _saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tenso
 
 
 class _Thread(threading.local):
-    region: Region | None = None
-    hooks: Any = None  # on saved tensors, as the region was opened
+    entered: tuple[Region, Any] | None = None  # with the hooks on saved tensors, as it was opened
 
 
 _thread = _Thread()
@@ -48,13 +44,13 @@ _thread = _Thread()
 @contextmanager
 def opened(region: Region) -> Iterator[None]:
     """While entered, this thread's operations meet the region."""
-    before = _thread.region, _thread.hooks
+    before = _thread.entered
     _functions.open()
-    _thread.region, _thread.hooks = region, _saved_tensor_hooks(False)
+    _thread.entered = region, _saved_tensor_hooks(False)
     try:
         yield
     finally:
-        _thread.region, _thread.hooks = before
+        _thread.entered = before
         _functions.close()
         region.close()
 
@@ -68,26 +64,26 @@ def _region() -> Region | None:
     """
     if torch.compiler.is_compiling():  # what is compiled outlives the region
         return None
-    region = _thread.region
-    if region is None:
+    entered = _thread.entered
+    if entered is None:
         return None
+    region, hooks = entered
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return None
-    if torch.is_inference_mode_enabled() or _saved_tensor_hooks(False) != _thread.hooks:
+    if torch.is_inference_mode_enabled() or _saved_tensor_hooks(False) != hooks:
         return None
     return None if torch._C._len_torch_function_stack() else region
 
 
-def _is_torchs_own(function: Function) -> bool:
-    """Whether nobody has put a function of theirs in the place of one of torch's."""
-    if isinstance(function, BuiltinFunctionType | MethodDescriptorType):
-        return True
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.nn.")
-
-
 def _unless_patched(make: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Leaves a function as it is if it is not torch's own."""
-    return lambda plain: make(plain) if _is_torchs_own(plain) else plain
+    """Leaves a function as it is where others have put theirs in the place of torch's own."""
+
+    def made(plain: Function) -> Function:
+        is_builtin = isinstance(plain, BuiltinFunctionType | MethodDescriptorType)
+        module = str(getattr(plain, "__globals__", {}).get("__name__"))
+        return make(plain) if is_builtin or module.startswith("torch.nn.") else plain
+
+    return made
 
 
 def _linear(plain: Function) -> Function:
@@ -99,22 +95,28 @@ def _linear(plain: Function) -> Function:
     return linear
 
 
-def _cell(kinds: Mapping[str | None, Cell], plain: Function) -> Function:
-    """The forward of a cell; kinds by nonlinearity, where there is a choice."""
-
+def _cell(kind: Cell, plain: Function) -> Function:
     def forward(cell: Any, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
         region, result = _region(), None
-        kind = kinds.get(getattr(cell, "nonlinearity", None))
-        if region is not None and kind is not None:
-            result = region.cells.call(cell, kind, input, _states(cell, input, hx))
+        if region is not None:
+            states = _states(cell, kind.num_states, input, hx)
+            result = region.cells.call(cell, kind, input, states)
         return plain(cell, input, hx) if result is None else result
 
     return forward
 
 
-def _states(cell: nn.RNNCellBase, x: Any, hx: Any) -> tuple[Any, ...]:
+def _rnn_cell(plain: Function) -> Function:
+    forwards = {name: _cell(RNN(name), plain) for name in ("tanh", "relu")}
+
+    def forward(cell: Any, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
+        return forwards.get(cell.nonlinearity, plain)(cell, input, hx)
+
+    return forward
+
+
+def _states(cell: nn.RNNCellBase, num_states: int, x: Any, hx: Any) -> tuple[Any, ...]:
     """The state as a tuple; the cell begins with zeros by itself."""
-    num_states = 2 if isinstance(cell, nn.LSTMCell) else 1
     if hx is None and isinstance(x, Tensor) and x.dim() == 2:
         return (x.new_zeros(x.shape[0], cell.hidden_size),) * num_states
     if num_states == 1:
@@ -169,14 +171,15 @@ def _bilinear(plain: Function) -> Function:
     def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         region, output = _region(), None
         if region is not None and input1.dim() == input2.dim() == 2:
-            candidate = Candidate("bilinear", Bilinear, weight, bias)
-            output = region.recorded(candidate, input1, input2)
+            output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
         return plain(input1, input2, weight, bias) if output is None else output
 
     return bilinear
 
 
 def _convolution(dims: int, plain: Function) -> Function:
+    name = f"conv{dims}d"
+
     def convolve(
         input: Tensor,  # noqa: A002
         weight: Tensor,
@@ -189,24 +192,17 @@ def _convolution(dims: int, plain: Function) -> Function:
         region, output = _region(), None
         if region is not None and (input.dim() != dims + 2 or isinstance(padding, str)):
             region = None
-        if region is not None and region.chooses and _positions(input) > _MOST_POSITIONS:
-            region = None
+        if region is not None and region.chooses:
+            positions = input.numel() // max(input.shape[1], 1)
+            region = region if positions <= _MOST_POSITIONS else None
         if region is not None:
-            sizes = [_each(size, dims) for size in (stride, padding, dilation)]
-            make = partial(
-                Convolution, stride=sizes[0], padding=sizes[1], dilation=sizes[2], groups=groups
-            )
-            name, options = f"conv{dims}d", (*sizes, groups)
-            output = region.recorded(Candidate(name, make, weight, bias, options), input)
+            options = (*(_each(size, dims) for size in (stride, padding, dilation)), groups)
+            output = region.recorded(name, Convolution, (input,), weight, bias, options)
         if output is not None:
             return output
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolve
-
-
-def _positions(x: Tensor) -> int:
-    return x.numel() // max(x.shape[1], 1)
 
 
 def _each(size: Any, dims: int) -> tuple[int, ...]:
@@ -225,8 +221,8 @@ _makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
     (Tensor, "__matmul__"): _product,
     (Tensor, "matmul"): _product,
     (Tensor, "mm"): _product,
-    (nn.LSTMCell, "forward"): partial(_cell, {None: LSTM()}),
-    (nn.GRUCell, "forward"): partial(_cell, {None: GRU()}),
-    (nn.RNNCell, "forward"): partial(_cell, {name: RNN(name) for name in ("tanh", "relu")}),
+    (nn.LSTMCell, "forward"): partial(_cell, LSTM()),
+    (nn.GRUCell, "forward"): partial(_cell, GRU()),
+    (nn.RNNCell, "forward"): _rnn_cell,
 }
 _functions = ReplacedFunctions({place: _unless_patched(make) for place, make in _makers.items()})

@@ -31,12 +31,7 @@ _embedding_backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_back
 
 @dataclass(frozen=True)
 class Operation(ABC):
-    """An operation.
-
-    Args:
-        weight: Its weight, without a graph.
-        bias: Its bias, without a graph, or None.
-    """
+    """An operation; weight and bias have no graph."""
 
     weight: Tensor
     bias: Tensor | None
@@ -67,16 +62,15 @@ class Linear(Operation):
     def run(self, *inputs: Tensor) -> Tensor:
         """[..., M]."""
         (x,) = inputs
-        if x.dim() == 2:
-            return multiply(x, self.weight, self.bias)
-        flat = multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-        return flat.view(*x.shape[:-1], flat.shape[-1])
+        product = multiply(_flat(x), self.weight, self.bias)
+        return product if x.dim() == 2 else product.view(*x.shape[:-1], product.shape[-1])
 
     def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
         """[..., K]."""
         if not needs[0]:
             return (None,)
-        return (multiply_back(_flat(grad), self.weight).view(inputs[0].shape),)
+        product = multiply_back(_flat(grad), self.weight)
+        return (product if grad.dim() == 2 else product.view(inputs[0].shape),)
 
     def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
         """[M, K]."""
@@ -185,4 +179,4 @@ class Convolution(Operation):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -31,10 +31,6 @@ def pays(elements: int) -> bool:
     return elements >= _LARGE
 
 
-def _always(_elements: int) -> bool:
-    return True
-
-
 class TimeBatching:
     """Opens a region around each run of steps, or does not.
 
@@ -79,7 +75,7 @@ class TimeBatching:
     @contextmanager
     def _opened(self, num_steps: int) -> Iterator[None]:
         before = self._region
-        self._region = Region(num_steps, self._tally, pays if self.choice == "auto" else _always)
+        self._region = Region(num_steps, self._tally, _LARGE if self.choice == "auto" else 0)
         try:
             with opened(self._region):
                 yield

@@ -45,15 +45,15 @@ def _find_onednn() -> Callable[..., Tensor] | None:
 _onednn = _find_onednn()
 
 
-def _onednn_for(x: Tensor, large: bool) -> Callable[..., Tensor] | None:
-    """The operator, where it is the faster one."""
-    return _onednn if large and x.dtype == torch.float32 and x.device.type == "cpu" else None
+def _onednn_for(x: Tensor) -> Callable[..., Tensor] | None:
+    """The operator, for products that are large enough."""
+    return _onednn if x.dtype == torch.float32 and x.is_cpu else None
 
 
 def _forward_onednn(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
     elements = weight.numel()
     large = elements >= _FORWARD_ELEMENTS or x.shape[0] * elements >= _FORWARD_WORK
-    return _onednn_for(x, large)
+    return _onednn_for(x) if large else None
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
     """`grad @ weight` for grad: [N, M], weight: [M, K]."""
     rows = grad.shape[0]
     large = rows >= _BACKWARD_ROWS and rows * weight.numel() >= _BACKWARD_WORK
-    onednn = _onednn_for(grad, large)
+    onednn = _onednn_for(grad) if large else None
     if onednn is None:
         return multiply_matrices(grad, weight)
     return onednn(grad, weight.t(), None, "none", [], "")
@@ -98,7 +98,8 @@ def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """`grad.T @ x` for grad: [N, M], x: [N, K]: the sum over all rows, that is, over time."""
-    onednn = _onednn_for(grad, grad.numel() * x.shape[1] >= _WEIGHT_WORK)
+    large = grad.numel() * x.shape[1] >= _WEIGHT_WORK
+    onednn = _onednn_for(grad) if large else None
     if onednn is None:
         return multiply_matrices(grad.t(), x)
     return onednn(grad.t(), x.t(), None, "none", [], "")
@@ -108,7 +109,8 @@ def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor
     """Add `grad.T @ x` to a total, if there is one to add to; else give it back."""
     if total is None:
         return weight_gradient(grad, x)
-    onednn = _onednn_for(grad, grad.numel() * x.shape[1] >= _WEIGHT_WORK)
+    large = grad.numel() * x.shape[1] >= _WEIGHT_WORK
+    onednn = _onednn_for(grad) if large else None
     if onednn is None:
         total.addmm_(grad.t(), x)
         return None

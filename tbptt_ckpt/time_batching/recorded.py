@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tbptt_ckpt.time_batching.candidates import Candidate
 from tbptt_ckpt.time_batching.operations import Operation
-from tbptt_ckpt.time_batching.rows import Row, Rows
-from tbptt_ckpt.time_batching.slots import cut
+from tbptt_ckpt.time_batching.rows import Row, Rows, cut
 from tbptt_ckpt.time_batching.taps import (
     Gradients,
     Notes,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.candidates import Candidate, is_plain, transposed_weight
+from tbptt_ckpt.time_batching.candidates import (
+    COMPUTED,
+    Candidate,
+    autocast_dtype,
+    is_plain,
+    transposed_weight,
+)
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
-from tbptt_ckpt.time_batching.operations import Embedding, Linear, Product
+from tbptt_ckpt.time_batching.operations import Embedding, Linear, Operation, Product
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.recorded import CallsOfRows, RecordedCalls
 from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
@@ -19,47 +24,33 @@ from tbptt_ckpt.time_batching.rows import InputRows, Row
 
 
 class Region:
-    """Operations of one run of steps.
+    """Operations of one run of steps; those whose weight has `smallest` elements are batched."""
 
-    Args:
-        num_steps: Of the run.
-        tally: Counts what was batched and what not.
-        pays: Whether batching gains time for a weight of so many elements.
-
-    Attributes:
-        chooses: Whether only what gains time is batched, and not all that can be.
-        rows: The inputs of the steps.
-        cells: Runs the cells.
-    """
-
-    def __init__(self, num_steps: int, tally: Tally, pays: Callable[[int], bool]) -> None:
-        self.chooses = not pays(1)
+    def __init__(self, num_steps: int, tally: Tally, smallest: int) -> None:
+        self.chooses = smallest > 1  # rather than batching all that can be
         self.rows = InputRows()
-        self.cells = CellCalls(num_steps, pays, tally, self.rows)
-        self._tally, self._pays = tally, pays
-        self._calls: dict[Any, RecordedCalls] = {}
+        self.cells = CellCalls(num_steps, smallest, tally, self.rows)
+        self._tally, self._smallest = tally, smallest
+        self._candidates: dict[Hashable, tuple[Candidate, str]] = {}
+        self._calls: dict[Candidate, RecordedCalls] = {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
-        device = weight.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        candidate = Candidate("linear", Linear, weight, bias, cast=cast)
-        if not self._takes(candidate, (x,)) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        cast = autocast_dtype(weight)
+        candidate = self._find("linear", Linear, weight, bias, inputs=(x,), cast=cast)
+        if candidate is None or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
-        output = self._of_row(candidate, self.rows.find(x) if cast is None else None)
+        output = self._of_row(candidate, self.rows.find(x)) if cast is None else None
         if output is not None:
             return output
         if torch.is_grad_enabled():
-            return self._record_flat(candidate, x if cast is None else x.to(cast), 1)
+            return self._record(candidate, x if cast is None else x.to(cast), 1)
         return multiply(x, weight, bias) if cast is None and x.dim() == 2 else None
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """`x @ weight + bias`, or None where the plain operation is to do it.
+        """`x @ weight + bias`; None where the plain operation is to do it.
 
-        Args:
-            x: [..., K].
-            weight: [K, M], a weight or the transpose of one.
-            bias: [M], or None.
+        For x: [..., K], weight: [K, M], which may be the transpose of a weight, and bias: [M].
         """
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() != 2:
             return None
@@ -68,14 +59,14 @@ class Region:
             return self.linear(x, transposed, bias)
         if not torch.is_grad_enabled() or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
             return None
-        candidate = Candidate("matmul", Product, weight, bias)
-        return self._record_flat(candidate, x, 1) if self._takes(candidate, (x,)) else None
+        candidate = self._find("matmul", Product, weight, bias, inputs=(x,))
+        return None if candidate is None else self._record(candidate, x, 1)
 
     def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
-        make = partial(Embedding, padding_idx=padding_idx)
-        candidate = Candidate("embedding", make, weight, options=padding_idx)
-        if not is_plain(indices) or not self._takes(candidate, ()):
+        options = (padding_idx,)
+        candidate = self._find("embedding", Embedding, weight, None, inputs=(), options=options)
+        if candidate is None or not is_plain(indices):
             return None
         row = self.rows.find(indices)
         # A step with an index of no word may be one that the module skips.
@@ -85,37 +76,70 @@ class Region:
                 return output
         if not torch.is_grad_enabled() or not indices.dim():
             return None
-        return self._record_flat(candidate, indices, 0)
+        return self._record(candidate, indices, 0)
 
-    def recorded(self, candidate: Candidate, *inputs: Tensor) -> Tensor | None:
+    def recorded(
+        self,
+        name: str,
+        make: Callable[..., Operation],
+        inputs: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[Any, ...] = (),
+    ) -> Tensor | None:
         """An operation that leaves its weight gradient to the tap; None if it must not.
 
-        Args:
-            candidate: What to do.
-            inputs: Its inputs; calls may differ in their first dimension only.
+        Arguments are those of `Candidate`; calls that differ in more than the first dimension of
+        their inputs are told apart.
         """
-        if not torch.is_grad_enabled() or not self._takes(candidate, inputs):
+        if not torch.is_grad_enabled():
             return None
-        return self._record(candidate, inputs)
+        shapes = tuple(x.shape[1:] for x in inputs)
+        candidate = self._find(
+            name, make, weight, bias, inputs=inputs, options=options, shapes=shapes
+        )
+        calls = None if candidate is None else self._calls_of(candidate)
+        return None if calls is None else calls(*inputs)
 
     def close(self) -> None:
         """The steps are done."""
         self.cells.close()
 
-    def _takes(self, candidate: Candidate, inputs: Sequence[Any]) -> bool:
-        """Whether an operation may and should take part."""
-        reason = candidate.reason_to_leave(inputs)
-        if not reason and not self._pays(candidate.weight.numel()):
-            reason = SMALL
-        if reason:
-            self._tally.left(candidate.name, reason)
-        return not reason
+    def _find(
+        self,
+        name: str,
+        make: Callable[..., Operation],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        inputs: Sequence[Any],
+        options: tuple[Any, ...] = (),
+        cast: torch.dtype | None = None,
+        shapes: Hashable = (),
+    ) -> Candidate | None:
+        """The candidate, if a call of it with these inputs may and should take part."""
+        key = (name, id(weight), id(bias), options, cast, shapes)
+        found = self._candidates.get(key)
+        if found is None:
+            candidate = Candidate(name, make, weight, bias, options, cast)
+            reason = candidate.reason_to_leave()
+            if not reason and weight.numel() < self._smallest:
+                reason = SMALL
+            found = candidate, reason
+            if reason != COMPUTED:
+                self._candidates[key] = found  # which holds the weights: their ids stay their own
+        candidate, reason = found
+        reason = reason or candidate.misfit(inputs)
+        if not reason:
+            return candidate
+        self._tally.left(name, reason)
+        return None
 
     def _of_row(self, candidate: Candidate, row: Row | None) -> Tensor | None:
         """One row of what is made of all of them; None where it has been given out, or is none."""
         if row is None:
             return None
-        key = (candidate.key, torch.is_grad_enabled())
+        key = (candidate, torch.is_grad_enabled())
         calls: CallsOfRows | None = row.rows.made.get(key)
         if calls is None:
             calls = row.rows.made[key] = CallsOfRows(candidate, row.rows)
@@ -123,21 +147,24 @@ class Region:
         made = calls.take(row.position)
         return None if made is None else self.rows.add(made)
 
-    def _record_flat(self, candidate: Candidate, x: Tensor, width_dims: int) -> Tensor | None:
+    def _record(self, candidate: Candidate, x: Tensor, width_dims: int) -> Tensor | None:
         """An operation on the last `width_dims` dimensions of x, each of the others a row."""
+        calls = self._calls_of(candidate)
+        if calls is None:
+            return None
         if x.dim() == 1 + width_dims:
-            return self._record(candidate, (x,))
+            return calls(x)
         lead, width = x.shape[: x.dim() - width_dims], x.shape[x.dim() - width_dims :]
-        output = self._record(candidate, (x.reshape(-1, *width),))
-        return None if output is None else output.view(*lead, output.shape[-1])
+        output = calls(x.reshape(-1, *width))
+        return output.view(*lead, output.shape[-1])
 
-    def _record(self, candidate: Candidate, inputs: Sequence[Tensor]) -> Tensor | None:
+    def _calls_of(self, candidate: Candidate) -> RecordedCalls | None:
+        """The calls that a call joins; None where it must not."""
         weight, reason = candidate.weight, ""
-        key = (candidate.key, tuple(x.shape[1:] for x in inputs))
-        calls = self._calls.get(key)
+        calls = self._calls.get(candidate)
         if not weight.requires_grad:
             reason = "a frozen weight"
-        elif candidate.cast is None and torch.is_autocast_enabled(weight.device.type):
+        elif candidate.cast is None and autocast_dtype(weight) is not None:
             reason = "autocast"
         elif calls is not None and calls.moved():
             reason = CHANGED
@@ -145,6 +172,6 @@ class Region:
             self._tally.left(candidate.name, reason)
             return None
         if calls is None:
-            calls = self._calls[key] = RecordedCalls(candidate)
+            calls = self._calls[candidate] = RecordedCalls(candidate)
             self._tally.batched(candidate.name, tuple(weight.shape))
-        return calls(*inputs)
+        return calls

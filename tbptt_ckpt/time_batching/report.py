@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 SMALL = "too small to pay"  # reasons under "auto"
@@ -31,19 +32,15 @@ class Tally:
     """Counts operations that were batched and that were not."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, tuple[int, ...], str], int] = {}
+        self._counts: Counter[tuple[str, tuple[int, ...], str]] = Counter()
 
     def batched(self, operation: str, shape: tuple[int, ...]) -> None:
         """An operation is batched in a segment."""
-        self._count(operation, shape, "")
+        self._counts[operation, shape, ""] += 1
 
     def left(self, operation: str, reason: str) -> None:
         """A call is left to the plain operation."""
-        self._count(operation, (), reason)
-
-    def _count(self, operation: str, shape: tuple[int, ...], reason: str) -> None:
-        key = (operation, shape, reason)
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[operation, (), reason] += 1
 
     @property
     def has_batched(self) -> bool:

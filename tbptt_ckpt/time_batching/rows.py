@@ -1,4 +1,11 @@
-"""The inputs of consecutive steps, known as one tensor before the first of them runs."""
+"""Entries of one tensor, one for each step: the inputs, and slots, where cells have their gates.
+
+NOTE [Slots are no views]
+A slot shares the buffer's memory and not its version counter: autograd saves slots, and a
+write into one is no write into the others. Under nested checkpoints the backward finds the
+slots of a recomputation, in another buffer than those of the first run; whether they lie side
+by side is therefore read from the slots themselves.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +21,28 @@ from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_
 # Rows of one product over time: more gain little and take memory.
 _ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
 _FEWEST_STEPS, _MOST_STEPS = 8, 256  # a view of a step costs host memory
+
+
+def cut(buffer: Tensor) -> list[Tensor]:
+    """The entries of buffer: [n, ...] along its first dimension, each with its own version."""
+    return [view.data for view in buffer.unbind(0)]
+
+
+def joined(slots: Sequence[Tensor]) -> Tensor:
+    """Slots, or rows of one tensor, of [N, M] each; without a copy where they lie side by side."""
+    first = slots[0]
+    if len(slots) == 1:
+        return first
+    step = first.nbytes
+    start = first.data_ptr()
+    adjacent = first.is_contiguous() and all(
+        slot.data_ptr() == start + index * step for index, slot in enumerate(slots)
+    )
+    same = first.untyped_storage().data_ptr() == slots[-1].untyped_storage().data_ptr()
+    if not (adjacent and same):
+        return torch.cat(list(slots))
+    rows, columns = first.shape
+    return first.as_strided((rows * len(slots), columns), (columns, 1))
 
 
 class Rows:
@@ -81,15 +110,7 @@ class InputRows:
         return entry
 
     def of_steps(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
-        """The input of each step, known while that step runs.
-
-        Args:
-            inputs: Nested tensors with time on `time_dim`.
-            time_dim: Where time is.
-
-        Returns:
-            None where the inputs cannot be rows.
-        """
+        """The input of each step, known while that step runs; None where these cannot be rows."""
         tensors = tensors_of(inputs)
         if not tensors or any(t.is_inference() for t in tensors):
             return None

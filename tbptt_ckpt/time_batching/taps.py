@@ -50,12 +50,9 @@ class Record(Protocol):
     """What the steps of a leaf leave to the tap of their weights."""
 
     def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
-        """The gradients of what was tapped: of the weights, and of the rows.
+        """The gradients of the weights and the rows that were tapped, as far as they are needed.
 
-        Args:
-            needs: Which of the weights and rows want a gradient.
-            totals: For each weight the tensor its gradient may be added to instead of being
-                given back, or None.
+        That of a weight with a total may be added to it instead of being given back.
         """
         ...
 
@@ -122,11 +119,6 @@ def begin_backward() -> None:
             "a gradient that passes through a time-batched operation cannot be differentiated "
             "again (create_graph=True within a step); use time_batching=False"
         )
-
-
-def graph_is_kept() -> bool:
-    """Whether the backward that runs leaves its graph to another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class Versions:
