@@ -27,7 +27,8 @@ class WindowLoss:
 
     def __init__(self, function: LossFunction, counted_weight: float, reduction: str) -> None:
         self.function, self.reduction = function, reduction
-        self._counted, self._summed = counted_weight, LossSum()
+        self._counted = counted_weight
+        self._summed: float | Tensor = 0.0
         self._first_run_until = 0
         self._losses = LossSum()
         self.has_graph = False
@@ -35,7 +36,7 @@ class WindowLoss:
     @property
     def weight(self) -> float | Tensor:
         """The summed weight of all steps."""
-        return self._summed.weight if self.function.returns_pairs else self._counted
+        return self._summed if self.function.returns_pairs else self._counted
 
     @property
     def divisor(self) -> float | Tensor:
@@ -82,7 +83,7 @@ class WindowLoss:
         if begin < self._first_run_until:
             return False
         self._first_run_until = end
-        self._summed.weight = self._summed.weight + weight
+        self._summed = self._summed + weight
         return True
 
 
