@@ -18,11 +18,6 @@ class WindowLoss:
     Its divisor must be fixed before the first backward, which differentiates the last
     steps. For scalar losses it is counted; for pairs it is summed in the first run of
     each step.
-
-    Args:
-        function: The loss function.
-        counted_weight: The summed weight if losses are scalars.
-        reduction: "mean" divides by the summed weight, "sum" does not.
     """
 
     def __init__(self, function: LossFunction, counted_weight: float, reduction: str) -> None:
