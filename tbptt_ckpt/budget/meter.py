@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 
 from tbptt_ckpt.budget.window_budget import PlannedWindow
-from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
+from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import Lap, peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes

@@ -17,10 +17,9 @@ from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
-from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
+from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes

@@ -14,12 +14,6 @@ from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
 class Notes(Observer):
     """The notes of one window.
 
-    Args:
-        options: What the user asked for.
-        window: Which.
-        num_steps: Length of the sequence, None while unknown.
-        records: What earlier windows left.
-
     Attributes:
         next_start: Where the next window starts, or this one's end if that is earlier.
         left: Generators and buffers as the first run of the steps so far left them.

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
-from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass, differentiate
+from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of

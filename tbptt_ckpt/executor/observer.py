@@ -11,7 +11,7 @@ from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.windows import Window
-from tbptt_ckpt.updates.watch import UpdateWatch
+from tbptt_ckpt.updates.updater import UpdateWatch
 
 
 class Observer(UpdateWatch):
@@ -33,10 +33,7 @@ class Observer(UpdateWatch):
     def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
         """A run ended for the first time at a step where states are noted, or at the window's end.
 
-        Args:
-            step: Where.
-            state: The state there, perhaps with a graph.
-            ambient: Generators and buffers there.
+        The state may carry a graph; generators and buffers are those of that step.
         """
 
     def ends(self) -> None:

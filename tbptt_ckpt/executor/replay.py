@@ -15,8 +15,7 @@ the run's memory is free lies among other small blocks.
 from __future__ import annotations
 
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.route import Route
-from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass, differentiate
+from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep

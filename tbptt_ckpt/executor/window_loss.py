@@ -18,16 +18,12 @@ class WindowLoss:
     Its divisor must be fixed before the first backward, which differentiates the last
     steps. For scalar losses it is counted; for pairs it is summed in the first run of
     each step.
-
-    Args:
-        function: The loss function.
-        counted_weight: The summed weight if losses are scalars.
-        reduction: "mean" divides by the summed weight, "sum" does not.
     """
 
     def __init__(self, function: LossFunction, counted_weight: float, reduction: str) -> None:
         self.function, self.reduction = function, reduction
-        self._counted, self._summed = counted_weight, LossSum()
+        self._counted = counted_weight
+        self._summed: float | Tensor = 0.0
         self._first_run_until = 0
         self._losses = LossSum()
         self.has_graph = False
@@ -35,7 +31,7 @@ class WindowLoss:
     @property
     def weight(self) -> float | Tensor:
         """The summed weight of all steps."""
-        return self._summed.weight if self.function.returns_pairs else self._counted
+        return self._summed if self.function.returns_pairs else self._counted
 
     @property
     def divisor(self) -> float | Tensor:
@@ -82,7 +78,7 @@ class WindowLoss:
         if begin < self._first_run_until:
             return False
         self._first_run_until = end
-        self._summed.weight = self._summed.weight + weight
+        self._summed = self._summed + weight
         return True
 
 

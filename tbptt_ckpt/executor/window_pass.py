@@ -17,16 +17,31 @@ from tbptt_ckpt.executor.joints import rejoined
 from tbptt_ckpt.executor.losses import LossSum
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.route import Route
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import silent_hooks
 from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state, state_as_leaves
+from tbptt_ckpt.schedule.actions import Action
 
 StateGrads = list[Tensor | None]  # one per tensor of a state
 Root = tuple[Tensor, Tensor | None]  # to differentiate, with its gradient; None stands for one
+
+
+class Route:
+    """The actions of one window as they were planned: an executor asks for the next.
+
+    Attributes:
+        advance_steps: Most steps of one call of a segment module in the advances to come.
+    """
+
+    def __init__(self, actions: Iterable[Action], advance_steps: int) -> None:
+        self._actions, self.advance_steps = iter(actions), advance_steps
+
+    def next_action(self) -> Action | None:
+        """The next action, now that the last one is done; None at the end."""
+        return next(self._actions, None)
 
 
 @dataclass(slots=True)

@@ -18,14 +18,6 @@ class Accumulation:
     their sum. Windows without a loss do not count. The last group of a sequence may be
     short, and is then the mean of the windows that it has.
 
-    Args:
-        num_windows: Windows with a loss per update.
-        averages: Whether gradients are averaged, rather than summed.
-
-    Attributes:
-        num_windows: As given.
-        pending: Windows whose gradients wait for an update.
-
     Raises:
         ArgumentError: No positive number of windows.
     """

@@ -14,13 +14,7 @@ from tbptt_ckpt.module.trees import iterate_tensors
 
 
 class Update:
-    """One update of the weights while it goes on.
-
-    Args:
-        optimizer: The optimizer.
-        scheduler: Its scheduler, or None.
-        scaler: A `torch.amp.GradScaler`, or None.
-    """
+    """One update of the weights while it goes on."""
 
     def __init__(self, optimizer: Any, scheduler: Any, scaler: Any) -> None:
         self._optimizer, self._scheduler, self._scaler = optimizer, scheduler, scaler
