@@ -22,7 +22,6 @@ from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import check_differentiable, device_of, parameters_of, time_dim_of
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
-from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
 
 
@@ -75,8 +74,7 @@ def measure_costs(
     """
     time_dim = time_dim_of(module, per_step, time_dim)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
-    runner = make_runner(module, per_step, time_dim, autocast_dtype)
-    runner.time_batching = TimeBatching(time_batching)
+    runner = make_runner(module, per_step, time_dim, autocast_dtype, time_batching=time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     num_steps = len(sequence)

@@ -45,6 +45,16 @@ class BufferValue:
         # Stood in the module, holds these values, and is not in the module now.
         self.holder: Tensor | None = None
 
+    def make_holder(self) -> None:
+        """Have a tensor to put into the module."""
+        if self.holder is None and not self.is_none:
+            self.holder = self.values.clone()
+
+    def swap_holder(self, holder: Tensor | None) -> Tensor | None:
+        """Give the holder away for another, or for none."""
+        mine, self.holder = self.holder, holder
+        return mine
+
 
 class Buffer:
     """One buffer of one module."""
@@ -81,12 +91,10 @@ class Buffer:
         if known is value:
             return
         self._check_alone()
-        if value.holder is None and not value.is_none:
-            value.holder = value.values.clone()  # may find no memory: before anything changes
+        value.make_holder()  # may find no memory: before anything changes
         if known is not None:
-            known.holder = self._tensor
-        self._module._buffers[self._name] = value.holder
-        value.holder = None
+            known.swap_holder(self._tensor)
+        self._module._buffers[self._name] = value.swap_holder(None)
         self._remember(value)
 
     def _check_alone(self) -> None:

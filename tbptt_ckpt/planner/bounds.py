@@ -15,7 +15,7 @@ import numpy as np
 
 from tbptt_ckpt.planner.feasibility import Demand, way_fits
 from tbptt_ckpt.planner.leaves import LeafRoom
-from tbptt_ckpt.planner.pricing import BEYOND, Floats, Ints, best_leaves, best_rows
+from tbptt_ckpt.planner.price_table import BEYOND, Floats, Ints, best_leaves, best_rows
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_seconds
 from tbptt_ckpt.planner.ways import Stretch, Way, ways
 from tbptt_ckpt.schedule.actions import usual_advance_steps

@@ -10,7 +10,8 @@ import numpy as np
 from tbptt_ckpt.planner.feasibility import Demand, way_fits
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.predictions import Prediction, predict
-from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, fewest_levels, with_one_state
+from tbptt_ckpt.planner.price_table import Rooms
+from tbptt_ckpt.planner.pricing import PriceBuilder, fewest_levels, with_one_state
 from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
 from tbptt_ckpt.planner.ways import Stretch, Way, ways
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS, usual_advance_steps
