@@ -16,6 +16,7 @@ from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.planner.fastest import OPTIMAL, plan
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
+from tbptt_ckpt.schedule.simulator import simulate
 from tbptt_ckpt.schedule.strategies import Auto, Optimal, Strategy
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -51,7 +52,7 @@ class FittingPlans:
         self.finds_fastest = isinstance(strategy, Auto | Optimal)
         self._amount = amount or AUTO_BUDGET
         self.budget_bytes: int | None = None
-        self._ceiling: int | None = None  # below the budget, since memory was missing
+        self._room: int | None = None  # for states and leaves, since memory was missing
         self._reserve = _RESERVE if self.promised else 0.0
         self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
         self._confirmed: set[Shape] = set()
@@ -123,18 +124,17 @@ class FittingPlans:
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
         if not self.finds_fastest:  # a fixed strategy has but one plan
             return whole
-        if self._ceiling is not None and self._ceiling < self._budget:
-            return self._below_ceiling(shape, costs, self._ceiling)
+        if self._room is not None:
+            return self._in_less_room(shape, costs, self._room)
         return self._beside_reserve(shape, costs, whole) if self._reserve else whole
 
     def shrink(self, shape: Shape, costs: Costs) -> bool:
-        """Halve what plans take beside the fixed part; whether that takes less than before."""
-        before = self.chosen(shape, costs).predicted_peak_bytes
-        fixed = costs.fixed.total(shape.run_steps)
-        self._ceiling = fixed + max(0, before - fixed) // 2
+        """Halve what states and leaves may take; whether plans then take less than before."""
+        before = _leaf_peak(shape, costs, self.chosen(shape, costs))
+        self._room = max(0, before - costs.fixed.total(shape.run_steps)) // 2
         self._plans.clear()
         self._confirmed.clear()
-        return (self.chosen(shape, costs).predicted_peak_bytes) < before
+        return _leaf_peak(shape, costs, self.chosen(shape, costs)) < before
 
     def follow(self, strategy: Strategy) -> None:
         """Choose schedules by a fixed strategy from here on; the budget stays as it is."""
@@ -173,7 +173,7 @@ class FittingPlans:
         """Plain data."""
         return {
             "budget_bytes": self.budget_bytes,
-            "ceiling_bytes": self._ceiling,
+            "room_bytes": self._room,
             "reserve": self._reserve,
             "plans": [
                 {
@@ -189,7 +189,7 @@ class FittingPlans:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the same plans; a budget in bytes stays as it is given now."""
         self.budget_bytes = self._amount.num_bytes or state["budget_bytes"]
-        self._ceiling = state.get("ceiling_bytes")  # older ones have none
+        self._room = state.get("room_bytes")  # older ones have none
         self._reserve = state["reserve"]
         for entry in state["plans"]:
             shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
@@ -214,12 +214,15 @@ class FittingPlans:
         self._longest_seen = max(self._longest_seen, shape.num_steps)
         return chosen
 
-    def _below_ceiling(self, shape: Shape, costs: Costs, ceiling: int) -> PredictedPlan:
-        """The fastest plan below the ceiling, or the one that takes least."""
+    def _in_less_room(self, shape: Shape, costs: Costs, room: int) -> PredictedPlan:
+        """The fastest plan in so much room, or the one that takes least, updates aside."""
+        fixed, lean = costs.fixed.total(shape.run_steps), replace(costs, update_bytes=0)
         try:
-            return self._planned(shape, costs, ceiling)
+            plan = self._planned(shape, lean, fixed + room)
         except InfeasibleBudgetError as error:
-            return self._planned(shape, costs, error.smallest_budget_bytes or 0)
+            plan = self._planned(shape, lean, error.smallest_budget_bytes or 0)
+        peak = max(plan.predicted_peak_bytes, fixed + costs.update_bytes)
+        return replace(plan, predicted_peak_bytes=peak)
 
     def _beside_reserve(self, shape: Shape, costs: Costs, whole: PredictedPlan) -> PredictedPlan:
         """A plan that leaves as much of the reserve as is worth its price.
@@ -250,3 +253,14 @@ class FittingPlans:
             new_steps=shape.new_steps,
             joints=shape.joints,
         )
+
+
+def _leaf_peak(shape: Shape, costs: Costs, plan: PredictedPlan) -> int:
+    """Bytes at the peak of a shape's plan before its update."""
+    return simulate(
+        plan.schedule,
+        replace(costs, update_bytes=0),
+        given=[plan.lead_steps + joint for joint in shape.joints],
+        advance_steps=plan.advance_steps,
+        loss_start=shape.run_steps - shape.new_steps,
+    ).peak_bytes
