@@ -222,6 +222,7 @@ class _Measuring:
             leaf=self._bytes_curve((s.steps, s.leaf) for s in self.quiet),
             graph=None if is_loop else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
+            shared=self.quiet[-1].shared,
         )
 
     def _bytes_curve(self, values: Iterable[tuple[int, int]]) -> Curve:

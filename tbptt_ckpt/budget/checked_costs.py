@@ -66,6 +66,7 @@ def _leaves_joined(some: Costs, other: Costs, join: Callable[[Curve, Curve], Cur
             leaf=join(quiet.leaf, other_quiet.leaf),
             graph=quiet.graph and other_quiet.graph and join(quiet.graph, other_quiet.graph),
             advance=join(quiet.advance, other_quiet.advance),
+            shared=max(quiet.shared, other_quiet.shared),
         ),
     )
 

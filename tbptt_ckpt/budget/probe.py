@@ -76,12 +76,14 @@ class QuietSample:
         leaf: Peak of a leaf, above what then is live.
         graph: Tensors of its graph.
         advance: Peak of an advance.
+        shared: Gradients of the weights that they use.
     """
 
     steps: int
     leaf: int
     graph: int
     advance: int
+    shared: int
 
 
 @dataclass(slots=True)
@@ -146,15 +148,22 @@ class SegmentProbe:
             Differentiate(joint - steps, joint),
         )
         with peak_memory(self.device, held=(), rss=False) as meter:
-            readings = _Readings(meter.lap)
+            readings = _Readings(lambda: (meter.lap(), self._gradient_versions()))
             self._run(actions, readings, loss_start=joint)
-        before, advance, *_, begun, forward, leaf = readings.found
+        before, advance, *_, begun, forward, leaf = [lap for lap, _ in readings.found]
+        versions, later = readings.found[-3][1], readings.found[-1][1]
+        pairs = zip(self.parameters, versions, later, strict=True)
         return QuietSample(
             steps=steps,
             leaf=max(forward.peak_bytes, leaf.peak_bytes) - begun.now_bytes,
             graph=forward.now_bytes - begun.now_bytes,
             advance=advance.peak_bytes - before.now_bytes,
+            shared=tensor_bytes([p.grad for p, old, new in pairs if old != new]),
         )
+
+    def _gradient_versions(self) -> list[int]:
+        """What changes where a backward adds to a gradient."""
+        return [-1 if p.grad is None else p.grad._version for p in self.parameters]
 
     def advance_bytes_of(self, steps: int, *, has_losses: bool) -> int:
         """Peak of an advance, which may be longer than any leaf that fits."""

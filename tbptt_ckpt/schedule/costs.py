@@ -47,11 +47,14 @@ class QuietBytes:
         advance: Peak of one call in an advance.
         graph: What its graph holds, beside the leaf's later steps while they are differentiated;
             None where a leaf is run in one piece wherever its losses begin.
+        shared: Gradients of weights that they share with later steps of their leaf: these are
+            held, until its own are there to be added.
     """
 
     leaf: Curve
     advance: Curve
     graph: Curve | None = None
+    shared: int = 0
 
     def before_losses(self, steps: int, num_losses: int, losses: Curve) -> float:
         """Peak of a leaf of such steps, and then of some with a loss.
@@ -64,7 +67,7 @@ class QuietBytes:
         if self.graph is None:
             added = losses(num_losses) - self.leaf(num_losses)
             return self.leaf(steps + num_losses) + max(0.0, added)
-        return max(self.graph(steps) + losses(num_losses), self.leaf(steps))
+        return max(self.graph(steps) + losses(num_losses), self.leaf(steps) + self.shared)
 
     def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
         """The same for leaves that take other bytes."""
