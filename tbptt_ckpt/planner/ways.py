@@ -77,10 +77,11 @@ def _quiet_before(quiet: QuietBytes, last: Curve, costs: Costs) -> Costs:
 def _last_leaves(stretch: Stretch, quiet: QuietBytes, costs: Costs) -> Curve:
     """Bytes of last leaves whose steps but `num_losses` have no loss; rounded up in between."""
     loud, num_losses = costs.leaf_curve(is_last=True), stretch.num_losses
+    makes = costs.last_leaf_bytes is not None
     points = [(n, loud(n)) for n in {num_losses, *(p for p, _ in loud.points if p < num_losses)}]
     bends = {p for p, _ in (*(quiet.graph or quiet.leaf).points, *quiet.leaf.points)}
     bends |= {p - num_losses for p in bends}
     for without in (p for p in {*bends, 1, stretch.steps} if p > 0):
-        peak = quiet.before_losses(without, num_losses, loud)
+        peak = quiet.before_losses(without, num_losses, loud, makes_gradients=makes)
         points.append((num_losses + without, peak))
     return Curve.through(points)

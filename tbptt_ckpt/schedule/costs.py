@@ -47,8 +47,8 @@ class QuietBytes:
         advance: Peak of one call in an advance.
         graph: What its graph holds, beside the leaf's later steps while they are differentiated;
             None where a leaf is run in one piece wherever its losses begin.
-        shared: Gradients of weights that they share with later steps of their leaf: these are
-            held, until its own are there to be added.
+        shared: Gradients of weights that they share with later steps of their leaf, whose part is
+            held until theirs is there to be added.
     """
 
     leaf: Curve
@@ -56,18 +56,22 @@ class QuietBytes:
     graph: Curve | None = None
     shared: int = 0
 
-    def before_losses(self, steps: int, num_losses: int, losses: Curve) -> float:
+    def before_losses(
+        self, steps: int, num_losses: int, losses: Curve, *, makes_gradients: bool
+    ) -> float:
         """Peak of a leaf of such steps, and then of some with a loss.
 
         Args:
             steps: Steps without a loss.
             num_losses: Steps with one.
             losses: Bytes of leaves of such steps.
+            makes_gradients: Whether what is held becomes the gradients, which are fixed bytes.
         """
         if self.graph is None:
             added = losses(num_losses) - self.leaf(num_losses)
             return self.leaf(steps + num_losses) + max(0.0, added)
-        return max(self.graph(steps) + losses(num_losses), self.leaf(steps) + self.shared)
+        held = 0 if makes_gradients else self.shared
+        return max(self.graph(steps) + losses(num_losses), self.leaf(steps) + held)
 
     def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
         """The same for leaves that take other bytes."""
@@ -128,7 +132,8 @@ class Costs:
             return math.ceil(curve(steps))
         peak = self.quiet.leaf(steps)
         if num_losses:
-            peak = self.quiet.before_losses(without, num_losses, curve)
+            makes = is_last and self.last_leaf_bytes is not None
+            peak = self.quiet.before_losses(without, num_losses, curve, makes_gradients=makes)
         return math.ceil(min(peak, curve(steps)))
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
