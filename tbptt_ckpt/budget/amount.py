@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 
 import torch
 
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
 
-# Of what is free, left to others and to what no allocator of tensors sees.
-AUTO_FRACTION = 0.8
+_FRACTION = re.compile(r"0?\.\d*[1-9]\d*|1\.0*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,29 @@ class Amount:
             return self.num_bytes
         return held_bytes + int(self.fraction * free_memory(device))
 
+    def described(self, budget_bytes: int) -> str:
+        """The budget for a message, with what it is in bytes."""
+        size = format_bytes(budget_bytes)
+        return size if self.num_bytes is not None else f"{self.given} ({size})"
 
-AUTO_BUDGET = Amount(None, None, AUTO_FRACTION)
+
+AUTO_BUDGET = Amount(None, None, 0.8)  # the rest is others', and what no allocator sees
 
 
 def parse_budget(given: object) -> Amount | None:
     """A budget from bytes, text such as "512MiB", or a fraction of what is free; None for none.
+
+    Text such as "0.5" or "1.0" is a fraction too.
 
     Raises:
         ArgumentError: Anything else.
     """
     if given is None:
         return None
+    if isinstance(given, str) and _FRACTION.fullmatch(given):
+        return Amount(given, None, float(given))
     if isinstance(given, float):
-        if not 0 < given <= 1 or math.isnan(given):
+        if not 0 < given <= 1:
             raise ArgumentError(
                 f"memory_budget={given!r} must be above 0 and at most 1, a fraction of the free "
                 'memory; write bytes as an integer, or text such as "512MiB"'
@@ -64,40 +72,3 @@ def parse_budget(given: object) -> Amount | None:
     if num_bytes < 1:
         raise ArgumentError(f"memory_budget={given!r} must be at least one byte")
     return Amount(given, num_bytes, 1.0)
-
-
-def explained(
-    error: InfeasibleBudgetError,
-    budget: Amount,
-    budget_bytes: int,
-    num_steps: int,
-    fixed_strategy: str | None,
-) -> InfeasibleBudgetError:
-    """The planner's error about a window, as one about `memory_budget`.
-
-    Args:
-        error: With the smallest budget and the largest reach.
-        budget: What the user asked for.
-        budget_bytes: The same in bytes.
-        num_steps: Reach of the window.
-        fixed_strategy: Its name; None where the fastest plan was looked for.
-    """
-    smallest, optimal = error.smallest_budget_bytes, error.optimal_budget_bytes
-    assert smallest is not None
-    assert optimal is not None
-    given = format_bytes(budget_bytes)
-    if budget.num_bytes is None:
-        given = f"{budget.given} ({given})"
-    who, choices = "", [f"raise it to {smallest} bytes"]
-    if fixed_strategy is not None:
-        who = f" under strategy={fixed_strategy}"
-        choices.append(f"use strategy='optimal', which works from {optimal} bytes")
-    elif error.largest_steps:
-        choices.append(f"lower k2 to {error.largest_steps}")
-    return InfeasibleBudgetError(
-        f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
-        f"{num_steps} steps needs{who}; {', or '.join(choices)}",
-        smallest_budget_bytes=smallest,
-        optimal_budget_bytes=optimal,
-        largest_steps=error.largest_steps,
-    )

@@ -6,15 +6,9 @@ import logging
 import time
 import tracemalloc
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from tbptt_ckpt.budget.probe import (
-    QuietSample,
-    SegmentBytes,
-    SegmentProbe,
-    SegmentSeconds,
-    kept_bytes,
-)
+from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe, kept_bytes
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
@@ -64,11 +58,7 @@ class Limits:
 def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
     """Measure a module; gradients, generators and buffers are left as they were.
 
-    Args:
-        probe: Runs segments.
-        limits: Bound them.
-        update: What an update takes.
-        fixed: The weights and inputs; the rest is filled in.
+    Of `fixed`, weights and inputs are known; the rest is filled in.
     """
     begun = time.perf_counter()
     with untouched(tensors=probe.parameters, ambient=probe.ambient), older_garbage_kept():
@@ -89,7 +79,7 @@ class _Measuring:
     limits: Limits
     begun: float
     bytes: list[SegmentBytes] = field(default_factory=list)
-    seconds: dict[int, SegmentSeconds] = field(default_factory=dict)
+    seconds: dict[int, tuple[float, float]] = field(default_factory=dict)  # least, of both kinds
     host: list[tuple[int, int | None]] = field(default_factory=list)
     spent: float = 0.0
     quiet: list[QuietSample] = field(default_factory=list)
@@ -152,9 +142,9 @@ class _Measuring:
         return lengths
 
     def _time(self, steps: int) -> None:
-        sample = self.probe.seconds_of(steps)
-        known = self.seconds.get(steps)
-        self.seconds[steps] = sample if known is None else sample.least(known)
+        leaf, advance = self.probe.seconds_of(steps)
+        least_leaf, least_advance = self.seconds.get(steps, (leaf, advance))
+        self.seconds[steps] = min(leaf, least_leaf), min(advance, least_advance)
 
     def _may_meter(self, steps: int) -> bool:
         if steps == 1:
@@ -169,8 +159,8 @@ class _Measuring:
             return False
         if is_first and steps <= _SHORT_METERED:
             return True
-        known = self.seconds.get(steps) or self.seconds[max(self.seconds)]
-        seconds = (known.leaf + known.advance) * steps / known.steps
+        known = steps if steps in self.seconds else max(self.seconds)
+        seconds = sum(self.seconds[known]) * steps / known
         return self._elapsed() + 1.1 * seconds <= self.limits.max_seconds
 
     def _elapsed(self) -> float:
@@ -191,20 +181,18 @@ class _Measuring:
         return Costs(
             state_bytes=state_bytes,
             leaf_bytes=self._bytes_curve((s.steps, s.leaf) for s in self.bytes),
-            leaf_seconds=seconds_curve((s.steps, s.leaf) for s in self.seconds.values()),
+            leaf_seconds=seconds_curve((steps, leaf) for steps, (leaf, _) in self.seconds.items()),
             advance_bytes=self._advance_curve(self.bytes, has_losses=True),
-            advance_seconds=seconds_curve((s.steps, s.advance) for s in self.seconds.values()),
+            advance_seconds=seconds_curve((steps, at) for steps, (_, at) in self.seconds.items()),
             last_leaf_bytes=self._bytes_curve(
                 (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
             ),
             update_bytes=update.transient,
-            fixed=FixedBytes(
-                weights=fixed.weights,
+            fixed=replace(
+                fixed,
                 gradients=longest.gradients,
                 optimizer=update.state,
                 states=4 * state_bytes + longest.state_gradients,
-                step_inputs=fixed.step_inputs,
-                other=fixed.other,
             ),
             host_step_bytes=self._host_step_bytes(),
             host_state_bytes=_host_state_bytes(self.probe.boundary),

@@ -17,12 +17,9 @@ CHECKED_STEPS = 8  # bytes become a straight line by then
 
 
 def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
-    """Given costs, raised where short segments took more bytes; seconds stay as they were given.
+    """Given costs, raised where segments of up to `CHECKED_STEPS` steps took more bytes.
 
-    Args:
-        given: What is believed where it is enough.
-        measured: From segments of up to `CHECKED_STEPS` steps.
-        most_steps: The longest window.
+    Seconds stay as they were given; the longest window has `most_steps`.
     """
 
     def checked(curve: Curve, found: Curve) -> Curve:

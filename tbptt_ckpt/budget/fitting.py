@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from tbptt_ckpt.budget.amount import AUTO_BUDGET, Amount, explained
-from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.budget.amount import AUTO_BUDGET, Amount
+from tbptt_ckpt.budget.window_budget import Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.fastest import OPTIMAL, plan
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
@@ -29,14 +30,6 @@ _PRICE_OF_RESERVE, _LESS_OF_RESERVE = 1.25, (1.0, 0.5, 0.25)
 _MOST_CACHED = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A plan, and the fixed part it was made beside."""
-
-    fixed_bytes: int
-    plan: PredictedPlan
-
-
 class FittingPlans:
     """Plans each shape of window once, within a budget.
 
@@ -44,7 +37,7 @@ class FittingPlans:
         strategy: How schedules are chosen.
         promised: Whether the budget is held.
         finds_fastest: Whether plans are chosen by their seconds.
-        budget_bytes: The budget; None before the first window.
+        budget_bytes: The budget; None before the first window, see `budget`.
     """
 
     def __init__(self, strategy: Strategy, amount: Amount | None) -> None:
@@ -54,7 +47,9 @@ class FittingPlans:
         self.budget_bytes: int | None = None
         self._room: int | None = None  # for states and leaves, since memory was missing
         self._reserve = _RESERVE if self.promised else 0.0
-        self._plans: OrderedDict[Shape, _Planned] = OrderedDict()
+        self._plans: OrderedDict[Shape, tuple[int, PredictedPlan]] = (
+            OrderedDict()
+        )  # and fixed bytes
         self._confirmed: set[Shape] = set()
         self._longest_seen = 0  # windows up to this reach were found to fit
 
@@ -71,11 +66,12 @@ class FittingPlans:
 
     def chosen(self, shape: Shape, costs: Costs) -> PredictedPlan:
         """The plan of a shape; the known one as long as it fits, so that runs repeat."""
-        fixed, known = costs.fixed.total(shape.run_steps), self._plans.get(shape)
-        if known is not None:
-            peak = known.plan.predicted_peak_bytes + fixed - known.fixed_bytes
-            if peak <= self._budget or not self.promised:
-                return replace(known.plan, predicted_peak_bytes=peak)
+        fixed = costs.fixed.total(shape.run_steps)
+        if shape in self._plans:
+            fixed_before, plan = self._plans[shape]
+            peak = plan.predicted_peak_bytes + fixed - fixed_before
+            if peak <= self.budget or not self.promised:
+                return replace(plan, predicted_peak_bytes=peak)
         plan = self._within_budget(shape, costs)
         self._keep(shape, fixed, plan)
         return plan
@@ -101,10 +97,10 @@ class FittingPlans:
         self, shape: Shape, costs: Costs, ran: PredictedPlan, peak_bytes: int
     ) -> None:
         """Corrected costs err upwards: a plan that ran within the budget goes on if none fits."""
-        if peak_bytes > self._budget:
+        if peak_bytes > self.budget:
             return
         try:
-            self._planned(shape, costs, self._budget)
+            self._planned(shape, costs, self.budget)
         except InfeasibleBudgetError:
             fixed = costs.fixed.total(shape.run_steps)
             self._keep(shape, fixed, replace(ran, predicted_peak_bytes=peak_bytes))
@@ -116,7 +112,7 @@ class FittingPlans:
             InfeasibleBudgetError: There is none.
         """
         try:
-            whole = self._planned(shape, costs, self._budget)
+            whole = self._planned(shape, costs, self.budget)
         except InfeasibleBudgetError as error:
             if self.promised or shape.num_steps > self._longest_seen:
                 raise self.explained(error, shape) from None
@@ -155,16 +151,30 @@ class FittingPlans:
         )
 
     def explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
-        """The planner's error as one about the user's budget."""
-        fixed = None if self.finds_fastest else str(self.strategy)
-        return explained(error, self._amount, self._budget, shape.num_steps, fixed)
+        """The planner's error about a window of that shape as one about `memory_budget`."""
+        smallest, optimal = error.smallest_budget_bytes, error.optimal_budget_bytes
+        assert smallest is not None
+        who, choices = "", [f"raise it to {smallest} bytes"]
+        if not self.finds_fastest:
+            who = f" under strategy={self.strategy}"
+            choices.append(f"use strategy='optimal', which works from {optimal} bytes")
+        elif error.largest_steps:
+            choices.append(f"lower k2 to {error.largest_steps}")
+        return InfeasibleBudgetError(
+            f"memory_budget={self._amount.described(self.budget)} is below the "
+            f"{format_bytes(smallest)} that a reach of {shape.num_steps} steps needs{who}; "
+            f"{', or '.join(choices)}",
+            smallest_budget_bytes=smallest,
+            optimal_budget_bytes=optimal,
+            largest_steps=error.largest_steps,
+        )
 
     def refusal(
         self, error: InfeasibleBudgetError, shape: Shape, costs: Costs
     ) -> InfeasibleBudgetError:
         """The error about a window whose rest does not fit, or about the whole if it does not."""
         try:
-            self._planned(shape, costs, self._budget)
+            self._planned(shape, costs, self.budget)
         except InfeasibleBudgetError as whole:
             error = whole
         return self.explained(error, shape)
@@ -178,11 +188,11 @@ class FittingPlans:
             "plans": [
                 {
                     "shape": asdict(shape),
-                    "fixed_bytes": known.fixed_bytes,
-                    "plan": known.plan.to_dict(),
+                    "fixed_bytes": fixed_bytes,
+                    "plan": plan.to_dict(),
                     "confirmed": shape in self._confirmed,
                 }
-                for shape, known in self._plans.items()
+                for shape, (fixed_bytes, plan) in self._plans.items()
             ],
         }
 
@@ -193,19 +203,18 @@ class FittingPlans:
         self._reserve = state["reserve"]
         for entry in state["plans"]:
             shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
-            self._plans[shape] = _Planned(
-                entry["fixed_bytes"], PredictedPlan.from_dict(entry["plan"])
-            )
+            self._plans[shape] = entry["fixed_bytes"], PredictedPlan.from_dict(entry["plan"])
             if entry["confirmed"]:
                 self._confirmed.add(shape)
 
     @property
-    def _budget(self) -> int:
+    def budget(self) -> int:
+        """The budget in bytes."""
         assert self.budget_bytes is not None, "it is fixed before the first plan"
         return self.budget_bytes
 
     def _keep(self, shape: Shape, fixed_bytes: int, plan: PredictedPlan) -> None:
-        self._plans[shape] = _Planned(fixed_bytes, plan)
+        self._plans[shape] = fixed_bytes, plan
         while len(self._plans) > _MOST_CACHED:
             self._plans.popitem(last=False)
 
@@ -225,19 +234,13 @@ class FittingPlans:
         return replace(plan, predicted_peak_bytes=peak)
 
     def _beside_reserve(self, shape: Shape, costs: Costs, whole: PredictedPlan) -> PredictedPlan:
-        """A plan that leaves as much of the reserve as is worth its price.
-
-        Args:
-            shape: The window's.
-            costs: Its costs.
-            whole: The plan that leaves none.
-        """
-        free = max(0, self._budget - costs.fixed.total(shape.run_steps))
+        """A plan that leaves as much of the reserve as is worth its price; `whole` leaves none."""
+        free = max(0, self.budget - costs.fixed.total(shape.run_steps))
         affordable = _PRICE_OF_RESERVE * whole.predicted_seconds
         for share in _LESS_OF_RESERVE:
             reserved = int(share * self._reserve * free)
             try:
-                chosen = self._planned(shape, costs, self._budget - reserved)
+                chosen = self._planned(shape, costs, self.budget - reserved)
             except InfeasibleBudgetError:
                 continue
             if chosen.predicted_seconds <= affordable:

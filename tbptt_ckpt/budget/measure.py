@@ -102,10 +102,6 @@ def measure_costs(
         update_bytes(Updater(optimizer, parameters, clip_grad_norm, None, None)),
         FixedBytes(
             weights=tensor_bytes(module, loss_fn),
-            step_inputs=sum(map(_used_bytes, tensors_of([inputs, targets]))) / num_steps,
+            step_inputs=sum(t.nbytes for t in tensors_of([inputs, targets])) / num_steps,
         ),
     )
-
-
-def _used_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

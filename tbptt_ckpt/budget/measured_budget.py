@@ -10,11 +10,15 @@ from typing import Any
 from torch import nn
 
 from tbptt_ckpt.budget.amount import Amount
-from tbptt_ckpt.budget.corrections import Corrections
 from tbptt_ckpt.budget.fitting import FittingPlans
-from tbptt_ckpt.budget.shape import Shape
-from tbptt_ckpt.budget.smaller import smaller_strategy
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, WindowBudget
+from tbptt_ckpt.budget.watched_window import WatchedWindow
+from tbptt_ckpt.budget.window_budget import (
+    PlannedWindow,
+    Request,
+    Shape,
+    WindowBudget,
+    smaller_strategy,
+)
 from tbptt_ckpt.budget.window_costs import WindowCosts
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.meter import Lap, can_measure
@@ -67,18 +71,13 @@ class MeasuredBudget(WindowBudget):
 
     @property
     def costs(self) -> Costs | None:
-        """What the module takes, once that is known."""
+        """What the module takes; None before it has been measured, unless it was given."""
         return self._costs.known
 
     @property
     def budget_bytes(self) -> int | None:
         """The budget; None before the first window."""
         return self._plans.budget_bytes
-
-    @property
-    def has_costs(self) -> bool:
-        """Whether costs have been measured or given."""
-        return self._costs.known is not None
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
@@ -87,34 +86,39 @@ class MeasuredBudget(WindowBudget):
         if not self._is_measured:
             return super().plan(window, joints, make_request)
         request = make_request()
-        if not self.has_costs and not self._plans.promised and not _is_worth_measuring(request):
+        if not self.costs and not self._plans.promised and not _is_worth_measuring(request):
             return WindowBudget(Auto()).plan(window, joints, make_request)
         held_bytes = tensor_bytes(*request.held)
         shape, found = request.shape, self._prepared(request, held_bytes)
         costs = self._costs.of(found, shape, request, held_bytes)
         self._last = shape, costs
         chosen = self._plans.chosen(shape, costs).at(window.first)
-        is_known = self._plans.is_confirmed(shape) or self._has_seen_alike(shape)
+        # So many windows were measured, of such lengths, that one more tells nothing.
+        has_seen_alike = (
+            self._num_metered >= _MOST_METERED
+            and shape.run_steps < _MUCH_LONGER * self._longest_metered
+        )
+        is_known = has_seen_alike or self._plans.is_confirmed(shape)
         if is_known or not self._plans.promised:
             return PlannedWindow(chosen)
         return self._watched(request, chosen, costs)
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
-        watch, known = planned.watch, self._costs.known
-        if not isinstance(watch, Corrections) or known is None:
+        known = self._costs.known
+        if not isinstance(planned, WatchedWindow) or known is None:
             return
-        shape = watch.shape
+        shape = planned.shape
         self._num_metered += 1
         self._longest_metered = max(self._longest_metered, shape.run_steps)
-        costs = self._costs.corrected(watch, known)
-        fixed = self._costs.with_optimizer(watch.costs).fixed.total(shape.run_steps)
+        costs = self._costs.corrected(planned, known)
+        fixed = self._costs.with_optimizer(planned.costs).fixed.total(shape.run_steps)
         if update.peak_bytes > fixed + costs.update_bytes:
             costs = replace(costs, update_bytes=update.peak_bytes - fixed)
         is_right = costs == known
         _log.info(
             "predicted %s, measured %s%s",
-            format_bytes(watch.plan.predicted_peak_bytes),
+            format_bytes(planned.plan.predicted_peak_bytes),
             format_bytes(peak_bytes),
             "" if is_right else "; costs corrected",
         )
@@ -122,12 +126,12 @@ class MeasuredBudget(WindowBudget):
             return
         self._costs.adopt(costs)
         self._plans.start_over()
-        if not watch.rest:
-            self._keep_what_ran(watch, costs.update_bytes, update)
+        if not planned.rest:
+            self._keep_what_ran(planned, costs.update_bytes, update)
 
     def shrink(self, window: Window) -> str | None:
         """Plan with less from here on; a promised budget stays, and what is said tells if not."""
-        if self._last is None or not self.has_costs:
+        if self._last is None or not self.costs:
             return self._shrunk_unmeasured(window)
         shape, costs = self._last
         if self._plans.finds_fastest:
@@ -152,7 +156,7 @@ class MeasuredBudget(WindowBudget):
 
     def state_dict(self) -> dict[str, Any]:
         """Costs and plans as plain data; empty before the first window."""
-        if not self.has_costs or not self._is_measured:
+        if not self.costs or not self._is_measured:
             return {}
         return {
             **self._costs.state_dict(),
@@ -172,47 +176,35 @@ class MeasuredBudget(WindowBudget):
             self._is_measured = used in (None, str(self.strategy))
         super().load_state_dict(state, used)
 
-    def _refusal(self, watch: Corrections, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+    def _refusal(self, ran: WatchedWindow, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
         """What to raise in a window whose rest does not fit, before anything exceeds the budget."""
-        known = self._costs.known
-        assert known is not None, "the window was planned from costs"
-        self._costs.adopt(self._costs.corrected(watch, known))  # another try knows from the start
+        assert self.costs is not None, "the window was planned from costs"
+        self._costs.adopt(self._costs.corrected(ran, self.costs))  # another try knows at once
         self._plans.start_over()
-        return self._plans.refusal(error, watch.shape, self._costs.corrected(watch, watch.costs))
-
-    def _has_seen_alike(self, shape: Shape) -> bool:
-        """Whether so many windows were measured, of such lengths, that one more tells nothing."""
-        return (
-            self._num_metered >= _MOST_METERED
-            and shape.run_steps < _MUCH_LONGER * self._longest_metered
-        )
+        return self._plans.refusal(error, ran.shape, self._costs.corrected(ran, ran.costs))
 
     def _prepared(self, request: Request, held_bytes: int) -> Costs:
         """Fix the budget, know the costs, and make sure that larger windows will fit."""
         live_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
         budget_bytes = self._plans.fix_budget(live_bytes, request.device)
-        fullest = request.fullest
+        fullest, room = request.fullest, budget_bytes - held_bytes - request.input_bytes
 
-        def of_fullest(costs: Costs) -> Costs:
-            return self._costs.of(costs, fullest, request, held_bytes)
+        def planned(costs: Costs) -> PredictedPlan:
+            of_fullest = self._costs.of(costs, fullest, request, held_bytes)
+            return self._plans.fitting(fullest, of_fullest)
 
-        costs = self._costs.prepare(
-            request,
-            budget_bytes - held_bytes - request.input_bytes,
-            (lambda costs: self._plans.fitting(fullest, of_fullest(costs)))
-            if self._plans.finds_fastest
-            else None,
-        )
-        self._plans.check_fullest(fullest, of_fullest(costs))
+        finds_fastest = self._plans.finds_fastest
+        costs = self._costs.prepare(request, room, planned if finds_fastest else None)
+        self._plans.check_fullest(fullest, self._costs.of(costs, fullest, request, held_bytes))
         return costs
 
-    def _keep_what_ran(self, watch: Corrections, update_bytes: int, update: Lap) -> None:
+    def _keep_what_ran(self, ran: WatchedWindow, update_bytes: int, update: Lap) -> None:
         """Let a plan go on that ran within the budget, where the corrected costs have none."""
-        made = self._costs.optimizer_bytes() - watch.optimizer_bytes
-        peak = max(watch.peak_bytes + made, update.peak_bytes) + watch.absent_bytes
-        costs = self._costs.with_optimizer(self._costs.corrected(watch, watch.costs))
+        made = self._costs.optimizer_bytes() - ran.optimizer_bytes
+        peak = max(ran.peak_bytes + made, update.peak_bytes) + ran.absent_bytes
+        costs = self._costs.with_optimizer(self._costs.corrected(ran, ran.costs))
         costs = replace(costs, update_bytes=update_bytes)
-        self._plans.keep_what_ran(watch.shape, costs, watch.plan, peak)
+        self._plans.keep_what_ran(ran.shape, costs, ran.plan, peak)
 
     def _shrunk_unmeasured(self, window: Window) -> str | None:
         """The next smaller strategy, where there was no memory to measure what windows take."""
@@ -236,22 +228,19 @@ class MeasuredBudget(WindowBudget):
         given = {*request.absolute_joints}
         if not chosen.lead_steps:
             given.add(request.window.start)
-        watch = Corrections(
+        return WatchedWindow(
             plan=chosen,
             costs=costs,
             shape=request.shape,
-            stop=request.window.stop,
             given=frozenset(given),
-            budget_bytes=self.budget_bytes or 0,
             missing_bytes=missing + absent,
             absent_bytes=absent,
             optimizer_bytes=self._costs.optimizer_bytes(),
             gradient_bytes=costs.fixed.gradients + costs.state_bytes,
             first_state_bytes=made,
-            replan=self._plans.replan,
+            plans=self._plans,
             refuse=self._refusal,
         )
-        return PlannedWindow(chosen, watch, metered=True)
 
 
 def _is_worth_measuring(request: Request) -> bool:
@@ -268,12 +257,8 @@ def _as_measured_now(
 ) -> PredictedPlan:
     """The plan with the prediction of an early window, where not all exists yet.
 
-    Args:
-        request: The window.
-        chosen: Its plan.
-        costs: Its costs.
-        missing: Bytes of the optimizer's state that the update makes.
-        absent: Bytes of states that only later windows have.
+    `missing` are bytes of the optimizer's state that its update makes, `absent` those of states
+    that only later windows have.
     """
     fixed = costs.fixed
     now = replace(fixed, optimizer=fixed.optimizer - missing, states=fixed.states - absent)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -25,16 +24,10 @@ _CALLS_PER_FLUSH = 64
 _CALLS_PER_HOOK = 256
 
 
-class UnmeteredWindow:
+class UnmeteredWindow(ExitStack):
     """Measures nothing."""
 
     peak_bytes: int | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to do."""
 
     def runner(self, runner: Runner) -> Runner:
         """The same runner."""
@@ -49,7 +42,7 @@ class UnmeteredWindow:
         return None
 
 
-class WindowMeter:
+class WindowMeter(ExitStack):
     """Measures one window, from after its gradients are cleared to after its update.
 
     The meter's records are read every few calls of the module, so that they stay below a few
@@ -65,9 +58,9 @@ class WindowMeter:
     """
 
     def __init__(self, device: torch.device, held: Sequence[object], input_bytes: int) -> None:
+        super().__init__()
         self._device, self._held, self._input_bytes = device, held, input_bytes
         self.base_bytes = 0
-        self._exits = ExitStack()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -75,20 +68,12 @@ class WindowMeter:
         return self.base_bytes + self._meter.peak_bytes
 
     def __enter__(self) -> Self:
-        self._exits.enter_context(older_garbage_kept())
+        self.enter_context(older_garbage_kept())
         self.base_bytes = tensor_bytes(*self._held, grads=True) + self._input_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
-        self._exits.enter_context(self._meter)
+        self.enter_context(self._meter)
         self._held = ()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._exits.__exit__(kind, error, trace)
 
     def runner(self, runner: Runner) -> Runner:
         """The same runner, reading the meter's records as it goes."""
@@ -119,23 +104,23 @@ class WindowMeter:
 
 
 class _MeteredRoute(Route):
-    """Follows a plan while its watch lets it, and what the watch says from there on."""
+    """Follows a plan while its window lets it, and what the window says from there on."""
 
     def __init__(self, planned: PlannedWindow, meter: WindowMeter) -> None:
         super().__init__(planned.plan.schedule, planned.plan.advance_steps)
-        self._watch, self._meter = planned.watch, meter
+        self._planned, self._meter = planned, meter
         self._action: Action | None = None
         self._begun = meter.lap()
 
     def next_action(self) -> Action | None:
-        """As planned, or as the watch says now that it knows what the last one took."""
+        """As planned, or as the window says now that it knows what the last one took."""
         if self._action is not None:
             ended = self._meter.lap()
-            if self._watch.take(self._action, self._begun, ended):
+            if self._planned.take(self._action, self._begun, ended):
                 self._actions = iter(())
             self._begun = ended
         self._action = super().next_action()
-        while self._action is None and (stretch := self._watch.next_stretch()) is not None:
-            self._actions, self.advance_steps = iter(stretch.actions), stretch.advance_steps
+        while self._action is None and (stretch := self._planned.next_stretch()) is not None:
+            self._actions, self.advance_steps = stretch._actions, stretch.advance_steps
             self._action = super().next_action()
         return self._action

@@ -53,21 +53,6 @@ class SegmentBytes:
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentSeconds:
-    """How long segments of some length take."""
-
-    steps: int
-    leaf: float
-    advance: float
-
-    def least(self, other: SegmentSeconds) -> SegmentSeconds:
-        """The shorter times of two samples of one length."""
-        return SegmentSeconds(
-            self.steps, min(self.leaf, other.leaf), min(self.advance, other.advance)
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class QuietSample:
     """What segments of some length take whose steps have no loss; the one after them has.
 
@@ -120,7 +105,8 @@ class SegmentProbe:
 
     def bytes_of(self, steps: int) -> SegmentBytes:
         """Measure both kinds of leaf, and an advance."""
-        self.forget_gradients()
+        for parameter in self.parameters:  # the first leaf has gradients to make
+            parameter.grad = None
         actions = (self._leaf(steps), self._leaf(steps), self._advance(steps))
         with peak_memory(self.device, held=(), rss=False) as meter:
             readings = _Readings(meter.lap)
@@ -172,12 +158,12 @@ class SegmentProbe:
             self._run((self._advance(steps),), UNOBSERVED, loss_start)
         return meter.peak_bytes
 
-    def seconds_of(self, steps: int) -> SegmentSeconds:
-        """Time a leaf and an advance."""
+    def seconds_of(self, steps: int) -> tuple[float, float]:
+        """How long a leaf takes, and an advance."""
         readings = _Readings(self._now)
         self._run((self._leaf(steps), self._advance(steps)), readings)
         begun, _, leaf, advance = readings.found
-        return SegmentSeconds(steps, leaf - begun, advance - leaf)
+        return leaf - begun, advance - leaf
 
     def host_bytes_of(self, sample: SegmentBytes) -> int | None:
         """Host memory of a leaf's graph besides its tensors; None where nobody says."""
@@ -201,11 +187,6 @@ class SegmentProbe:
         step = self._pass(self.first, stop, stop, stop, UNOBSERVED)
         self.boundary = step.advance(self._boundary_at(self.first), stop, 1)
         return before
-
-    def forget_gradients(self) -> None:
-        """Make the next leaf the first that has gradients to make."""
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def _leaf(self, steps: int) -> Differentiate:
         return Differentiate(self.stop - steps, self.stop)

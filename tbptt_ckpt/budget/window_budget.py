@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tbptt_ckpt.budget.corrections import PlanWatch
 from tbptt_ckpt.budget.probe import SegmentProbe
-from tbptt_ckpt.budget.shape import Shape
-from tbptt_ckpt.budget.smaller import smaller_strategy
 from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.meter import Lap
+from tbptt_ckpt.schedule.actions import Action
+from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import Plan, plan_window
-from tbptt_ckpt.schedule.strategies import NestedStrategy, Strategy, parse_strategy
+from tbptt_ckpt.schedule.strategies import (
+    NestedStrategy,
+    Revolve,
+    Strategy,
+    Uniform,
+    parse_strategy,
+)
 from tbptt_ckpt.schedule.windows import Window
 
-_UNWATCHED = PlanWatch()
 # Where windows grow with the sequence every one has a plan of its own.
 _MOST_PLANS = 256
+# Below a quarter of the square root of the window, uniform leaves need more for their first
+# states than they save; several levels of few states take over.
+_FEW_STATES = (16, 4, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a window looks like to a planner, wherever it lies.
+
+    Attributes:
+        num_steps: Steps to differentiate.
+        new_steps: Steps that no window before has run.
+        joints: Steps inside whose states are given, counted from the first differentiated.
+        recorded_states: States that exist before it for it and later ones to start from.
+        coming_states: States that it notes, and the gradient of one.
+    """
+
+    num_steps: int
+    new_steps: int
+    joints: tuple[int, ...]
+    recorded_states: int
+    coming_states: int
+
+    @property
+    def run_steps(self) -> int:
+        """Steps that run at all."""
+        return max(self.num_steps, self.new_steps)
+
+
+def fullest_shape(
+    shape: Shape, window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
+) -> Shape:
+    """The shape of the largest window from this one on, as far as it can be known."""
+    if window.stop == num_steps:
+        return shape
+    reach = num_steps if k2 is None else k2 if num_steps is None else min(k2, num_steps)
+    steps = max(shape.num_steps, reach or 0)
+    overlap = max(0, steps - k1)
+    if not stale or not overlap:
+        return Shape(steps, k1, (), 1 + bool(overlap), 2 + bool(overlap))
+    first = steps % k1 or k1  # blocks are cut at update points, counted back from the end
+    joints = tuple(range(first, overlap + 1, k1))
+    starts = 0 if k2 is None or steps % k1 == 0 else -(-overlap // k1)
+    return Shape(steps, k1, joints, 1 + len(joints) + starts, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,31 +116,34 @@ class Request:
         return tuple(self.window.start + joint for joint in self.shape.joints)
 
 
-@dataclass(frozen=True, slots=True)
 class PlannedWindow:
-    """A window that is ready to run.
+    """A window that is ready to run, by a plan that goes on whatever it takes.
 
     Attributes:
         plan: How.
-        watch: Holds what it takes against the plan.
-        metered: Whether the window has to be measured for that.
+        metered: Whether it has to be measured, to be held against the plan.
     """
 
-    plan: Plan
-    watch: PlanWatch = _UNWATCHED
-    metered: bool = False
+    metered = False
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
+        """An action is done; whether the rest is to go on otherwise, in stretches."""
+        return False
+
+    def next_stretch(self) -> Route | None:
+        """What comes next where the plan was left; None at the end, or if it was not."""
+        return None
 
     def executed_plan(self) -> Plan:
         """The plan as it was followed."""
-        return self.watch.executed_plan(self.plan)
+        return self.plan
 
 
 class WindowBudget:
-    """Plans the windows of a run by a fixed strategy; their memory is what it is.
-
-    Args:
-        strategy: The strategy.
-    """
+    """Plans the windows of a run by a fixed strategy; their memory is what it is."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
@@ -102,9 +155,9 @@ class WindowBudget:
         return self._strategy
 
     @property
-    def has_costs(self) -> bool:
-        """Whether plans follow from costs that are known by now."""
-        return False
+    def costs(self) -> Costs | None:
+        """What the module takes, where plans follow from it and it is known by now."""
+        return None
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
@@ -125,13 +178,10 @@ class WindowBudget:
         if plan is None:
             plan = plan_window(self._strategy, first, window.start, window.stop, joints)
             if isinstance(self._strategy, NestedStrategy):  # what a user writes may not repeat
-                self._remember(shape, plan)
+                if len(self._fixed_plans) >= _MOST_PLANS:
+                    self._fixed_plans.clear()
+                self._fixed_plans[shape] = plan
         return PlannedWindow(plan.at(first))
-
-    def _remember(self, shape: tuple[int, ...], plan: Plan) -> None:
-        if len(self._fixed_plans) >= _MOST_PLANS:
-            self._fixed_plans.clear()
-        self._fixed_plans[shape] = plan
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """A window was measured, its update included."""
@@ -165,3 +215,18 @@ class WindowBudget:
         """
         if used not in (None, str(self._strategy)):
             self._follow(parse_strategy(used))
+
+
+def smaller_strategy(strategy: Strategy, window: Window) -> Strategy | None:
+    """The next strategy to try, or None where `strategy` takes the least there is.
+
+    Leaves are halved, then states are kept at several levels; the gradient stays the same.
+    """
+    if isinstance(strategy, Revolve):
+        fewer = [count for count in _FEW_STATES if count < strategy.num_states]
+        return Revolve(fewer[0]) if fewer else None
+    first, start, stop = window.first, window.start, window.stop
+    leaf_steps = plan_window(strategy, first, start, stop).longest_leaf // 2
+    if leaf_steps >= max(1, math.isqrt(stop - start) // 4):
+        return Uniform(leaf_steps)
+    return Revolve(_FEW_STATES[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,16 +18,20 @@ from tbptt_ckpt.budget.checked_costs import (
     not_below,
     with_host_bytes,
 )
-from tbptt_ckpt.budget.corrections import Corrections
-from tbptt_ckpt.budget.forms import costs_of_forms, fastest_form
-from tbptt_ckpt.budget.shape import Shape
 from tbptt_ckpt.budget.update_bytes import update_bytes
-from tbptt_ckpt.budget.window_budget import Request
+from tbptt_ckpt.budget.watched_window import WatchedWindow
+from tbptt_ckpt.budget.window_budget import Request, Shape
+from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_FIRST_SHARE = 0.5  # of the time, for the batched form where both are measured
+_LEAST_SHARE = 0.4  # left over, below which a module is too expensive to be measured twice
 
 
 class WindowCosts:
@@ -56,13 +62,17 @@ class WindowCosts:
         Args:
             request: The window at hand.
             room_bytes: What segments may take.
-            planned: The plan that counts under some costs of the largest window, where forms may
-                be chosen by it; None for a fixed strategy.
+            planned: The plan that counts under some costs of the largest window, where steps may
+                be batched over time or not as takes less time; None for a fixed strategy.
         """
         reach = request.shape.run_steps
         if self.known is None:
             limits = Limits(reach, room_bytes=room_bytes)
-            self.known = self._measured_first = self._of_fastest_form(request, limits, planned)
+            if planned is None:
+                self.known = self._measured(request, limits)
+            else:
+                self.known = self._of_faster_form(request, limits, planned)
+            self._measured_first = self.known
         elif not self._is_checked:
             short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room_bytes)
             found = self._measured(request, short)
@@ -93,12 +103,12 @@ class WindowCosts:
             ),
         )
 
-    def corrected(self, watch: Corrections, costs: Costs) -> Costs:
+    def corrected(self, window: WatchedWindow, costs: Costs) -> Costs:
         """Costs that would have predicted a window, and no less than was measured at first.
 
         A window may have leaves of one length alone: that they took less says nothing of others.
         """
-        return not_below(watch.corrected(costs), self._measured_first)
+        return not_below(window.corrected(costs), self._measured_first)
 
     def adopt(self, costs: Costs) -> None:
         """Plans follow from these from here on."""
@@ -111,8 +121,7 @@ class WindowCosts:
 
     def optimizer_bytes(self) -> int:
         """State of the optimizer that exists."""
-        optimizer = self._updater.optimizer
-        return 0 if optimizer is None else tensor_bytes(optimizer)
+        return tensor_bytes(self._updater.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -130,22 +139,37 @@ class WindowCosts:
         self._measured_first = first and Costs.from_dict(first)
         self._batching.decide(state.get("time_batching", True))  # older ones followed the rule
 
-    def _of_fastest_form(
-        self, request: Request, limits: Limits, planned: Callable[[Costs], PredictedPlan] | None
+    def _of_faster_form(
+        self, request: Request, limits: Limits, planned: Callable[[Costs], PredictedPlan]
     ) -> Costs:
-        """Measured costs; where steps may be batched over time or not, those of the faster form."""
-
-        def measure(seconds: float) -> Costs:
-            return self._measured(request, replace(limits, max_seconds=seconds))
-
-        if planned is None:
-            return measure(limits.max_seconds)
-        per_step = request.make_probe().runner.recurrence.per_step
-        forms = costs_of_forms(self._batching, per_step, measure, limits.max_seconds)
-        form = fastest_form(forms, planned)
-        self._batching.decide(form)
-        return forms[form]
+        """Measured costs, with steps batched over time or plain: what takes less time decides."""
+        batching, most, begun = self._batching, limits.max_seconds, time.perf_counter()
+        if not batching.is_open(request.make_probe().runner.recurrence.per_step):
+            return self._measured(request, limits)
+        costs = self._measured(request, replace(limits, max_seconds=_FIRST_SHARE * most))
+        left = most - (time.perf_counter() - begun)
+        if not batching.has_batched or left < _LEAST_SHARE * most:
+            return costs
+        seconds = min(left, most - _FIRST_SHARE * most)
+        with batching.plain():
+            plain = self._measured(request, replace(limits, max_seconds=seconds))
+        ranks = _rank(costs, planned), _rank(plain, planned)
+        batching.decide(ranks[0] <= ranks[1])
+        _log.info(
+            "predicted with time batching: %s, without: %s; steps are %s",
+            *("no plan fits" if misses else f"{value:.3g} s" for misses, value in ranks),
+            "batched" if batching.pays_off else "left plain",
+        )
+        return costs if batching.pays_off else plain
 
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         return calibrate(request.make_probe(), limits, update, FixedBytes())
+
+
+def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:
+    """The predicted time, or after all that fit the least bytes."""
+    try:
+        return False, planned(costs).predicted_seconds
+    except InfeasibleBudgetError as error:
+        return True, error.smallest_budget_bytes or 0

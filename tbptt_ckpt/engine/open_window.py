@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
-from tbptt_ckpt.budget.shape import Shape, fullest_shape
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape, fullest_shape
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.notes import Notes

@@ -220,7 +220,7 @@ class Trainer:
         self._run = None
         for message in resume_plan(self._parts, self._asked, state["plan"]):
             self._announcer.notice("replanned", message)
-        self._has_saved_costs = self._parts.budget.has_costs
+        self._has_saved_costs = self._parts.budget.costs is not None
         if state["run"] is not None:
             self._run = self._passes.begin(
                 progress.epoch, progress.steps_before, state["init_state"]
@@ -262,7 +262,7 @@ class Trainer:
         A run that is resumed must not measure them again: they would differ, and so would the
         plan and the rounding.
         """
-        if not self._has_saved_costs and self._parts.budget.has_costs:
+        if not self._has_saved_costs and self._parts.budget.costs is not None:
             self._has_saved_costs = True
             self._save()
 

@@ -29,7 +29,7 @@ from tbptt_ckpt import (
     run_window,
 )
 from tbptt_ckpt.budget.checked_costs import not_below
-from tbptt_ckpt.budget.corrections import Ratios
+from tbptt_ckpt.budget.watched_window import Ratios
 from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.meter import peak_memory

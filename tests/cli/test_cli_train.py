@@ -147,10 +147,10 @@ class TestOptions:
 
     def test_a_budget_asks_for_the_fastest_plan_within_it(self, monkeypatch, capsys):
         config = self.asked_for(monkeypatch, capsys, ["train", "--budget", "200MiB"])
-        assert (config.strategy, config.memory_budget()) == ("optimal", "200MiB")
+        assert (config.strategy, config.budget) == ("optimal", "200MiB")
         words = ["train", "--budget", "0.5", "--strategy", "uniform:8"]
         config = self.asked_for(monkeypatch, capsys, words)
-        assert (config.strategy, config.memory_budget()) == ("uniform:8", 0.5)
+        assert (config.strategy, config.budget) == ("uniform:8", "0.5")
 
     def test_k2_none_reaches_back_to_the_start(self, monkeypatch, capsys):
         assert self.asked_for(monkeypatch, capsys, ["train", "--k2", "none"]).k2 is None

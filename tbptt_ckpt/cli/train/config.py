@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,14 +30,9 @@ def _check_reach(option: str, steps: int) -> None:
     check_positive_int(option, steps, "none (reach back to the start)")
 
 
-def read_budget(text: str) -> str | float:
-    """A fraction as a number, as which `TBPTT` takes it; a size as it is."""
-    return float(text) if re.fullmatch(r"0?\.\d+|1\.0*", text) else text
-
-
 def _check_budget(option: str, text: str) -> None:
     what = "neither a size such as 200MiB nor a fraction of the free memory such as 0.5"
-    options.check_readable(option, text, lambda text: parse_budget(read_budget(text)), what)
+    options.check_readable(option, text, parse_budget, what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +97,6 @@ class TrainingConfig:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
         self._check_save()
         self._check_snapshots()
-
-    def memory_budget(self) -> str | float | None:
-        """The budget as `TBPTT` takes it."""
-        return None if self.budget is None else read_budget(self.budget)
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that was saved."""

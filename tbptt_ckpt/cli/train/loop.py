@@ -81,7 +81,7 @@ class TrainingLoop:
                 config.k2,
                 overlap=config.overlap,
                 strategy=config.strategy,
-                memory_budget=config.memory_budget(),
+                memory_budget=config.budget,
                 executor=config.executor,
             ),
             work.source,

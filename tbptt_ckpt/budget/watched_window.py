@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
 from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES, TOLERANCE
-from tbptt_ckpt.budget.shape import Shape
+from tbptt_ckpt.budget.fitting import FittingPlans
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule, moved
 from tbptt_ckpt.schedule.costs import Costs
@@ -18,37 +20,6 @@ from tbptt_ckpt.schedule.plan import Plan, PredictedPlan
 from tbptt_ckpt.schedule.stretch import Block
 
 _LEAST_RATIO = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Actions that replace the rest of a plan, or a part of it.
-
-    Attributes:
-        actions: In order.
-        advance_steps: Most steps of one call in their advances.
-    """
-
-    actions: Iterable[Action]
-    advance_steps: int
-
-
-class PlanWatch:
-    """Follows a window action by action, and lets its plan go on whatever it takes."""
-
-    __slots__ = ()
-
-    def take(self, action: Action, begun: Lap, ended: Lap) -> bool:
-        """An action is done; whether the rest is to go on otherwise, in stretches."""
-        return False
-
-    def next_stretch(self) -> Stretch | None:
-        """What comes next where the plan was left; None at the end, or if it was not."""
-        return None
-
-    def executed_plan(self, plan: Plan) -> Plan:
-        """The plan as it was followed."""
-        return plan
 
 
 @dataclass(slots=True)
@@ -79,40 +50,37 @@ class Ratios:
 
 
 @dataclass(slots=True)
-class Corrections(PlanWatch):
+class WatchedWindow(PlannedWindow):
     """Compares the actions of one window with its costs, and replans the rest if it must.
 
     Attributes:
-        plan: The window's plan.
-        costs: What it was made from, with the window's fixed part.
-        shape: Of the window.
-        stop: End of the window.
+        costs: What its plan was made from, with the window's fixed part.
+        shape: Its shape.
         given: Steps whose states need not be kept.
-        budget_bytes: Never to be exceeded.
         missing_bytes: Of the fixed part, what does not exist before the update.
         absent_bytes: Of these, states that only later windows have.
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
-        replan: Plans steps `[start, stop)`, the last so many of them with a loss, beside bytes.
+        plans: Replans, within the budget.
         refuse: What to raise where the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
         peak_bytes: The highest so far.
     """
 
+    metered = True
+
     plan: PredictedPlan
     costs: Costs
     shape: Shape
-    stop: int
     given: frozenset[int]
-    budget_bytes: int
     missing_bytes: int
     absent_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
     first_state_bytes: int
-    replan: Callable[[int, int, int, int, Costs], Plan]
-    refuse: Callable[[Corrections, InfeasibleBudgetError], InfeasibleBudgetError]
+    plans: FittingPlans
+    refuse: Callable[[WatchedWindow, InfeasibleBudgetError], InfeasibleBudgetError]
     rest: list[Action] = field(default_factory=list)
     leaf: Ratios = field(default_factory=Ratios)
     last_leaf: Ratios = field(default_factory=Ratios)
@@ -165,7 +133,7 @@ class Corrections(PlanWatch):
 
     def _num_losses(self, start: int, stop: int) -> int:
         """Steps of `[start, stop)` that have a loss."""
-        return max(0, stop - max(start, self.stop - self.shape.new_steps))
+        return max(0, stop - max(start, self._stop - self.shape.new_steps))
 
     def _compare_advance(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
         steps, most_steps = stop - start, self.plan.advance_steps
@@ -177,7 +145,7 @@ class Corrections(PlanWatch):
 
     def _compare_leaf(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
         taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
-        makes_gradients = stop == self.stop and self.costs.last_leaf_bytes is not None
+        makes_gradients = stop == self._stop and self.costs.last_leaf_bytes is not None
         predicted = self.costs.leaf_peak(
             stop - start, self._num_losses(start, stop), is_last=makes_gradients
         )
@@ -200,10 +168,10 @@ class Corrections(PlanWatch):
         longest = min(self.plan.longest_leaf, stop - self._begin)
         leaf_bytes = self.costs.leaf_peak(longest, self._num_losses(stop - longest, stop))
         more = (self.leaf.factor - 1) * leaf_bytes + self.excess_bytes
-        too_much = more > ROUNDING_BYTES and predicted + more > self.budget_bytes
+        too_much = more > ROUNDING_BYTES and predicted + more > self.plans.budget
         return self._left_at is None and too_much
 
-    def next_stretch(self) -> Stretch | None:
+    def next_stretch(self) -> Route | None:
         """The steps that are left, from the last back, block by block between kept states.
 
         Raises:
@@ -214,7 +182,7 @@ class Corrections(PlanWatch):
             return None
         useless = [Drop(step) for step in self._kept if step >= stop]
         if useless:
-            return Stretch(useless, self.plan.advance_steps)
+            return Route(useless, self.plan.advance_steps)
         costs = self.corrected(replace(self.costs, last_leaf_bytes=None))
         start = max(s for s in {self._begin, *self.given, *self._kept} if s < stop)
         kept = sum(step <= start for step in self._kept)
@@ -222,19 +190,19 @@ class Corrections(PlanWatch):
         drops = [Drop(start)] if start in self._kept else []
         try:
             num_losses = self._num_losses(start, stop)
-            part = self.replan(start, stop, num_losses, beside, costs)
+            part = self.plans.replan(start, stop, num_losses, beside, costs)
         except InfeasibleBudgetError as error:
             if not drops or start in self.given:
                 raise self.refuse(self, error) from None
-            return Stretch(drops, self.plan.advance_steps)  # an earlier state needs one less
+            return Route(drops, self.plan.advance_steps)  # an earlier state needs one less
         self._left_at = start
-        return Stretch(chain(part.schedule, drops), part.advance_steps)
+        return Route(chain(part.schedule, drops), part.advance_steps)
 
-    def executed_plan(self, plan: Plan) -> Plan:
+    def executed_plan(self) -> Plan:
         """The plan as it was followed."""
         if self._left_at is None:
-            return plan
-        actions = [*islice(plan.schedule, self._num_done), *self.rest]
+            return self.plan
+        actions = [*islice(self.plan.schedule, self._num_done), *self.rest]
         if self.plan.lead_steps:  # the plan itself adds what comes before and after
             actions = actions[2:-1]
         relative = [moved(action, -self._begin) for action in actions]
@@ -245,6 +213,10 @@ class Corrections(PlanWatch):
     def _begin(self) -> int:
         """First step that is differentiated."""
         return self.plan.first + self.plan.lead_steps
+
+    @property
+    def _stop(self) -> int:
+        return self._begin + self.plan.num_steps
 
     @property
     def _fixed_bytes(self) -> int:
