@@ -28,6 +28,7 @@ from tbptt_ckpt import (
     plan,
     run_window,
 )
+from tbptt_ckpt.budget.amount import parse_budget
 from tbptt_ckpt.budget.checked_costs import not_below
 from tbptt_ckpt.budget.watched_window import Ratios
 from tbptt_ckpt.executor.observer import ActionTrace
@@ -419,6 +420,13 @@ def test_a_fraction_is_of_what_is_free():
     free = free_memory()
     tbptt.train(data(60))
     assert tbptt.parts.budget.budget_bytes == pytest.approx(0.25 * free, rel=0.2)
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("0.5", 0.5), (".25", 0.25), ("1.0", 1.0)])
+def test_a_fraction_may_be_text(text, fraction):
+    assert parse_budget(text).fraction == parse_budget(fraction).fraction == fraction
+    with pytest.raises(ArgumentError, match="at least one byte"):
+        parse_budget("0.0")
 
 
 def test_auto_needs_no_budget_and_measures_no_window():
