@@ -277,5 +277,5 @@ def kept_bytes(later: Boundary, earlier: AmbientState) -> int:
     own = [new for new, old in zip(drawn, before, strict=True) if new is not old]
     changed = zip(ambient.buffers, earlier.buffers, strict=True)
     # A value that is restored has a second tensor, to stand in the module.
-    buffers = 2 * sum(new.values.nbytes for new, old in changed if new is not old)
-    return tensor_bytes(later.state, own) + buffers
+    buffers = tensor_bytes([new.values for new, old in changed if new is not old])
+    return tensor_bytes(later.state, own) + 2 * buffers

@@ -27,8 +27,7 @@ from tbptt_ckpt.module.recurrence import (
     parameters_of,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
-from tbptt_ckpt.updates.accumulation import Accumulation
-from tbptt_ckpt.updates.updater import Updater
+from tbptt_ckpt.updates.updater import Accumulation, Updater
 
 _EXECUTORS: dict[str, Callable[[], Executor]] = {
     "replay": ReplayExecutor,

@@ -112,7 +112,7 @@ def store_records(records: Records, present: AmbientState) -> dict[str, Any]:
     values = _Table(value for a in ambients.items for value in a.buffers)
     return {
         "random": random.items,
-        "values": [None if value.is_none else value.values for value in values.items],
+        "values": [value.values for value in values.items],
         "ambients": [
             {
                 "cpu": random.index(a.cpu_random),

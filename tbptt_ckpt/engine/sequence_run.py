@@ -238,7 +238,7 @@ class SequenceRun:
             standing=self._standing.copy(),
             ambient=ambient,
             random=torch.get_rng_state() if ambient is None else None,
-            updater=self._parts.updater.mark(self.initial.leaves()),
+            rewind_updater=self._parts.updater.mark(self.initial.leaves(), self._parts.device),
             collected=self.initial.collected(),
         )
 
@@ -248,7 +248,7 @@ class SequenceRun:
         Raises:
             TbpttError: Some weights were updated already, and no copy was taken.
         """
-        self._parts.updater.rewind(mark.updater, self.initial.leaves(), self._parts.device)
+        mark.rewind_updater()
         self._standing = mark.standing.copy()
         self.initial.set_collected(mark.collected)
         ambient = mark.ambient or self._first_ambient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from tbptt_ckpt.engine.results import Totals
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.schedule.windows import Window
-from tbptt_ckpt.updates.updater import UpdaterMark
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,5 +78,5 @@ class Mark:
     standing: Standing
     ambient: AmbientState | None
     random: Tensor | None
-    updater: UpdaterMark
+    rewind_updater: Callable[[], None]
     collected: dict[int, Tensor]

@@ -15,8 +15,13 @@ import numpy as np
 import torch
 
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.memory.native import make_known
-from tbptt_ckpt.memory.recorders import Events, Recorder, new_recorder, profiler_is_active
+from tbptt_ckpt.memory.recorders import (
+    Events,
+    Recorder,
+    make_known,
+    new_recorder,
+    profiler_is_active,
+)
 from tbptt_ckpt.memory.storages import distinct_storages, live_storages
 
 # Takes in changes, in order, and the allocator's reserved peak if it has one.

@@ -57,9 +57,9 @@ def _group_memory(root: Path) -> Iterator[tuple[int, int]]:
             ("memory.high", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, used = _read_int(folder / limit_name), _read_int(folder / usage_name)
+            limit, used = _number(folder / limit_name), _number(folder / usage_name)
             if limit is not None and used is not None:
-                yield limit, used - _read_stat(folder / "memory.stat", cache_key)
+                yield limit, used - (_number(folder / "memory.stat", cache_key) or 0)
 
 
 def _group_folders(root: Path) -> Iterator[Path]:
@@ -86,18 +86,10 @@ def _group_folders(root: Path) -> Iterator[Path]:
             yield from (mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
 
 
-def _read_int(file: Path) -> int | None:
-    """The number in a file; None where there is none ("max" is no limit)."""
+def _number(file: Path, key: str = "") -> int | None:
+    """The number in a file, or behind a key in it; None where there is none, as in "max"."""
     try:
-        return int(file.read_text())
-    except (OSError, ValueError):
+        words = file.read_text().split()
+        return int(words[words.index(key) + 1 if key else 0])
+    except (OSError, ValueError, IndexError):
         return None
-
-
-def _read_stat(file: Path, key: str) -> int:
-    """One figure of a memory.stat file, 0 where it is missing."""
-    try:
-        pairs = (line.split() for line in file.read_text().splitlines())
-        return next((int(value) for name, value in pairs if name == key), 0)
-    except (OSError, ValueError):
-        return 0

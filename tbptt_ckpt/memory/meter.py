@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
@@ -14,7 +16,8 @@ from tbptt_ckpt.memory.allocators import Source, accelerator_source, cpu_source
 from tbptt_ckpt.memory.available import accelerator_or_cpu
 from tbptt_ckpt.memory.recorders import Events, profiler_is_active
 from tbptt_ckpt.memory.resident import RssSampler
-from tbptt_ckpt.memory.timeline import LiveBytes
+
+_KEPT_POINTS = 4096
 
 
 def peak_memory(
@@ -91,7 +94,7 @@ class PeakMeter:
 
     def __init__(self, source: Source, held: object, rss: RssSampler | None) -> None:
         self._source, self._held, self._rss = source, held, rss
-        self._live = LiveBytes()
+        self._live = _LiveBytes()
         self._started = time.time()
         self._state: Literal["new", "open", "closed"] = "new"
         self.reserved_peak_bytes: int | None = None
@@ -144,7 +147,7 @@ class PeakMeter:
         finally:
             if self._rss:
                 self._rss.__exit__()
-        self._live.close(time.time() - self._started)
+        self._live.fold(np.array([time.time() - self._started]), np.zeros(1, np.int64))
         retries = self._source.retries()
         if retries is not None and self._retries_before is not None:
             self.allocation_retries = retries - self._retries_before
@@ -180,3 +183,55 @@ class PeakMeter:
         self._live.fold(seconds - self._started, deltas)
         if reserved_bytes is not None:
             self.reserved_peak_bytes = max(self.reserved_peak_bytes or 0, reserved_bytes)
+
+
+class _LiveBytes:
+    """Live bytes above those at the start of a region: now, at the most, and a thinned record."""
+
+    def __init__(self) -> None:
+        self.now_bytes = 0
+        self.peak_bytes = 0
+        self._lap_peak_bytes = 0
+        self._seconds: NDArray[np.float64] = np.zeros(1)
+        self._live: NDArray[np.int64] = np.zeros(1, np.int64)
+
+    def fold(self, seconds: NDArray[np.float64], deltas: NDArray[np.int64]) -> None:
+        """Add changes in the order they happened, `deltas` bytes at `seconds`."""
+        if not deltas.size:
+            return
+        live = self.now_bytes + np.cumsum(deltas)
+        self.now_bytes = int(live[-1])
+        highest = int(live.max())
+        self.peak_bytes = max(self.peak_bytes, highest)
+        self._lap_peak_bytes = max(self._lap_peak_bytes, highest)
+        thinned_seconds, thinned = _thin(seconds, live)
+        self._seconds = np.concatenate([self._seconds, thinned_seconds])
+        self._live = np.concatenate([self._live, thinned])
+        if self._live.size > 2 * _KEPT_POINTS:
+            self._seconds, self._live = _thin(self._seconds, self._live)
+
+    def take_lap(self) -> int:
+        """The highest value since the last lap, the value it began with included."""
+        peak, self._lap_peak_bytes = self._lap_peak_bytes, self.now_bytes
+        return peak
+
+    def points(self) -> list[tuple[float, int]]:
+        """(seconds, live bytes), thinned; the peak and both ends are always among them."""
+        return list(zip(self._seconds.tolist(), self._live.tolist(), strict=True))
+
+
+def _thin(
+    seconds: NDArray[np.float64], live: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """At most about `_KEPT_POINTS` of the points: highest and lowest of equal stretches.
+
+    The highest point of all is the highest of its stretch, so it survives every thinning.
+    """
+    size = -(-live.size // (_KEPT_POINTS // 2))
+    if size <= 2:
+        return seconds, live
+    stretches = np.pad(live, (0, -live.size % size), mode="edge").reshape(-1, size)
+    starts = np.arange(len(stretches)) * size
+    picks = np.concatenate([[0], starts + stretches.argmin(1), starts + stretches.argmax(1)])
+    kept = np.union1d(np.minimum(picks, live.size - 1), live.size - 1)
+    return seconds[kept], live[kept]

@@ -109,20 +109,14 @@ def malloc_bytes() -> int | None:
     function = _mallinfo()
     if function is None:
         return None
-    info = function()
-    return int(info.in_use + info.mapped)
+    sizes = function().sizes
+    return int(sizes[4] + sizes[7])  # in blocks of their own, and in the heap
 
 
 class _MallInfo(ctypes.Structure):
     """`struct mallinfo2` of glibc 2.33 and later."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "num_free", "num_small", "num_mapped", "mapped"),
-            *("unused", "free_small", "in_use", "free", "releasable"),
-        )
-    )
+    _fields_ = (("sizes", ctypes.c_size_t * 10),)
 
 
 @functools.cache

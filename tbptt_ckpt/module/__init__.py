@@ -2,6 +2,4 @@
 
 from tbptt_ckpt.module.outputs import outputs_needed
 
-__all__ = [
-    "outputs_needed",
-]
+__all__ = ["outputs_needed"]

@@ -37,23 +37,21 @@ _SEARCHED_ITEMS = 1000
 class BufferValue:
     """What a buffer held at some step; it may be None, as one is that is set in a first step."""
 
-    __slots__ = ("holder", "is_none", "values")
+    __slots__ = ("_holder", "values")
 
     def __init__(self, values: Tensor | None) -> None:
-        self.is_none = values is None
-        self.values = torch.empty(0) if values is None else values
+        self.values = values
         # Stood in the module, holds these values, and is not in the module now.
-        self.holder: Tensor | None = None
+        self._holder: Tensor | None = None
 
-    def make_holder(self) -> None:
-        """Have a tensor to put into the module."""
-        if self.holder is None and not self.is_none:
-            self.holder = self.values.clone()
+    def set_aside(self, holder: Tensor | None) -> None:
+        """Keep the tensor that stood in the module."""
+        self._holder = holder
 
-    def swap_holder(self, holder: Tensor | None) -> Tensor | None:
-        """Give the holder away for another, or for none."""
-        mine, self.holder = self.holder, holder
-        return mine
+    def take_holder(self) -> Tensor | None:
+        """A tensor to put into the module."""
+        mine, self._holder = self._holder, None
+        return self.values.clone() if mine is None and self.values is not None else mine
 
 
 class Buffer:
@@ -90,14 +88,6 @@ class Buffer:
         known = self._value if self._value is not None and self._holds(self._value) else None
         if known is value:
             return
-        self._check_alone()
-        value.make_holder()  # may find no memory: before anything changes
-        if known is not None:
-            known.swap_holder(self._tensor)
-        self._module._buffers[self._name] = value.swap_holder(None)
-        self._remember(value)
-
-    def _check_alone(self) -> None:
         tensor = self.present()
         for twin in self.twins:
             if tensor is not None and twin.present() is tensor:
@@ -105,6 +95,11 @@ class Buffer:
                     f"module buffers {self._name!r} and {twin._name!r} are one tensor, which a "
                     "step changes; register it once, and read it from there"
                 )
+        holder = value.take_holder()  # may find no memory: before anything changes
+        if known is not None:
+            known.set_aside(self._tensor)
+        self._module._buffers[self._name] = holder
+        self._remember(value)
 
     def _checked(self) -> Tensor | None:
         tensor = self.present()
@@ -121,15 +116,15 @@ class Buffer:
         self._value, self._has_run = value, False
 
     def _holds(self, value: BufferValue) -> bool:
-        tensor = self.present()
-        if tensor is None or tensor is not self._tensor:
+        tensor, values = self.present(), value.values
+        if tensor is None or values is None or tensor is not self._tensor:
             return tensor is self._tensor
         if tensor._version != self._version:
             return False
         if not self._has_run:
             return True
         if tensor.device.type == "cpu" and tensor.nbytes <= _COMPARED_BYTES:
-            return _same_values(tensor, value.values)
+            return _same_values(tensor, values)
         return not (isinstance(self._module, _NormBase) and self._module.training)
 
 

@@ -59,7 +59,8 @@ def recognise(
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     if lane_dim is None:
         lane_dim = 1 if _recurrent_layers(module) else 0
-    parameters = tuple(parameters_of(module))
+    call: Callable[[Any, Any], Any] = module
+    owner, is_per_step = owner_of(module), per_step is not False
     if isinstance(module, nn.RNNBase):
         name = type(module).__name__
         if per_step:
@@ -69,16 +70,15 @@ def recognise(
                 f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
                 "carry from window to window; use bidirectional=False"
             )
-        time_dim = 1 if module.batch_first else 0
-        return Recurrence(module, module, False, time_dim, lane_dim, parameters)
-    if isinstance(module, nn.RNNCellBase):
+        is_per_step, time_dim = False, int(module.batch_first)
+    elif isinstance(module, nn.RNNCellBase):
         if per_step is False:
             raise ArgumentError(
                 f"per_step=False does not fit {type(module).__name__}, which runs one step"
             )
-        return Recurrence(module, _cell_call(module), True, 0, lane_dim, parameters)
-    is_per_step, owner = per_step is not False, owner_of(module)
-    return Recurrence(owner, module, is_per_step, time_dim or 0, lane_dim, parameters)
+        call, time_dim = functools.partial(_call_cell, module), 0
+    parameters = tuple(parameters_of(module))
+    return Recurrence(owner, call, is_per_step, time_dim or 0, lane_dim, parameters)
 
 
 def time_dim_of(module: object, per_step: bool | None, given: int | None) -> int:
@@ -86,12 +86,9 @@ def time_dim_of(module: object, per_step: bool | None, given: int | None) -> int
     return recognise(module, per_step).time_dim if given is None else given
 
 
-def _cell_call(cell: nn.RNNCellBase) -> Callable[[Any, Any], tuple[Tensor, Any]]:
-    def call(inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
-        new_state = cell(inputs, state)
-        return (new_state if isinstance(new_state, Tensor) else new_state[0]), new_state
-
-    return call
+def _call_cell(cell: nn.RNNCellBase, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+    new_state = cell(inputs, state)
+    return (new_state if isinstance(new_state, Tensor) else new_state[0]), new_state
 
 
 def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
@@ -118,11 +115,8 @@ def check_segment_output(outputs: object, num_steps: int, time_dim: int, module:
 
 def parameters_of(*owners: object) -> list[nn.Parameter]:
     """The distinct parameters of all the modules, or their methods, among `owners`."""
-    found: dict[int, nn.Parameter] = {}
-    for owner in map(owner_of, owners):
-        if isinstance(owner, nn.Module):
-            found.update((id(p), p) for p in owner.parameters())
-    return list(found.values())
+    modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
+    return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
 
 def device_of(weights: Sequence[Tensor]) -> torch.device:
@@ -153,9 +147,7 @@ def check_autocast(module: object, dtype: torch.dtype | None) -> None:
     torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
     whose error names neither.
     """
-    if dtype is None:
-        return
-    for name, layer in _recurrent_layers(module):
+    for name, layer in _recurrent_layers(module) if dtype is not None else ():
         on_cpu = any(parameter.device.type == "cpu" for parameter in layer.parameters())
         if isinstance(layer, nn.LSTM) and on_cpu and not _cpu_runs_lstm(dtype):
             raise ArgumentError(

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.module.trees import iterate_tensors
+from tbptt_ckpt.module.trees import iterate_tensors, map_tensors
 
 
 class Update:
-    """One update of the weights while it goes on."""
+    """One update of the weights while it goes on.
 
-    def __init__(self, optimizer: Any, scheduler: Any, scaler: Any) -> None:
-        self._optimizer, self._scheduler, self._scaler = optimizer, scheduler, scaler
+    With `copies` it copies all that the update changes, weights, optimizer state, schedule and
+    scale, which costs that much memory until the update is done.
+    """
+
+    def __init__(self, optimizer: Any, scheduler: Any, scaler: Any, copies: bool) -> None:
+        self._optimizer = optimizer
         self._known = set(optimizer.state)
         self._versions = self._fingerprint()
-        self._copy: _Copy | None = None
-
-    def copy(self) -> None:
-        """Copy all that the update changes: weights, optimizer state, schedule, scale.
-
-        It costs that much memory until the update is done.
-        """
-        self._copy = _Copy(self._optimizer, self._scheduler, self._scaler)
+        self._restore = _copied(optimizer, scheduler, scaler) if copies else None
 
     def take_back(self) -> None:
         """Put everything back as it was.
@@ -35,16 +32,16 @@ class Update:
         Raises:
             TbpttError: Something was changed already, and there is no copy.
         """
-        if self._copy is not None:
-            self._copy.restore(self._optimizer, self._scheduler, self._scaler)
-            return
-        if self._fingerprint() != self._versions:
+        if self._restore is not None:
+            self._restore()
+        elif self._fingerprint() != self._versions:
             raise TbpttError(
                 "the optimizer's step was cut short after it had updated some of the weights, "
                 "and no copy was kept; go on from the last snapshot"
             )
-        for key in set(self._optimizer.state) - self._known:
-            del self._optimizer.state[key]  # perhaps filled only in part
+        else:
+            for key in set(self._optimizer.state) - self._known:
+                del self._optimizer.state[key]  # perhaps filled only in part
 
     def _fingerprint(self) -> list[int]:
         return [tensor._version for tensor in self._tensors()]
@@ -56,33 +53,26 @@ class Update:
             yield from iterate_tensors(self._optimizer.state[key])
 
 
-class _Copy:
-    """What an update changes, as it was before."""
+def _copied(optimizer: Any, *others: Any) -> Callable[[], None]:
+    """Copy what an update changes; what is returned puts it back."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    weights = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+    states = {
+        key: map_tensors(lambda tensor: tensor.detach().clone(), state)
+        for key, state in optimizer.state.items()
+    }
+    saved = [(each, copy.deepcopy(each.state_dict())) for each in others if each is not None]
 
-    def __init__(self, optimizer: Any, scheduler: Any, scaler: Any) -> None:
-        self._groups = [dict(group) for group in optimizer.param_groups]
-        self._weights = [(p, p.detach().clone()) for g in self._groups for p in g["params"]]
-        self._state = {key: _cloned(value) for key, value in optimizer.state.items()}
-        self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
-        self._scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
-
-    def restore(self, optimizer: Any, scheduler: Any, scaler: Any) -> None:
+    def restore() -> None:
         with torch.no_grad():
-            for parameter, weights in self._weights:
-                parameter.copy_(weights)
+            for parameter, values in weights:
+                parameter.copy_(values)
         optimizer.state.clear()
-        optimizer.state.update(self._state)
-        for group, before in zip(optimizer.param_groups, self._groups, strict=True):
+        optimizer.state.update(states)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.update(before)
-        if self._schedule is not None:
-            scheduler.load_state_dict(self._schedule)
-        if self._scale:
-            scaler.load_state_dict(self._scale)
+        for each, state in saved:
+            if state:  # a scaler that is off has none
+                each.load_state_dict(state)
 
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _cloned(item) for key, item in value.items()}
-    return value
+    return restore

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.updates.accumulation import Accumulation
+from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.updates.undo import Update
 
 
 class UpdateWatch:
-    """Watches nothing and wants nothing; what others override.
+    """Watches nothing and wants nothing; what others override."""
 
-    Attributes:
-        wants_norm: Whether the norm of the gradients is measured where nothing is clipped.
-        wants_undo: Whether an update that is cut short may be taken back, as long as it has
-            changed nothing.
-        wants_copies: Whether a copy is taken during each of those, so that it can be taken back
-            in any case.
-    """
-
-    wants_norm = wants_undo = wants_copies = False
+    wants_norm = False  # where nothing is clipped too
+    wants_undo = False  # of updates that are cut short, as long as they have changed nothing
+    wants_copies = False  # during each of those, so that it can be taken back in any case
 
     def takes_norm(self, norm: Tensor) -> None:
         """The norm of an update's gradients, before they are clipped."""
@@ -34,27 +26,60 @@ class UpdateWatch:
 UNWATCHED = UpdateWatch()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class UpdaterMark:
-    """Where an updater stood between two windows."""
+class Accumulation:
+    """Counts the windows of a group, and averages their gradients.
 
-    grads: list[tuple[Tensor, Tensor | None]]
-    group: dict[str, Any]
+    With reduction "mean" an update takes the mean of its windows' gradients, as users of
+    PyTorch do who divide each loss by the number of backward passes; with "sum" it takes
+    their sum. Windows without a loss do not count. The last group of a sequence may be
+    short, and is then the mean of the windows that it has.
+    """
+
+    def __init__(self, num_windows: int, averages: bool) -> None:
+        check_positive_int("accumulate", num_windows)
+        self.num_windows, self._averages = num_windows, averages
+        self.pending = 0
+        self._loss_sum: Tensor | None = None
+
+    def begin(self) -> None:
+        """A new group, of no window yet."""
+        self.pending, self._loss_sum = 0, None
+
+    def add(self, loss: Tensor) -> None:
+        """A window has added its gradients."""
+        self.pending += 1
+        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+
+    def is_due(self, is_last: bool) -> bool:
+        """Whether an update comes now: the group is full, or the sequence ends with it."""
+        return self.pending == self.num_windows or (is_last and self.pending > 0)
+
+    def average(self, grad: Tensor) -> None:
+        """Divide a gradient of the group by the number of its windows."""
+        if self._averages and self.pending > 1:
+            grad.div_(self.pending)
+
+    def end(self) -> Tensor:
+        """The mean loss of the windows in the group, after which another one begins."""
+        assert self._loss_sum is not None, "a group that is due has a window"
+        loss = self._loss_sum if self.pending == 1 else self._loss_sum / self.pending
+        self.begin()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the group stands; the gradients themselves are in `.grad`."""
+        return {"pending": self.pending, "loss_sum": self._loss_sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        self.pending, self._loss_sum = state["pending"], state["loss_sum"]
 
 
 class Updater:
     """Updates the weights after windows; without an optimizer, lets gradients accumulate.
 
-    Args:
-        optimizer: Steps once per group of windows; None leaves gradients and weights alone.
-        parameters: Whose gradients are cleared before a window, besides the optimizer's.
-        clip_grad_norm: Largest norm of the optimizer's gradients together.
-        scaler: A `torch.amp.GradScaler`.
-        scheduler: A learning-rate scheduler, stepped after each update.
-        group: The windows of an update; one by default.
-
-    Attributes:
-        grad_norm: The last norm.
+    `parameters` are those whose gradients are cleared before a window besides the optimizer's,
+    `group` is the windows of an update, one by default.
     """
 
     def __init__(
@@ -68,22 +93,10 @@ class Updater:
     ) -> None:
         self._check(optimizer, clip_grad_norm, scaler, scheduler)
         self.group = Accumulation(1, averages=True) if group is None else group
-        self._scale = 1.0
-        self.optimizer, self._clip = optimizer, clip_grad_norm
-        self._scaler, self._scheduler = scaler, scheduler
-        self._cleared = list(parameters)
+        self.optimizer, self.scaler, self.scheduler = optimizer, scaler, scheduler
+        self._clip, self._cleared, self._scale = clip_grad_norm, list(parameters), 1.0
         self._update: Update | None = None  # while one is going on
-        self.grad_norm: Tensor | None = None
-
-    @property
-    def scheduler(self) -> Any:
-        """The learning-rate scheduler, or None."""
-        return self._scheduler
-
-    @property
-    def scaler(self) -> Any:
-        """The `torch.amp.GradScaler`, or None."""
-        return self._scaler
+        self.grad_norm: Tensor | None = None  # the last one
 
     @property
     def clears_gradients(self) -> bool:
@@ -113,9 +126,9 @@ class Updater:
 
     def grad_scale(self, device: torch.device) -> float:
         """The factor on gradients of this window."""
-        if self._scaler is not None:
+        if self.scaler is not None:
             # The scaler makes its scale when it first scales a tensor.
-            self._scale = float(self._scaler.scale(torch.ones((), device=device)))
+            self._scale = float(self.scaler.scale(torch.ones((), device=device)))
         return self._scale
 
     def add(self, loss: Tensor) -> None:
@@ -129,12 +142,7 @@ class Updater:
         init_state_leaves: Iterable[Tensor],
         watch: UpdateWatch = UNWATCHED,
     ) -> bool:
-        """Update the weights if a group of windows is complete.
-
-        Args:
-            is_last: Whether the sequence ends, so that the group stays short.
-            init_state_leaves: Learned tensors of the initial state.
-            watch: Watches the update.
+        """Update the weights if a group of windows is complete, or ends with its sequence.
 
         Returns:
             False where a scaler skipped the update, or none was due.
@@ -142,32 +150,25 @@ class Updater:
         if self.optimizer is None or not self.group.is_due(is_last):
             return False
         if self.group.pending > 1 or self._scale != 1.0:
-            tensors = self._with_gradients(init_state_leaves)
-            self.group.average(tensors)
-            self._unscale_others(tensors)
-        loss = self.group.mean_loss()
-        self.group.begin()
-        return self.step(loss, watch)
-
-    def _unscale_others(self, tensors: Iterable[Tensor]) -> None:
-        """Take a scaler's factor from gradients that the optimizer does not own."""
-        if self._scale == 1.0:
-            return
-        owned = {id(tensor) for tensor in self.optimized()}
-        for tensor in tensors:
-            if id(tensor) not in owned and tensor.grad is not None:
-                tensor.grad.div_(self._scale)
+            owned = {id(tensor) for tensor in self.optimized()}
+            for tensor in self._changed(init_state_leaves):
+                if tensor.grad is not None:
+                    self.group.average(tensor.grad)
+                    if id(tensor) not in owned and self._scale != 1.0:
+                        tensor.grad.div_(self._scale)  # from the others the scaler takes it
+        return self.step(self.group.end(), watch)
 
     def step(self, loss: Tensor, watch: UpdateWatch = UNWATCHED) -> bool:
         """Update the weights from the gradients at hand; False where a scaler skipped it."""
         self._measure_and_clip(watch)
         if watch.wants_undo:
-            self._update = Update(self.optimizer, self._scheduler, self._scaler)
-            if watch.wants_copies:
-                self._update.copy()
+            copies = watch.wants_copies
+            self._update = Update(self.optimizer, self.scheduler, self.scaler, copies)
         updated = self._step_optimizer()
-        if updated and self._scheduler is not None:
-            self._step_scheduler(loss)
+        if updated and isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(float(loss))
+        elif updated and self.scheduler is not None:
+            self.scheduler.step()
         self._update = None
         return updated
 
@@ -176,43 +177,40 @@ class Updater:
         """Whether the gradients that a window finds belong to the result."""
         return self.optimizer is None or self.group.pending > 0
 
-    def mark(self, init_state_leaves: Iterable[Tensor]) -> UpdaterMark:
-        """Where the group stands, with copies of the gradients that a window must not lose."""
-        tensors = self._with_gradients(init_state_leaves) if self.accumulates else []
-        grads = [(t, None if t.grad is None else t.grad.clone()) for t in tensors]
-        return UpdaterMark(grads, self.group.state_dict())
+    def mark(self, init_state_leaves: Iterable[Tensor], device: torch.device) -> Callable[[], None]:
+        """Copy the gradients that a window must not lose.
 
-    def rewind(
-        self, mark: UpdaterMark, init_state_leaves: Iterable[Tensor], device: torch.device
-    ) -> None:
-        """Forget what a window did that was cut short: its gradients, its unfinished update.
-
-        Raises:
-            TbpttError: Some weights were updated already, and no copy was taken.
+        What is returned forgets, once, what a window did that was cut short: its gradients, its
+        unfinished update. It raises `TbpttError` where some weights were updated already, and no
+        copy was taken.
         """
-        self.group.load_state_dict(mark.group)
-        for tensor in self._with_gradients(init_state_leaves):
-            tensor.grad = None
-        for tensor, grad in mark.grads:
-            tensor.grad = grad
-        update, self._update = self._update, None
-        if update is not None:
-            update.take_back()
-        if self._scaler is not None and self._scaler.is_enabled():
-            # The one public way to forget that gradients were unscaled; the scale stays.
-            self._scaler.update(new_scale=self.grad_scale(device))
+        tensors, keeps = self._changed(init_state_leaves), self.accumulates
+        grads = [t.grad.clone() if keeps and t.grad is not None else None for t in tensors]
+        group = self.group.state_dict()
 
-    def _with_gradients(self, init_state_leaves: Iterable[Tensor]) -> list[Tensor]:
+        def rewind() -> None:
+            self.group.load_state_dict(group)
+            for tensor, grad in zip(tensors, grads, strict=True):
+                tensor.grad = grad
+            update, self._update = self._update, None
+            if update is not None:
+                update.take_back()
+            if self.scaler is not None and self.scaler.is_enabled():
+                # The one public way to forget that gradients were unscaled; the scale stays.
+                self.scaler.update(new_scale=self.grad_scale(device))
+
+        return rewind
+
+    def _changed(self, init_state_leaves: Iterable[Tensor]) -> list[Tensor]:
         """All tensors whose gradients a window changes."""
-        tensors = (*self._cleared, *init_state_leaves, *self.optimized())
-        return list({id(tensor): tensor for tensor in tensors}.values())
+        return list(dict.fromkeys((*self._cleared, *init_state_leaves, *self.optimized())))
 
     def _measure_and_clip(self, watch: UpdateWatch) -> None:
         if self._clip is None and not watch.wants_norm:
             return
         has_grads = any(p.grad is not None for p in self.optimized())
-        if self._scaler is not None and has_grads:
-            self._scaler.unscale_(self.optimizer)
+        if self.scaler is not None and has_grads:
+            self.scaler.unscale_(self.optimizer)
         if self._clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.optimized(), self._clip)
         else:
@@ -222,20 +220,14 @@ class Updater:
         watch.takes_norm(self.grad_norm)
 
     def _step_optimizer(self) -> bool:
-        if self._scaler is None or all(p.grad is None for p in self.optimized()):
+        if self.scaler is None or all(p.grad is None for p in self.optimized()):
             # A scaler raises where there is no gradient at all.
             self.optimizer.step()
             return True
-        scale = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return bool(self._scaler.get_scale() >= scale)  # a skipped step lowers the scale
-
-    def _step_scheduler(self, loss: Tensor) -> None:
-        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self._scheduler.step(float(loss))
-        else:
-            self._scheduler.step()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return bool(self.scaler.get_scale() >= scale)  # a skipped step lowers the scale
 
     @staticmethod
     def _check(optimizer: Any, clip: float | None, scaler: Any, scheduler: Any) -> None:

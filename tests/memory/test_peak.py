@@ -14,8 +14,7 @@ from tbptt_ckpt.memory import allocators as sources
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import can_measure, peak_memory
-from tbptt_ckpt.memory.native import has_operator_callbacks
-from tbptt_ckpt.memory.recorders import KinetoRecorder
+from tbptt_ckpt.memory.recorders import KinetoRecorder, has_operator_callbacks
 
 # --- the peak on the CPU ------------------------------------------------------------------
 
