@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.paired import time_pairs
 from benchmarks.report import Figure, add_output_arguments, publish
-from tbptt_ckpt.time_batching.products import multiply, multiply_back, weight_gradient
+from tbptt_ckpt.time_batching.products import add_weight_gradient, multiply, multiply_back
 
 SHAPES = ((8, 512), (16, 1024), (32, 256), (8, 256), (1, 512), (128, 256))
 SEGMENT = 32
@@ -32,7 +32,7 @@ def figures_of(lanes: int, width: int, num_pairs: int) -> list[Figure]:
         "back": (lambda: torch.mm(gates, weight), lambda: multiply_back(gates, weight), 1),
         f"gradient of {SEGMENT} steps": (
             lambda: torch.mm(all_gates.t(), all_h),
-            lambda: weight_gradient(all_gates, all_h),
+            lambda: add_weight_gradient(None, all_gates, all_h),
             SEGMENT,
         ),
     }

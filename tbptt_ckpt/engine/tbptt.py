@@ -17,7 +17,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.time_batching.report import BatchedOperation
+from tbptt_ckpt.time_batching.policy import BatchedOperation
 
 
 class TBPTT:

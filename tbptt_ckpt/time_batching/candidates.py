@@ -9,7 +9,10 @@ into it. Whatever else comes is left to the plain operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +20,12 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.time_batching.operations import Operation
 
+# Why calls are left to the plain operation, the second of these under "auto".
 COMPUTED = "a weight that is computed in the step"
+SMALL = "too small to pay"
+CHANGED = "a weight that changed within the segment"
+# How often an operation with a weight of a shape was batched, or for which reason it was left.
+Tally = Counter[tuple[str, tuple[int, ...], str]]
 
 
 def is_plain(tensor: Any) -> bool:
@@ -53,27 +61,24 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+@dataclass(eq=False)
 class Candidate:
     """An operation of a run that may be batched: all calls with the same weights and options.
 
-    `make` makes it of weight and bias, without a graph, and the options; `cast` is to what autocast
-    casts weight, bias and inputs.
+    `cast` is to what autocast casts weight, bias and inputs.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[..., Operation],
-        weight: Tensor,
-        bias: Tensor | None,
-        options: tuple[Any, ...],
-        cast: torch.dtype | None,
-    ) -> None:
-        self.name, self.weight, self.bias, self.cast = name, weight, bias, cast
-        self._make, self._options = make, options
-        self._allowed = (weight.dtype,) if cast is None else (torch.float32, cast)
+    kind: type[Operation]
+    weight: Tensor
+    bias: Tensor | None
+    options: tuple[Any, ...]
+    cast: torch.dtype | None
 
-    def reason_to_leave(self) -> str:
+    @cached_property
+    def _allowed(self) -> tuple[torch.dtype, ...]:
+        return (self.weight.dtype,) if self.cast is None else (torch.float32, self.cast)
+
+    def reason_to_leave(self, smallest: int) -> str:
         """Why no call is batched, whatever its inputs are; empty where some may be."""
         weights = [w for w in (self.weight, self.bias) if w is not None]
         if not all(map(is_stable, weights)):
@@ -82,7 +87,7 @@ class Candidate:
             return "complex numbers"
         if self.cast is not None and any(w.dtype not in self._allowed for w in weights):
             return "dtypes that autocast leaves alone"
-        return ""
+        return SMALL if self.weight.numel() < smallest else ""
 
     def misfit(self, inputs: Sequence[Any]) -> str:
         """Why a call with these inputs is not batched; empty if it may be."""
@@ -101,5 +106,4 @@ class Candidate:
 
     def operation(self, weight: Tensor, bias: Tensor | None) -> Operation:
         """The operation with these weights."""
-        without_graph = None if bias is None else bias.detach()
-        return self._make(weight.detach(), without_graph, *self._options)
+        return self.kind(weight.detach(), None if bias is None else bias.detach(), *self.options)

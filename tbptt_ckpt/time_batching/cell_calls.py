@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.time_batching.candidates import COMPUTED, autocast_dtype, is_plain, is_stable
+from tbptt_ckpt.time_batching.candidates import (
+    CHANGED,
+    COMPUTED,
+    SMALL,
+    Tally,
+    autocast_dtype,
+    is_plain,
+    is_stable,
+)
 from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
 from tbptt_ckpt.time_batching.products import multiply
-from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
 from tbptt_ckpt.time_batching.rows import InputRows, Rows
-from tbptt_ckpt.time_batching.taps import Versions, tap
+from tbptt_ckpt.time_batching.taps import Tap, Versions
 
 # A buffer for calls that bring their input is made for at most so many bytes at a time.
 _BUFFER_BYTES = 8 << 20
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Calls:
@@ -24,33 +33,27 @@ class _Calls:
 
     def __init__(
         self,
+        cell: Cell,
         weights: CellWeights,
         slots: Sequence[Tensor],
         record: CellRecord | None = None,
         rows: Sequence[Tensor] = (),
     ) -> None:
-        self.num_used, self._weights, self._slots, self._record = 0, weights, slots, record
+        self.num_used, self.num_slots, self._is_used = 0, len(slots), [False] * len(slots)
+        self._cell, self._weights, self._slots, self._record = cell, weights, slots, record
         # Not in the record: the token's node holds that, and the two would hold each other.
-        self._token = None if record is None else tap(record, weights, rows)
-        self._versions, self._is_used = Versions(*weights), [False] * len(slots)
+        tapped = (*weights, *rows)
+        self._token = record and Tap.apply(record, weights, *tapped)  # type: ignore[no-untyped-call]
+        self._versions = Versions(*weights)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every slot is taken."""
-        return self.num_used == len(self._slots)
-
-    def take(self, index: int) -> bool:
-        """Whether a call may have the slot at an index."""
+    def call(self, index: int, x: Tensor, states: Sequence[Tensor]) -> Any:
+        """A call's result, with the slot at an index; None if it must not have that."""
         if self._is_used[index] or self._versions.moved():
-            return False
+            return None
         self._is_used[index] = True
         self.num_used += 1
-        return True
-
-    def run(self, index: int, cell: Cell, x: Tensor, states: Sequence[Tensor]) -> Any:
-        """One call, with the slot at an index."""
         if self._record is None:
-            return cell.run(self._slots[index], states, self._weights)[0]
+            return self._cell.run(self._slots[index], states, self._weights)[0]
         return CellNode.apply(self._record, index, self._token, x, *states)  # type: ignore[no-untyped-call]
 
     def close(self, _source: object = None) -> None:
@@ -81,35 +84,29 @@ class CellCalls:
         row = self._rows.find(x)
         if row is not None:
             calls = self._calls_of_rows(kind, row.rows, weights)
-            if calls.take(row.position):
-                return calls.run(row.position, kind, x, states)
+            result = calls.call(row.position, x, states)
+            if result is not None:
+                return result
         if not torch.is_grad_enabled():
             slot = multiply(x, weights.input, self._input_bias(kind, weights))
             return kind.run(slot, states, weights)[0]
         calls = self._own_calls(kind, x, weights)
-        index = calls.num_used
-        return calls.run(index, kind, x, states) if calls.take(index) else self._left(kind, CHANGED)
+        result = calls.call(calls.num_used, x, states)
+        return self._left(kind, CHANGED) if result is None else result
 
     def _left(self, kind: Cell, reason: str) -> None:
-        self._tally.left(kind.name, reason)
+        self._tally[kind.name, (), reason] += 1
 
     def _weights_of(self, cell: nn.RNNCellBase) -> CellWeights | None:
         """A cell's weights, the same object as long as they are the same; None if computed."""
-        get = cell._parameters.get
-        known = self._weights.get(id(cell))
-        if (
-            known is not None
-            and known.input is get("weight_ih")
-            and known.hidden is get("weight_hh")
-            and known.input_bias is get("bias_ih")
-            and known.hidden_bias is get("bias_hh")
-        ):
+        found, known = tuple(map(cell._parameters.get, _NAMES)), self._weights.get(id(cell))
+        if known is not None and all(map(is_, known, found)):
             return known
-        found = [get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        biases = (found[2] is None) == (found[3] is None)
-        if found[0] is None or found[1] is None or not biases or not all(map(is_stable, found)):
+        weight_ih, weight_hh, bias_ih, bias_hh = found
+        alike = (bias_ih is None) == (bias_hh is None)
+        if weight_ih is None or weight_hh is None or not alike or not all(map(is_stable, found)):
             return None
-        weights = CellWeights(found[0], found[1], found[2], found[3])
+        weights = CellWeights(weight_ih, weight_hh, bias_ih, bias_hh)
         self._held.append(weights)  # so that its id stays its own
         self._weights[id(cell)] = weights
         return weights
@@ -124,34 +121,32 @@ class CellCalls:
         known: _Calls | None = rows.made.get(key)
         if known is not None:
             return known
-        flat = rows.whole.reshape(-1, rows.whole.shape[-1])
+        flat, bias = rows.whole.flatten(0, -2), self._input_bias(kind, weights)
         with torch.no_grad():
-            products = multiply(flat, weights.input.detach(), self._input_bias(kind, weights))
+            products = multiply(flat, weights.input.detach(), bias)
         buffer = products.view(*rows.whole.shape[:-1], -1)
-        self._tally.batched(f"{kind.name} of inputs", tuple(weights.hidden.shape))
-        if torch.is_grad_enabled():
-            record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), True)
-            calls = _Calls(weights, record.slots, record, rows.differentiable())
-        else:
-            calls = _Calls(weights, buffer.unbind(0))
-        rows.made[key] = calls
+        self._tally[f"{kind.name} of inputs", tuple(weights.hidden.shape), ""] += 1
+        in_leaf = torch.is_grad_enabled()
+        record = CellRecord(kind, weights, buffer, bias, of_rows=True) if in_leaf else None
+        slots = buffer.unbind(0) if record is None else record.slots
+        calls = rows.made[key] = _Calls(kind, weights, slots, record, rows.differentiable())
         return calls
 
     def _own_calls(self, kind: Cell, x: Tensor, weights: CellWeights) -> _Calls:
         """Calls that bring their input, with a slot for one more."""
         key = (kind.name, id(weights), x.shape[0])
         calls = self._own.get(key)
-        if calls is not None and not calls.is_full:
-            return calls
         if calls is not None:
+            if calls.num_used < calls.num_slots:
+                return calls
             calls.close()
         rows = weights.hidden.shape[0]
         step_bytes = x.shape[0] * rows * x.element_size()
         num_steps = max(1, min(self._num_steps, _BUFFER_BYTES // step_bytes))
-        self._tally.batched(kind.name, tuple(weights.hidden.shape))
+        self._tally[kind.name, tuple(weights.hidden.shape), ""] += 1
         buffer = x.new_empty(num_steps, x.shape[0], rows)
-        record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), False)
-        calls = self._own[key] = _Calls(weights, record.slots, record)
+        record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), of_rows=False)
+        calls = self._own[key] = _Calls(kind, weights, record.slots, record)
         return calls
 
     def _input_bias(self, kind: Cell, weights: CellWeights) -> Tensor | None:
@@ -169,11 +164,9 @@ def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
     """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
     hidden = weights.hidden
     dtype = hidden.dtype
-    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or not x.is_cpu:
+    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or not x.is_cpu or autocast_dtype(x):
         return False
-    if not dtype.is_floating_point or autocast_dtype(hidden) is not None:
-        return False
-    if x.shape[1] != weights.input.shape[1]:
+    if x.shape[1] != weights.input.shape[1] or not dtype.is_floating_point:
         return False
     shape = (x.shape[0], hidden.shape[1])
     for state in states:

@@ -24,12 +24,7 @@ from tbptt_ckpt.time_batching.products import (
     write_product,
 )
 from tbptt_ckpt.time_batching.rows import cut, joined
-from tbptt_ckpt.time_batching.taps import (
-    Gradients,
-    Notes,
-    Versions,
-    begin_backward,
-)
+from tbptt_ckpt.time_batching.taps import Gradients, Record, Tensors, begin_backward
 
 
 class CellWeights(NamedTuple):
@@ -82,7 +77,7 @@ class Note(NamedTuple):
     h: Tensor
 
 
-class CellRecord:
+class CellRecord(Record[Note]):
     """The calls of one cell in a leaf that take their inputs from the same place.
 
     If call i is that of the i-th row, the buffer, [n, N, G*H], has the products of the inputs, and
@@ -97,22 +92,20 @@ class CellRecord:
         input_bias: Tensor | None,
         of_rows: bool,
     ) -> None:
-        self.cell, self.weights, self.versions = cell, weights, Versions(*weights)
-        self.of_rows, self.input_bias = of_rows, input_bias
+        super().__init__(*weights)
+        self.cell, self.weights, self.of_rows, self.input_bias = cell, weights, of_rows, input_bias
         self.slots, self.reset_slots = cut(buffer), None
         if cell.resets:
             self.reset_slots = cut(buffer.new_empty(*buffer.shape[:2], weights.hidden.shape[1]))
-        self.notes: Notes[Note] = Notes()
 
     def close(self) -> None:
         """No call is to come: what the backward needs is saved by autograd from here on."""
         self.slots, self.reset_slots = [], None
 
-    def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
+    def collect(self, parts: dict[int, Note], needs: Sequence[bool], totals: Tensors) -> Gradients:
         """The gradients of the weights and of the rows."""
-        calls, notes = self.notes.take()
-        if not calls:
-            return (None,) * len(needs)
+        calls, notes = list(parts), list(parts.values())
+        parts.clear()
         grad = joined([n.slot for n in notes])
         reset_grads = [n.reset_slot for n in notes if n.reset_slot is not None]
         reset_grad = joined(reset_grads) if reset_grads else None
@@ -176,14 +169,13 @@ class CellNode(torch.autograd.Function):
         """Gradients of x and the states; those of the gates are left to the tap."""
         if grads[0] is None and grads[-1] is None:  # two at most
             return (None,) * len(ctx.needs_input_grad)
-        begin_backward()
         record: CellRecord = ctx.record
-        record.versions.check()
+        begin_backward(record.versions)
         slot, x, kept, *states = ctx.saved_tensors
         slot, weights, needs = own(slot), record.weights, ctx.needs_input_grad
         call = slot, states, kept, weights.hidden, needs[4:]
         reset_slot, state_grads = record.cell.gradients(grads, call)
-        record.notes.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
+        record.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
         is_wanted = needs[3] and not record.of_rows
         x_grad = multiply_back(slot, weights.input) if is_wanted else None
         return None, None, None, x_grad, *state_grads

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
 from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
 from tbptt_ckpt.time_batching.cells import Cell
-from tbptt_ckpt.time_batching.operations import Bilinear, Convolution
+from tbptt_ckpt.time_batching.operations import Bilinear, Convolution1d, Convolution2d
 from tbptt_ckpt.time_batching.region import Region
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
@@ -52,7 +52,7 @@ def opened(region: Region) -> Iterator[None]:
     finally:
         _thread.entered = before
         _functions.close()
-        region.close()
+        region.cells.close()
 
 
 def _region() -> Region | None:
@@ -124,85 +124,55 @@ def _states(cell: nn.RNNCellBase, num_states: int, x: Any, hx: Any) -> tuple[Any
     return hx if type(hx) is tuple and len(hx) == num_states else (None,)
 
 
-def _product(plain: Function) -> Function:
-    """`torch.matmul`, `torch.mm`, or a method of tensors that is one of them."""
+def _product(num_operands: int, plain: Function) -> Function:
+    """`torch.matmul`, `mm` or, of three operands, `addmm`; a method of tensors is one of them."""
 
     def multiply(*args: Any, **kwargs: Any) -> Any:
-        region = None if kwargs or len(args) != 2 else _region()
-        output = None if region is None else region.product(*args)
+        region = None if kwargs or len(args) != num_operands else _region()
+        output = None if region is None else region.product(*args[-2:], *args[:-2])
         return plain(*args, **kwargs) if output is None else output
 
     return multiply
 
 
-def _addmm(plain: Function) -> Function:
-    def addmm(*args: Any, **kwargs: Any) -> Any:
-        region, output = None if kwargs or len(args) != 3 else _region(), None
-        if region is not None and isinstance(args[0], Tensor) and args[0].dim() == 1:
-            bias, x, weight = args
-            output = region.product(x, weight, bias)
+def _recorded(attempt: Callable[..., Tensor | None], plain: Function) -> Function:
+    """A function with an attempt of the same arguments, of whose calls a region may take some."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        region = _region()
+        output = None if region is None else attempt(region, *args, **kwargs)
         return plain(*args, **kwargs) if output is None else output
 
-    return addmm
+    return function
 
 
-def _embedding(plain: Function) -> Function:
-    def embedding(
-        input: Tensor,  # noqa: A002
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Any:
-        region = None if max_norm is not None or scale_grad_by_freq or sparse else _region()
-        output, row = None, -1 if padding_idx is None else padding_idx
-        if region is not None and -len(weight) <= row < len(weight):
-            row = -1 if padding_idx is None else row % len(weight)
-            output = region.embedding(input, weight, row)
-        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-        return plain(input, weight, *options) if output is None else output
-
-    return embedding
+def _bilinear(
+    region: Region, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    if not input1.dim() == input2.dim() == 2:
+        return None
+    return region.recorded(Bilinear, (input1, input2), weight, bias)
 
 
-def _bilinear(plain: Function) -> Function:
-    def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        region, output = _region(), None
-        if region is not None and input1.dim() == input2.dim() == 2:
-            output = region.recorded("bilinear", Bilinear, (input1, input2), weight, bias)
-        return plain(input1, input2, weight, bias) if output is None else output
-
-    return bilinear
-
-
-def _convolution(dims: int, plain: Function) -> Function:
-    name = f"conv{dims}d"
-
-    def convolve(
-        input: Tensor,  # noqa: A002
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Any:
-        region, output = _region(), None
-        if region is not None and (input.dim() != dims + 2 or isinstance(padding, str)):
-            region = None
-        if region is not None and region.chooses:
-            positions = input.numel() // max(input.shape[1], 1)
-            region = region if positions <= _MOST_POSITIONS else None
-        if region is not None:
-            options = (*(_each(size, dims) for size in (stride, padding, dilation)), groups)
-            output = region.recorded(name, Convolution, (input,), weight, bias, options)
-        if output is not None:
-            return output
-        return plain(input, weight, bias, stride, padding, dilation, groups)
-
-    return convolve
+def _convolution(
+    dims: int,
+    region: Region,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if input.dim() != dims + 2 or isinstance(padding, str):
+        return None
+    if region.chooses and input.numel() // max(input.shape[1], 1) > _MOST_POSITIONS:
+        return None
+    sizes = (_each(size, dims) for size in (stride, padding, dilation))
+    options = (*sizes, False, (0,) * dims, groups)
+    kind = Convolution1d if dims == 1 else Convolution2d
+    return region.recorded(kind, (input,), weight, bias, (options,))
 
 
 def _each(size: Any, dims: int) -> tuple[int, ...]:
@@ -211,16 +181,16 @@ def _each(size: Any, dims: int) -> tuple[int, ...]:
 
 _makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
     (F, "linear"): _linear,
-    (F, "embedding"): _embedding,
-    (F, "bilinear"): _bilinear,
-    (F, "conv1d"): partial(_convolution, 1),
-    (F, "conv2d"): partial(_convolution, 2),
-    (torch, "matmul"): _product,
-    (torch, "mm"): _product,
-    (torch, "addmm"): _addmm,
-    (Tensor, "__matmul__"): _product,
-    (Tensor, "matmul"): _product,
-    (Tensor, "mm"): _product,
+    (F, "embedding"): partial(_recorded, Region.embedding),
+    (F, "bilinear"): partial(_recorded, _bilinear),
+    (F, "conv1d"): partial(_recorded, partial(_convolution, 1)),
+    (F, "conv2d"): partial(_recorded, partial(_convolution, 2)),
+    (torch, "matmul"): partial(_product, 2),
+    (torch, "mm"): partial(_product, 2),
+    (torch, "addmm"): partial(_product, 3),
+    (Tensor, "__matmul__"): partial(_product, 2),
+    (Tensor, "matmul"): partial(_product, 2),
+    (Tensor, "mm"): partial(_product, 2),
     (nn.LSTMCell, "forward"): partial(_cell, LSTM()),
     (nn.GRUCell, "forward"): partial(_cell, GRU()),
     (nn.RNNCell, "forward"): _rnn_cell,

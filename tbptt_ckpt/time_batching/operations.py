@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from tbptt_ckpt.time_batching.products import (
     multiply_back,
     multiply_matrices,
 )
-from tbptt_ckpt.time_batching.taps import Gradients
+from tbptt_ckpt.time_batching.taps import Gradients, Tensors
 
-Inputs = Sequence[Tensor]
 Needs = Sequence[bool]
 _convolution_backward: Callable[..., Gradients] = torch.ops.aten.convolution_backward.default
 _embedding_backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_backward.default
@@ -33,6 +32,7 @@ _embedding_backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_back
 class Operation(ABC):
     """An operation; weight and bias have no graph."""
 
+    name: ClassVar[str]  # for the report
     weight: Tensor
     bias: Tensor | None
 
@@ -41,23 +41,25 @@ class Operation(ABC):
         """The operation, without a graph."""
 
     @abstractmethod
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """Gradients of one call's inputs."""
 
-    @abstractmethod
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+    def weight_gradient(self, grad: Tensor, total: Tensor | None, *inputs: Tensor) -> Tensor | None:
         """The weight's gradient over many calls; None where it was added to a total."""
+        raise NotImplementedError
 
     def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Sequence[Tensor | None]
+        self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs, totals: Tensors
     ) -> Gradients:
-        """Gradients of weight and bias over many calls; see `Record.collect`."""
-        weight = self.weight_gradient(grad, inputs, totals[0]) if needs[0] else None
+        """Gradients of weight and bias over many calls, as `Record.collect` gives them."""
+        weight = self.weight_gradient(grad, totals[0], *inputs) if needs[0] else None
         return weight, add_sum(totals[1], _flat(grad)) if needs[1] else None
 
 
 class Linear(Operation):
     """`x @ weight.T + bias` for x: [..., K], weight: [M, K]."""
+
+    name = "linear"
 
     def run(self, *inputs: Tensor) -> Tensor:
         """[..., M]."""
@@ -65,14 +67,14 @@ class Linear(Operation):
         product = multiply(_flat(x), self.weight, self.bias)
         return product if x.dim() == 2 else product.view(*x.shape[:-1], product.shape[-1])
 
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """[..., K]."""
         if not needs[0]:
             return (None,)
         product = multiply_back(_flat(grad), self.weight)
         return (product if grad.dim() == 2 else product.view(inputs[0].shape),)
 
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+    def weight_gradient(self, grad: Tensor, total: Tensor | None, *inputs: Tensor) -> Tensor | None:
         """[M, K]."""
         return add_weight_gradient(total, _flat(grad), _flat(inputs[0]))
 
@@ -80,16 +82,18 @@ class Linear(Operation):
 class Product(Operation):
     """`x @ weight + bias` for x: [N, K], weight: [K, M]."""
 
+    name = "matmul"
+
     def run(self, *inputs: Tensor) -> Tensor:
         """[N, M]."""
         product = multiply_back(inputs[0], self.weight)
         return product if self.bias is None else product.add_(self.bias)
 
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """[N, K]."""
         return (multiply(grad, self.weight) if needs[0] else None,)
 
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+    def weight_gradient(self, grad: Tensor, total: Tensor | None, *inputs: Tensor) -> Tensor | None:
         """[K, M]."""
         return add_weight_gradient(total, inputs[0], grad)
 
@@ -98,31 +102,33 @@ class Product(Operation):
 class Embedding(Operation):
     """Rows of weight: [V, E]; inputs are indices of any one shape [N, ...]."""
 
+    name = "embedding"
     padding_idx: int
 
     def run(self, *inputs: Tensor) -> Tensor:
         """[N, ..., E]."""
         return torch.embedding(self.weight, inputs[0], self.padding_idx, False, False)
 
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """Indices have none."""
         return (None,)
 
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+    def weight_gradient(self, grad: Tensor, total: Tensor | None, *inputs: Tensor) -> Tensor | None:
         """[V, E]."""
-        rows = self.weight.shape[0]
-        return _embedding_backward(grad, inputs[0], rows, self.padding_idx, False)
+        return _embedding_backward(grad, *inputs, len(self.weight), self.padding_idx, False)
 
 
 class Bilinear(Operation):
     """`x1 @ weight[o] @ x2 + bias[o]` for x1: [N, I], x2: [N, J], weight: [O, I, J]."""
+
+    name = "bilinear"
 
     def run(self, *inputs: Tensor) -> Tensor:
         """[N, O]."""
         x1, x2 = inputs
         return torch.bilinear(x1, x2, self.weight, self.bias)
 
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """[N, I] and [N, J]."""
         x1, x2 = inputs
         return (
@@ -130,7 +136,7 @@ class Bilinear(Operation):
             torch.einsum("no,oij,ni->nj", grad, self.weight, x1) if needs[1] else None,
         )
 
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
+    def weight_gradient(self, grad: Tensor, total: Tensor | None, *inputs: Tensor) -> Tensor | None:
         """[O, I, J]."""
         x1, x2 = inputs
         weight = torch.empty_like(self.weight)
@@ -141,41 +147,39 @@ class Bilinear(Operation):
 
 @dataclass(frozen=True)
 class Convolution(Operation):
-    """`conv1d` or `conv2d` of x: [N, C, ...]."""
+    """A convolution of x: [N, C, ...], with the options of `torch.convolution`."""
 
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
+    options: tuple[Any, ...]
 
     def run(self, *inputs: Tensor) -> Tensor:
         """[N, M, ...]."""
-        return torch.convolution(inputs[0], self.weight, self.bias, *self._options)
+        return torch.convolution(inputs[0], self.weight, self.bias, *self.options)
 
-    def input_gradients(self, grad: Tensor, inputs: Inputs, needs: Needs) -> Gradients:
+    def input_gradients(self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs) -> Gradients:
         """[N, C, ...]."""
-        if not needs[0]:
-            return (None,)
-        return (self._backward(grad, inputs[0], (True, False, False))[0],)
-
-    def weight_gradient(self, grad: Tensor, inputs: Inputs, total: Tensor | None) -> Tensor | None:
-        """As the weight."""
-        return self.weight_gradients(grad, inputs, (True, False), ())[0]
+        return self._backward(grad, inputs, (True, False, False))[:1] if needs[0] else (None,)
 
     def weight_gradients(
-        self, grad: Tensor, inputs: Inputs, needs: Needs, totals: Sequence[Tensor | None]
+        self, grad: Tensor, inputs: Sequence[Tensor], needs: Needs, totals: Tensors
     ) -> Gradients:
         """Both by one kernel."""
-        return self._backward(grad, inputs[0], (False, needs[0], needs[1]))[1:]
+        return self._backward(grad, inputs, (False, needs[0], needs[1]))[1:]
 
-    @property
-    def _options(self) -> tuple[Any, ...]:
-        zeros = [0] * len(self.stride)
-        return self.stride, self.padding, self.dilation, False, zeros, self.groups
-
-    def _backward(self, grad: Tensor, x: Tensor, mask: tuple[bool, bool, bool]) -> Gradients:
+    def _backward(self, grad: Tensor, inputs: Sequence[Tensor], mask: Needs) -> Gradients:
         sizes = [self.weight.shape[0]]
-        return _convolution_backward(grad, x, self.weight, sizes, *self._options, mask)
+        return _convolution_backward(grad, *inputs, self.weight, sizes, *self.options, mask)
+
+
+class Convolution1d(Convolution):
+    """Of x: [N, C, W]."""
+
+    name = "conv1d"
+
+
+class Convolution2d(Convolution):
+    """Of x: [N, C, H, W]."""
+
+    name = "conv2d"
 
 
 def _flat(tensor: Tensor) -> Tensor:

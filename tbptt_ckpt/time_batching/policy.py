@@ -1,9 +1,11 @@
-"""Whether and where the steps of a window are batched over time."""
+"""Whether and where the steps of a window are batched over time, and what of them was."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +14,32 @@ from torch import Tensor
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.time_batching.candidates import Tally
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
-from tbptt_ckpt.time_batching.report import SLOWER, BatchedOperation, Tally
 
+SLOWER = "plans without time batching are faster by measurement"
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
 _LARGE = 250_000
-_PLAIN = nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchedOperation:
+    """An operation of the module's step.
+
+    Attributes:
+        operation: Such as "linear", "LSTMCell", or "linear of inputs" for one that was made
+            for all steps at once.
+        shape: Of its weight; empty where it was left to the plain operation.
+        reason: Why it was left; empty where it was batched.
+        count: Segments in which it was batched, or calls that were left.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    reason: str
+    count: int
 
 
 def pays(elements: int) -> bool:
@@ -32,15 +52,11 @@ def pays(elements: int) -> bool:
 
 
 class TimeBatching:
-    """Opens a region around each run of steps, or does not.
-
-    Args:
-        choice: True batches all that can be, False nothing, "auto" what is large enough to
-            gain by it.
-        module: Whose steps they are.
+    """Opens a region around each run of steps of a module, or does not.
 
     Attributes:
-        choice: The same, or False within `plain`.
+        choice: True batches all that can be, False nothing, "auto" what is large enough to gain by
+            it. False within `plain`.
         pays_off: Whether "auto" batches anything; see `decide`.
     """
 
@@ -52,16 +68,14 @@ class TimeBatching:
         # Where no weight is large a region would cost time and gain none. Of a function the
         # weights may be unknown.
         self._may_pay = not sizes or pays(max(sizes))
-        self._tally = Tally()
+        self._tally: Tally = Counter()
         self._region: Region | None = None
 
     def region(self, num_steps: int, per_step: bool) -> AbstractContextManager[None]:
         """While entered, one run of steps is batched.
 
-        Args:
-            num_steps: How many.
-            per_step: Whether the module takes one step at a time. One that takes segments is
-                batched by its own make, and loops over cells only if it says so.
+        A module that takes segments is batched by its own make, and loops over cells only if the
+        choice says so.
         """
         is_open = self.is_open(per_step)
         chosen = self.choice is True or (is_open and self.pays_off)
@@ -69,8 +83,8 @@ class TimeBatching:
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
         if is_open and not self.pays_off:
-            self._tally.left("step", SLOWER)
-        return _PLAIN if not chosen or watched else self._opened(num_steps)
+            self._tally["step", (), SLOWER] += 1
+        return nullcontext() if not chosen or watched else self._opened(num_steps)
 
     @contextmanager
     def _opened(self, num_steps: int) -> Iterator[None]:
@@ -107,12 +121,13 @@ class TimeBatching:
     @property
     def has_batched(self) -> bool:
         """Whether anything was batched so far."""
-        return self._tally.has_batched
+        return any(not reason for _, _, reason in self._tally)
 
     def step_inputs(self, inputs: Tree, time_dim: int) -> Iterator[Any] | None:
         """The input of each step, in the region that is entered; None where there is none."""
         return None if self._region is None else self._region.rows.of_steps(inputs, time_dim)
 
     def report(self) -> list[BatchedOperation]:
-        """What was batched so far, and what was left to the plain operation."""
-        return self._tally.operations()
+        """What was batched so far, and after that what was left to the plain operation."""
+        seen = [BatchedOperation(*key, count) for key, count in self._tally.items()]
+        return sorted(seen, key=lambda operation: bool(operation.reason))

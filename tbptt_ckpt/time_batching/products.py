@@ -96,21 +96,17 @@ def multiply_back(grad: Tensor, weight: Tensor) -> Tensor:
     return onednn(grad, weight.t(), None, "none", [], "")
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad.T @ x` for grad: [N, M], x: [N, K]: the sum over all rows, that is, over time."""
-    large = grad.numel() * x.shape[1] >= _WEIGHT_WORK
-    onednn = _onednn_for(grad) if large else None
-    if onednn is None:
-        return multiply_matrices(grad.t(), x)
-    return onednn(grad.t(), x.t(), None, "none", [], "")
-
-
 def add_weight_gradient(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
-    """Add `grad.T @ x` to a total, if there is one to add to; else give it back."""
-    if total is None:
-        return weight_gradient(grad, x)
+    """Add `grad.T @ x`, the sum over all rows, to a total, if there is one; else give it back.
+
+    For grad: [N, M], x: [N, K], of which N counts over time, too.
+    """
     large = grad.numel() * x.shape[1] >= _WEIGHT_WORK
     onednn = _onednn_for(grad) if large else None
+    if total is None:
+        if onednn is None:
+            return multiply_matrices(grad.t(), x)
+        return onednn(grad.t(), x.t(), None, "none", [], "")
     if onednn is None:
         total.addmm_(grad.t(), x)
         return None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.time_batching.candidates import (
+    CHANGED,
     COMPUTED,
     Candidate,
+    Tally,
     autocast_dtype,
     is_plain,
     transposed_weight,
@@ -19,7 +21,6 @@ from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.operations import Embedding, Linear, Operation, Product
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.recorded import CallsOfRows, RecordedCalls
-from tbptt_ckpt.time_batching.report import CHANGED, SMALL, Tally
 from tbptt_ckpt.time_batching.rows import InputRows, Row
 
 
@@ -37,7 +38,7 @@ class Region:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
         cast = autocast_dtype(weight)
-        candidate = self._find("linear", Linear, weight, bias, inputs=(x,), cast=cast)
+        candidate = self._find(Linear, weight, bias, (x,), cast=cast)
         if candidate is None or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
         output = self._of_row(candidate, self.rows.find(x)) if cast is None else None
@@ -54,34 +55,47 @@ class Region:
         """
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() != 2:
             return None
+        if bias is not None and not (isinstance(bias, Tensor) and bias.dim() == 1):
+            return None
         transposed = transposed_weight(weight)
         if transposed is not None:
             return self.linear(x, transposed, bias)
         if not torch.is_grad_enabled() or x.dim() < 2 or x.shape[-1] != weight.shape[0]:
             return None
-        candidate = self._find("matmul", Product, weight, bias, inputs=(x,))
+        candidate = self._find(Product, weight, bias, (x,))
         return None if candidate is None else self._record(candidate, x, 1)
 
-    def embedding(self, indices: Tensor, weight: Tensor, padding_idx: int) -> Tensor | None:
+    def embedding(
+        self,
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
-        options = (padding_idx,)
-        candidate = self._find("embedding", Embedding, weight, None, inputs=(), options=options)
-        if candidate is None or not is_plain(indices):
+        words, padding = len(weight), -1 if padding_idx is None else padding_idx
+        if max_norm is not None or scale_grad_by_freq or sparse or not -words <= padding < words:
             return None
-        row = self.rows.find(indices)
+        options = (-1 if padding_idx is None else padding % words,)
+        candidate = self._find(Embedding, weight, None, (), options)
+        if candidate is None or not is_plain(input):
+            return None
+        row = self.rows.find(input)
         # A step with an index of no word may be one that the module skips.
-        if row is not None and row.rows.bounds[0] >= 0 and row.rows.bounds[1] < len(weight):
+        if row is not None and row.rows.bounds[0] >= 0 and row.rows.bounds[1] < words:
             output = self._of_row(candidate, row)
             if output is not None:
                 return output
-        if not torch.is_grad_enabled() or not indices.dim():
+        if not torch.is_grad_enabled() or not input.dim():
             return None
-        return self._record(candidate, indices, 0)
+        return self._record(candidate, input, 0)
 
     def recorded(
         self,
-        name: str,
-        make: Callable[..., Operation],
+        kind: type[Operation],
         inputs: Sequence[Tensor],
         weight: Tensor,
         bias: Tensor | None,
@@ -89,42 +103,31 @@ class Region:
     ) -> Tensor | None:
         """An operation that leaves its weight gradient to the tap; None if it must not.
 
-        Arguments are those of `Candidate`; calls that differ in more than the first dimension of
-        their inputs are told apart.
+        Calls that differ in more than the first dimension of their inputs are told apart.
         """
         if not torch.is_grad_enabled():
             return None
         shapes = tuple(x.shape[1:] for x in inputs)
-        candidate = self._find(
-            name, make, weight, bias, inputs=inputs, options=options, shapes=shapes
-        )
+        candidate = self._find(kind, weight, bias, inputs, options, shapes=shapes)
         calls = None if candidate is None else self._calls_of(candidate)
         return None if calls is None else calls(*inputs)
 
-    def close(self) -> None:
-        """The steps are done."""
-        self.cells.close()
-
     def _find(
         self,
-        name: str,
-        make: Callable[..., Operation],
+        kind: type[Operation],
         weight: Tensor,
         bias: Tensor | None,
-        *,
         inputs: Sequence[Any],
         options: tuple[Any, ...] = (),
         cast: torch.dtype | None = None,
         shapes: Hashable = (),
     ) -> Candidate | None:
         """The candidate, if a call of it with these inputs may and should take part."""
-        key = (name, id(weight), id(bias), options, cast, shapes)
+        key = (kind, id(weight), id(bias), options, cast, shapes)
         found = self._candidates.get(key)
         if found is None:
-            candidate = Candidate(name, make, weight, bias, options, cast)
-            reason = candidate.reason_to_leave()
-            if not reason and weight.numel() < self._smallest:
-                reason = SMALL
+            candidate = Candidate(kind, weight, bias, options, cast)
+            reason = candidate.reason_to_leave(self._smallest)
             found = candidate, reason
             if reason != COMPUTED:
                 self._candidates[key] = found  # which holds the weights: their ids stay their own
@@ -132,7 +135,7 @@ class Region:
         reason = reason or candidate.misfit(inputs)
         if not reason:
             return candidate
-        self._tally.left(name, reason)
+        self._tally[kind.name, (), reason] += 1
         return None
 
     def _of_row(self, candidate: Candidate, row: Row | None) -> Tensor | None:
@@ -143,7 +146,7 @@ class Region:
         calls: CallsOfRows | None = row.rows.made.get(key)
         if calls is None:
             calls = row.rows.made[key] = CallsOfRows(candidate, row.rows)
-            self._tally.batched(f"{candidate.name} of inputs", tuple(candidate.weight.shape))
+            self._tally[f"{candidate.kind.name} of inputs", tuple(candidate.weight.shape), ""] += 1
         made = calls.take(row.position)
         return None if made is None else self.rows.add(made)
 
@@ -166,12 +169,12 @@ class Region:
             reason = "a frozen weight"
         elif candidate.cast is None and autocast_dtype(weight) is not None:
             reason = "autocast"
-        elif calls is not None and calls.moved():
+        elif calls is not None and calls.versions.moved():
             reason = CHANGED
         if reason:
-            self._tally.left(candidate.name, reason)
+            self._tally[candidate.kind.name, (), reason] += 1
             return None
         if calls is None:
             calls = self._calls[candidate] = RecordedCalls(candidate)
-            self._tally.batched(candidate.name, tuple(weight.shape))
+            self._tally[candidate.kind.name, tuple(weight.shape), ""] += 1
         return calls

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
 # Rows of one product over time: more gain little and take memory.
 _ROWS_OF_LEAF, _ROWS_OF_ADVANCE = 2048, 256
@@ -48,12 +48,8 @@ def joined(slots: Sequence[Tensor]) -> Tensor:
 class Rows:
     """Consecutive steps of something that does not depend on the state.
 
-    Args:
-        whole: [n, ...], one entry per step, without a graph.
-        entries: The same as the tensors that the module meets, one per step.
-
-    Attributes:
-        made: What was made of all rows at once, by operation and weights.
+    The whole, [n, ...], has no graph; entries are the same as the tensors that the module meets,
+    one per step; `made` is what was made of all rows at once, by operation and weights.
     """
 
     def __init__(self, whole: Tensor, entries: Sequence[Tensor]) -> None:
@@ -114,19 +110,21 @@ class InputRows:
         tensors = tensors_of(inputs)
         if not tensors or any(t.is_inference() for t in tensors):
             return None
-        return self._in_chunks(inputs, tensors[0], time_dim)
+        return self._in_chunks(inputs, tensors, time_dim)
 
-    def _in_chunks(self, inputs: Tree, first: Tensor, time_dim: int) -> Iterator[Any]:
-        num_steps = first.shape[time_dim]
+    def _in_chunks(self, inputs: Tree, tensors: Sequence[Tensor], time_dim: int) -> Iterator[Any]:
+        first, num_steps = tensors[0], tensors[0].shape[time_dim]
         lanes = first.shape[1 - min(time_dim, 1)] if first.dim() > 1 else 1
         most = _ROWS_OF_LEAF if torch.is_grad_enabled() else _ROWS_OF_ADVANCE
         length = min(max(_FEWEST_STEPS, most // max(lanes, 1)), _MOST_STEPS)
         for begin in range(0, num_steps, length):
-            size = min(length, num_steps - begin)
-            yield from self._of_chunk(_narrow(inputs, time_dim, begin, size), time_dim)
+            chunk = tensors
+            if length < num_steps:
+                size = min(length, num_steps - begin)
+                chunk = [t.narrow(time_dim, begin, size) for t in tensors]
+            yield from self._of_chunk(inputs, [t.movedim(time_dim, 0) for t in chunk])
 
-    def _of_chunk(self, inputs: Tree, time_dim: int) -> Iterator[Any]:
-        wholes = [t.movedim(time_dim, 0) if t.dim() else t for t in tensors_of(inputs)]
+    def _of_chunk(self, inputs: Tree, wholes: Sequence[Tensor]) -> Iterator[Any]:
         columns = [Rows(whole.detach(), whole.unbind(0)) for whole in wholes]
         is_tensor = isinstance(inputs, Tensor)
         try:
@@ -139,10 +137,3 @@ class InputRows:
             self._known = {}
             for rows in columns:
                 rows.close()
-
-
-def _narrow(inputs: Tree, time_dim: int, begin: int, size: int) -> Tree:
-    """Some of the steps, as views; the very tensors where these are all."""
-    return map_tensors(
-        lambda t: t if size == t.shape[time_dim] else t.narrow(time_dim, begin, size), inputs
-    )

@@ -14,8 +14,9 @@ tap therefore saves no tensor.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,47 +24,55 @@ from torch import Tensor
 from tbptt_ckpt.errors import TbpttError
 
 Gradients = tuple[Tensor | None, ...]
+Tensors = Sequence[Tensor | None]
 Part = TypeVar("Part")
 
 # Elements of a weight whose gradient is worth finding out whether it may be added in place.
 _SMALLEST_TOTAL = 65_536
 
 
-class Notes(Generic[Part]):
-    """What calls leave to the tap of their weights, each backward's by itself."""
+class Versions:
+    """Holds weights, and notices when they are written to within a leaf or before its backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, *weights: Tensor | None) -> None:
+        self._weights = [weight for weight in weights if weight is not None]
+        self._expected = [weight._version for weight in self._weights]
+
+    def moved(self) -> bool:
+        """Whether a weight has been written to."""
+        return [weight._version for weight in self._weights] != self._expected
+
+
+class Record(ABC, Generic[Part]):
+    """What the calls of a leaf leave to the tap of their weights, each backward's by itself."""
+
+    def __init__(self, *weights: Tensor | None) -> None:
+        self.versions = Versions(*weights)
         self._parts: dict[int, dict[int, Part]] = {}
 
     def leave(self, call: int, part: Part) -> None:
         """Leave one call's part to the tap of the backward that runs."""
         self._parts.setdefault(torch._C._current_graph_task_id(), {})[call] = part
 
-    def take(self) -> tuple[list[int], list[Part]]:
-        """The calls that the backward which runs has come through, in order, and their parts."""
+    def take(self) -> dict[int, Part]:
+        """The parts of the calls that the backward which runs has come through, in order."""
         parts = self._parts.pop(torch._C._current_graph_task_id(), {})
-        calls = sorted(parts)
-        return calls, [parts[call] for call in calls]
+        return dict(sorted(parts.items()))
 
+    @abstractmethod
+    def collect(self, parts: dict[int, Part], needs: Sequence[bool], totals: Tensors) -> Gradients:
+        """The gradients of the weights and rows that were tapped, as far as they are needed.
 
-class Record(Protocol):
-    """What the steps of a leaf leave to the tap of their weights."""
-
-    def collect(self, needs: Sequence[bool], totals: Sequence[Tensor | None]) -> Gradients:
-        """The gradients of the weights and the rows that were tapped, as far as they are needed.
-
-        That of a weight with a total may be added to it instead of being given back.
+        That of a weight with a total may be added to it instead of being given back. Parts may be
+        taken out, which frees their memory.
         """
-        ...
 
 
 class Tap(torch.autograd.Function):
     """From weights to a token without elements."""
 
     @staticmethod
-    def forward(
-        ctx: Any, record: Record, weights: Sequence[Tensor | None], *tapped: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, record: Record[Any], weights: Tensors, *tapped: Tensor | None) -> Tensor:
         """Tap the weights, and rows of the inputs where these have a gradient."""
         ctx.set_materialize_grads(False)
         ctx.record, ctx.weights = record, weights
@@ -73,14 +82,11 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_grads: Any) -> Any:
         """Make the products."""
+        parts, needs = ctx.record.take(), ctx.needs_input_grad
+        if not parts:
+            return (None,) * len(needs)
         totals = [_total(weight) for weight in ctx.weights]
-        return (None, None, *ctx.record.collect(ctx.needs_input_grad[2:], totals))
-
-
-def tap(record: Record, weights: Sequence[Tensor | None], rows: Sequence[Tensor] = ()) -> Tensor:
-    """The token of a record's weights, and of rows that have a gradient."""
-    token: Tensor = Tap.apply(record, weights, *weights, *rows)  # type: ignore[no-untyped-call]
-    return token
+        return (None, None, *ctx.record.collect(parts, needs[2:], totals))
 
 
 def _total(weight: Tensor | None) -> Tensor | None:
@@ -108,34 +114,15 @@ def _total(weight: Tensor | None) -> Tensor | None:
     return grad if accumulates else None
 
 
-def begin_backward() -> None:
-    """A backward begins, which must not be differentiated itself.
-
-    Raises:
-        TbpttError: The gradient is to be differentiated again.
-    """
+def begin_backward(versions: Versions) -> None:
+    """Raise if the weights have been written to, or the backward is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise TbpttError(
             "a gradient that passes through a time-batched operation cannot be differentiated "
             "again (create_graph=True within a step); use time_batching=False"
         )
-
-
-class Versions:
-    """Holds weights, and notices when they are written to within a leaf or before its backward."""
-
-    def __init__(self, *weights: Tensor | None) -> None:
-        self._weights = [weight for weight in weights if weight is not None]
-        self._expected = [weight._version for weight in self._weights]
-
-    def moved(self) -> bool:
-        """Whether a weight has been written to."""
-        return [weight._version for weight in self._weights] != self._expected
-
-    def check(self) -> None:
-        """Raise as autograd does for a saved tensor."""
-        if self.moved():
-            raise modified_in_place("weights")
+    if versions.moved():
+        raise modified_in_place("weights")
 
 
 def modified_in_place(what: str) -> RuntimeError:

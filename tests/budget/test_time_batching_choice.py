@@ -14,7 +14,7 @@ from torch import nn
 from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence, Trainer
 from tbptt_ckpt.budget import window_costs as costed
 from tbptt_ckpt.schedule.curves import scaled
-from tbptt_ckpt.time_batching.report import SLOWER
+from tbptt_ckpt.time_batching.policy import SLOWER
 
 WIDTH, LANES, K, STEPS = 256, 2, 10, 30  # wide enough for the rule of "auto"
 Inject = Callable[..., list[tuple[object, float]]]
