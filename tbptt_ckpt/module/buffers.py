@@ -124,7 +124,10 @@ class Buffer:
         if not self._has_run:
             return True
         if tensor.device.type == "cpu" and tensor.nbytes <= _COMPARED_BYTES:
-            return _same_values(tensor, values)
+            return torch.equal(tensor, values) or (  # bitwise, but a NaN equals itself
+                tensor.is_floating_point()
+                and torch.allclose(tensor, values, rtol=0, atol=0, equal_nan=True)
+            )
         return not (isinstance(self._module, _NormBase) and self._module.training)
 
 
@@ -203,10 +206,3 @@ def _unregistered_modules(root: nn.Module) -> list[nn.Module]:
         elif len(item) <= _SEARCHED_ITEMS:
             left += item.values() if isinstance(item, dict) else item
     return found
-
-
-def _same_values(some: Tensor, other: Tensor) -> bool:
-    """Bitwise equality as far as it matters: a NaN equals itself."""
-    return torch.equal(some, other) or (
-        some.is_floating_point() and torch.allclose(some, other, rtol=0, atol=0, equal_nan=True)
-    )

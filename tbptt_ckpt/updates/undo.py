@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.module.trees import iterate_tensors, map_tensors
+from tbptt_ckpt.module.trees import map_tensors, tensors_of
 
 
 class Update:
@@ -27,11 +26,7 @@ class Update:
         self._restore = _copied(optimizer, scheduler, scaler) if copies else None
 
     def take_back(self) -> None:
-        """Put everything back as it was.
-
-        Raises:
-            TbpttError: Something was changed already, and there is no copy.
-        """
+        """Put everything back as it was; `TbpttError` where that is late, and there is no copy."""
         if self._restore is not None:
             self._restore()
         elif self._fingerprint() != self._versions:
@@ -44,13 +39,9 @@ class Update:
                 del self._optimizer.state[key]  # perhaps filled only in part
 
     def _fingerprint(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors()]
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
-        for key in self._known:
-            yield from iterate_tensors(self._optimizer.state[key])
+        weights = [p for group in self._optimizer.param_groups for p in group["params"]]
+        states = tensors_of([self._optimizer.state[key] for key in self._known])
+        return [tensor._version for tensor in (*weights, *states)]
 
 
 def _copied(optimizer: Any, *others: Any) -> Callable[[], None]:

@@ -144,8 +144,7 @@ class Updater:
     ) -> bool:
         """Update the weights if a group of windows is complete, or ends with its sequence.
 
-        Returns:
-            False where a scaler skipped the update, or none was due.
+        False where a scaler skipped the update, or none was due.
         """
         if self.optimizer is None or not self.group.is_due(is_last):
             return False
