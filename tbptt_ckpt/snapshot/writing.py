@@ -45,7 +45,6 @@ def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> None:
     with PieceDigests() as digests:
         with new_file(folder / STATE_FILE, disk) as file, _no_crc32():
             torch.save(plain, cast(IO[bytes], _HashedFile(file, digests, plain)))
-            digests.writing_is_done()
         pieces = digests.finish()
     entry = FileEntry(STATE_FILE, file.num_bytes, PIECE_BYTES, pieces)
     created = datetime.now(UTC).isoformat(timespec="seconds")
