@@ -58,11 +58,7 @@ class InitialState:
 
     Leaf tensors that require grad get theirs window by window. Tensors with a graph of
     their own get the sum over all windows, in one backward at the end.
-
-    Args:
-        given: The user's state, a `SharedState` perhaps; read anew by each window.
-        updater: Knows whether weights are updated.
-        lane_dim: Where lanes are in its tensors.
+    `given` is the user's, a `SharedState` perhaps; it is read anew by each window.
 
     Attributes:
         given: As given.

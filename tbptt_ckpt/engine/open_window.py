@@ -35,17 +35,8 @@ from tbptt_ckpt.schedule.windows import Window
 class OpenWindow:
     """One window, from its first state to what later windows start from.
 
-    Args:
-        options: What the user asked for.
-        parts: What runs.
-        window: Which.
-        num_steps: Length of the sequence, None while unknown.
-        blocks: The window's steps.
-        ambient: Generators and buffers.
-        initial: The state at step 0.
-        records: What earlier windows left; generators and buffers at the window's new steps
-            among them.
-        observer: Told of what is done.
+    `initial` is the state at step 0; `records` is what earlier windows left, generators and
+    buffers at the window's new steps among them.
 
     Attributes:
         loss: Its loss, once it has run.

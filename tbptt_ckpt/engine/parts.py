@@ -101,13 +101,7 @@ def make_parts(
 ) -> Parts:
     """Check every argument and build what runs.
 
-    Args:
-        module: As for `TBPTT`.
-        loss_fn: As for `TBPTT`.
-        optimizer: As for `TBPTT`.
-        options: All else.
-        observer: Told of all that is done.
-        measured: Whether costs may be measured, which a single window is not worth.
+    `measured` says whether costs may be measured, which a single window is not worth.
 
     Raises:
         ArgumentError: An argument that cannot work.

@@ -31,12 +31,7 @@ from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 class SequenceRun:
     """Runs the windows of one sequence in order.
 
-    Args:
-        options: What the user asked for.
-        parts: What runs.
-        sequence: The steps.
-        init_state: The state at step 0.
-        observer: Told of what is done, after the parts' own one.
+    `observer` is told of what is done, after the parts' own one.
     """
 
     def __init__(

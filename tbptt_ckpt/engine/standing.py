@@ -45,9 +45,7 @@ class Standing:
     def state_dict(self, present: AmbientState | None, weights: object) -> dict[str, Any]:
         """Containers of numbers and tensors.
 
-        Args:
-            present: Generators and buffers now; None before the first window.
-            weights: Fingerprint of the weights now.
+        `present` are generators and buffers now, None before the first window.
         """
         before = self.weights_before
         changed = before is not None and before != weights

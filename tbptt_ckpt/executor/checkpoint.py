@@ -106,11 +106,6 @@ class CheckpointedSpans:
 
     Generators and buffers are kept and restored here rather than by
     `torch.utils.checkpoint`, which knows nothing of buffers.
-
-    Args:
-        window: The pass.
-        new_sink: Makes the sink of each run.
-        context_fn: Passed to `torch.utils.checkpoint`.
     """
 
     def __init__(
@@ -197,10 +192,7 @@ class CheckpointedSpans:
 class _Region:
     """A span as a function of its state's tensors: called to advance, and again to recompute.
 
-    Args:
-        spans: Runs the span.
-        span: The steps.
-        state: The state at their start, for its structure.
+    `state`, at the steps' start, is there for its structure.
     """
 
     def __init__(self, spans: CheckpointedSpans, span: Span, state: Tree) -> None:

@@ -36,12 +36,7 @@ class WeightGuard:
 
 
 class Differentiating:
-    """While entered, a graph is recorded, weights are watched, and torch's errors explained.
-
-    Args:
-        guard: Watches the weights.
-        stop: The window's end, for messages.
-    """
+    """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
 
     __slots__ = ("_guard", "_stop", "_was_recording")
 

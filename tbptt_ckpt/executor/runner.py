@@ -62,9 +62,7 @@ class Runner:
     def region(self, num_steps: int, example: Tree) -> AbstractContextManager[None]:
         """While entered, one run of so many steps is under way: autocast and time batching.
 
-        Args:
-            num_steps: Steps of the run.
-            example: Of its state and inputs, for where they are.
+        `example` are its state and inputs, for where they are.
         """
         batched = self.time_batching.region(num_steps, self.recurrence.per_step)
         autocast = self._autocast(example)
@@ -81,13 +79,7 @@ class Runner:
     ) -> Tree:
         """Run `[begin, end)` from `state`, in a region; the state at `end`.
 
-        Args:
-            blocks: The steps, perhaps more of them.
-            resets: Lanes that begin a new sequence.
-            begin: First step.
-            end: End.
-            state: The state at `begin`.
-            sink: Takes the outputs.
+        `blocks` may hold more steps than `[begin, end)`; the sink takes the outputs.
         """
         run = self._run_steps if self.recurrence.per_step else self._run_segment
         return run(blocks, resets, begin, end, state, sink)

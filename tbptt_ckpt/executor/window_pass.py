@@ -96,12 +96,7 @@ class WindowPass:
     ) -> Tree:
         """Run `[start, stop)` from `state` and return the state at `stop`.
 
-        Args:
-            start: First step.
-            stop: End.
-            state: The state at `start`.
-            sink: Takes the outputs.
-            longest: Most steps of a segment module's call; None sets no bound.
+        No call of a segment module has more than `longest` steps; None sets no bound.
         """
         with self.runner.region(stop - start, (state, self.blocks[0].inputs)):
             for begin, end in self._pieces(start, stop, longest):
@@ -209,14 +204,7 @@ class Executor(Protocol):
     one_graph: bool
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
-        """Differentiate a window.
-
-        Gradients accumulate in `.grad`.
-
-        Args:
-            window: The pass.
-            route: How.
-            first: Its first state.
+        """Differentiate a window, from its first state on; gradients accumulate in `.grad`.
 
         Returns:
             The gradients of the state at the window's `start`, one per tensor; None if the

@@ -40,12 +40,8 @@ class WindowBench:
 
     Windows without targets lead up to the first one that reaches back all of `k2` steps and
     does not touch the start of the sequence, so that it is like those in the middle of a run.
-
-    Args:
-        work: What to run; weights and optimizer change as in training.
-        configuration: How.
-        alone: Whether nothing else has tensors on the device, so that its own count of
-            live bytes can be trusted.
+    Weights and optimizer of the work change as in training. `alone` says that nothing else
+    has tensors on the device, so that its own count of live bytes can be trusted.
     """
 
     def __init__(self, work: Work, configuration: Configuration, *, alone: bool = False) -> None:
@@ -90,11 +86,7 @@ class WindowBench:
             gc.enable()
 
     def measure(self, *, trace: bool = False) -> MemoryReport:
-        """One warm window under the meter, and what short segments predict for it.
-
-        Args:
-            trace: Whether the report shall hold the window in time.
-        """
+        """One warm window under the meter, and what short segments predict for it."""
         self._running = None
         gc.collect()
         measured = measure_work(self._work, self._engine.parts, self._configuration)
@@ -102,11 +94,7 @@ class WindowBench:
         return self._report(metered, measured.predicted(metered.window), trace=trace)
 
     def write_history(self, path: Path) -> None:
-        """Run one warm window on CUDA and write PyTorch's memory history of it.
-
-        Args:
-            path: File to write, a pickle for pytorch.org/memory_viz.
-        """
+        """Run one warm window on CUDA and write PyTorch's memory history of it."""
         windows = self._warm_windows()
         torch.cuda.memory._record_memory_history()
         try:

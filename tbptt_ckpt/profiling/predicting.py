@@ -30,13 +30,7 @@ _SECONDS = 0.6
 
 @dataclass(frozen=True, slots=True)
 class MeasuredWork:
-    """The costs of some work, ready to predict its windows.
-
-    Attributes:
-        costs: What steps and updates take.
-        configuration: Of the windows.
-        only_last: Whether only a window's last step has a loss.
-    """
+    """The costs of some work, ready to predict its windows."""
 
     costs: Costs
     configuration: Configuration
@@ -71,10 +65,7 @@ class MeasuredWork:
 def measure_work(work: Work, parts: Parts, configuration: Configuration) -> MeasuredWork:
     """Run short segments of the work as its windows run them.
 
-    Args:
-        work: What to run; its gradients are left as they are.
-        parts: Of the engine that runs its windows.
-        configuration: Of these windows.
+    Its gradients are left as they are; `parts` are those of the engine that runs its windows.
     """
     k1, k2 = configuration.k1, configuration.k2
     inputs, targets = EndlessSource(work.source, 0).read(0, k2)

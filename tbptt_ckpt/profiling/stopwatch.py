@@ -35,9 +35,7 @@ class ActionWatch(Observer):
     def watching(self, meter: PeakMeter, before_bytes: int) -> Iterator[None]:
         """Watch while the context is open.
 
-        Args:
-            meter: Of the window.
-            before_bytes: Tensor bytes live when the meter began.
+        `before_bytes` of tensors were live when the meter began.
         """
         self.clock = PausedClock()
         self._action: Action | None = None

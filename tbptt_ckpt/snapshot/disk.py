@@ -65,10 +65,6 @@ class Disk:
 class NewFile:
     """A file that is being written, as `torch.save` takes one.
 
-    Args:
-        disk: What to write with.
-        descriptor: The file.
-
     Attributes:
         num_bytes: Bytes written.
     """

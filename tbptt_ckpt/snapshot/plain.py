@@ -25,9 +25,7 @@ _TAG = "tbptt_ckpt.kind"
 def to_plain(value: Any, name: str = "state") -> Any:
     """The value in plain types; tensors are detached and on the CPU, copied only if need be.
 
-    Args:
-        value: Nested in any way.
-        name: What it is, for the error.
+    `name` is what it is, for the error.
 
     Raises:
         SnapshotError: A value that a snapshot cannot hold.

@@ -32,11 +32,7 @@ _COPIED_BYTES = 1 << 12  # smaller writes are copied rather than looked up
 def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> None:
     """Make `folder` and write the state and the manifest there, all of it synced.
 
-    Args:
-        disk: What to write with.
-        folder: A name that is not taken.
-        step: Steps trained.
-        plain: What `to_plain` made of the state.
+    `folder` is a name that is not taken, `plain` what `to_plain` made of the state.
 
     Raises:
         OSError: The first system call that failed.
@@ -82,10 +78,7 @@ def _no_crc32() -> Iterator[None]:
 class _HashedFile:
     """Hands what `torch.save` writes to the file and, uncopied, to the digests.
 
-    Args:
-        file: Where the bytes go.
-        digests: Hashes the bytes meanwhile.
-        plain: The state, whose tensors stay where they are until the digests are done.
+    The state's tensors stay where they are until the digests are done.
     """
 
     def __init__(self, file: NewFile, digests: PieceDigests, plain: Any) -> None:

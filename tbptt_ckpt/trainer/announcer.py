@@ -15,11 +15,7 @@ _WARNED = ("out_of_memory", "non_finite", "replanned")
 
 
 class Announcer:
-    """Tells sinks what happens.
-
-    Args:
-        sinks: In order.
-    """
+    """Tells sinks what happens."""
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         self._sinks, self._steps = list(sinks), 0

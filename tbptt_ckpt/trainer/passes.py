@@ -52,10 +52,7 @@ class Passes:
     ) -> SequenceRun:
         """A pass from its first step.
 
-        Args:
-            epoch: Its number.
-            steps_before: Steps of all passes before.
-            saved: The first state's tensors as a snapshot has them, to go on with.
+        `saved` are the first state's tensors as a snapshot has them, to go on with.
         """
         source = self._source
         if callable(source) and not isinstance(source, Source):
@@ -75,11 +72,7 @@ class Passes:
 
 
 class PlanObserver(Observer):
-    """Has something done as soon as a window is planned; keeps nobody alive.
-
-    Args:
-        act: A method.
-    """
+    """Has something done as soon as a window is planned; keeps nobody alive."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act = weakref.WeakMethod(act)

@@ -26,11 +26,7 @@ from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
 class Recovery(Observer):
     """Runs windows under the policies for non-finite numbers and missing memory.
 
-    Args:
-        parts: Of the engine; its budget plans with less when memory is missing.
-        non_finite: What to do about NaN and infinity.
-        out_of_memory: What to do about missing memory.
-        announcer: Told of every fault.
+    The parts' budget plans with less when memory is missing.
     """
 
     def __init__(

@@ -40,12 +40,7 @@ def check_can_go_on(
 
 
 def plan_state(parts: Parts, asked: str) -> dict[str, Any]:
-    """How windows are planned, as plain data.
-
-    Args:
-        parts: What runs.
-        asked: The strategy that was asked for.
-    """
+    """How windows are planned, as plain data."""
     return {
         "asked": asked,
         "used": str(parts.budget.strategy),

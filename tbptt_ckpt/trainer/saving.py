@@ -21,10 +21,6 @@ LOG = "events.jsonl"
 class Saving:
     """Saves when it is time.
 
-    Args:
-        options: Where, when, how many.
-        disk: The system calls.
-
     Attributes:
         sinks: The log, beside the snapshots.
     """
