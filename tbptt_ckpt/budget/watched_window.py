@@ -16,8 +16,7 @@ from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, Schedule, moved
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.curves import raised, scaled
-from tbptt_ckpt.schedule.plan import Plan, PredictedPlan
-from tbptt_ckpt.schedule.stretch import Block
+from tbptt_ckpt.schedule.plan import Block, Plan, PredictedPlan
 
 _LEAST_RATIO = 0.1
 

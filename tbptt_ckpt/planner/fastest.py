@@ -22,10 +22,9 @@ from tbptt_ckpt.planner.ways import Stretch
 from tbptt_ckpt.schedule.actions import usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
-from tbptt_ckpt.schedule.plan import Plan, PredictedPlan, plan_window, run_length_coded
+from tbptt_ckpt.schedule.plan import Block, Plan, PredictedPlan, plan_window, run_length_coded
 from tbptt_ckpt.schedule.simulator import simulate
 from tbptt_ckpt.schedule.strategies import Retain, parse_strategy
-from tbptt_ckpt.schedule.stretch import Block
 
 OPTIMAL = "optimal"
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, islice
-from typing import overload
+from typing import NamedTuple, overload
 
 from tbptt_ckpt.errors import ScheduleError
 
@@ -54,6 +55,25 @@ class Drop:
 Action = Advance | Keep | Differentiate | Drop
 
 
+class Counts(NamedTuple):
+    """What a schedule comes to.
+
+    Attributes:
+        executed_steps: Module steps that run: advanced ones plus differentiated ones.
+        num_boundaries: The most states at once while steps run, those that leaves start from
+            included; the first one is given and not counted.
+        num_levels: The most often that a step is advanced.
+        num_leaves: Leaves.
+        num_actions: Actions.
+    """
+
+    executed_steps: int
+    num_boundaries: int
+    num_levels: int
+    num_leaves: int
+    num_actions: int
+
+
 class Schedule(Sequence[Action]):
     """Actions made on demand by a function, so that a long schedule takes no memory.
 
@@ -91,6 +111,37 @@ class Schedule(Sequence[Action]):
             return [found[i] for i in positions]
         return next(islice(iter(self), positions, None))
 
+    def actions(self, start: int) -> Iterator[Action]:
+        """The same actions, `start` steps later."""
+        return (moved(action, start) for action in self)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """What it comes to; the working state counts where it is not among the kept ones."""
+        executed = states = leaves = actions = 0
+        kept, changes, working = set[int](), Counter[int](), None
+        for action in self:
+            actions += 1
+            match action:
+                case Keep(step):
+                    kept.add(step)
+                case Drop(step):
+                    kept.discard(step)
+                case Advance(start, stop):
+                    states = max(states, len(kept) + (working is not None and working not in kept))
+                    executed, working = executed + stop - start, stop
+                    changes.update({start: 1, stop: -1})
+                case Differentiate(start, stop):
+                    states = max(states, len(kept) + (working == start and start not in kept))
+                    executed, working, leaves = executed + stop - start, None, leaves + 1
+        levels = max(accumulate(change for _, change in sorted(changes.items())), default=0)
+        return Counts(executed, states, levels, leaves, actions)
+
+    @property
+    def longest_leaf(self) -> int:
+        """Steps of the longest leaf."""
+        return max((a.stop - a.start for a in self if isinstance(a, Differentiate)), default=0)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
@@ -110,54 +161,6 @@ def moved(action: Action, offset: int) -> Action:
     if isinstance(action, Advance | Differentiate):
         return type(action)(action.start + offset, action.stop + offset)
     return action  # what a user wrote there is objected to where schedules are checked
-
-
-def executed_steps(schedule: Iterable[Action]) -> int:
-    """Module steps a schedule runs: advanced steps plus differentiated ones."""
-    return sum(a.stop - a.start for a in schedule if isinstance(a, Advance | Differentiate))
-
-
-def longest_leaf(schedule: Iterable[Action]) -> int:
-    """Steps of the longest leaf."""
-    return max((a.stop - a.start for a in schedule if isinstance(a, Differentiate)), default=0)
-
-
-def num_leaves(schedule: Iterable[Action]) -> int:
-    """Leaves."""
-    return sum(isinstance(action, Differentiate) for action in schedule)
-
-
-def most_advances(schedule: Iterable[Action]) -> int:
-    """The most often that a step is advanced."""
-    changes: Counter[int] = Counter()
-    for action in schedule:
-        if isinstance(action, Advance):
-            changes[action.start] += 1
-            changes[action.stop] -= 1
-    return max(accumulate(change for _, change in sorted(changes.items())), default=0)
-
-
-def most_states(schedule: Iterable[Action]) -> int:
-    """The most states at once while steps run, for a schedule whose first state is given.
-
-    The working state counts where it is not among the kept ones.
-    """
-    kept: set[int] = set()
-    working: int | None = None
-    most = 0
-    for action in schedule:
-        match action:
-            case Advance(_, stop):
-                most = max(most, len(kept) + (working is not None and working not in kept))
-                working = stop
-            case Differentiate(start, _):
-                held = len(kept) + (working == start and working not in kept)
-                most, working = max(most, held), None
-            case Keep(step):
-                kept.add(step)
-            case Drop(step):
-                kept.discard(step)
-    return most
 
 
 def check_schedule(

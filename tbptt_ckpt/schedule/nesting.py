@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tbptt_ckpt.errors import ScheduleError
-from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
+from tbptt_ckpt.schedule.actions import Action, Advance, Counts, Differentiate, Drop, Keep
 
 # (length, 0, 0) is a leaf of that many steps; (head, repeats, tail) stands for `repeats` times
 # node `head`, then node `tail`.
@@ -51,56 +51,25 @@ class Nesting:
             steps.append(repeats * steps[head] + steps[tail] if repeats else head)
         return tuple(steps)
 
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole stretch."""
-        return self.node_steps[-1]
-
     @cached_property
-    def executed_steps(self) -> int:
-        """Module steps that run: advanced ones plus differentiated ones."""
-        executed: list[int] = []
-        for head, repeats, tail in self.nodes:
-            once = self.node_steps[head] + executed[head] if repeats else 0
-            executed.append(repeats * once + executed[tail] if repeats else head)
-        return executed[-1]
-
-    @cached_property
-    def num_boundaries(self) -> int:
-        """The most states at once, those that leaves start from included, the first one not."""
-        states: list[int] = []
-        for head, repeats, tail in self.nodes:
-            most = max(repeats - 1 + states[head], repeats + states[tail]) if repeats else 0
-            states.append(most)
-        return states[-1]
-
-    @cached_property
-    def num_levels(self) -> int:
-        """The most often that a step is advanced."""
-        levels: list[int] = []
-        for head, repeats, tail in self.nodes:
-            levels.append(max(1 + levels[head], levels[tail]) if repeats else 0)
-        return levels[-1]
-
-    @cached_property
-    def num_leaves(self) -> int:
-        """Leaves."""
-        leaves: list[int] = []
-        for head, repeats, tail in self.nodes:
-            leaves.append(repeats * leaves[head] + leaves[tail] if repeats else 1)
-        return leaves[-1]
-
-    @cached_property
-    def num_actions(self) -> int:
-        """Actions of the schedule."""
-        actions: list[int] = []
+    def counts(self) -> Counts:
+        """What its schedule comes to."""
+        found: list[Counts] = []
         for head, repeats, tail in self.nodes:
             if not repeats:
-                actions.append(1)
+                found.append(Counts(head, 0, 0, 1, 1))
                 continue
+            part, last = found[head], found[tail]
             kept = repeats - 1 + (not self.is_leaf(tail))
-            actions.append(repeats * (1 + actions[head]) + 2 * kept + actions[tail])
-        return actions[-1]
+            counts = Counts(
+                repeats * (self.node_steps[head] + part.executed_steps) + last.executed_steps,
+                max(repeats - 1 + part.num_boundaries, repeats + last.num_boundaries),
+                max(1 + part.num_levels, last.num_levels),
+                repeats * part.num_leaves + last.num_leaves,
+                repeats * (1 + part.num_actions) + 2 * kept + last.num_actions,
+            )
+            found.append(counts)
+        return found[-1]
 
     @property
     def longest_leaf(self) -> int:
@@ -110,22 +79,6 @@ class Nesting:
     def is_leaf(self, node: int) -> bool:
         """Whether a node is a leaf."""
         return self.nodes[node][1] == 0
-
-    def leaves(self) -> Iterator[tuple[int, int]]:
-        """(steps, count) of neighbouring equal leaves, the first in time first."""
-        todo = [(len(self.nodes) - 1, 1)]
-        while todo:
-            node, times = todo.pop()
-            head, repeats, tail = self.nodes[node]
-            if not repeats:
-                yield head, times
-                continue
-            for _ in range(times):  # only leaves are ever put down more than once
-                todo.append((tail, 1))
-                if self.is_leaf(head):
-                    todo.append((head, repeats))
-                else:
-                    todo += [(head, 1)] * repeats
 
     def actions(self, start: int) -> Iterator[Action]:
         """The schedule of the stretch, if its first step is `start`."""
@@ -164,13 +117,12 @@ class NestingBuilder:
     """Collects nodes, each kind once."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
         self._nodes: list[Node] = []
         self._numbers: dict[Node, int] = {}
 
     def leaf(self, steps: int) -> int:
         """The number of a leaf."""
-        return self._number((steps, 0, 0), steps)
+        return self._number((steps, 0, 0))
 
     def split(self, head: int, repeats: int, tail: int) -> int:
         """The number of `repeats` times node `head`, then node `tail`."""
@@ -179,7 +131,7 @@ class NestingBuilder:
         next_head, next_repeats, next_tail = self._nodes[tail]
         if next_repeats and next_head == head:  # one way to write it
             repeats, tail = repeats + next_repeats, next_tail
-        return self._number((head, repeats, tail), repeats * self.steps[head] + self.steps[tail])
+        return self._number((head, repeats, tail))
 
     def chain(self, runs: Sequence[tuple[int, int]]) -> int:
         """The number of a row of leaves, (steps, count), in time order."""
@@ -208,10 +160,8 @@ class NestingBuilder:
             nodes.append((numbers[head], repeats, numbers[tail]) if repeats else (head, 0, 0))
         return Nesting(tuple(nodes))
 
-    def _number(self, node: Node, steps: int) -> int:
-        number = self._numbers.get(node)
-        if number is None:
-            number = self._numbers[node] = len(self._nodes)
+    def _number(self, node: Node) -> int:
+        number = self._numbers.setdefault(node, len(self._nodes))
+        if number == len(self._nodes):
             self._nodes.append(node)
-            self.steps.append(steps)
         return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Self
@@ -12,6 +12,7 @@ from tbptt_ckpt.errors import ScheduleError
 from tbptt_ckpt.schedule.actions import (
     Action,
     Advance,
+    Differentiate,
     Drop,
     Keep,
     Schedule,
@@ -21,7 +22,48 @@ from tbptt_ckpt.schedule.actions import (
 )
 from tbptt_ckpt.schedule.nesting import Nesting
 from tbptt_ckpt.schedule.strategies import NestedStrategy, Retain, Strategy
-from tbptt_ckpt.schedule.stretch import Block, _plain_block, _read_block
+
+_ACTIONS: dict[str, type[Action]] = {
+    "advance": Advance,
+    "keep": Keep,
+    "differentiate": Differentiate,
+    "drop": Drop,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Neighbouring stretches of a window that are run alike, each from a given state.
+
+    Attributes:
+        steps: Steps of each.
+        how: Its nesting, or the actions that a user wrote, counted from step 0.
+        count: Their number.
+    """
+
+    steps: int
+    how: Nesting | Schedule
+    count: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain: dict[str, Any] = {"steps": self.steps, "count": self.count}
+        if isinstance(self.how, Nesting):
+            plain["nodes"] = [list(node) for node in self.how.nodes]
+        else:
+            plain["actions"] = [[type(a).__name__.lower(), *astuple(a)] for a in self.how]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Block:
+        """The block that `to_dict` wrote."""
+        how: Nesting | Schedule
+        if "nodes" in plain:
+            how = Nesting(tuple((int(a), int(b), int(c)) for a, b, c in plain["nodes"]))
+        else:
+            actions = [_ACTIONS[name](*steps) for name, *steps in plain["actions"]]
+            how = Schedule(lambda: iter(actions), len(actions))
+        return cls(int(plain["steps"]), how, int(plain["count"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +100,12 @@ class Plan:
     @cached_property
     def executed_steps(self) -> int:
         """Module steps that run: advanced ones plus differentiated ones."""
-        return self.lead_steps + sum(b.count * b.executed_steps for b in self.blocks)
+        return self.lead_steps + sum(b.count * b.how.counts.executed_steps for b in self.blocks)
 
     @cached_property
     def longest_leaf(self) -> int:
         """Steps of the longest leaf."""
-        return max(block.longest_leaf for block in self.blocks)
+        return max(block.how.longest_leaf for block in self.blocks)
 
     @cached_property
     def num_boundaries(self) -> int:
@@ -71,22 +113,22 @@ class Plan:
 
         The window's first state and recorded ones exist anyway and are not counted.
         """
-        return bool(self.lead_steps) + max(block.num_boundaries for block in self.blocks)
+        return bool(self.lead_steps) + max(b.how.counts.num_boundaries for b in self.blocks)
 
     @cached_property
     def num_leaves(self) -> int:
         """Leaves of the window."""
-        return sum(block.count * block.num_leaves for block in self.blocks)
+        return sum(block.count * block.how.counts.num_leaves for block in self.blocks)
 
     @cached_property
     def num_levels(self) -> int:
         """The most often that a step is advanced; leads are not counted."""
-        return max(block.num_levels for block in self.blocks)
+        return max(block.how.counts.num_levels for block in self.blocks)
 
     @property
     def schedule(self) -> Schedule:
         """The actions, made on demand."""
-        length = sum(block.count * block.num_actions for block in self.blocks)
+        length = sum(block.count * block.how.counts.num_actions for block in self.blocks)
         if self.lead_steps:
             length += 1 if self._is_one_leaf else 3
         return Schedule(self._actions, length)
@@ -97,11 +139,9 @@ class Plan:
 
     def predicted(self, peak_bytes: int, seconds: float, advance_steps: int) -> PredictedPlan:
         """The same plan with what it takes when an advance is cut into calls of so many steps."""
+        made = {name: getattr(self, name) for name in ("strategy", "first", "lead_steps", "blocks")}
         return PredictedPlan(
-            strategy=self.strategy,
-            first=self.first,
-            lead_steps=self.lead_steps,
-            blocks=self.blocks,
+            **made,
             advance_steps=advance_steps,
             predicted_peak_bytes=peak_bytes,
             predicted_seconds=seconds,
@@ -109,15 +149,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {
-            "strategy": self.strategy,
-            "first": self.first,
-            "lead_steps": self.lead_steps,
-            "blocks": [_plain_block(block) for block in self.blocks],
-            "advance_steps": self.advance_steps,
-            "predicted_peak_bytes": self.predicted_peak_bytes,
-            "predicted_seconds": self.predicted_seconds,
-        }
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**plain, "blocks": [block.to_dict() for block in self.blocks]}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -127,7 +160,7 @@ class Plan:
             ScheduleError: Anything else.
         """
         try:
-            blocks = tuple(_read_block(block) for block in plain["blocks"])
+            blocks = tuple(Block.from_dict(block) for block in plain["blocks"])
             given = {**plain, "blocks": blocks}
             kind: type[Plan] = PredictedPlan
             if plain["predicted_peak_bytes"] is None:
@@ -153,7 +186,9 @@ class Plan:
 
     @property
     def _is_one_leaf(self) -> bool:
-        return len(self.blocks) == 1 and self.blocks[0].count == 1 and self.blocks[0].is_leaf
+        return (
+            len(self.blocks) == self.blocks[0].count == self.blocks[0].how.counts.num_actions == 1
+        )
 
     def _actions(self) -> Iterator[Action]:
         start = self.first + self.lead_steps
@@ -166,7 +201,7 @@ class Plan:
         for block in reversed(self.blocks):
             for _ in range(block.count):
                 stop -= block.steps
-                yield from block.actions(stop)
+                yield from block.how.actions(stop)
         if keeps_start:
             yield Drop(start)
 
@@ -202,32 +237,22 @@ def plan_window(
     """
     if isinstance(strategy, Retain):
         joints = ()  # one leaf, whatever lies inside
-    edges = [start, *joints, stop]
+    edges = pairwise([start, *joints, stop])
     if isinstance(strategy, NestedStrategy):
-        lengths = tuple(end - begin for begin, end in pairwise(edges))
-        return _nested_plan(strategy, start - first, lengths).at(first)
-    blocks = [_written_block(strategy, *edge, stop - start) for edge in pairwise(edges)]
-    plan = _plan_of_blocks(strategy, start - first, blocks).at(first)
-    check_schedule(plan.schedule, first, start, stop, joints)
-    return plan
-
-
-def _nested_plan(strategy: NestedStrategy, lead_steps: int, lengths: tuple[int, ...]) -> Plan:
-    """The plan of a window that begins at step 0, with blocks of the given lengths."""
-    num_steps = sum(lengths)
-    stretches = ((steps, strategy.nesting(steps, num_steps)) for steps in lengths)
-    return _plan_of_blocks(strategy, lead_steps, run_length_coded(stretches))
-
-
-def _plan_of_blocks(strategy: Strategy, lead_steps: int, blocks: Sequence[Block]) -> Plan:
-    longest = max(block.longest_leaf for block in blocks)
-    return Plan(
+        lengths = [end - begin for begin, end in edges]
+        blocks = run_length_coded((n, strategy.nesting(n, stop - start)) for n in lengths)
+    else:
+        blocks = tuple(_written_block(strategy, *edge, stop - start) for edge in edges)
+    plan = Plan(
         strategy=str(strategy),
-        first=0,
-        lead_steps=lead_steps,
-        blocks=tuple(blocks),
-        advance_steps=usual_advance_steps(longest),
+        first=first,
+        lead_steps=start - first,
+        blocks=blocks,
+        advance_steps=usual_advance_steps(max(block.how.longest_leaf for block in blocks)),
     )
+    if not isinstance(strategy, NestedStrategy):
+        check_schedule(plan.schedule, first, start, stop, joints)
+    return plan
 
 
 def run_length_coded(stretches: Iterable[tuple[int, Nesting]]) -> tuple[Block, ...]:

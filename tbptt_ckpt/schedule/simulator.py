@@ -6,7 +6,7 @@ It is an account of its own: it knows nothing of how schedules are planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from tbptt_ckpt.errors import ScheduleError, check_positive_int
@@ -112,7 +112,7 @@ class _Replay:
         self.base_bytes, self.advance_steps = base_bytes, advance_steps
         self.kept: set[int] = set()
         self.working: int | None = None  # None too where it is a given state
-        self.timeline = _Timeline()
+        self.timeline: list[tuple[float, int]] = []
         self.seconds, self.peak_bytes = 0.0, base_bytes
         self.advanced = self.differentiated = self.leaves = self.calls = self.boundaries = 0
 
@@ -120,7 +120,7 @@ class _Replay:
         """Do one action."""
         match action:
             case Advance(start, stop):
-                self._advance(stop - start, self._num_losses(start, stop))
+                self._advance(start, stop)
                 self.working = None if stop in self.given else stop
             case Keep(step):
                 self.kept.add(step)
@@ -141,18 +141,21 @@ class _Replay:
             num_leaves=self.leaves,
             num_calls=self.calls,
             num_boundaries=self.boundaries,
-            timeline=tuple(self.timeline.points),
+            timeline=tuple(self.timeline),
         )
 
     def _num_losses(self, start: int, stop: int) -> int:
         return max(0, stop - max(start, self.loss_start))
 
-    def _advance(self, steps: int, num_losses: int) -> None:
-        self._hold(self.costs.advance_peak(steps, num_losses, self.advance_steps))
+    def _advance(self, start: int, stop: int) -> None:
+        steps, losses = stop - start, self._num_losses(start, stop)
+        self._hold(self.costs.advance_peak(steps, losses, self.advance_steps))
         self.advanced += steps
-        for call in _calls(steps, self.advance_steps):
-            self.seconds += call.count * self.costs.advance_seconds(call.steps)
-            self.calls += call.count
+        whole, rest = divmod(steps, self.advance_steps)
+        for count, call_steps in ((whole, self.advance_steps), (int(rest > 0), rest)):
+            if count:
+                self.seconds += count * self.costs.advance_seconds(call_steps)
+                self.calls += count
 
     def _differentiate(self, start: int, stop: int) -> None:
         if self.working != start:
@@ -171,32 +174,7 @@ class _Replay:
         self.boundaries = max(self.boundaries, held)
         now_bytes = self.base_bytes + held * self.costs.state_bytes + action_bytes
         self.peak_bytes = max(self.peak_bytes, now_bytes)
-        self.timeline.add(self.seconds, now_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    steps: int
-    count: int
-
-
-def _calls(steps: int, longest: int) -> Iterator[_Calls]:
-    """The calls of an advance."""
-    if steps >= longest:
-        yield _Calls(longest, steps // longest)
-    if steps % longest:
-        yield _Calls(steps % longest, 1)
-
-
-class _Timeline:
-    """Points in time; of neighbours the higher survives where there are too many."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[float, int]] = []
-
-    def add(self, seconds: float, num_bytes: int) -> None:
-        """Add a point."""
-        self.points.append((seconds, num_bytes))
-        if len(self.points) >= 2 * _KEPT_POINTS:
-            pairs = zip(self.points[::2], self.points[1::2], strict=True)
-            self.points = [max(pair, key=lambda point: point[1]) for pair in pairs]
+        self.timeline.append((self.seconds, now_bytes))
+        if len(self.timeline) >= 2 * _KEPT_POINTS:  # of neighbours the higher survives
+            pairs = zip(self.timeline[::2], self.timeline[1::2], strict=True)
+            self.timeline = [max(pair, key=lambda point: point[1]) for pair in pairs]

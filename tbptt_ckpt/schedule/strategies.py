@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 from tbptt_ckpt.errors import ArgumentError, ScheduleError, check_positive_int
 from tbptt_ckpt.schedule.actions import Action, Differentiate, check_schedule, moved
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
-from tbptt_ckpt.schedule.revolve import revolve_nesting, uniform_nesting
 
 
 @runtime_checkable
@@ -64,7 +63,10 @@ class Uniform(NestedStrategy):
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Advance leaf by leaf, keep each leaf's first state, then differentiate backwards."""
-        return uniform_nesting(steps, self.leaf_steps)
+        builder = NestingBuilder()
+        before = (steps - 1) // self.leaf_steps
+        last = builder.leaf(steps - before * self.leaf_steps)  # a shorter one is last in time
+        return builder.build(builder.split(builder.leaf(self.leaf_steps), before, last))
 
     def __str__(self) -> str:
         return f"uniform:{self.leaf_steps}"
@@ -76,7 +78,7 @@ class Step(NestedStrategy):
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Leaves of one step."""
-        return uniform_nesting(steps, 1)
+        return Uniform(1).nesting(steps, window_steps)
 
     def __str__(self) -> str:
         return "step"
@@ -88,7 +90,7 @@ class Sqrt(NestedStrategy):
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Uniform leaves whose length follows from the window's."""
-        return uniform_nesting(steps, math.isqrt(window_steps - 1) + 1)
+        return Uniform(math.isqrt(window_steps - 1) + 1).nesting(steps, window_steps)
 
     def __str__(self) -> str:
         return "sqrt"
@@ -147,11 +149,45 @@ class Revolve(NestedStrategy):
         check_positive_int("num_states", self.num_states)
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
-        """The binomial schedule."""
-        return revolve_nesting(steps, self.num_states)
+        """The binomial schedule; its tree is walked with a stack."""
+        builder = NestingBuilder()
+        made: dict[tuple[int, int], int] = {}
+        todo = [(steps, self.num_states)]
+        while todo:
+            stretch = todo[-1]
+            if stretch in made:
+                todo.pop()
+                continue
+            length, states = stretch
+            if length == 1:
+                made[stretch] = builder.leaf(1)
+                continue
+            left = length - 1 if states == 1 else _revolve_split(length, states)
+            parts = [(left, states), (length - left, max(1, states - 1))]
+            missing = [part for part in parts if part not in made]
+            if missing:
+                todo += missing
+            else:
+                made[stretch] = builder.split(made[parts[0]], 1, made[parts[1]])
+        return builder.build(made[steps, self.num_states])
 
     def __str__(self) -> str:
         return f"revolve:{self.num_states}"
+
+
+def _revolve_split(num_steps: int, num_states: int) -> int:
+    """Steps to advance before the next state is kept.
+
+    With r advances per step, s states reach beta(s, r) = C(s + r, s) steps. Any split that
+    leaves both sides between their reaches of one advance less and of r is optimal
+    (Griewank & Walther 2000, theorem 1); this takes the shortest left side.
+    """
+    advances = 0
+    while math.comb(num_states + advances, num_states) < num_steps:
+        advances += 1
+    left_reach = math.comb(num_states + advances - 2, num_states) if advances >= 2 else 0
+    right_reach = math.comb(num_states - 1 + advances, advances)
+    return max(1, left_reach, num_steps - right_reach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,22 +197,21 @@ class UserSchedule:
     relative: tuple[Action, ...]
 
     def __post_init__(self) -> None:
-        check_schedule(self.relative, 0, 0, self._covered())
+        check_schedule(self.relative, 0, 0, self._covered)
 
+    @property
     def _covered(self) -> int:
         return max((a.stop for a in self.relative if isinstance(a, Differentiate)), default=0)
 
     def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
         """The user's actions, moved to the window's start."""
-        covered = self._covered()
-        if covered != stop - start:
+        if self._covered != stop - start:
             raise ScheduleError(
-                f"the schedule given as strategy covers {covered} steps, "
+                f"the schedule given as strategy covers {self._covered} steps, "
                 f"the window [{start}, {stop}) has {stop - start}; "
                 "pass a function of (start, stop) to serve windows of several lengths"
             )
-        for action in self.relative:
-            yield moved(action, start)
+        return (moved(action, start) for action in self.relative)
 
     def __str__(self) -> str:
         return "user schedule"
