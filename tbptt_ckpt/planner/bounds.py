@@ -13,32 +13,31 @@ from itertools import chain
 
 import numpy as np
 
-from tbptt_ckpt.planner.feasibility import Demand, way_fits
+from tbptt_ckpt.planner.feasibility import Demand, Stretch, Way, way_fits, ways
 from tbptt_ckpt.planner.leaves import LeafRoom
-from tbptt_ckpt.planner.price_table import BEYOND, Floats, Ints, best_leaves, best_rows
-from tbptt_ckpt.planner.short import SHORT_STEPS, short_seconds
-from tbptt_ckpt.planner.ways import Stretch, Way, ways
+from tbptt_ckpt.planner.pricing import (
+    BEYOND,
+    MANY_LEVELS,
+    ROUNDS,
+    Floats,
+    Ints,
+    best_leaves,
+    best_rows,
+)
+from tbptt_ckpt.planner.short import SHORT_STEPS, short_table
 from tbptt_ckpt.schedule.actions import usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
-
-_MANY_LEVELS = 512
-_ROUNDS = 60  # prices tried at most; about ten are needed
+from tbptt_ckpt.schedule.curves import Curve
 
 
-def least_advance_rate(costs: Costs, most_steps: int) -> float:
-    """Seconds a step of an advance takes at least, in calls of at most so many."""
-    curve = costs.advance_seconds
-    calls = {1, most_steps, *(p for p, _ in curve.points if 0 < p < most_steps)}
+def _least_rate(curve: Curve, most_steps: int) -> float:
+    """Seconds a step takes at least, in calls of at most so many."""
+    calls = {1, most_steps, *curve.bends(most_steps)}
     return min(curve(n) / n for n in calls)
 
 
 class SecondsBound:
-    """What no plan of a window goes below.
-
-    Args:
-        demand: The window.
-        costs: What steps take.
-    """
+    """What no plan of a window goes below."""
 
     def __init__(self, demand: Demand, costs: Costs) -> None:
         self._demand, self._costs = demand, costs
@@ -63,11 +62,11 @@ class SecondsBound:
             for room in chain.from_iterable(rooms.values())
             for length in (1, room.leaf(0), room.last(0))
         )
-        rate = least_advance_rate(costs, usual_advance_steps(longest))
+        rate = _least_rate(costs.advance_seconds, usual_advance_steps(longest))
         seconds = demand.lead_steps * rate
         for stretch, count in self._stretches.items():
             if stretch.steps <= SHORT_STEPS:
-                seconds += count * short_seconds(stretch, free_bytes, costs)
+                seconds += count * short_table(stretch, free_bytes, costs).seconds(stretch.steps)
                 continue
             seconds += count * min(self._least(room, rate) for room in rooms[stretch])
         if len(demand.lengths) > 1:  # one leaf over all
@@ -100,14 +99,12 @@ class _Worth:
 
     def __init__(self, room: LeafRoom, advance_rate: float) -> None:
         self._room, self._advance_rate = room, advance_rate
-        curve = room.costs.leaf_seconds
         self._leaves = self._lasts = _Leaves(room, room.covering_lengths())
         self._is_cut = len(self._leaves.lengths) <= room.deepest_leaf  # more would fit
         if room.way.is_last:
             self._lasts = _Leaves(room, room.last_lengths(len(self._leaves.lengths) + 1))
         longest = max(self._leaves.longest, self._lasts.longest)
-        lengths = {1, longest, *(p for p, _ in curve.points if 0 < p < longest)}
-        self._leaf_rate = min(curve(n) / n for n in lengths)
+        self._leaf_rate = _least_rate(room.costs.leaf_seconds, longest)
 
     def tightest_price(self) -> float:
         """The price with the highest bound, which is concave in it."""
@@ -117,7 +114,7 @@ class _Worth:
         while at_low and at_high and at_high[1] < steps:
             low, at_low, high = high, at_high, 2 * high
             at_high = self._most(high)
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             if not (at_low and at_high) or at_high[1] <= at_low[1]:
                 break
             # Both are straight lines around their prices; where they meet is the next price.
@@ -148,7 +145,7 @@ class _Worth:
         """
         leaves, step = self._leaves, self._advance_rate
         most_levels = (price - self._leaf_rate) / step if step else math.inf
-        if most_levels > _MANY_LEVELS or not len(leaves.lengths):
+        if most_levels > MANY_LEVELS or not len(leaves.lengths):
             return None
         levels = math.ceil(max(0.0, most_levels)) + 1  # where every step is a loss
         left, covered = leaves.best(price - (levels - 1) * step, is_advanced=True)
@@ -177,22 +174,21 @@ class _Leaves:
         self._costs, self.longest = room.costs, max(lengths, default=0)
         self.lengths = np.array(lengths, np.int64)
         leaf, advance = room.costs.leaf_seconds, room.costs.advance_seconds
-        points = {1, *(p for p, _ in (*leaf.points, *advance.points) if 0 < p < self.longest)}
-        self._bends = sorted(points)
+        bends = sorted({1, *leaf.bends(self.longest), *advance.bends(self.longest)})
         distinct, where = np.unique(self.lengths, return_inverse=True)
         self._seconds = [
             np.array([self._least(n, is_advanced) for n in distinct.tolist()], float)[where]
             for is_advanced in (False, True)
         ]
         self._bend_seconds = [
-            [(n, self._least(n, is_advanced)) for n in self._bends] for is_advanced in (False, True)
+            [(n, self._least(n, is_advanced)) for n in bends] for is_advanced in (False, True)
         ]
 
     def _least(self, steps: int, is_advanced: bool) -> float:
         """Time of a leaf, with the advance of just its steps if it has one, in any calls."""
         seconds = self._costs.leaf_seconds(steps)
         if is_advanced and steps:
-            seconds += steps * least_advance_rate(self._costs, steps)
+            seconds += steps * _least_rate(self._costs.advance_seconds, steps)
         return seconds
 
     def best(self, price: float, *, is_advanced: bool = False) -> tuple[Floats, Ints]:

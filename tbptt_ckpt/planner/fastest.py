@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, check_positive_int
 from tbptt_ckpt.planner.bounds import SecondsBound
-from tbptt_ckpt.planner.feasibility import Demand, certain_budget, largest_steps, smallest_budget
+from tbptt_ckpt.planner.feasibility import (
+    Demand,
+    Stretch,
+    certain_budget,
+    largest_steps,
+    smallest_budget,
+)
 from tbptt_ckpt.planner.predictions import (
     Prediction,
     advance_seconds,
+    in_longest_calls,
     losses_of_copies,
     predict,
 )
 from tbptt_ckpt.planner.search import fastest_nestings, is_exact
-from tbptt_ckpt.planner.ways import Stretch
 from tbptt_ckpt.schedule.actions import usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
@@ -112,7 +117,10 @@ def _fastest(demand: Demand, costs: Costs, budget_bytes: int | None) -> Predicte
     for, and the fastest made for any of them up to the given one is taken. Few have to be
     looked at, since below some budget no plan can be as fast as one that is known.
     """
-    enough_bytes = _enough_bytes(demand, costs)
+    # More bytes than these change nothing.
+    steps = demand.num_steps + demand.lead_steps
+    actions_bytes = costs.most_bytes(steps) + costs.update_bytes
+    enough_bytes = demand.base_bytes(costs) + actions_bytes + (steps + 1) * costs.state_bytes
     budget_bytes = enough_bytes if budget_bytes is None else min(budget_bytes, enough_bytes)
     if not demand.fits(budget_bytes, costs):
         raise _infeasible(demand, costs, budget_bytes)
@@ -160,13 +168,6 @@ def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> PredictedPlan:
     return min(cut, whole, key=lambda found: found.predicted_seconds)
 
 
-def _enough_bytes(demand: Demand, costs: Costs) -> int:
-    """A budget beyond which more change nothing."""
-    steps = demand.num_steps + demand.lead_steps
-    actions = costs.most_bytes(steps) + costs.update_bytes
-    return demand.base_bytes(costs) + actions + (steps + 1) * costs.state_bytes
-
-
 def _within(
     planned: Plan,
     demand: Demand,
@@ -190,25 +191,10 @@ def _within(
         return Prediction(simulation.peak_bytes, simulation.seconds)
 
     usual = usual_advance_steps(planned.longest_leaf)
-    advance_steps, found = _largest_fitting(usual, prediction, budget_bytes)
+    advance_steps, found = in_longest_calls(usual, prediction, budget_bytes or math.inf)
     if budget_bytes is not None and found.peak_bytes > budget_bytes:
         raise _strategy_misses(planned.strategy, found.peak_bytes, demand, costs, budget_bytes)
     return planned.predicted(found.peak_bytes, found.seconds, advance_steps)
-
-
-def _largest_fitting(
-    usual: int, prediction: Callable[[int], Prediction], budget_bytes: int | None
-) -> tuple[int, Prediction]:
-    """The longest calls of an advance that fit, and what they give; or the shortest."""
-    found = prediction(usual)
-    if budget_bytes is None or found.peak_bytes <= budget_bytes:
-        return usual, found
-
-    def misses(advance_steps: int) -> bool:
-        return prediction(advance_steps).peak_bytes > budget_bytes
-
-    advance_steps = max(1, bisect_left(range(1, usual), True, key=misses))
-    return advance_steps, prediction(advance_steps)
 
 
 def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: int) -> Prediction:

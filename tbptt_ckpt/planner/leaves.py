@@ -8,6 +8,7 @@ towards the window's start.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tbptt_ckpt.planner.ways import Way
+from tbptt_ckpt.planner.feasibility import Way
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -87,26 +88,21 @@ class LeafRoom:
                 return
             depth = int(after)
 
-    def lengths(self, most: int) -> list[int]:
-        """The longest leaf at each depth, at most `most` of them."""
-        return self._lengths(most)
-
-    def covering_lengths(self) -> list[int]:
-        """The same as far as leaves are of use: those at lesser depths cover the stretch twice."""
-        return self._lengths(min(self.steps, _MOST_FULL), 2 * self.steps)
-
-    def _lengths(self, most: int, enough: int | None = None) -> list[int]:
+    def lengths(self, most: int, enough: int = 1 << 62) -> list[int]:
+        """The longest leaf at each depth, at most `most` of them, until they cover enough steps."""
         found: list[int] = []
         covered = 0
         for depth, after, steps in self.runs():
-            count = int(min(after - depth, most - len(found)))
-            if enough is not None:
-                count = min(count, -(-(enough - covered) // steps))
+            count = int(min(after - depth, most - len(found), -((covered - enough) // steps)))
             found += [steps] * count
             covered += steps * count
-            if len(found) >= most or (enough is not None and covered >= enough):
+            if len(found) >= most or covered >= enough:
                 break
         return found
+
+    def covering_lengths(self) -> list[int]:
+        """The same as far as leaves are of use: those at lesser depths cover the stretch twice."""
+        return self.lengths(min(self.steps, _MOST_FULL), 2 * self.steps)
 
     def last_lengths(self, most: int) -> list[int]:
         """The same for leaves at the stretch's end."""
@@ -188,30 +184,17 @@ class LeafRoom:
         covered = 0
         for depth, after, steps in self.runs():
             most = int(min(after, self.deepest_last, depth + -(-self.steps // steps)))
-            count = self._leaves_before_last(depth, covered, steps, most)
-            if count is not None:
-                return self._filled(count)
+            before = covered - depth * steps
+
+            def reaches(count: int, before: int = before, steps: int = steps) -> bool:
+                return before + count * steps + self.last(count) >= self.steps
+
+            if most > depth and reaches(most):
+                return self._filled(bisect_left(range(most), True, depth + 1, key=reaches))
             if most < after:
                 return None
             covered += steps * (most - depth)
         return None
-
-    def _leaves_before_last(self, depth: int, covered: int, steps: int, most: int) -> int | None:
-        """The fewest leaves before the last one, more than `depth` and at most `most`."""
-
-        def reaches(count: int) -> bool:
-            return covered + (count - depth) * steps + self.last(count) >= self.steps
-
-        low, high = depth + 1, most
-        if high < low or not reaches(high):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            if reaches(middle):
-                high = middle
-            else:
-                low = middle + 1
-        return low
 
     def _filled(self, count: int) -> list[tuple[int, int]]:
         """`count` leaves, all but their last as long as may be, then the stretch's last one."""

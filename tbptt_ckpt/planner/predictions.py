@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from tbptt_ckpt.planner.ways import Stretch
+from tbptt_ckpt.planner.feasibility import Stretch
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
 
@@ -32,19 +33,26 @@ def advance_seconds(costs: Costs, steps: int, advance_steps: int) -> float:
 
 
 def predict(nesting: Nesting, costs: Costs, advance_steps: int, stretch: Stretch) -> Prediction:
-    """What a stretch takes whose first state is given.
-
-    Args:
-        nesting: How it is run.
-        costs: What its steps take.
-        advance_steps: Most steps of one call in an advance.
-        stretch: Which of its steps have a loss, and whether its last leaf runs before
-            gradients exist.
-    """
+    """What a stretch takes whose first state is given, in advances of at most so many steps."""
     return Prediction(
         _Peaks(nesting, costs, advance_steps).of(stretch),
         _seconds(nesting, costs, advance_steps),
     )
+
+
+def in_longest_calls(
+    usual: int, prediction: Callable[[int], Prediction], limit_bytes: float
+) -> tuple[int, Prediction]:
+    """The most steps of a call of an advance that fit, and what they give; else of the shortest."""
+    found = prediction(usual)
+    if found.peak_bytes <= limit_bytes:
+        return usual, found
+
+    def misses(advance_steps: int) -> bool:
+        return prediction(advance_steps).peak_bytes > limit_bytes
+
+    advance_steps = max(1, bisect_left(range(1, usual), True, key=misses))
+    return advance_steps, prediction(advance_steps)
 
 
 def losses_of_copies(count: int, steps: int, num_losses: int) -> Iterator[tuple[int, int]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from functools import cache
 
 import numpy as np
 
-from tbptt_ckpt.planner.feasibility import Demand, way_fits
+from tbptt_ckpt.planner.feasibility import Demand, Stretch, Way, way_fits, ways
 from tbptt_ckpt.planner.leaves import LeafRoom
-from tbptt_ckpt.planner.predictions import Prediction, predict
-from tbptt_ckpt.planner.price_table import Rooms
-from tbptt_ckpt.planner.pricing import PriceBuilder, fewest_levels, with_one_state
-from tbptt_ckpt.planner.short import SHORT_STEPS, short_nesting
-from tbptt_ckpt.planner.ways import Stretch, Way, ways
+from tbptt_ckpt.planner.predictions import Prediction, in_longest_calls, predict
+from tbptt_ckpt.planner.pricing import PriceBuilder, Rooms, with_one_state
+from tbptt_ckpt.planner.short import SHORT_STEPS, short_table
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS, usual_advance_steps
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
@@ -30,13 +27,7 @@ def is_exact(demand: Demand) -> bool:
 
 
 def fastest_nestings(demand: Demand, free_bytes: int, costs: Costs) -> list[Nesting]:
-    """Nestings of the blocks of a window that fits, in time order; those alike are planned once.
-
-    Args:
-        demand: The window.
-        free_bytes: For states and one leaf.
-        costs: What steps take.
-    """
+    """Nestings of the blocks of a window that fits, in time order; those alike are planned once."""
     planned = cache(lambda stretch: _Search(stretch, free_bytes, costs).fastest())
     return [planned(stretch) for stretch in demand.stretches]
 
@@ -52,7 +43,7 @@ class _Search:
         """The fastest of all that are tried."""
         stretch, free_bytes = self._stretch, self._free_bytes
         if stretch.steps <= SHORT_STEPS:
-            self._consider(short_nesting(stretch, free_bytes, self._costs))
+            self._consider(short_table(stretch, free_bytes, self._costs).nesting(stretch.steps))
         for way in ways(stretch, self._costs):
             if way_fits(way, stretch.steps, free_bytes):
                 self._try(way)
@@ -95,13 +86,8 @@ class _Search:
             return predict(nesting, self._costs, advance_steps, self._stretch)
 
         usual = usual_advance_steps(nesting.longest_leaf)
-        found = prediction(usual)
-        if found.peak_bytes <= self._free_bytes:
-            return found
-        longest = bisect_left(
-            range(1, usual), True, key=lambda n: prediction(n).peak_bytes > self._free_bytes
-        )
-        return prediction(longest) if longest else None
+        _, found = in_longest_calls(usual, prediction, self._free_bytes)
+        return found if found.peak_bytes <= self._free_bytes else None
 
 
 def _least_seconds(room: LeafRoom) -> float:
@@ -120,8 +106,8 @@ def _least_seconds(room: LeafRoom) -> float:
     advanced = max(0, room.steps - room.last(0))
     advanced += max(0, room.steps - room.last(0) - once)
     longest = min(room.longest, room.last(0))
-    points = [p for p, _ in costs.leaf_seconds.points if 0 < p < longest]
-    leaf_rate = min(costs.leaf_seconds(n) / n for n in [*points, longest])
+    lengths = [*costs.leaf_seconds.bends(longest), longest]
+    leaf_rate = min(costs.leaf_seconds(n) / n for n in lengths)
     return leaf_rate * room.steps + costs.advance_seconds.slope * advanced
 
 
@@ -131,7 +117,7 @@ def _leaf_limits(steps: int, costs: Costs) -> list[int]:
     def step_seconds(length: int) -> float:
         return costs.leaf_seconds(length) / length
 
-    points = [p for p, _ in costs.leaf_seconds.points if 0 < p < steps]
+    points = costs.leaf_seconds.bends(steps)
     later = [*points[1:], steps]
     slower = [
         point
@@ -147,11 +133,8 @@ def _with_levels(room: LeafRoom, *, is_needed: bool) -> Nesting | None:
     if rooms is None:
         return None
     if len(rooms.leaves) == 2 and len(rooms.lasts) != 1:
-        builder, node = with_one_state(rooms)
-        return builder.build(node)
-    fewest = fewest_levels(rooms)
-    builder, node = PriceBuilder(rooms, fewest, fewest + _MORE_LEVELS).build()
-    return builder.build(node)
+        return with_one_state(rooms)
+    return PriceBuilder(rooms, _MORE_LEVELS).build()
 
 
 def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
@@ -167,7 +150,7 @@ def _rooms(room: LeafRoom, deepest: int) -> Rooms | None:
     if room.way.is_last:
         lasts = room.last_lengths(len(leaves) + 1)
     seconds = room.costs.leaf_seconds
-    bends = [p for p, _ in seconds.points if 0 < p < leaves[0]] if len(seconds.points) > 2 else []
+    bends = seconds.bends(leaves[0]) if len(seconds.points) > 2 else []
     return Rooms(
         steps=room.steps,
         leaves=np.array(leaves, np.int64),

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.planner.ways import Stretch
+from tbptt_ckpt.planner.feasibility import Stretch
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
@@ -38,24 +38,10 @@ class _Segments:
 
 
 class ShortTable:
-    """The fastest segments of up to `most` steps that start at every depth.
-
-    Args:
-        most: Steps.
-        free_bytes: For the states and one leaf.
-        costs: What steps take.
-        num_losses: How many of the last steps have losses.
-        is_last: Whether the window ends with the segment.
-    """
+    """The fastest segments of up to `most` steps that start at every depth."""
 
     def __init__(
-        self,
-        most: int,
-        free_bytes: int,
-        costs: Costs,
-        num_losses: int,
-        *,
-        is_last: bool,
+        self, most: int, free_bytes: int, costs: Costs, num_losses: int, is_last: bool
     ) -> None:
         self._most, self._costs, self._num_losses = most, costs, num_losses
         self._leaf = np.array([costs.leaf_seconds(steps) for steps in range(most + 1)])
@@ -166,17 +152,8 @@ def _bytes_with_both(most: int, num_losses: int, costs: Costs) -> NDArray[np.int
     return peaks
 
 
-def short_nesting(stretch: Stretch, free_bytes: int, costs: Costs) -> Nesting | None:
-    """The fastest nesting of at most `SHORT_STEPS` steps; None where none fits."""
-    return _table_of(stretch, free_bytes, costs).nesting(stretch.steps)
-
-
-def short_seconds(stretch: Stretch, free_bytes: int, costs: Costs) -> float:
-    """Time of the fastest nesting; infinity where none fits."""
-    return _table_of(stretch, free_bytes, costs).seconds(stretch.steps)
-
-
-def _table_of(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
+def short_table(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
+    """The table of a stretch of at most `SHORT_STEPS` steps, made once for all lengths."""
     most = next(size for size in _SIZES if size >= stretch.steps)
     num_losses = stretch.num_losses
     is_cut = 0 < num_losses < stretch.steps
@@ -185,9 +162,4 @@ def _table_of(stretch: Stretch, free_bytes: int, costs: Costs) -> ShortTable:
     return _short_table(most, free_bytes, costs, num_losses, stretch.is_last)
 
 
-@lru_cache(maxsize=64)
-def _short_table(
-    most: int, free_bytes: int, costs: Costs, num_losses: int, is_last: bool
-) -> ShortTable:
-    """The table, made once for all lengths."""
-    return ShortTable(most, free_bytes, costs, num_losses, is_last=is_last)
+_short_table = lru_cache(maxsize=64)(ShortTable)

@@ -59,13 +59,9 @@ class QuietBytes:
     def before_losses(
         self, steps: int, num_losses: int, losses: Curve, *, makes_gradients: bool
     ) -> float:
-        """Peak of a leaf of such steps, and then of some with a loss.
+        """Peak of a leaf of such steps, and then of some with a loss, whose leaves take `losses`.
 
-        Args:
-            steps: Steps without a loss.
-            num_losses: Steps with one.
-            losses: Bytes of leaves of such steps.
-            makes_gradients: Whether what is held becomes the gradients, which are fixed bytes.
+        `makes_gradients`: whether what is held becomes the gradients, which are fixed bytes.
         """
         if self.graph is None:
             added = losses(num_losses) - self.leaf(num_losses)
@@ -120,13 +116,7 @@ class Costs:
     quiet: QuietBytes | None = None
 
     def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
-        """Peak of a leaf.
-
-        Args:
-            steps: Its steps.
-            num_losses: How many of them, the last ones, have a loss.
-            is_last: Whether it is the leaf that is last in time.
-        """
+        """Peak of a leaf whose last steps have losses; `is_last`: the one that is last in time."""
         curve, without = self.leaf_curve(is_last=is_last), steps - num_losses
         if self.quiet is None or not without:
             return math.ceil(curve(steps))

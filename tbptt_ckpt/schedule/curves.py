@@ -66,6 +66,10 @@ class Curve:
         (x0, y0), (x1, y1) = self.points[-2:]
         return (y1 - y0) / (x1 - x0)
 
+    def bends(self, below: int) -> list[int]:
+        """The numbers of steps of its points, below the given one."""
+        return [steps for steps, _ in self.points if 0 < steps < below]
+
     def __call__(self, steps: int) -> float:
         """The value at a number of steps, never negative."""
         if len(self.points) == 1:
@@ -130,7 +134,10 @@ def bounding_curve(samples: Iterable[tuple[int, int]]) -> Curve:
     exact = Curve.through(samples)
     hull: list[tuple[int, float]] = []
     for point in exact.points:
-        while len(hull) > 1 and hull[-2][0] >= _STRAIGHT_FROM and _is_below(hull, point):
+        while len(hull) > 1 and hull[-2][0] >= _STRAIGHT_FROM:
+            (x0, y0), (x1, y1), (x2, y2) = *hull[-2:], point
+            if (y1 - y0) * (x2 - x0) > (y2 - y0) * (x1 - x0):  # above the line past it
+                break
             hull.pop()
         hull.append(point)
     above = Curve(tuple(hull))
@@ -141,12 +148,6 @@ def bounding_curve(samples: Iterable[tuple[int, int]]) -> Curve:
     last, highest = exact.points[-1]
     beyond = highest + last * max(above.slope, exact.slope)
     return Curve((*hull, (2 * last, beyond)))
-
-
-def _is_below(hull: list[tuple[int, float]], point: tuple[int, float]) -> bool:
-    """Whether the hull's last point lies below the line from the one before it to `point`."""
-    (x0, y0), (x1, y1), (x2, y2) = *hull[-2:], point
-    return (y1 - y0) * (x2 - x0) <= (y2 - y0) * (x1 - x0)
 
 
 def seconds_curve(samples: Iterable[tuple[int, float]]) -> Curve:
