@@ -111,7 +111,7 @@ class Schedule(Sequence[Action]):
             return [found[i] for i in positions]
         return next(islice(iter(self), positions, None))
 
-    def actions(self, start: int) -> Iterator[Action]:
+    def placed(self, start: int) -> Iterator[Action]:
         """The same actions, `start` steps later."""
         return (moved(action, start) for action in self)
 

@@ -80,7 +80,7 @@ class Nesting:
         """Whether a node is a leaf."""
         return self.nodes[node][1] == 0
 
-    def actions(self, start: int) -> Iterator[Action]:
+    def placed(self, start: int) -> Iterator[Action]:
         """The schedule of the stretch, if its first step is `start`."""
         todo: list[Action | tuple[int, int, int]] = [(len(self.nodes) - 1, start, -1)]
         while todo:

@@ -201,7 +201,7 @@ class Plan:
         for block in reversed(self.blocks):
             for _ in range(block.count):
                 stop -= block.steps
-                yield from block.how.actions(stop)
+                yield from block.how.placed(stop)
         if keeps_start:
             yield Drop(start)
 

@@ -36,7 +36,7 @@ class NestedStrategy:
 
     def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
         """The nesting's actions."""
-        return self.nesting(stop - start, window_steps).actions(start)
+        return self.nesting(stop - start, window_steps).placed(start)
 
 
 @dataclass(frozen=True, slots=True)
