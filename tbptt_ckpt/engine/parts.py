@@ -37,25 +37,15 @@ _EXECUTORS: dict[str, Callable[[], Executor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What runs the windows of an engine.
+    """What runs the windows of an engine."""
 
-    Attributes:
-        runner: Calls the module.
-        loss_function: The loss.
-        updater: Updates the weights.
-        executor: Runs schedules.
-        budget: Plans windows, and keeps them within bytes.
-        parameters: The weights of module and loss.
-        observer: Told of all that is done.
-    """
-
-    runner: Runner
-    loss_function: LossFunction
-    updater: Updater
-    executor: Executor
-    budget: WindowBudget
-    parameters: list[nn.Parameter]
-    observer: Observer
+    runner: Runner  # calls the module
+    loss_function: LossFunction  # the loss
+    updater: Updater  # updates the weights
+    executor: Executor  # runs schedules
+    budget: WindowBudget  # plans windows, and keeps them within bytes
+    parameters: list[nn.Parameter]  # the weights of module and loss
+    observer: Observer  # told of all that is done
 
     @property
     def recurrence(self) -> Recurrence:

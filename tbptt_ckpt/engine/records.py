@@ -15,22 +15,14 @@ from tbptt_ckpt.schedule.windows import Window
 
 @dataclass(slots=True)
 class Records:
-    """States at steps where later windows begin or restart, dropped when none will.
-
-    Attributes:
-        boundaries: States by step.
-        ambients: Generators and buffers by step, as found when the step was new.
-        carried: The state at the last update point.
-        origin: The step that no window reaches across, 0 unless a window was skipped.
-        origin_state: The state there; None where it is the sequence's first state, or has
-            not been replaced by another.
-        has_origin_state: Whether `origin_state` counts.
-    """
+    """States at steps where later windows begin or restart, dropped when none will."""
 
     boundaries: dict[int, Boundary] = field(default_factory=dict)
+    # Generators and buffers as they were found when the step was new.
     ambients: dict[int, AmbientState] = field(default_factory=dict)
-    carried: Boundary | None = None
-    origin: int = 0
+    carried: Boundary | None = None  # the state at the last update point
+    origin: int = 0  # the step that no window reaches across, 0 unless a window was skipped
+    # The state there, where it is no more the sequence's first state.
     origin_state: Tree = None
     has_origin_state: bool = False
 

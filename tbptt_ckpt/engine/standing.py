@@ -17,21 +17,13 @@ from tbptt_ckpt.schedule.windows import Window
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Standing:
-    """Where a run stands between two windows.
+    """Where a run stands between two windows."""
 
-    Attributes:
-        index: Of the next window.
-        records: What earlier windows left.
-        totals: Sums over them.
-        weights_before: Fingerprint of the weights that the last one ran with.
-        state_grads: Gradients of the last one's first state.
-    """
-
-    index: int = 0
-    records: Records = field(default_factory=Records)
-    totals: Totals = field(default_factory=Totals)
-    weights_before: object = None
-    state_grads: StateGrads | None = None
+    index: int = 0  # of the next window
+    records: Records = field(default_factory=Records)  # what earlier windows left
+    totals: Totals = field(default_factory=Totals)  # sums over them
+    weights_before: object = None  # fingerprint of the weights that the last one ran with
+    state_grads: StateGrads | None = None  # gradients of the last one's first state
 
     def copy(self) -> Standing:
         """The same; windows that follow do not change it."""

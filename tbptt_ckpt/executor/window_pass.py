@@ -50,45 +50,28 @@ class WindowPass:
 
     The part that is differentiated is `[start, stop)`. The losses are those of
     `[loss_start, stop)`, and those before `start` are constants.
-
-    Attributes:
-        blocks: The steps, at least `[first, stop)`.
-        first: First step that runs; smaller than `start` where new steps only advance.
-        start: First step that is differentiated.
-        stop: End of the window.
-        loss_start: First step whose loss counts.
-        ambient: The generators and buffers.
-        runner: Runs the steps.
-        loss: The window's loss.
-        guard: Watches the weights.
-        grad_scale: Factor on the gradients, of a `GradScaler`.
-        stops_at: Steps in order at which runs are cut, the same under every strategy.
-        ambients: Generators and buffers to restore when a run begins at a step.
-        joints: Recorded states from which steps restart, whatever the steps before gave.
-        resets: Lanes that begin a new sequence.
-        wants_state_grads: Whether the gradient of the state at `start` is asked for.
-        observer: Told of what is done; of each state in `stops_at`, or at `stop`, the first time
-            a run ends there.
-        executed_steps: Module steps run so far.
     """
 
-    blocks: Sequence[StepBlock]
-    first: int
-    start: int
-    stop: int
-    loss_start: int
+    blocks: Sequence[StepBlock]  # the steps, at least `[first, stop)`
+    first: int  # first step that runs; smaller than `start` where new steps only advance
+    start: int  # first step that is differentiated
+    stop: int  # end of the window
+    loss_start: int  # first step whose loss counts
     ambient: Ambient
     runner: Runner
     loss: WindowLoss = NO_LOSS
     guard: WeightGuard = field(default_factory=lambda: WeightGuard(()))
-    grad_scale: float = 1.0
-    stops_at: Sequence[int] = ()
+    grad_scale: float = 1.0  # factor on the gradients, of a `GradScaler`
+    stops_at: Sequence[int] = ()  # where runs are cut, in order, under every strategy
+    # Generators and buffers to restore when a run begins at a step.
     ambients: Mapping[int, AmbientState] = field(default_factory=dict)
+    # Recorded states from which steps restart, whatever the steps before gave.
     joints: Mapping[int, Boundary] = field(default_factory=dict)
-    resets: Resets = field(default_factory=Resets)
-    wants_state_grads: bool = True
+    resets: Resets = field(default_factory=Resets)  # lanes that begin a new sequence
+    wants_state_grads: bool = True  # whether the gradient of the state at `start` is asked for
+    # Told of each state in `stops_at`, or at `stop`, the first time a run ends there.
     observer: Observer = UNOBSERVED
-    executed_steps: int = 0
+    executed_steps: int = 0  # module steps run so far
     _arrived: set[int] = field(default_factory=set)
 
     def run(

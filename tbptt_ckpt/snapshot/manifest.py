@@ -18,38 +18,23 @@ _HEADER = b"tbptt-ckpt snapshot sha256 "
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a snapshot.
+    """One file of a snapshot."""
 
-    Attributes:
-        name: Its name in the snapshot's directory.
-        num_bytes: Its size.
-        piece_bytes: Size of the pieces it is hashed in.
-        sha256: The digest of each piece, in hexadecimal digits.
-    """
-
-    name: str
-    num_bytes: int
-    piece_bytes: int
-    sha256: tuple[str, ...]
+    name: str  # its name in the snapshot's directory
+    num_bytes: int  # its size
+    piece_bytes: int  # size of the pieces it is hashed in
+    sha256: tuple[str, ...]  # the digest of each piece, in hexadecimal digits
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a snapshot holds.
+    """What a snapshot holds."""
 
-    Attributes:
-        format: Version of the snapshot format.
-        step: Steps trained when it was taken.
-        created: When, ISO 8601 in UTC.
-        versions: Of the libraries that wrote it.
-        files: All files but the manifest.
-    """
-
-    format: int
-    step: int
-    created: str
-    versions: dict[str, str]
-    files: tuple[FileEntry, ...]
+    format: int  # version of the snapshot format
+    step: int  # steps trained when it was taken
+    created: str  # when, ISO 8601 in UTC
+    versions: dict[str, str]  # of the libraries that wrote it
+    files: tuple[FileEntry, ...]  # all files but the manifest
 
     @property
     def num_bytes(self) -> int:
