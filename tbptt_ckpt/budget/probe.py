@@ -29,46 +29,27 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
 
 @dataclass(frozen=True, slots=True)
 class SegmentBytes:
-    """What segments of some length take.
+    """What segments of some length take."""
 
-    Attributes:
-        steps: Their length.
-        last_leaf: Peak of a leaf before gradients exist, above what then is live.
-        leaf: Peak of a leaf afterwards, above what then is live.
-        advance: Peak of an advance.
-        gradients: Gradients of weights.
-        state_gradients: Gradients of a state.
-        graph: Tensors of a leaf's graph.
-        peak: The highest of all, above what was live before.
-    """
-
-    steps: int
-    last_leaf: int
-    leaf: int
-    advance: int
-    gradients: int
-    state_gradients: int
-    graph: int
-    peak: int
+    steps: int  # their length
+    last_leaf: int  # peak of a leaf before gradients exist, above what then is live
+    leaf: int  # peak of a leaf afterwards, above what then is live
+    advance: int  # peak of an advance
+    gradients: int  # gradients of weights
+    state_gradients: int  # gradients of a state
+    graph: int  # tensors of a leaf's graph
+    peak: int  # the highest of all, above what was live before
 
 
 @dataclass(frozen=True, slots=True)
 class QuietSample:
-    """What segments of some length take whose steps have no loss; the one after them has.
+    """What segments of some length take whose steps have no loss; the one after them has."""
 
-    Attributes:
-        steps: Their length.
-        leaf: Peak of a leaf, above what then is live.
-        graph: Tensors of its graph.
-        advance: Peak of an advance.
-        shared: Gradients of the weights that they use.
-    """
-
-    steps: int
-    leaf: int
-    graph: int
-    advance: int
-    shared: int
+    steps: int  # their length
+    leaf: int  # peak of a leaf, above what then is live
+    graph: int  # tensors of its graph
+    advance: int  # peak of an advance
+    shared: int  # gradients of the weights that they use
 
 
 @dataclass(slots=True)
@@ -76,32 +57,19 @@ class SegmentProbe:
     """Runs segments at a window's end, where its losses are, each from the same state.
 
     Gradients of weights are made anew and left behind; generators and buffers move on.
-
-    Attributes:
-        runner: Calls the module.
-        loss: The loss function.
-        blocks: The steps `[first, stop)`.
-        ambient: Generators and buffers.
-        parameters: The weights.
-        device: Where memory is measured.
-        first: First step.
-        stop: End.
-        loss_start: First step with a loss.
-        boundary: The state that segments start from, whatever step it is of.
-        resets: Lanes that begin a new sequence.
     """
 
     runner: Runner
     loss: LossFunction
-    blocks: Sequence[StepBlock]
+    blocks: Sequence[StepBlock]  # the steps `[first, stop)`
     ambient: Ambient
     parameters: Sequence[nn.Parameter]
-    device: torch.device
+    device: torch.device  # where memory is measured
     first: int
     stop: int
-    loss_start: int
-    boundary: Boundary
-    resets: Resets = field(default_factory=Resets)
+    loss_start: int  # first step with a loss
+    boundary: Boundary  # the state that segments start from, whatever step it is of
+    resets: Resets = field(default_factory=Resets)  # lanes that begin a new sequence
 
     def bytes_of(self, steps: int) -> SegmentBytes:
         """Measure both kinds of leaf, and an advance."""

@@ -34,21 +34,14 @@ _FEW_STATES = (16, 4, 1)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a window looks like to a planner, wherever it lies.
+    """What a window looks like to a planner, wherever it lies."""
 
-    Attributes:
-        num_steps: Steps to differentiate.
-        new_steps: Steps that no window before has run.
-        joints: Steps inside whose states are given, counted from the first differentiated.
-        recorded_states: States that exist before it for it and later ones to start from.
-        coming_states: States that it notes, and the gradient of one.
-    """
-
-    num_steps: int
-    new_steps: int
+    num_steps: int  # steps to differentiate
+    new_steps: int  # steps that no window before has run
+    # Steps inside whose states are given, counted from the first differentiated.
     joints: tuple[int, ...]
-    recorded_states: int
-    coming_states: int
+    recorded_states: int  # states that exist before it for it and later ones to start from
+    coming_states: int  # states that it notes, and the gradient of one
 
     @property
     def run_steps(self) -> int:
@@ -75,35 +68,22 @@ def fullest_shape(
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A window to plan.
-
-    Attributes:
-        window: Its steps.
-        shape: The same as seen by a planner.
-        fullest: The shape of the window that takes most, this one or a later one.
-        held: Trees of what is live before it and belongs to the run, gradients and recorded
-            states aside.
-        recorded: Trees of recorded states.
-        coming_ambients: Generators and buffers at update points that a later window finds noted
-            beside those that are now.
-        makes_first_state: Whether the module makes the first state for itself, from None.
-        copies_weights: Whether its update copies what it changes.
-        blocks: Its inputs and targets.
-        device: Where memory counts.
-        make_probe: Makes what measures segments of it.
-    """
+    """A window to plan."""
 
     window: Window
-    shape: Shape
-    fullest: Shape
+    shape: Shape  # the same as seen by a planner
+    fullest: Shape  # the shape of the window that takes most, this one or a later one
+    # Trees of what is live before it and belongs to the run, gradients and recorded states aside.
     held: tuple[object, ...]
-    recorded: tuple[object, ...]
+    recorded: tuple[object, ...]  # trees of recorded states
+    # Generators and buffers at update points that a later window finds noted beside those that
+    # are now.
     coming_ambients: int
-    makes_first_state: bool
-    copies_weights: bool
-    blocks: Sequence[StepBlock]
-    device: torch.device
-    make_probe: Callable[[], SegmentProbe]
+    makes_first_state: bool  # whether the module makes the first state for itself, from None
+    copies_weights: bool  # whether its update copies what it changes
+    blocks: Sequence[StepBlock]  # its inputs and targets
+    device: torch.device  # where memory counts
+    make_probe: Callable[[], SegmentProbe]  # makes what measures segments of it
 
     @property
     def input_bytes(self) -> int:
@@ -117,12 +97,7 @@ class Request:
 
 
 class PlannedWindow:
-    """A window that is ready to run, by a plan that goes on whatever it takes.
-
-    Attributes:
-        plan: How.
-        metered: Whether it has to be measured, to be held against the plan.
-    """
+    """A window that is ready to run, by a plan that goes on whatever it takes."""
 
     metered = False
 

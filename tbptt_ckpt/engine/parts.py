@@ -39,10 +39,10 @@ _EXECUTORS: dict[str, Callable[[], Executor]] = {
 class Parts:
     """What runs the windows of an engine."""
 
-    runner: Runner  # calls the module
-    loss_function: LossFunction  # the loss
-    updater: Updater  # updates the weights
-    executor: Executor  # runs schedules
+    runner: Runner
+    loss_function: LossFunction
+    updater: Updater
+    executor: Executor
     budget: WindowBudget  # plans windows, and keeps them within bytes
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done

@@ -11,17 +11,9 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The state of every global generator, in numbers, strings and tensors."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
-    version, internal, gauss_next = random.getstate()
     state: dict[str, Any] = {
-        "python": [version, list(internal), gauss_next],
-        "numpy": [
-            str(kind),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - the global one
         "torch": torch.get_rng_state(),
     }
     here = torch.accelerator.current_accelerator(check_available=True)
@@ -35,9 +27,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Put every generator back; those of devices that are not here are left out."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    keys = keys.numpy().astype(np.uint32)
-    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     here = torch.accelerator.current_accelerator(check_available=True)
     kind, states = state.get("accelerator", (None, []))

@@ -113,23 +113,17 @@ def _import(name: str) -> ModuleType:
 def _accepted(name: str, factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
     """Those of the offered arguments that the factory takes by keyword."""
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        parameters = inspect.signature(factory).parameters
     except ValueError:  # some callables written in C have none
         return {}
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    unknown = [wanted for wanted in needed if wanted not in offered]
-    if unknown:
-        raise ArgumentError(
-            f"--model {name} needs the argument {unknown[0]!r}; offered are {', '.join(offered)}"
-        )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return offered
-    taken = {p.name for p in parameters}
-    return {key: value for key, value in offered.items() if key in taken}
+    various = [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for wanted, p in parameters.items():
+        if p.default is p.empty and p not in various and wanted not in offered:
+            raise ArgumentError(
+                f"--model {name} needs the argument {wanted!r}; offered are {', '.join(offered)}"
+            )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in various)
+    return {key: value for key, value in offered.items() if takes_all or key in parameters}
 
 
 def _in_one_line(error: Exception) -> str:
