@@ -11,9 +11,10 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The state of every global generator, in numbers, strings and tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 - the global one
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     here = torch.accelerator.current_accelerator(check_available=True)
