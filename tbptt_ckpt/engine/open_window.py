@@ -14,9 +14,8 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Records, changes
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
-from tbptt_ckpt.executor.joints import check_same_structure
 from tbptt_ckpt.executor.observer import Observer, together
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
@@ -24,10 +23,7 @@ from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, counted_weight,
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.hooks import SilenceableHooks
-from tbptt_ckpt.module.trees import (
-    check_no_hidden_tensors,
-    tensors_of,
-)
+from tbptt_ckpt.module.trees import check_no_hidden_tensors, tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
 from tbptt_ckpt.schedule.windows import Window
 

@@ -18,7 +18,7 @@ from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.runner import make_runner
-from tbptt_ckpt.executor.sinks import OutputSink
+from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import Executor, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
@@ -153,10 +153,10 @@ def unroll(
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
     ambient = Ambient([runner.recurrence.module], tensors)
     whole = WindowPass([block], 0, 0, num_steps, 0, ambient, runner)
-    sinks: list[OutputSink] = []
+    sinks: list[Sink] = []
 
-    def new_sink() -> OutputSink:
-        sinks.append(OutputSink())
+    def new_sink() -> Sink:
+        sinks.append(Sink())
         return sinks[-1]
 
     spans = CheckpointedSpans(whole, new_sink, context_fn)

@@ -1,14 +1,23 @@
-"""A state kept at a step, and what else a run that starts from it must find."""
+"""A state kept at a step, what else a run from there must find, and how one graph passes it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.errors import ArgumentError, TbpttError
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
+from tbptt_ckpt.module.trees import (
+    Tree,
+    is_differentiable,
+    map_tensors,
+    replace_tensors,
+    structure,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,3 +46,37 @@ class Boundary:
 
     def _state_versions(self) -> tuple[int, ...]:
         return tuple(tensor._version for tensor in tensors_of(self.state))
+
+
+class _Rejoin(torch.autograd.Function):
+    """The value of a recorded state, the gradient of the recomputed one."""
+
+    @staticmethod
+    def forward(_ctx: Any, recorded: Tensor, _recomputed: Tensor) -> Tensor:
+        return recorded.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Any) -> Any:
+        return None, *grads
+
+
+def rejoined(recorded_state: Tree, state: Tree) -> Tree:
+    """A recorded state whose gradient goes to the recomputed end of the block before it."""
+    check_same_structure(state, recorded_state)
+    pairs = zip(tensors_of(recorded_state), tensors_of(state), strict=True)
+    joined = [
+        _Rejoin.apply(recorded, recomputed)  # type: ignore[no-untyped-call]
+        if is_differentiable(recorded)
+        else recorded
+        for recorded, recomputed in pairs
+    ]
+    return replace_tensors(recorded_state, joined)
+
+
+def check_same_structure(state: Tree, expected: Tree) -> None:
+    """Raise `ArgumentError` unless a state is nested like the one before."""
+    if structure(state) != structure(expected):
+        raise ArgumentError(
+            f"the module returned a state of another structure: {structure(state)} "
+            f"instead of {structure(expected)}"
+        )

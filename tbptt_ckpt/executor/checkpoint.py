@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import differentiating
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
@@ -40,23 +41,39 @@ class CheckpointExecutor:
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
+        boundary = first
         with SilenceableHooks():
-            boundary, actions = _advance_to_start(window, route, first)
+            while boundary.step < window.start:  # new steps that the gradient does not reach
+                advance = route.next_action()
+                assert isinstance(advance, Advance), "the schedule was checked"
+                window.observer.begins(advance)
+                boundary = window.advance(boundary, advance.stop, route.advance_steps)
+        actions: list[Action] = list(iter(route.next_action, None))
         boundary.check_untouched()
         window.ambient.restore(boundary.ambient)
-        sinks = _Sinks(window)
-        spans = CheckpointedSpans(window, sinks.new, self._context_fn)
+        first_run: list[LossSink] = []
+
+        def new_sink() -> LossSink:
+            sink = window.sink(graph=True)
+            if not in_backward:  # what recomputations make must not outlive them
+                first_run.append(sink)
+            return sink
+
+        in_backward = False
+        spans = CheckpointedSpans(window, new_sink, self._context_fn)
         if actions and actions[0] == Keep(window.start):
             spans.keep(window.start)
         state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        with window.differentiating():
+        with differentiating(window.guard, window.stop):
             totals, _ = spans.run(parse_spans(actions, window.start, window.stop), state)
             if window.loss.is_empty():
                 return None
             # A module that differentiates inside may have had steps recomputed already.
-            losses_of = {id(sink.losses.total): sink.losses for sink in sinks.take()}
+            losses_of = {id(sink.losses.total): sink.losses for sink in first_run}
             parts = [losses_of[id(total)] for total in totals]
+            in_backward = True
+            first_run.clear()
             differentiate(window.roots(parts))
         spans.finish()
         window.observer.ends()
@@ -66,39 +83,6 @@ class CheckpointExecutor:
 
     def __repr__(self) -> str:
         return "checkpoint"
-
-
-def _advance_to_start(
-    window: WindowPass, route: Route, boundary: Boundary
-) -> tuple[Boundary, list[Action]]:
-    """Run the new steps that the gradient does not reach; the rest of the actions."""
-    while boundary.step < window.start:
-        action = route.next_action()
-        assert isinstance(action, Advance), "the schedule was checked"
-        window.observer.begins(action)
-        boundary = window.advance(boundary, action.stop, route.advance_steps)
-    return boundary, list(iter(route.next_action, None))
-
-
-class _Sinks:
-    """Makes the sinks of a window's runs, and knows those of the first one."""
-
-    def __init__(self, window: WindowPass) -> None:
-        self._window = window
-        self._known: list[LossSink] | None = []
-
-    def new(self) -> LossSink:
-        """A sink for one run."""
-        sink = self._window.sink(graph=True)
-        if self._known is not None:
-            self._known.append(sink)
-        return sink
-
-    def take(self) -> list[LossSink]:
-        """All so far; those of recomputations, which follow, must not outlive them."""
-        assert self._known is not None, "they are taken once"
-        known, self._known = self._known, None
-        return known
 
 
 class CheckpointedSpans:

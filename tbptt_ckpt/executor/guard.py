@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,39 +36,30 @@ class WeightGuard:
             )
 
 
-class Differentiating:
+@contextmanager
+def differentiating(guard: WeightGuard, stop: int) -> Iterator[None]:
     """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
+    guard.check(stop)
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        _explain(error, guard, stop)
+        raise
+    guard.check(stop)
 
-    __slots__ = ("_guard", "_stop", "_was_recording")
 
-    def __init__(self, guard: WeightGuard, stop: int) -> None:
-        self._guard, self._stop = guard, stop
-
-    def __enter__(self) -> None:
-        self._guard.check(self._stop)
-        self._was_recording = torch.is_grad_enabled()
-        if not self._was_recording:
-            torch.set_grad_enabled(True)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._was_recording:
-            torch.set_grad_enabled(False)
-        if error is None:
-            self._guard.check(self._stop)
-        elif isinstance(error, RuntimeError):
-            self._explain(error)
-
-    def _explain(self, error: RuntimeError) -> None:
-        """Raise what a user can act on, where torch's error has a known cause."""
-        if "backward through the graph a second time" in str(error):
-            raise TbpttError(
-                "a tensor with the graph of an earlier run was used: whatever the module "
-                "carries from step to step with its gradient belongs in the state it returns"
-            ) from error
-        if "in-place operation" not in str(error) and "inplace operation" not in str(error):
-            return
-        self._guard.check(self._stop)
+def _explain(error: RuntimeError, guard: WeightGuard, stop: int) -> None:
+    """Raise what a user can act on, where torch's error has a known cause."""
+    if "backward through the graph a second time" in str(error):
         raise TbpttError(
-            "a tensor that the gradient needs was modified in place; the module must return a "
-            f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"
+            "a tensor with the graph of an earlier run was used: whatever the module "
+            "carries from step to step with its gradient belongs in the state it returns"
         ) from error
+    if "in-place operation" not in str(error) and "inplace operation" not in str(error):
+        return
+    guard.check(stop)
+    raise TbpttError(
+        "a tensor that the gradient needs was modified in place; the module must return a "
+        f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"
+    ) from error

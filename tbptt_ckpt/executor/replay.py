@@ -15,6 +15,7 @@ the run's memory is free lies among other small blocks.
 from __future__ import annotations
 
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.guard import differentiating
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
@@ -77,7 +78,7 @@ class _Replay:
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         window.ambient.restore(boundary.ambient)
         sink = window.sink(graph=True)
-        with window.differentiating():
+        with differentiating(window.guard, window.stop):
             state_out = window.run(boundary.step, stop, state, sink)
             if stop == window.stop and window.loss.is_empty():
                 return False

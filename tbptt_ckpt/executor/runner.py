@@ -26,15 +26,8 @@ from tbptt_ckpt.module.recurrence import (
     recognise,
     split_result,
 )
-from tbptt_ckpt.module.trees import (
-    Tree,
-    iterate_tensors,
-    map_tensors,
-    tensors_of,
-)
+from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.policy import TimeBatching
-
-_NOTHING = nullcontext()
 
 
 class Runner:
@@ -59,14 +52,15 @@ class Runner:
         """The same for a module that is called in another way."""
         return Runner(recurrence, self._autocast_dtype, self.time_batching)
 
-    def region(self, num_steps: int, example: Tree) -> AbstractContextManager[None]:
+    @contextmanager
+    def region(self, num_steps: int, example: Tree) -> Iterator[None]:
         """While entered, one run of so many steps is under way: autocast and time batching.
 
         `example` are its state and inputs, for where they are.
         """
         batched = self.time_batching.region(num_steps, self.recurrence.per_step)
-        autocast = self._autocast(example)
-        return batched if autocast is _NOTHING else _both(autocast, batched)
+        with self._autocast(example), batched:
+            yield
 
     def run(
         self,
@@ -81,31 +75,26 @@ class Runner:
 
         `blocks` may hold more steps than `[begin, end)`; the sink takes the outputs.
         """
+        wanted = sink.wanted(begin, end)
+        first_wanted = wanted.start if wanted else end
         run = self._run_steps if self.recurrence.per_step else self._run_segment
-        return run(blocks, resets, begin, end, state, sink)
+        for low, high in resets.stretches(begin, end):
+            parts = list(narrow_blocks(blocks, low, high))
+            state = run(parts, resets.apply(low, state), first_wanted, sink)
+        return state
 
     def _run_steps(
-        self,
-        blocks: Sequence[StepBlock],
-        resets: Resets,
-        begin: int,
-        end: int,
-        state: Tree,
-        sink: Sink,
+        self, blocks: Sequence[StepBlock], state: Tree, first_wanted: int, sink: Sink
     ) -> Tree:
-        wanted = sink.wanted(begin, end)
-        quiet_until = wanted.start if wanted else end
+        start, stop = blocks[0].start, blocks[-1].stop
+        first_wanted = min(max(start, first_wanted), stop)
         with OutputsNeeded(False):
-            for low, high in resets.stretches(begin, quiet_until):
-                state = resets.apply(low, state)
-                for block in narrow_blocks(blocks, low, high):
-                    for inputs in self._step_inputs(block):
-                        _, state = self._call_step(inputs, state)
+            for block in narrow_blocks(blocks, start, first_wanted):
+                for inputs in self._step_inputs(block):
+                    _, state = self._call_step(inputs, state)
         with OutputsNeeded(True):
-            for low, high in resets.stretches(quiet_until, end):
-                state = resets.apply(low, state)
-                for block in narrow_blocks(blocks, low, high):
-                    state = self._run_steps_with_outputs(block, state, sink)
+            for block in narrow_blocks(blocks, first_wanted, stop):
+                state = self._run_steps_with_outputs(block, state, sink)
         return state
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
@@ -135,29 +124,18 @@ class Runner:
         return split_result(result, self.recurrence)
 
     def _run_segment(
-        self,
-        blocks: Sequence[StepBlock],
-        resets: Resets,
-        begin: int,
-        end: int,
-        state: Tree,
-        sink: Sink,
+        self, blocks: Sequence[StepBlock], state: Tree, first_wanted: int, sink: Sink
     ) -> Tree:
-        wanted = sink.wanted(begin, end)
-        first_wanted = wanted.start if wanted else end
-        for low, high in resets.stretches(begin, end):
-            block = join_blocks(list(narrow_blocks(blocks, low, high)))
-            state = resets.apply(low, state)
-            inputs, wants_outputs = self._segment_inputs(block), first_wanted < high
-            with OutputsNeeded(wants_outputs):
-                result = self.recurrence.call(inputs, state)
-            outputs, state = split_result(result, self.recurrence)
-            if wants_outputs:
-                check_segment_output(
-                    outputs, high - low, self._time_dim(block), self.recurrence.module
-                )
-                block = block.part(max(low, first_wanted), high)
-                self._give_segment(block, outputs, high - low, sink)
+        block = join_blocks(blocks)
+        inputs, wants_outputs = self._segment_inputs(block), first_wanted < block.stop
+        with OutputsNeeded(wants_outputs):
+            result = self.recurrence.call(inputs, state)
+        outputs, state = split_result(result, self.recurrence)
+        if wants_outputs:
+            num_steps, time_dim = block.stop - block.start, self._time_dim(block)
+            check_segment_output(outputs, num_steps, time_dim, self.recurrence.module)
+            block = block.part(max(block.start, first_wanted), block.stop)
+            self._give_segment(block, outputs, num_steps, sink)
         return state
 
     def _segment_inputs(self, block: StepBlock) -> Tree:
@@ -191,7 +169,7 @@ class Runner:
         if self._autocast_dtype is not None:
             return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
         nested = torch.is_autocast_enabled(device_type)
-        return _uncached(_NOTHING) if nested else _NOTHING
+        return _uncached(nullcontext()) if nested else nullcontext()
 
     def _device_type(self, example: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""
@@ -212,14 +190,6 @@ def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
     with autocast:
         yield
     torch.clear_autocast_cache()
-
-
-@contextmanager
-def _both(
-    outer: AbstractContextManager[None], inner: AbstractContextManager[None]
-) -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 def make_runner(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
@@ -12,16 +10,19 @@ from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
 
-class Sink(Protocol):
-    """Takes the outputs of one run, piece by piece."""
+class Sink:
+    """Takes the outputs of one run, piece by piece, and keeps them."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tree] = []
 
     def wanted(self, begin: int, end: int) -> range:
         """The steps of the piece `[begin, end)` whose outputs are wanted, its last ones."""
-        ...
+        return range(begin, end)
 
     def take_step(self, output: Tree, target: Tree, weight: StepWeight) -> None:
         """The output of one step."""
-        ...
+        self.outputs.append(output)
 
     def take_segment(
         self,
@@ -32,18 +33,17 @@ class Sink(Protocol):
         time_dim: int,
     ) -> None:
         """The outputs of consecutive steps."""
-        ...
+        self.outputs.append(outputs)
 
     def close(self, begin: int, end: int) -> None:
         """The piece `[begin, end)` is done."""
-        ...
 
     def tensors(self) -> list[Tensor]:
         """What was made of the outputs, with its graph."""
-        ...
+        return tensors_of(self.outputs)
 
 
-class LossSink:
+class LossSink(Sink):
     """Sums the losses of one run.
 
     Args:
@@ -99,36 +99,3 @@ class LossSink:
     def tensors(self) -> list[Tensor]:
         """What is summed, if there is anything."""
         return [] if self.losses.total is None else [self.losses.total]
-
-
-class OutputSink:
-    """Keeps the outputs of one run."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Tree] = []
-
-    def wanted(self, begin: int, end: int) -> range:
-        """Every step."""
-        return range(begin, end)
-
-    def take_step(self, output: Tree, target: Tree, weight: StepWeight) -> None:
-        """Keep the output of one step."""
-        self.outputs.append(output)
-
-    def take_segment(
-        self,
-        outputs: Tree,
-        targets: Tree,
-        weights: list[StepWeight] | None,
-        num_steps: int,
-        time_dim: int,
-    ) -> None:
-        """Keep the outputs of consecutive steps."""
-        self.outputs.append(outputs)
-
-    def close(self, begin: int, end: int) -> None:
-        """Nothing is left to do."""
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the outputs, in order."""
-        return tensors_of(self.outputs)

@@ -29,36 +29,28 @@ def parse_spans(schedule: Iterable[Action], start: int, stop: int) -> Span:
     Raises:
         ScheduleError: A schedule that is valid but is no tree of nested recomputations.
     """
-    actions = iter(schedule)
-    return _parse_span(actions, next_action(actions), start, stop)
+    actions = (action for action in schedule if not isinstance(action, Keep | Drop))
+    return _parse_span(actions, start, stop)
 
 
-def next_action(actions: Iterator[Action]) -> Action:
-    """The next action that runs steps."""
-    for action in actions:
-        if not isinstance(action, Keep | Drop):
-            return action
-    raise ScheduleError("the schedule ends before its window is differentiated")
-
-
-def _parse_span(actions: Iterator[Action], action: Action, start: int, stop: int) -> Span:
+def _parse_span(actions: Iterator[Action], start: int, stop: int) -> Span:
     edges = [start]
-    while isinstance(action, Advance):
+    while isinstance(action := next(actions, None), Advance):
         if action.start != edges[-1]:
             raise ScheduleError(
                 f"{action} advances from {action.start} while {edges[-1]} is the last state "
                 "reached; executor='checkpoint' runs nested recomputations only"
             )
         edges.append(action.stop)
-        action = next_action(actions)
-    if action != Differentiate(edges[-1], stop):
+    needed = Differentiate(edges[-1], stop)
+    if action != needed:
         raise ScheduleError(
-            f"{action} comes where executor='checkpoint' needs {Differentiate(edges[-1], stop)}"
+            f"{action or 'the end'} comes where executor='checkpoint' needs {needed}"
         )
     leaf = Span(edges[-1], stop)
     if len(edges) == 1:
         return leaf
     parts = [leaf]
     for begin, end in reversed(list(pairwise(edges))):
-        parts.append(_parse_span(actions, next_action(actions), begin, end))
+        parts.append(_parse_span(actions, begin, end))
     return Span(start, stop, tuple(reversed(parts)))

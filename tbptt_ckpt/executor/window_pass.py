@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock
-from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.guard import Differentiating, WeightGuard
-from tbptt_ckpt.executor.joints import rejoined
+from tbptt_ckpt.executor.boundary import Boundary, rejoined
+from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossSum
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.resets import Resets
@@ -109,10 +108,6 @@ class WindowPass:
         """The state from which `step` starts: the recorded one at a joint, else `state`."""
         joint = self.joints.get(step)
         return state if joint is None else rejoined(joint.state, state)
-
-    def differentiating(self) -> Differentiating:
-        """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
-        return Differentiating(self.guard, self.stop)
 
     def _boundary(self, step: int, state: object) -> Boundary:
         """The state at `step`: the recorded one at a joint, otherwise the one just reached."""
