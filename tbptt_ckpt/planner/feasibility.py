@@ -19,32 +19,20 @@ _DIGITS = 10  # of budgets that plans are made for
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Steps that are planned together, from a given state.
+    """Steps that are planned together, from a given state."""
 
-    Attributes:
-        steps: Their number.
-        num_losses: How many of them, the last ones, have a loss.
-        is_last: Whether the window ends with them.
-    """
-
-    steps: int
-    num_losses: int
-    is_last: bool
+    steps: int  # their number
+    num_losses: int  # how many of them, the last ones, have a loss
+    is_last: bool  # whether the window ends with them
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to plan a stretch.
+    """One way to plan a stretch."""
 
-    Attributes:
-        costs: By length alone.
-        is_last: Whether the window ends with it.
-        least_last: The fewest steps of its last leaf.
-    """
-
-    costs: Costs
-    is_last: bool
-    least_last: int = 1
+    costs: Costs  # by length alone
+    is_last: bool  # whether the window ends with it
+    least_last: int = 1  # the fewest steps of its last leaf
 
     @property
     def last_bytes(self) -> Curve:
@@ -92,20 +80,15 @@ def _last_leaves(stretch: Stretch, quiet: QuietBytes, costs: Costs) -> Curve:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a window asks for.
+    """What a window asks for."""
 
-    Attributes:
-        lengths: Steps of its blocks in time order; all but a first one after a lead start
-            from given states.
-        new_steps: Steps that no window before has run, which alone have losses. Where there
-            are more of them than steps to differentiate, the first ones only advance; None
-            where all steps have losses and none only advances.
-        recorded_states: States that exist throughout.
-    """
-
+    # Steps of its blocks in time order; all but a first one after a lead start from given states.
     lengths: tuple[int, ...]
+    # Steps that no window before has run, which alone have losses. Where there are more of them
+    # than steps to differentiate, the first ones only advance; None where all steps have losses
+    # and none only advances.
     new_steps: int | None = None
-    recorded_states: int = 0
+    recorded_states: int = 0  # states that exist throughout
 
     @property
     def num_steps(self) -> int:

@@ -13,12 +13,7 @@ from tbptt_ckpt.schedule.plan import PredictedPlan
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One budget.
-
-    Attributes:
-        budget_bytes: The budget.
-        plan: The fastest plan within it.
-    """
+    """One budget."""
 
     budget_bytes: int
     plan: PredictedPlan

@@ -25,23 +25,15 @@ _MOST_FULL = 1 << 14  # leaves looked at
 
 @dataclass(frozen=True)
 class LeafRoom:
-    """What leaves of a stretch have to live in.
+    """What leaves of a stretch have to live in."""
 
-    Attributes:
-        steps: Steps of the stretch; no leaf is longer.
-        bytes: m.
-        way: How the stretch is planned.
-        longest: No leaf is longer than this, whatever fits.
-        shortest: No leaf but the last is planned in less room than this many steps need.
-        full: So many leaves are as long as fits all the same, those that start below the
-            fewest states. Where there are any, so is the last leaf.
-    """
-
-    steps: int
-    bytes: int
-    way: Way
-    longest: int
-    shortest: int = 1
+    steps: int  # steps of the stretch; no leaf is longer
+    bytes: int  # m
+    way: Way  # how the stretch is planned
+    longest: int  # no leaf is longer than this, whatever fits
+    shortest: int = 1  # no leaf but the last is planned in less room than this many steps need
+    # So many leaves are as long as fits all the same, those that start below the fewest states.
+    # Where there are any, so is the last leaf.
     full: int = 0
 
     @property

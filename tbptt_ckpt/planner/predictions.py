@@ -14,14 +14,9 @@ from tbptt_ckpt.schedule.nesting import Nesting
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What running a stretch takes.
+    """What running a stretch takes."""
 
-    Attributes:
-        peak_bytes: Above what is there anyway.
-        seconds: Time.
-    """
-
-    peak_bytes: int
+    peak_bytes: int  # above what is there anyway
     seconds: float
 
 

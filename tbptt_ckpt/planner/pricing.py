@@ -36,24 +36,17 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Rooms:
-    """What a stretch of several levels is made of; its steps are more than one leaf's.
-
-    Attributes:
-        leaves: Steps of the longest leaf, by depth.
-        lasts: The same for the leaf at the window's end; empty for other stretches.
-        leaf_seconds, last_seconds: Their times.
-        step_seconds: Advancing one step.
-        call_seconds: Each advance in addition.
-        bends: (steps, seconds) of shorter leaves that may be worth more.
-    """
+    """What a stretch of several levels is made of; its steps are more than one leaf's."""
 
     steps: int
-    leaves: Ints
+    leaves: Ints  # steps of the longest leaf, by depth
+    # The same for the leaf at the window's end; empty for other stretches.
     lasts: Ints
     leaf_seconds: Floats
     last_seconds: Floats
-    step_seconds: float
-    call_seconds: float
+    step_seconds: float  # advancing one step
+    call_seconds: float  # each advance in addition
+    # (steps, seconds) of shorter leaves that may be worth more.
     bends: tuple[tuple[int, float], ...] = ()
 
 

@@ -24,17 +24,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class _Segments:
-    """The fastest segments by depth and steps.
+    """The fastest segments by depth and steps."""
 
-    Attributes:
-        seconds: Their times; infinity where none fits. One depth more than fits anything.
-        parts: The same where such a segment is advanced first, to be run again.
-        lefts: Steps of the left part where they are split, 0 where they are leaves.
-    """
-
-    seconds: Floats
-    parts: Floats
-    lefts: NDArray[np.int64]
+    seconds: Floats  # their times; infinity where none fits. One depth more than fits anything
+    parts: Floats  # the same where such a segment is advanced first, to be run again
+    lefts: NDArray[np.int64]  # steps of the left part where they are split, 0 where they are leaves
 
 
 class ShortTable:

@@ -23,12 +23,9 @@ Node = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Nesting:
-    """How one stretch of steps is differentiated.
+    """How one stretch of steps is differentiated."""
 
-    Attributes:
-        nodes: Every node after those it refers to; the last one is the whole stretch.
-    """
-
+    # Every node after those it refers to; the last one is the whole stretch.
     nodes: tuple[Node, ...]
 
     def __post_init__(self) -> None:

@@ -33,17 +33,11 @@ _ACTIONS: dict[str, type[Action]] = {
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Neighbouring stretches of a window that are run alike, each from a given state.
+    """Neighbouring stretches of a window that are run alike, each from a given state."""
 
-    Attributes:
-        steps: Steps of each.
-        how: Its nesting, or the actions that a user wrote, counted from step 0.
-        count: Their number.
-    """
-
-    steps: int
-    how: Nesting | Schedule
-    count: int = 1
+    steps: int  # steps of each
+    how: Nesting | Schedule  # its nesting, or the actions that a user wrote, counted from step 0
+    count: int = 1  # their number
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
