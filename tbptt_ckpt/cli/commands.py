@@ -1,11 +1,16 @@
-"""The subcommands: each parses its options, makes one call, and prints what that found."""
+"""The subcommands: each parses its options, calls one public function, and reports."""
 
 from __future__ import annotations
 
+import json as json_format
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.plan.job import run_planning_job
@@ -13,11 +18,14 @@ from tbptt_ckpt.cli.plan.report import plan_json, print_plan
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.job import run_profile
 from tbptt_ckpt.cli.profile.table import print_profile
-from tbptt_ckpt.cli.progress import progress_bar
+from tbptt_ckpt.cli.terminal import progress_bar, table
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.failure import ProfileError
+from tbptt_ckpt.snapshot.store import SnapshotStore
 
 
 def train(
@@ -84,3 +92,34 @@ def profile(
         typer.echo(report.to_json(traces=False))
     else:
         print_profile(report, config)
+
+
+def snapshots(
+    directory: Annotated[Path, typer.Argument(help="Directory that --snapshot-dir named.")],
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the list as one JSON object.")
+    ] = False,
+) -> None:
+    """List the snapshots in a directory and verify every byte of them.
+
+    Nothing in them is loaded. The exit code is 1 if one is broken.
+    """
+    if not directory.is_dir():
+        raise ArgumentError(f"there is no directory {directory}")
+    reports = list(SnapshotStore(directory).reports())
+    if json:
+        # `problem` is null for a valid snapshot.
+        items = [{**asdict(report), "path": str(report.path)} for report in reports]
+        typer.echo(json_format.dumps({"directory": str(directory), "snapshots": items}))
+    else:
+        made = table(f"snapshots in {directory}")
+        made.add_column("steps", justify="right")
+        made.add_column("taken")
+        made.add_column("size", justify="right")
+        made.add_column("state", overflow="fold")
+        for report in reports:
+            size, state = format_bytes(report.num_bytes), Text(report.problem or "valid")
+            made.add_row(f"{report.step:,}", report.created or "", size, state)
+        Console().print(made)
+    if any(report.problem for report in reports):
+        raise typer.Exit(1)

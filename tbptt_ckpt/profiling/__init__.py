@@ -4,9 +4,8 @@ from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.failure import ProfileError
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
-from tbptt_ckpt.profiling.progress import Progress
 from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, pareto_front
-from tbptt_ckpt.profiling.sweep import sweep, with_baselines
+from tbptt_ckpt.profiling.sweep import Progress, sweep, with_baselines
 from tbptt_ckpt.profiling.work import Work, Workload
 
 __all__ = [

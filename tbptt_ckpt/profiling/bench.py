@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,17 +16,21 @@ from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.endless import EndlessSource
-from tbptt_ckpt.profiling.predicting import measure_work, with_predictions
+from tbptt_ckpt.profiling.failure import bench_error
+from tbptt_ckpt.profiling.predicting import measure_work, predict, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.work import EndlessSource, Work
 from tbptt_ckpt.schedule.simulator import Simulation
 
 # The first update makes the optimizer's state and the second finds it warm.
 _WARM_UPDATES = 2
 _MOST_WARM_UPDATES = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +95,25 @@ class WindowBench:
         """One warm window under the meter, and what short segments predict for it."""
         self._running = None
         gc.collect()
-        measured = measure_work(self._work, self._engine.parts, self._configuration)
-        metered = self._metered_window()
-        return self._report(metered, measured.predicted(metered.window), trace=trace)
+        costs = measure_work(self._work, self._engine.parts, self._configuration)
+        window, meter, before_bytes = self._metered_window()
+        only_last = self._work.has_only_last_loss
+        predicted = predict(window, costs, self._configuration, only_last=only_last)
+        first = min(window.start, window.new_start)
+        data = self._source.read(first, window.stop)  # read when the window begins
+        return self._configuration.report(
+            device=str(self._device),
+            peak_bytes=before_bytes + meter.peak_bytes,
+            fixed_bytes=before_bytes + tensor_bytes(data),
+            predicted_peak_bytes=predicted.peak_bytes,
+            reserved_peak_bytes=meter.reserved_peak_bytes,
+            allocation_retries=meter.allocation_retries,
+            window_steps=window.stop - first,
+            executed_steps=window.recomputed_steps + window.stop - window.new_start,
+            held_states=self._watch.held_states,
+            longest_leaf=window.plan.longest_leaf if window.plan else None,
+            trace=self._trace(meter, before_bytes, predicted) if trace else None,
+        )
 
     def write_history(self, path: Path) -> None:
         """Run one warm window on CUDA and write PyTorch's memory history of it."""
@@ -103,7 +125,8 @@ class WindowBench:
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _metered_window(self) -> _Metered:
+    def _metered_window(self) -> tuple[WindowResult, PeakMeter, int]:
+        """A warm window, its meter, and the tensor bytes that were live before it."""
         base = self._live_bytes_before()
         with peak_memory(self._device, held=self._held(), rss=False) as outer:
             with self._work.reading(outer.flush):
@@ -115,8 +138,7 @@ class WindowBench:
                 self._watch.watching(meter, before),
                 self._work.reading(self._watch.read),
             ):
-                window = next(windows)
-        return _Metered(window, self._watch, meter, before)
+                return next(windows), meter, before
 
     def _warm_windows(self) -> Iterator[WindowResult]:
         """An iterator over windows whose next one is warm."""
@@ -142,43 +164,32 @@ class WindowBench:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def _report(self, metered: _Metered, predicted: Simulation, *, trace: bool) -> MemoryReport:
-        window, watch, meter = metered.window, metered.watch, metered.meter
-        first = min(window.start, window.new_start)
-        data = self._source.read(first, window.stop)  # read when the window begins
-        return self._configuration.report(
-            device=str(self._device),
-            peak_bytes=metered.before_bytes + meter.peak_bytes,
-            fixed_bytes=metered.before_bytes + tensor_bytes(data),
-            predicted_peak_bytes=predicted.peak_bytes,
-            reserved_peak_bytes=meter.reserved_peak_bytes,
-            allocation_retries=meter.allocation_retries,
-            window_steps=window.stop - first,
-            executed_steps=window.recomputed_steps + window.stop - window.new_start,
-            held_states=watch.held_states,
-            longest_leaf=window.plan.longest_leaf if window.plan else None,
-            trace=metered.trace(predicted) if trace else None,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Metered:
-    """A window that was run under the meter, and the tensor bytes live before it."""
-
-    window: WindowResult
-    watch: ActionWatch
-    meter: PeakMeter
-    before_bytes: int
-
-    def trace(self, predicted: Simulation) -> WindowTrace:
-        """The window in time."""
-        clock, spans = self.watch.clock, self.watch.spans
+    def _trace(self, meter: PeakMeter, before_bytes: int, predicted: Simulation) -> WindowTrace:
+        """The metered window in time."""
+        clock, spans = self._watch.clock, self._watch.spans
         points = [
-            (clock.without_pauses(seconds), self.before_bytes + live)
-            for seconds, live in self.meter.timeline
+            (clock.without_pauses(seconds), before_bytes + live) for seconds, live in meter.timeline
         ]
         for span in spans:  # the meter thins old points most
             points.append((span.began_seconds, span.live_bytes))
             points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
         points.sort()
         return WindowTrace(points[-1][0], tuple(points), with_predictions(spans, predicted))
+
+
+class BenchHere:
+    """A `WindowBench` in this process, on copies; what is copied stays as it is."""
+
+    def __init__(self, work: Work, configuration: Configuration) -> None:
+        self._work, self._configuration = work, configuration
+        self._bench: WindowBench | None = None
+
+    def ask(self, request: Callable[[WindowBench], T]) -> T:
+        """What a request returns; the `WindowBench` is made for the first one."""
+        try:
+            with untouched(self._work.module, tensors=tensors_of(self._work.init_state)):
+                if self._bench is None:
+                    self._bench = WindowBench(self._work.copied(), self._configuration)
+                return request(self._bench)
+        except Exception as error:
+            raise bench_error(error, traceback.format_exc()) from error

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
-from tbptt_ckpt.profiling.failure import Failure
+from tbptt_ckpt.memory.sizes import parse_bytes
+from tbptt_ckpt.profiling.failure import BenchError
 from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
@@ -36,9 +37,6 @@ class Configuration:
     def __post_init__(self) -> None:
         if isinstance(self.strategy, Sequence) and not isinstance(self.strategy, str):
             object.__setattr__(self, "strategy", tuple(self.strategy))  # so that it has a hash
-
-    def check(self) -> None:
-        """Raise `ArgumentError` for what cannot work, before anything is started."""
         check_positive_int("k1", self.k1)
         if self.k2 is None:
             raise ArgumentError("k2=None has no end; a profile measures one window: give a number")
@@ -66,25 +64,24 @@ class Configuration:
         words = {"strategy": self.strategy_name, "time_batching": str(self.time_batching).lower()}
         return MemoryReport(**{**given, **words, **figures})
 
-    def failed(self, failure: Failure) -> MemoryReport:
+    def failed(self, error: BenchError) -> MemoryReport:
         """A report that says why there are no figures."""
-        return self.report(status=failure.status, message=failure.message)
+        return self.report(status=error.status, message=error.message)
 
 
 def combinations(
     k1: Sequence[int],
     k2: Sequence[int],
     strategies: Sequence[object],
-    budgets: Sequence[int | None],
+    budgets: Sequence[int | str | None],
     **shared: Any,
 ) -> list[Configuration]:
-    """Every combination of what may be several, with what is shared; checked."""
+    """Every combination of what may be several, with what is shared."""
+    sizes = [None if b is None else parse_bytes(b, "memory_budget") for b in budgets]
     configurations = [
-        Configuration(strategy=strategy, k1=k1, k2=k2, budget_bytes=budget, **shared)
-        for k1, k2, strategy, budget in product(k1, k2, strategies, budgets)
+        Configuration(strategy=strategy, k1=k1, k2=k2, budget_bytes=size, **shared)
+        for k1, k2, strategy, size in product(k1, k2, strategies, sizes)
     ]
     if not configurations:
         raise ArgumentError("strategies, k1, k2 and memory_budgets must each name at least one")
-    for configuration in configurations:
-        configuration.check()
     return configurations

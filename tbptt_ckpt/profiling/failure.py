@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, TbpttError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class BenchError(Exception):
     """Why a configuration did not run: status, a line, and where, as Python prints it."""
 
-    status: str
-    message: str
-    traceback: str = ""
-
-
-class BenchError(Exception):
-    """A bench could not do what it was asked."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+    def __init__(self, status: str, message: str, traceback: str = "") -> None:
+        super().__init__(status, message, traceback)  # so that it can be pickled
+        self.status, self.message, self.traceback = status, message, traceback
 
 
 class ProfileError(ArgumentError):
@@ -38,7 +27,7 @@ class ProfileError(ArgumentError):
         self.remote_traceback = remote_traceback
 
 
-def describe_failure(error: BaseException, traceback: str = "") -> Failure:
+def bench_error(error: BaseException, traceback: str) -> BenchError:
     """What an error means for its row."""
     status, line = FAILED, " ".join(str(error).split())
     if is_out_of_memory(error):
@@ -47,4 +36,4 @@ def describe_failure(error: BaseException, traceback: str = "") -> Failure:
         status = OVER_BUDGET
     elif not isinstance(error, TbpttError):
         line = f"the module or its loss raised {type(error).__name__}: {line}"
-    return Failure(status, line, traceback)
+    return BenchError(status, line, traceback)

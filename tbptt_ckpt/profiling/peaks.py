@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,7 +13,6 @@ from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import live_storages
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.profiling.here import copied
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.schedule.windows import Window, WindowSequence
 
@@ -51,38 +49,25 @@ def fullest_window(windows: WindowSequence) -> int:
     return max(indices, key=lambda i: (windows[i].stop - windows[i].first, i >= 2, -i))
 
 
-@dataclass(frozen=True, slots=True)
-class RetainedPeak:
-    """Peak tensor bytes of a window with everything retained.
+def retained_peak(work: Work, window: Window) -> tuple[int | None, bool]:
+    """Peak bytes of a window, its loss and update with everything retained, and if measured.
 
-    Attributes:
-        peak_bytes: Weights, gradients and optimizer state included; None where the module
-            cannot be copied, as with tensors that have a graph among its attributes.
-        measured: False where running it was not safe and two shorter windows were
-            extrapolated instead.
-    """
-
-    peak_bytes: int | None
-    measured: bool
-
-
-def retained_peak(work: Work, window: Window) -> RetainedPeak:
-    """Peak of a window, its loss and update with everything retained, run on copies.
-
-    The first state stands for the window's.
+    It is run on copies, from the first state. The peak is None where the module cannot be
+    copied, as with tensors that have a graph among its attributes; where running it was not
+    safe, two shorter windows were extrapolated instead.
     """
     steps = window.stop - window.first
     try:
-        copied(work)
+        work.copied()
     except ArgumentError:
-        return RetainedPeak(None, measured=False)
+        return None, False
     if steps > _PROBE_STEPS[1]:
         short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
         per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])
         predicted = round(longer + per_step * (steps - _PROBE_STEPS[1]))
         if steps > _MOST_RETAINED_STEPS or predicted > _FREE_FRACTION * free_memory(work.device):
-            return RetainedPeak(predicted, measured=False)
-    return RetainedPeak(_measure(work, window, steps), measured=True)
+            return predicted, False
+    return _measure(work, window, steps), True
 
 
 def _measure(work: Work, window: Window, num_steps: int) -> int:
@@ -92,7 +77,7 @@ def _measure(work: Work, window: Window, num_steps: int) -> int:
     reach = max(1, round((window.stop - window.start) * share))
     inputs, targets = work.source.read(window.stop - num_steps, window.stop)
     weight = (torch.arange(num_steps) >= num_steps - new_steps).float()
-    mine = copied(work)
+    mine = work.copied()
     engine = mine.engine(num_steps, reach, strategy="retain", measure_memory=True)
     with untouched(mine.module):
         result = engine.train(TensorSequence(inputs, targets, weight=weight), mine.init_state)

@@ -6,7 +6,7 @@ These are the costs that budgets rest on, and the same sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
@@ -19,50 +19,15 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.endless import EndlessSource
 from tbptt_ckpt.profiling.report import ActionSpan
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.work import EndlessSource, Work
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
 
 _SECONDS = 0.6
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredWork:
-    """The costs of some work, ready to predict its windows."""
-
-    costs: Costs
-    configuration: Configuration
-    only_last: bool
-
-    def predicted(self, window: WindowResult) -> Simulation:
-        """What a window was to take."""
-        assert window.plan is not None, "a measured window has a loss"
-        joints, k1, costs = self._joints(window), self.configuration.k1, self.costs
-        other = costs.fixed.other
-        if window.start < window.new_start:  # noted at the update points within reach
-            num_noted = window.new_start // k1 - window.start // k1 + 1
-            other += num_noted * costs.ambient_bytes
-        return simulate(
-            window.plan.schedule,
-            replace(costs, fixed=replace(costs.fixed, other=other)),
-            given=joints,
-            recorded_states=len(joints),
-            advance_steps=window.plan.advance_steps,
-            loss_start=window.stop - 1 if self.only_last else window.new_start,
-        )
-
-    def _joints(self, window: WindowResult) -> Sequence[int]:
-        """Under stale overlap, the steps of recorded states from which blocks restart."""
-        if self.configuration.overlap != "stale" or window.start >= window.new_start:
-            return ()
-        k1 = self.configuration.k1
-        first = (window.start // k1 + 1) * k1
-        return range(first, window.new_start + 1, k1)
-
-
-def measure_work(work: Work, parts: Parts, configuration: Configuration) -> MeasuredWork:
+def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Costs:
     """Run short segments of the work as its windows run them.
 
     Its gradients are left as they are; `parts` are those of the engine that runs its windows.
@@ -74,7 +39,6 @@ def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Meas
     owners = (work.module, work.loss_fn)
     ambient = Ambient(owners, tensors)
     found = ambient.capture()
-    only_last = work.options.get("loss") == "last"
     probe = SegmentProbe(
         runner=parts.runner,
         loss=parts.loss_function,
@@ -84,7 +48,7 @@ def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Meas
         device=work.device,
         first=0,
         stop=k2,
-        loss_start=k2 - (1 if only_last else min(k1, k2)),
+        loss_start=k2 - (1 if work.has_only_last_loss else min(k1, k2)),
         boundary=Boundary(0, work.init_state, found),
     )
     fixed = FixedBytes(
@@ -96,7 +60,29 @@ def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Meas
         costs = replace(costs, fixed=replace(costs.fixed, other=noted))
     if work.optimizer is None:  # gradients accumulate from window to window
         costs = replace(costs, last_leaf_bytes=None)
-    return MeasuredWork(costs, configuration, only_last)
+    return costs
+
+
+def predict(
+    window: WindowResult, costs: Costs, configuration: Configuration, *, only_last: bool
+) -> Simulation:
+    """What a window was to take; `only_last` says that no other step had a loss."""
+    assert window.plan is not None, "a measured window has a loss"
+    k1, joints, other = configuration.k1, range(0), costs.fixed.other
+    if window.start < window.new_start:
+        # States are noted at the update points within reach.
+        num_noted = window.new_start // k1 - window.start // k1 + 1
+        other += num_noted * costs.ambient_bytes
+        if configuration.overlap == "stale":  # blocks restart from states recorded there
+            joints = range((window.start // k1 + 1) * k1, window.new_start + 1, k1)
+    return simulate(
+        window.plan.schedule,
+        replace(costs, fixed=replace(costs.fixed, other=other)),
+        given=joints,
+        recorded_states=len(joints),
+        advance_steps=window.plan.advance_steps,
+        loss_start=window.stop - 1 if only_last else window.new_start,
+    )
 
 
 def with_predictions(spans: Sequence[ActionSpan], simulation: Simulation) -> tuple[ActionSpan, ...]:

@@ -16,7 +16,7 @@ from typing import Self, TypeVar, cast
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import BenchError, Failure, describe_failure
+from tbptt_ckpt.profiling.failure import BenchError, bench_error
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY
 from tbptt_ckpt.profiling.work import Workload
 
@@ -70,8 +70,8 @@ class ProcessBench:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             answer = self._obituary()
-        if isinstance(answer, Failure):
-            raise BenchError(answer)
+        if isinstance(answer, BenchError):
+            raise answer
         return cast(T, answer)
 
     def close(self) -> None:
@@ -82,16 +82,16 @@ class ProcessBench:
             self._process.kill()
             self._process.join()
 
-    def _obituary(self) -> Failure:
+    def _obituary(self) -> BenchError:
         self._process.join(_PATIENCE_SECONDS)
         code = self._process.exitcode
         if code == -signal.SIGKILL:
-            return Failure(OUT_OF_MEMORY, "the system killed the process, as it does for memory")
-        return Failure(FAILED, f"the measured process ended by itself with exit code {code}")
+            return BenchError(OUT_OF_MEMORY, "the system killed the process, as it does for memory")
+        return BenchError(FAILED, f"the measured process ended by itself with exit code {code}")
 
 
 def serve(pipe: Connection, configuration: Configuration) -> None:
-    """Answer requests, after a pickled workload, with what they return or a `Failure`."""
+    """Answer requests, after a pickled workload, with what they return or a `BenchError`."""
     # Leaves the terminal to the parent, and is the first to go when memory runs out.
     os.dup2(2, 1)  # what the user's module prints must not mix with a report
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
@@ -110,5 +110,5 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
                 bench = WindowBench(work, configuration, alone=True)
             answer = request(bench)
         except Exception as error:
-            answer = describe_failure(error, traceback.format_exc())
+            answer = bench_error(error, traceback.format_exc())
         pipe.send(answer)

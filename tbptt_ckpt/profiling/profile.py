@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
-from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.module.recurrence import time_dim_of
+from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import Configuration, combinations
 from tbptt_ckpt.profiling.failure import BenchError
-from tbptt_ckpt.profiling.here import BenchHere
 from tbptt_ckpt.profiling.process import ProcessBench
-from tbptt_ckpt.profiling.progress import Watch, unwatched
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
-from tbptt_ckpt.profiling.sweep import Bench, measured, sweep
+from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
 from tbptt_ckpt.profiling.work import Work
 
 # Those whose schedule follows from the arguments alone, so that their peaks repeat to the byte.
@@ -76,7 +74,7 @@ def profile_window(
         (k1,),
         (k2,),
         (strategy,),
-        (_budget(memory_budget),),
+        (memory_budget,),
         overlap=overlap,
         executor=executor,
         time_batching=time_batching,
@@ -85,12 +83,11 @@ def profile_window(
         module, loss_fn, inputs, targets, init_state, optimizer, per_step, time_dim, options
     )
     try:
-        with BenchHere(work, configuration) as bench:
-            return measured(bench, repeats, trace=trace)
+        return measured(BenchHere(work, configuration), repeats, trace=trace)
     except BenchError as error:
-        if error.failure.status == FAILED and error.__cause__ is not None:
+        if error.status == FAILED and error.__cause__ is not None:
             raise error.__cause__ from None
-        return configuration.failed(error.failure)
+        return configuration.failed(error)
 
 
 def profile_strategies(
@@ -140,7 +137,7 @@ def profile_strategies(
         _several(k1),
         _several(k2),
         strategies,
-        [_budget(budget) for budget in memory_budgets],
+        memory_budgets,
         overlap=overlap,
         executor=executor,
         time_batching=time_batching,
@@ -152,7 +149,7 @@ def profile_strategies(
     def open_bench(configuration: Configuration) -> AbstractContextManager[Bench]:
         if fresh_processes:
             return ProcessBench(work, configuration)
-        return BenchHere(work, configuration)
+        return nullcontext(BenchHere(work, configuration))
 
     return sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
 
@@ -183,10 +180,6 @@ def make_work(
         optimizer=optimizer,
         options={**options, "per_step": per_step, "time_dim": time_dim},
     )
-
-
-def _budget(given: int | str | None) -> int | None:
-    return None if given is None else parse_bytes(given, "memory_budget")
 
 
 def _several(given: int | Sequence[int]) -> Sequence[int]:

@@ -15,7 +15,6 @@ from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.environment import describe_environment
 from tbptt_ckpt.profiling.failure import BenchError, ProfileError
-from tbptt_ckpt.profiling.progress import Progress, Watch, unwatched
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 
 # Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
@@ -30,6 +29,30 @@ class Bench(Protocol):
     def ask(self, request: Callable[[WindowBench], T]) -> T:
         """What a method of `WindowBench`, or `partial` of one, returns; else `BenchError`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a long job stands, for whoever watches it.
+
+    Attributes:
+        stage: What is being done.
+        done: Rows of a profile, or steps of a training run, that are done.
+        total: Those there will be.
+        figures: What is known so far, in words for people.
+    """
+
+    stage: str
+    done: int
+    total: int
+    figures: str = ""
+
+
+Watch = Callable[[Progress], None]
+
+
+def unwatched(progress: Progress) -> None:
+    """Shows nothing."""
 
 
 OpenBench = Callable[[Configuration], AbstractContextManager[Bench]]
@@ -107,10 +130,9 @@ class _Group:
             with self.open_bench(row) as bench:
                 return self._measure(row, bench)
         except BenchError as error:
-            if row == self.baseline and error.failure.status == FAILED:
-                failure = error.failure
-                raise ProfileError(failure.message, failure.traceback) from error.__cause__
-            return row.failed(error.failure)
+            if row == self.baseline and error.status == FAILED:
+                raise ProfileError(error.message, error.traceback) from error.__cause__
+            return row.failed(error)
 
     def _measure_baseline(self) -> MemoryReport:
         with ExitStack() as stack:

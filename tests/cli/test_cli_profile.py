@@ -24,7 +24,7 @@ from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.bench import Resident, WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import BenchError, Failure
+from tbptt_ckpt.profiling.failure import BenchError
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.sweep import sweep
 from tbptt_ckpt.schedule.plan import plan_window
@@ -292,8 +292,8 @@ def test_a_process_that_dies_is_a_row_that_says_so(workload, status, message):
     configuration = Configuration(strategy="sqrt", k1=4, k2=8)
     with ProcessBench(workload, configuration) as bench, pytest.raises(BenchError) as caught:
         bench.ask(WindowBench.warm_up)
-    assert caught.value.failure.status == status
-    assert message in caught.value.failure.message
+    assert caught.value.status == status
+    assert message in caught.value.message
 
 
 def test_a_table_names_what_is_measured_and_what_did_not_fit(capsys):
@@ -413,15 +413,15 @@ class FakeBench:
 
     def ask(self, request):
         if self.failure:
-            raise BenchError(self.failure)
+            raise BenchError(*self.failure)
         return ANSWERS[getattr(request, "func", request)]
 
 
 def test_failing_rows_do_not_stop_a_sweep():
     failures = {
-        "step": Failure("failed", "why"),
-        "sqrt": Failure("over budget", "too much"),
-        "retain": Failure("out of memory", "no room"),
+        "step": ("failed", "why"),
+        "sqrt": ("over budget", "too much"),
+        "retain": ("out of memory", "no room"),
     }
     rows = sweep(
         [Configuration(strategy=s, k1=1, k2=1) for s in ("step", "sqrt", "uniform:2")],

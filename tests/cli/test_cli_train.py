@@ -20,13 +20,12 @@ from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
-from tbptt_ckpt.cli.train import command as train_command
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.loop import figures
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.peaks import fullest_window
-from tbptt_ckpt.profiling.progress import Progress
+from tbptt_ckpt.profiling.sweep import Progress
 
 
 class TestTraining:
@@ -162,7 +161,7 @@ class TestOptions:
             asked.append(config)
             raise ArgumentError("recorded")
 
-        monkeypatch.setattr(train_command, "run_training_job", record)
+        monkeypatch.setattr("tbptt_ckpt.cli.commands.run_training_job", record)
         assert main(arguments) == 2
         capsys.readouterr()
         return asked[0]

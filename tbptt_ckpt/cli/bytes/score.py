@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tbptt_ckpt import evaluate
-from tbptt_ckpt.cli.bytes.contract import initial_state, is_per_step
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.cli.bytes.models import initial_state, is_per_step
 from tbptt_ckpt.cli.devices import autocast_dtype
 from tbptt_ckpt.profiling.work import Work
 

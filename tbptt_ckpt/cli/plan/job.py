@@ -10,8 +10,13 @@ import torch
 
 from tbptt_ckpt import Costs, measure_costs
 from tbptt_ckpt import plan as plan_steps
-from tbptt_ckpt.cli.bytes.contract import VOCAB_SIZE, check_model, initial_state, is_per_step
-from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.models import (
+    VOCAB_SIZE,
+    build_model,
+    check_model,
+    initial_state,
+    is_per_step,
+)
 from tbptt_ckpt.cli.bytes.score import byte_loss
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
 from tbptt_ckpt.cli.plan.config import PlanningConfig

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan, format_seconds
 from tbptt_ckpt.cli.plan.job import PlanningOutcome
-from tbptt_ckpt.cli.tables import figure_table, table
+from tbptt_ckpt.cli.terminal import figure_table, table
 from tbptt_ckpt.memory.sizes import format_bytes
 
 

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, load_corpus
-from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.models import build_model, check_model, initial_state
 from tbptt_ckpt.cli.bytes.score import byte_work
 from tbptt_ckpt.cli.devices import DTYPES, find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.profiling.plots import plot_front, plot_windows
 from tbptt_ckpt.profiling.process import ProcessBench
-from tbptt_ckpt.profiling.progress import Watch, unwatched
 from tbptt_ckpt.profiling.report import StrategyReport
-from tbptt_ckpt.profiling.sweep import sweep
+from tbptt_ckpt.profiling.sweep import Watch, sweep, unwatched
 from tbptt_ckpt.profiling.trace import trace_json
 from tbptt_ckpt.profiling.work import Work
 

@@ -9,9 +9,8 @@ import torch
 
 from tbptt_ckpt import NonFiniteError
 from tbptt_ckpt.cli.bytes.bigram import bigram_bits
-from tbptt_ckpt.cli.bytes.contract import check_model, initial_state
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
-from tbptt_ckpt.cli.bytes.models import build_model
+from tbptt_ckpt.cli.bytes.models import build_model, check_model, initial_state
 from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_work
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
 from tbptt_ckpt.cli.files import save_weights
@@ -21,7 +20,7 @@ from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
-from tbptt_ckpt.profiling.progress import Watch, unwatched
+from tbptt_ckpt.profiling.sweep import Watch, unwatched
 
 # Held-out text is scored in pieces of k1 steps, but of no more than this many, so that scoring
 # does not take more memory than training; and no more than this many bytes of it are scored.
@@ -117,12 +116,12 @@ class _Job:
         piece = self._held_out_lanes(2 * self.evaluation_steps)
         _, scoring_bytes = metered(self.work, lambda: self._bits_per_byte(piece))
         state = initial_state(self.module, self.config.lanes)
-        retained = retained_peak(replace(self.work, init_state=state), window)
+        retained, is_measured = retained_peak(replace(self.work, init_state=state), window)
         return MemoryUse(
             window_steps=window.stop - window.first,
             peak_bytes=max(scorecard.peak_bytes, scoring_bytes),
-            retained_peak_bytes=retained.peak_bytes,
-            retained_is_measured=retained.measured,
+            retained_peak_bytes=retained,
+            retained_is_measured=is_measured,
             rss_before_bytes=rss_before_bytes,
             rss_peak_bytes=rss_peak_bytes,
         )

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
-from tbptt_ckpt.cli.bytes.contract import initial_state
+from tbptt_ckpt.cli.bytes.models import initial_state
 from tbptt_ckpt.cli.bytes.score import NATS_PER_BIT
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
-from tbptt_ckpt.profiling.progress import Progress, Watch
+from tbptt_ckpt.profiling.sweep import Progress, Watch
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.schedule import Window
 

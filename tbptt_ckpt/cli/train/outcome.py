@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tbptt_ckpt.cli.tables import figure_table
+from tbptt_ckpt.cli.terminal import figure_table
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.memory.sizes import format_bytes
 

@@ -1,16 +1,46 @@
-"""The progress bar of a command; on a terminal only."""
+"""What people see of a command: tables on the standard output, a bar on a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
-from tbptt_ckpt.profiling.progress import Progress, Watch, unwatched
+from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
+
+
+def table(title: str, caption: str | None = None, **options: Any) -> Table:
+    """An empty table in the style of all commands.
+
+    Titles are text, since a file name in brackets would be read as markup.
+    """
+    return Table(
+        title=Text(title),
+        caption=None if caption is None else Text(caption),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        **options,
+    )
+
+
+def figure_table(
+    title: str, figures: Iterable[tuple[str, str]], caption: str | None = None, **options: Any
+) -> Table:
+    """A table of names and their figures."""
+    made = table(title, caption, show_header=False, **options)
+    made.add_column()
+    made.add_column(justify="right")
+    for name, figure in figures:
+        made.add_row(name, figure)
+    return made
 
 
 @contextmanager
