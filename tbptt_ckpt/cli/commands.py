@@ -24,7 +24,7 @@ from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.profiling.failure import ProfileError
+from tbptt_ckpt.profiling.configuration import ProfileError
 from tbptt_ckpt.snapshot.store import SnapshotStore
 
 

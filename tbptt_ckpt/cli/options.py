@@ -157,12 +157,7 @@ def check_strategy(option: str, text: str) -> None:
     check_readable(option, text, parse_strategy, f"not one of {names}")
 
 
-def parse_size(option: str, text: str) -> int:
-    """Bytes of a size such as 512MiB."""
-    return parse_bytes(text, option)
-
-
-SIZE = Read(parse_size)
+SIZE = Read(lambda option, text: parse_bytes(text, option))
 
 # Options that several commands have, with one meaning and one help text.
 Hidden = Annotated[int, "Width of the recurrent layers.", check_positive_int]

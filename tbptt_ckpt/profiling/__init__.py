@@ -1,7 +1,6 @@
 """Measures one warm window of a configuration: its memory, its time, its way through time."""
 
-from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import ProfileError
+from tbptt_ckpt.profiling.configuration import Configuration, ProfileError
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
 from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, pareto_front

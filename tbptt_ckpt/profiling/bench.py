@@ -6,7 +6,6 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +17,7 @@ from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
-from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import bench_error
+from tbptt_ckpt.profiling.configuration import Configuration, bench_error
 from tbptt_ckpt.profiling.predicting import measure_work, predict, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
@@ -31,14 +29,6 @@ _WARM_UPDATES = 2
 _MOST_WARM_UPDATES = 16
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Resident bytes of a process before and while windows run."""
-
-    before_bytes: int
-    peak_bytes: int
 
 
 class WindowBench:
@@ -69,12 +59,12 @@ class WindowBench:
         )
         self._running: Iterator[WindowResult] | None = None
 
-    def warm_up(self) -> Resident:
-        """Run the first windows, with resident memory sampled beside them."""
+    def warm_up(self) -> tuple[int, int]:
+        """Run the first windows; resident bytes of the process before, and at their peak."""
         before = rss_bytes().total
         with RssSampler() as sampler:
             self.time_window()
-        return Resident(before, sampler.peak_bytes)
+        return before, sampler.peak_bytes
 
     def time_window(self) -> float:
         """Seconds of one more window and its update; warm ones run first if none has."""

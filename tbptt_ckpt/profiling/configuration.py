@@ -1,4 +1,4 @@
-"""What a measured window is asked to do."""
+"""What a measured window is asked to do, and what becomes of one that cannot be run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,50 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import (
+    ArgumentError,
+    InfeasibleBudgetError,
+    TbpttError,
+    check_positive_int,
+)
+from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.memory.sizes import parse_bytes
-from tbptt_ckpt.profiling.failure import BenchError
-from tbptt_ckpt.profiling.report import MemoryReport
+from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET, MemoryReport
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
 BASELINE = "retain"
+
+
+class BenchError(Exception):
+    """Why a configuration did not run: status, a line, and where, as Python prints it."""
+
+    def __init__(self, status: str, message: str, traceback: str = "") -> None:
+        super().__init__(status, message, traceback)  # so that it can be pickled
+        self.status, self.message, self.traceback = status, message, traceback
+
+
+class ProfileError(ArgumentError):
+    """A profile that cannot be made; raised for what goes wrong in plain BPTT already.
+
+    Attributes:
+        remote_traceback: Where it was raised, in whatever process, as Python prints it.
+    """
+
+    def __init__(self, message: str, remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
+
+
+def bench_error(error: BaseException, traceback: str) -> BenchError:
+    """What an error means for its row."""
+    status, line = FAILED, " ".join(str(error).split())
+    if is_out_of_memory(error):
+        status, line = OUT_OF_MEMORY, line or "out of memory"
+    elif isinstance(error, InfeasibleBudgetError):
+        status = OVER_BUDGET
+    elif not isinstance(error, TbpttError):
+        line = f"the module or its loss raised {type(error).__name__}: {line}"
+    return BenchError(status, line, traceback)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,12 +17,16 @@ import torch
 
 def describe_environment(*further: str) -> dict[str, Any]:
     """Versions, also of `further` distributions that are installed, machine and its load."""
+    installed = {}
+    for name in further:
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tbptt_ckpt": version("tbptt-ckpt"),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        **dict(_installed(further)),
+        **installed,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
@@ -33,12 +36,6 @@ def describe_environment(*further: str) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "load_average": round(psutil.getloadavg()[0], 2),
     }
-
-
-def _installed(distributions: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for name in distributions:
-        with suppress(PackageNotFoundError):
-            yield name, version(name)
 
 
 def _processor() -> str:

@@ -40,13 +40,13 @@ def plot_front(report: StrategyReport, path: Path) -> None:
     rows = [row for row in report.rows if row.peak_bytes and row.seconds]
     if not rows:
         raise ArgumentError("there is nothing to draw: no row has both a peak and a time")
-    times = dict(zip(map(id, rows), comparable_times(rows), strict=True))
+    times = {id(row): time for row, time in zip(rows, comparable_times(rows), strict=True)}
     front = report.pareto_front[::-1]  # by time
+    predicted = [row for row in rows if row.predicted_peak_bytes]
     with _figure(path, figsize=(7.2, 4.2)) as (_, axes):
         x, y = [times[id(row)] for row in front], [_mib(row.peak_bytes) for row in front]
         axes.plot(x, y, **_STAIRS, linewidth=1.2, zorder=1, label="Pareto front")
         _draw_points(axes, rows, times, front)
-        predicted = [row for row in rows if row.predicted_peak_bytes]
         if predicted:
             x = [times[id(row)] for row in predicted]
             y = [_mib(row.predicted_peak_bytes) for row in predicted]
@@ -56,9 +56,8 @@ def plot_front(report: StrategyReport, path: Path) -> None:
         axes.set_yscale("log")
         axes.margins(x=0.2, y=0.08)
         _plain_ticks(axes)
-        axes.set_xlabel(
-            "time over plain BPTT" if are_in_turns(rows) else "time of a window and its update, s"
-        )
+        seconds = "time of a window and its update, s"
+        axes.set_xlabel("time over plain BPTT" if are_in_turns(rows) else seconds)
         axes.set_ylabel("peak tensor memory, MiB")
         axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
         axes.legend(frameon=False, loc="best")
@@ -139,26 +138,24 @@ def _draw_points(
 def _draw_window(axes: Any, row: MemoryReport) -> None:
     trace = row.trace
     assert trace is not None, "rows without one are not drawn"
-    last = trace.actions[-1:]
-    held = [1e3 * action.began_seconds for action in trace.actions]
-    held += [1e3 * action.ended_seconds for action in last]
-    live = [_mib(action.live_bytes) for action in (*trace.actions, *last)]
+    held = [(1e3 * action.began_seconds, _mib(action.live_bytes)) for action in trace.actions]
+    held += [(1e3 * action.ended_seconds, _mib(action.live_bytes)) for action in trace.actions[-1:]]
     shade = {"color": _ORANGE, "alpha": 0.55, "linewidth": 0}
-    axes.fill_between(held, live, step="post", **shade, label="held states")
+    axes.fill_between(*zip(*held, strict=True), step="post", **shade, label="held states")
     if row.fixed_bytes is not None:
         axes.axhspan(0, _mib(row.fixed_bytes), color="#dddddd", linewidth=0, label="fixed")
-    milliseconds = [1e3 * seconds for seconds, _ in trace.timeline]
-    measured = [_mib(live) for _, live in trace.timeline]
-    axes.plot(milliseconds, measured, **_STAIRS, linewidth=0.7, label="measured")
-    predicted = [action for action in trace.actions if action.predicted_bytes is not None]
-    for position, action in enumerate(predicted):
-        times = [1e3 * action.began_seconds, 1e3 * action.ended_seconds]
-        label = "predicted" if position == 0 else None
-        height = _mib(action.predicted_bytes)
-        axes.plot(times, [height] * 2, color=_BLACK, linewidth=1.3, label=label)
+    measured = [(1e3 * seconds, _mib(live)) for seconds, live in trace.timeline]
+    axes.plot(*zip(*measured, strict=True), **_STAIRS, linewidth=0.7, label="measured")
+    label: str | None = "predicted"
+    for action in trace.actions:
+        if action.predicted_bytes is not None:
+            times = [1e3 * action.began_seconds, 1e3 * action.ended_seconds]
+            height = [_mib(action.predicted_bytes)] * 2
+            axes.plot(times, height, color=_BLACK, linewidth=1.3, label=label)
+            label = None
     axes.set_title(f"{row.strategy}: {_mib(row.peak_bytes):.1f} MiB", loc="left")
     axes.set_ylim(0, None)
-    axes.set_xlim(0, milliseconds[-1])
+    axes.set_xlim(0, measured[-1][0])
 
 
 def _plain_ticks(axes: Any) -> None:

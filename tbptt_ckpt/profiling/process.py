@@ -15,8 +15,7 @@ from typing import Self, TypeVar, cast
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import WindowBench
-from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import BenchError, bench_error
+from tbptt_ckpt.profiling.configuration import BenchError, Configuration, bench_error
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY
 from tbptt_ckpt.profiling.work import Workload
 
@@ -60,9 +59,6 @@ class ProcessBench:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def ask(self, request: Callable[[WindowBench], T]) -> T:
         """What a request returns, or `BenchError`; request and answer are pickled."""
         try:
@@ -74,8 +70,7 @@ class ProcessBench:
             raise answer
         return cast(T, answer)
 
-    def close(self) -> None:
-        """End the process."""
+    def __exit__(self, *_: object) -> None:
         self._pipe.close()
         self._process.join(_PATIENCE_SECONDS)
         if self._process.is_alive():

@@ -10,8 +10,7 @@ from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.module.recurrence import time_dim_of
 from tbptt_ckpt.profiling.bench import BenchHere
-from tbptt_ckpt.profiling.configuration import Configuration, combinations
-from tbptt_ckpt.profiling.failure import BenchError
+from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched

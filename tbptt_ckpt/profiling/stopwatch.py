@@ -18,13 +18,7 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Ke
 class ActionWatch(Observer):
     """An observer that measures every action of a window, while it is told to.
 
-    Args:
-        device: Where windows run.
-
-    Attributes:
-        clock: Stands still while the meter is read.
-        held_states: Most boundary states kept at once.
-        spans: The actions so far.
+    Its `clock` stands still while the meter is read; `held_states` were kept at once at most.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,11 +67,14 @@ class ActionWatch(Observer):
         ended = self._now()
         with self.clock.paused():
             lap = self._meter.lap()
-        if self._action is not None:
-            start, stop = _steps(self._action)
+        if (action := self._action) is not None:
+            if isinstance(action, Advance | Differentiate):
+                start, stop = action.start, action.stop
+            else:
+                start = stop = action.step
             self.spans.append(
                 ActionSpan(
-                    kind=type(self._action).__name__.lower(),
+                    kind=type(action).__name__.lower(),
                     start=start,
                     stop=stop,
                     began_seconds=self._began_seconds,
@@ -99,12 +96,6 @@ class ActionWatch(Observer):
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return self.clock.now()
-
-
-def _steps(action: Action) -> tuple[int, int]:
-    if isinstance(action, Advance | Differentiate):
-        return action.start, action.stop
-    return action.step, action.step
 
 
 class PausedClock:

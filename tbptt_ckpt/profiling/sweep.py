@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Protocol, TypeVar
 
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.profiling.bench import WindowBench
-from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.configuration import BenchError, Configuration, ProfileError
 from tbptt_ckpt.profiling.environment import describe_environment
-from tbptt_ckpt.profiling.failure import BenchError, ProfileError
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 
 # Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
@@ -60,14 +60,8 @@ OpenBench = Callable[[Configuration], AbstractContextManager[Bench]]
 
 def with_baselines(configurations: Sequence[Configuration]) -> list[Configuration]:
     """The configurations, each once, plain BPTT of the same windows before the first of them."""
-    ordered: list[Configuration] = []
-    for configuration in configurations:
-        baseline = configuration.baseline()
-        if baseline not in ordered:
-            ordered.append(baseline)
-        if not configuration.is_baseline and configuration not in ordered:
-            ordered.append(configuration)
-    return ordered
+    pairs = ((c.baseline(), c.baseline() if c.is_baseline else c) for c in configurations)
+    return list(dict.fromkeys(chain.from_iterable(pairs)))
 
 
 def sweep(
@@ -177,7 +171,7 @@ def measured(
 ) -> MemoryReport:
     """All figures of a bench; `rival` runs a window to compare with, if there is one."""
     say("warming up")
-    resident = bench.ask(WindowBench.warm_up)
+    before, peak = bench.ask(WindowBench.warm_up)
     say("timing")
     seconds, ratios = [], []
     for turn in range(repeats):
@@ -189,8 +183,8 @@ def measured(
     say("measuring memory")
     return replace(
         bench.ask(partial(WindowBench.measure, trace=trace)),
-        rss_before_bytes=resident.before_bytes,
-        rss_peak_bytes=resident.peak_bytes,
+        rss_before_bytes=before,
+        rss_peak_bytes=peak,
         seconds=median(seconds),
         ratio=median(ratios) if ratios else None,
     )

@@ -33,9 +33,9 @@ def trace_json(rows: Iterable[MemoryReport]) -> str:
 def _events(row: MemoryReport) -> Iterator[dict[str, Any]]:
     """The events of one row, without the number of its process."""
     assert row.trace is not None, "rows without a window in time are left out"
-    yield _named("process_name", 0, f"{row.strategy}, k1={row.k1}, k2={row.k2}")
-    for track, name in enumerate(_TRACKS):
-        yield _named("thread_name", track, name)
+    process = ("process_name", 0, f"{row.strategy}, k1={row.k1}, k2={row.k2}")
+    for kind, track, name in (process, *(("thread_name", *track) for track in enumerate(_TRACKS))):
+        yield {"name": kind, "ph": "M", "tid": track, "args": {"name": name}}
     yield _span("window", "window", _WINDOW, 0.0, row.trace.seconds)
     for action in row.trace.actions:
         held = action.start == action.stop
@@ -64,10 +64,6 @@ def _passes(actions: Iterable[ActionSpan]) -> Iterator[dict[str, Any]]:
             yield _span("differentiate", "pass", _PASSES, middle, ended)
         if action.stop > action.start:
             reached = max(reached, action.stop)
-
-
-def _named(kind: str, track: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "tid": track, "args": {"name": name}}
 
 
 def _span(

@@ -83,11 +83,8 @@ class Work:
         if not isinstance(self.module, nn.Module):
             yield
             return
-        handle = self.module.register_forward_pre_hook(read_now_and_then)
-        try:
+        with self.module.register_forward_pre_hook(read_now_and_then):
             yield
-        finally:
-            handle.remove()
 
     def build(self) -> Work:
         """Itself: work that exists already is its own `Workload`."""

@@ -11,7 +11,7 @@ import pytest
 
 from tbptt_ckpt import Costs, Plan, plan, simulate
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.plan.drawing import COLUMNS, LABEL, draw_plan, format_seconds
+from tbptt_ckpt.cli.plan.report import COLUMNS, LABEL, draw_plan, format_seconds
 from tbptt_ckpt.planner.ladder import budget_ladder
 
 BY_HAND = ["--state-bytes", "64KiB", "--step-bytes", "230KB"]

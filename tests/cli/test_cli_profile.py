@@ -22,9 +22,8 @@ from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport
-from tbptt_ckpt.profiling.bench import Resident, WindowBench
-from tbptt_ckpt.profiling.configuration import Configuration
-from tbptt_ckpt.profiling.failure import BenchError
+from tbptt_ckpt.profiling.bench import WindowBench
+from tbptt_ckpt.profiling.configuration import BenchError, Configuration
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.sweep import sweep
 from tbptt_ckpt.schedule.plan import plan_window
@@ -393,7 +392,7 @@ def figures_of(script, *arguments):
 
 
 ANSWERS = {
-    WindowBench.warm_up: Resident(1, 2),
+    WindowBench.warm_up: (1, 2),
     WindowBench.time_window: 0.5,
     WindowBench.measure: MemoryReport(strategy="?", k1=1, k2=1, peak_bytes=1),
 }

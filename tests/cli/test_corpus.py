@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tbptt_ckpt.cli.bytes.bigram import bigram_bits, pair_counts
 from tbptt_ckpt.cli.bytes.corpus import (
     ByteLanes,
     load_corpus,
@@ -18,6 +17,7 @@ from tbptt_ckpt.cli.bytes.corpus import (
     standard_library_files,
     standard_library_text,
 )
+from tbptt_ckpt.cli.bytes.score import bigram_bits, pair_counts
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -192,7 +192,7 @@ def test_pair_counts_do_not_depend_on_chunks(monkeypatch):
     for first, second in pairwise(data):
         expected[first, second] += 1
     for chunk in (1, 7, 999, 1000, 10_000):
-        monkeypatch.setattr("tbptt_ckpt.cli.bytes.bigram._CHUNK_BYTES", chunk)
+        monkeypatch.setattr("tbptt_ckpt.cli.bytes.score._CHUNK_BYTES", chunk)
         assert np.array_equal(pair_counts(data), expected)
 
 
@@ -209,7 +209,7 @@ def test_bigram_bits_against_the_definition(monkeypatch):
     ]
     expected = sum(bits) / len(bits)
     assert bigram_bits(train, held_out) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr("tbptt_ckpt.cli.bytes.bigram._CHUNK_BYTES", 8)
+    monkeypatch.setattr("tbptt_ckpt.cli.bytes.score._CHUNK_BYTES", 8)
     assert bigram_bits(train, held_out) == pytest.approx(expected, rel=1e-12)
 
 

@@ -54,7 +54,7 @@ class ProfileConfig:
     budget: Annotated[
         tuple[int, ...],
         "Memory budgets such as 64MiB,128MiB.",
-        options.read_list(options.parse_size),
+        options.read_list(options.SIZE.parse),
         options.Default("none"),
     ] = ()
     overlap: options.Overlap = "refresh"

@@ -54,8 +54,8 @@ class Scorecard:
         """Note the loss of one more window, and the time up to its end."""
         assert window.loss is not None, "every byte has a next byte"
         bits = float(window.loss) / NATS_PER_BIT
-        first = math.isnan(self.bits)
-        self.bits = bits if first else _LOSS_MEMORY * self.bits + (1 - _LOSS_MEMORY) * bits
+        mean = _LOSS_MEMORY * self.bits + (1 - _LOSS_MEMORY) * bits
+        self.bits = bits if math.isnan(self.bits) else mean
         self.seconds = seconds
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,6 +75,12 @@ class TrainingLoop:
         self._config, self._work, self.scorecard = config, work, Scorecard()
         num_steps = min(len(work.source), config.max_steps)
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))
+        snapshots = config.snapshot_dir and Snapshots(
+            directory=config.snapshot_dir,
+            every_steps=config.snapshot_every,
+            every_minutes=config.snapshot_minutes,
+            keep=config.keep,
+        )
         self._trainer = Trainer(
             work.engine(
                 config.k1,
@@ -88,7 +94,7 @@ class TrainingLoop:
             init_state=lambda: initial_state(module, config.lanes),
             epochs=None,
             max_steps=config.max_steps,
-            snapshots=snapshots_of(config),
+            snapshots=snapshots,
             # The copy it takes may be what the memory of the run is judged by.
             out_of_memory=OutOfMemory(protect_update=config.snapshot_dir is not None),
             extra={"tally": self.scorecard},
@@ -136,18 +142,6 @@ class TrainingLoop:
         if window is not None:
             self.scorecard.meter(window, peak_bytes)
         return window
-
-
-def snapshots_of(config: TrainingConfig) -> Snapshots | None:
-    """When and where the options ask for snapshots."""
-    if config.snapshot_dir is None:
-        return None
-    return Snapshots(
-        directory=config.snapshot_dir,
-        every_steps=config.snapshot_every,
-        every_minutes=config.snapshot_minutes,
-        keep=config.keep,
-    )
 
 
 def figures(bits: float, steps_per_second: float, memory_bytes: int) -> str:

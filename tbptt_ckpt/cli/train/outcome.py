@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -108,15 +107,11 @@ def _retained_row(memory: MemoryUse) -> tuple[str, str]:
 
 def outcome_json(outcome: TrainingOutcome) -> str:
     """The outcome as one JSON object on one line; keys as in `TrainingOutcome`."""
-    return json.dumps(_plain(asdict(outcome)), allow_nan=False)
+    return json.dumps(_finite(asdict(outcome)), allow_nan=False, default=str)  # paths
 
 
-def _plain(value: Any) -> Any:
-    """The same in what JSON has: paths as strings, numbers that are not finite as null."""
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
