@@ -13,10 +13,8 @@ from typing import Any, NoReturn
 import typer
 
 from tbptt_ckpt.cli.commands import plan, profile, snapshots, train
+from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
 from tbptt_ckpt.cli.options import Command
-from tbptt_ckpt.cli.plan.config import PlanningConfig
-from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.trainer.signals import TrainingStopped

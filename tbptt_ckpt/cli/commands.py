@@ -12,14 +12,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
 from tbptt_ckpt.cli.plan.job import run_planning_job
 from tbptt_ckpt.cli.plan.report import plan_json, print_plan
-from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.job import run_profile
 from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.cli.terminal import progress_bar, table
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
 from tbptt_ckpt.errors import ArgumentError

@@ -7,12 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from tbptt_ckpt.errors import (
-    ArgumentError,
-    InfeasibleBudgetError,
-    TbpttError,
-    check_positive_int,
-)
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, TbpttError, check_positive_int
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET, MemoryReport
@@ -100,10 +95,6 @@ class Configuration:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         words = {"strategy": self.strategy_name, "time_batching": str(self.time_batching).lower()}
         return MemoryReport(**{**given, **words, **figures})
-
-    def failed(self, error: BenchError) -> MemoryReport:
-        """A report that says why there are no figures."""
-        return self.report(status=error.status, message=error.message)
 
 
 def combinations(

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.profiling.report import (
-    MemoryReport,
-    StrategyReport,
-    are_in_turns,
-    comparable_times,
-)
+from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, are_in_turns, comparable_times
 
 # Okabe & Ito's palette, which people with any colour vision can tell apart; differences are
 # in shape and line as well.

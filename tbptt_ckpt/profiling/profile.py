@@ -86,7 +86,7 @@ def profile_window(
     except BenchError as error:
         if error.status == FAILED and error.__cause__ is not None:
             raise error.__cause__ from None
-        return configuration.failed(error)
+        return configuration.report(status=error.status, message=error.message)
 
 
 def profile_strategies(

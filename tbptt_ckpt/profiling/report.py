@@ -247,12 +247,9 @@ class StrategyReport:
 def pareto_front(rows: Iterable[MemoryReport]) -> tuple[MemoryReport, ...]:
     """Rows that no other row beats in both peak and time, the smallest peak first."""
     measured = [row for row in rows if row.peak_bytes is not None and row.seconds is not None]
-    times = comparable_times(measured)
+    timed = zip(comparable_times(measured), measured, strict=True)
     fastest, front = math.inf, []
-    for _, time, row in sorted(
-        ((row.peak_bytes or 0, time, row) for row, time in zip(measured, times, strict=True)),
-        key=lambda entry: entry[:2],
-    ):
+    for time, row in sorted(timed, key=lambda entry: (entry[1].peak_bytes or 0, entry[0])):
         if time < fastest:
             fastest = time
             front.append(row)

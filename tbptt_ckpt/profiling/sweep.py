@@ -126,7 +126,7 @@ class _Group:
         except BenchError as error:
             if row == self.baseline and error.status == FAILED:
                 raise ProfileError(error.message, error.traceback) from error.__cause__
-            return row.failed(error)
+            return row.report(status=error.status, message=error.message)
 
     def _measure_baseline(self) -> MemoryReport:
         with ExitStack() as stack:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.configs import ProfileConfig
 from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.bench import WindowBench

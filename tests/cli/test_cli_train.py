@@ -20,7 +20,7 @@ from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.cli.bytes.models import build_model
 from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
-from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.loop import figures
 from tbptt_ckpt.errors import ArgumentError

@@ -9,10 +9,8 @@ from typing import Annotated, Any
 import pytest
 import typer
 
+from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
 from tbptt_ckpt.cli.options import SIZE, Command, Default, check_options, read_list
-from tbptt_ckpt.cli.plan.config import PlanningConfig
-from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 
 

@@ -34,12 +34,7 @@ def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def byte_work(
-    module: nn.Module,
-    source: ByteLanes,
-    *,
-    lr: float,
-    dtype: str,
-    init_state: Any = None,
+    module: nn.Module, source: ByteLanes, *, lr: float, dtype: str, init_state: Any = None
 ) -> Work:
     """What `TBPTT` is given for a byte-level model, choices of windows and plans aside."""
     return Work(

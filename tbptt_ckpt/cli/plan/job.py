@@ -18,8 +18,8 @@ from tbptt_ckpt.cli.bytes.models import (
     is_per_step,
 )
 from tbptt_ckpt.cli.bytes.score import byte_loss
+from tbptt_ckpt.cli.configs import PlanningConfig
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
-from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
 from tbptt_ckpt.schedule import FixedBytes

@@ -9,9 +9,9 @@ import torch
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model, check_model, initial_state
 from tbptt_ckpt.cli.bytes.score import byte_work
+from tbptt_ckpt.cli.configs import ProfileConfig
 from tbptt_ckpt.cli.devices import DTYPES, find_device
 from tbptt_ckpt.cli.files import write_text
-from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.profiling.plots import plot_front, plot_windows
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.report import StrategyReport

@@ -11,9 +11,9 @@ from tbptt_ckpt import NonFiniteError
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes, Corpus, load_corpus
 from tbptt_ckpt.cli.bytes.models import build_model, check_model, initial_state
 from tbptt_ckpt.cli.bytes.score import bigram_bits, bits_per_byte, byte_work
+from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
 from tbptt_ckpt.cli.files import save_weights
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes

@@ -14,7 +14,7 @@ from torch import nn
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
 from tbptt_ckpt.cli.bytes.models import initial_state
 from tbptt_ckpt.cli.bytes.score import NATS_PER_BIT
-from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
@@ -75,12 +75,14 @@ class TrainingLoop:
         self._config, self._work, self.scorecard = config, work, Scorecard()
         num_steps = min(len(work.source), config.max_steps)
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))
-        snapshots = config.snapshot_dir and Snapshots(
-            directory=config.snapshot_dir,
-            every_steps=config.snapshot_every,
-            every_minutes=config.snapshot_minutes,
-            keep=config.keep,
-        )
+        snapshots = None
+        if config.snapshot_dir is not None:
+            snapshots = Snapshots(
+                directory=config.snapshot_dir,
+                every_steps=config.snapshot_every,
+                every_minutes=config.snapshot_minutes,
+                keep=config.keep,
+            )
         self._trainer = Trainer(
             work.engine(
                 config.k1,

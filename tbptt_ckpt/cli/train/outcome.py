@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.terminal import figure_table
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.memory.sizes import format_bytes
 
 
@@ -79,6 +79,12 @@ def print_outcome(outcome: TrainingOutcome) -> None:
 def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     """What the table says, line by line."""
     scores, work, memory = outcome.bits_per_byte, outcome.work, outcome.memory
+    retained = f"the same window of {memory.window_steps:,} steps retained"
+    if memory.retained_peak_bytes is None:
+        how, peak = "", "model cannot be copied"
+    else:
+        how = "" if memory.retained_is_measured else ", extrapolated"
+        peak = format_bytes(memory.retained_peak_bytes)
     return [
         ("held-out bits per byte before training", f"{scores.before:.3f}"),
         ("held-out bits per byte after training", f"{scores.after:.3f}"),
@@ -91,18 +97,10 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         ("time training", f"{work.seconds:.1f} s"),
         ("time steps per second", f"{work.steps_per_second:,.0f}"),
         ("peak tensor memory", format_bytes(memory.peak_bytes)),
-        _retained_row(memory),
+        (retained + how, peak),
         ("resident memory before training", format_bytes(memory.rss_before_bytes)),
         ("resident memory at its peak", format_bytes(memory.rss_peak_bytes)),
     ]
-
-
-def _retained_row(memory: MemoryUse) -> tuple[str, str]:
-    name = f"the same window of {memory.window_steps:,} steps retained"
-    if memory.retained_peak_bytes is None:
-        return name, "model cannot be copied"
-    how = "" if memory.retained_is_measured else ", extrapolated"
-    return name + how, format_bytes(memory.retained_peak_bytes)
 
 
 def outcome_json(outcome: TrainingOutcome) -> str:
