@@ -89,54 +89,43 @@ def run_evaluation(
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
     with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
-        return _Pass(runner, loss_function, reader, initial).run(segment_steps)
+        return _run(runner, loss_function, reader, initial, segment_steps)
 
 
-class _Pass:
+def _run(
+    runner: Runner,
+    loss_function: LossFunction,
+    reader: WindowReader,
+    initial: Tree,
+    segment_steps: int,
+) -> Evaluation:
     """One pass over a sequence, piece by piece."""
-
-    def __init__(
-        self, runner: Runner, loss_function: LossFunction, reader: WindowReader, initial: Tree
-    ) -> None:
-        self._runner, self._loss_function = runner, loss_function
-        self._reader, self._initial = reader, initial
-        module = runner.recurrence.module
-        self._ambient = Ambient([module], parameters_of(module))
-        self._loss_sum, self._weight = 0.0, 0.0
-
-    def run(self, segment_steps: int) -> Evaluation:
-        position, state, reader = 0, copy_containers(self._initial), self._reader
-        reader.look_ahead(segment_steps)
-        while reader.num_steps is None or position < reader.num_steps:
-            stop = position + segment_steps
-            reader.look_ahead(stop)
-            stop = stop if reader.num_steps is None else min(stop, reader.num_steps)
-            if stop == position:
-                break  # the end turned out to lie here
-            state = self._run_piece(position, stop, state)
-            position = stop
-        loss = self._loss_sum / self._weight if self._weight else None
-        return Evaluation(
-            loss=loss, weight=self._weight, num_steps=position, state=detach_state(state)
-        )
-
-    def _run_piece(self, start: int, stop: int, state: Tree) -> Tree:
-        blocks = self._reader.window(start, stop)
-        loss = WindowLoss(self._loss_function, counted_weight(blocks, start, stop), "sum")
+    module, lane_dim = runner.recurrence.module, runner.recurrence.lane_dim
+    ambient = Ambient([module], parameters_of(module))
+    position, state, loss_sum, weight = 0, copy_containers(initial), 0.0, 0.0
+    reader.look_ahead(segment_steps)
+    while reader.num_steps is None or position < reader.num_steps:
+        stop = position + segment_steps
+        reader.look_ahead(stop)
+        stop = stop if reader.num_steps is None else min(stop, reader.num_steps)
+        if stop == position:
+            break  # the end turned out to lie here
+        blocks = reader.window(position, stop)
+        loss = WindowLoss(loss_function, counted_weight(blocks, position, stop), "sum")
         piece = WindowPass(
             blocks=blocks,
-            first=start,
+            first=position,
             start=stop,  # nothing is differentiated: all losses are constants
             stop=stop,
-            loss_start=start,
-            ambient=self._ambient,
-            runner=self._runner,
+            loss_start=position,
+            ambient=ambient,
+            runner=runner,
             loss=loss,
-            resets=Resets(blocks, self._initial, self._runner.recurrence.lane_dim),
+            resets=Resets(blocks, initial, lane_dim),
         )
-        state = piece.run(start, stop, state, piece.sink(graph=False))
-        loss_sum = loss.loss_sum
-        if loss_sum is not None and not loss.is_empty():
-            self._loss_sum += loss_sum
-            self._weight += float(loss.weight)
-        return state
+        state = piece.run(position, stop, state, piece.sink(graph=False))
+        if loss.loss_sum is not None and not loss.is_empty():
+            loss_sum, weight = loss_sum + loss.loss_sum, weight + float(loss.weight)
+        position = stop
+    mean = loss_sum / weight if weight else None
+    return Evaluation(loss=mean, weight=weight, num_steps=position, state=detach_state(state))

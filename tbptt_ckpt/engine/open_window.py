@@ -9,10 +9,9 @@ from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape, fullest_shape
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.engine.initial_state import InitialState
-from tbptt_ckpt.engine.notes import Notes
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.engine.records import Records, changes
+from tbptt_ckpt.engine.records import Notes, Records, changes
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -112,27 +113,8 @@ class TBPTT:
         measure_memory: bool = False,
         observer: Observer = UNOBSERVED,
     ) -> None:
-        self._options = Options(
-            k1=k1,
-            k2=k2,
-            loss=loss,
-            reduction=reduction,
-            overlap=overlap,
-            strategy=strategy,
-            memory_budget=memory_budget,
-            executor=executor,
-            time_batching=time_batching,
-            per_step=per_step,
-            time_dim=time_dim,
-            clip_grad_norm=clip_grad_norm,
-            autocast_dtype=autocast_dtype,
-            scaler=scaler,
-            scheduler=scheduler,
-            lane_dim=lane_dim,
-            accumulate=accumulate,
-            costs=costs,
-            measure_memory=measure_memory,
-        )
+        arguments = locals()
+        self._options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
         self._parts = make_parts(module, loss_fn, optimizer, self._options, observer=observer)
 
     def __repr__(self) -> str:
