@@ -24,6 +24,7 @@ from tbptt_ckpt.time_batching.operations import Operation
 COMPUTED = "a weight that is computed in the step"
 SMALL = "too small to pay"
 CHANGED = "a weight that changed within the segment"
+REPLACED = "a function that others have put in the place of torch's own"
 # How often an operation with a weight of a shape was batched, or for which reason it was left.
 Tally = Counter[tuple[str, tuple[int, ...], str]]
 
@@ -37,10 +38,9 @@ def is_stable(weight: Tensor | None) -> bool:
     """Whether a weight cannot have been computed within the step."""
     if weight is None:
         return True
-    kind = type(weight)
-    if weight.layout is not torch.strided or weight.is_inference():
+    if not is_plain(weight) or weight.layout is not torch.strided or weight.is_inference():
         return False
-    return kind is nn.Parameter or (kind is Tensor and weight.requires_grad and weight.is_leaf)
+    return type(weight) is nn.Parameter or (weight.requires_grad and weight.is_leaf)
 
 
 def transposed_weight(weight: Tensor) -> Tensor | None:
@@ -55,7 +55,7 @@ def transposed_weight(weight: Tensor) -> Tensor | None:
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """To what autocast casts a product with a weight; None where it is off."""
-    if not torch._C._is_any_autocast_enabled():
+    if not torch._C._is_any_autocast_enabled() or not is_plain(weight):
         return None
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -48,7 +48,7 @@ class _Calls:
 
     def call(self, index: int, x: Tensor, states: Sequence[Tensor]) -> Any:
         """A call's result, with the slot at an index; None if it must not have that."""
-        if self._is_used[index] or self._versions.moved():
+        if self._is_used[index] or self._versions.changed():
             return None
         self._is_used[index] = True
         self.num_used += 1
@@ -56,7 +56,7 @@ class _Calls:
             return self._cell.run(self._slots[index], states, self._weights)[0]
         return CellNode.apply(self._record, index, self._token, x, *states)  # type: ignore[no-untyped-call]
 
-    def close(self, _source: object = None) -> None:
+    def close(self) -> None:
         """No call is to come."""
         if self._record is not None:
             self._record.close()
@@ -141,8 +141,8 @@ class CellCalls:
                 return calls
             calls.close()
         rows = weights.hidden.shape[0]
-        step_bytes = x.shape[0] * rows * x.element_size()
-        num_steps = max(1, min(self._num_steps, _BUFFER_BYTES // step_bytes))
+        step_bytes = x.shape[0] * rows * x.element_size()  # 0 where there are no lanes
+        num_steps = max(1, min(self._num_steps, _BUFFER_BYTES // max(1, step_bytes)))
         self._tally[kind.name, tuple(weights.hidden.shape), ""] += 1
         buffer = x.new_empty(num_steps, x.shape[0], rows)
         record = CellRecord(kind, weights, buffer, self._input_bias(kind, weights), of_rows=False)

@@ -22,7 +22,7 @@ class LSTM(Cell):
     num_states = 2
 
     def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
-        """The new h and c, of which the backward needs c."""
+        """The new h and c. The backward makes c again: a module may write into it."""
         h, c = states
         width = c.shape[1]
         add_product(slot, h, weights.hidden)
@@ -34,18 +34,18 @@ class LSTM(Cell):
         new_c.addcmul_(i, g)
         new_h = torch.tanh(new_c)
         new_h.mul_(o)
-        return (new_h, new_c), new_c
+        return (new_h, new_c), None
 
     def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
         """Those of h and c."""
         grad_h, grad_c = grads
-        slot, (_, c), new_c, hidden, needs = call
+        slot, (_, c), _, hidden, needs = call
         width = c.shape[1]
         i, f, g, o = slot.chunk(4, 1)
         if grad_h is None:
             grad_o, total = torch.zeros_like(c), grad_c
         else:
-            grad_o = torch.tanh(new_c)
+            grad_o = torch.mul(f, c).addcmul_(i, g).tanh_()
             total = torch.mul(grad_h, o)
             _tanh_backward(total, grad_o, grad_input=total)
             if grad_c is not None:

@@ -24,7 +24,7 @@ from tbptt_ckpt.time_batching.products import (
     write_product,
 )
 from tbptt_ckpt.time_batching.rows import cut, joined
-from tbptt_ckpt.time_batching.taps import Gradients, Record, Tensors, begin_backward
+from tbptt_ckpt.time_batching.taps import Gradients, Record, Tensors, begin_backward, undisturbed
 
 
 class CellWeights(NamedTuple):
@@ -38,8 +38,8 @@ class CellWeights(NamedTuple):
 
 # What the backward of a call knows: its slot, the states before, what `run` gave to keep, the
 # weight of h, and which states want a gradient. No named tuple: one is made in every step.
-Call = tuple[Tensor, Sequence[Tensor], Tensor, Tensor, Sequence[bool]]
-Run = tuple[Tensor | tuple[Tensor, ...], Tensor]
+Call = tuple[Tensor, Sequence[Tensor], Any, Tensor, Sequence[bool]]
+Run = tuple[Tensor | tuple[Tensor, ...], Tensor | None]
 CallGradients = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
 
@@ -54,7 +54,7 @@ class Cell(ABC):
 
     @abstractmethod
     def run(self, slot: Tensor, states: Sequence[Tensor], weights: CellWeights) -> Run:
-        """One step, and a tensor that its backward needs.
+        """One step, and a tensor that its backward needs, if any.
 
         The slot, [N, G*H], comes with the products of the input and the biases, and ends up with
         the gates; states: [N, H] each.
@@ -158,13 +158,14 @@ class CellNode(torch.autograd.Function):
             write_product(slot, x, record.weights.input, record.input_bias)
         new_states, kept = record.cell.run(slot, states, record.weights)
         if record.reset_slots is not None:
-            kept = record.reset_slots[call].copy_(kept)
+            kept = record.reset_slots[call].copy_(kept)  # type: ignore[arg-type]
         # What a frozen weight is multiplied by may be written to.
         x_kept = x if record.weights.input.requires_grad else None
         ctx.save_for_backward(slot, x_kept, kept, *states)
         return new_states
 
     @staticmethod
+    @undisturbed
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients of x and the states; those of the gates are left to the tap."""
         if grads[0] is None and grads[-1] is None:  # two at most

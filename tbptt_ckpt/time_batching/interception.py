@@ -12,20 +12,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from types import BuiltinFunctionType, MethodDescriptorType
+from functools import partial, wraps
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from tbptt_ckpt.module.replaced import Function, ReplacedFunctions
+from tbptt_ckpt.time_batching.candidates import is_plain
+from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
 from tbptt_ckpt.time_batching.cells import Cell
 from tbptt_ckpt.time_batching.operations import Bilinear, Convolution1d, Convolution2d
 from tbptt_ckpt.time_batching.region import Region
+from tbptt_ckpt.time_batching.taps import undisturbed
 
 # Positions of a convolution's input, over all lanes, up to which "auto" considers it: with more
 # of them a step's weight gradient is a large product already.
@@ -46,6 +50,7 @@ def opened(region: Region) -> Iterator[None]:
     """While entered, this thread's operations meet the region."""
     before = _thread.entered
     _functions.open()
+    region.leave(_functions.left())
     _thread.entered = region, _saved_tensor_hooks(False)
     try:
         yield
@@ -72,35 +77,51 @@ def _region() -> Region | None:
         return None
     if torch.is_inference_mode_enabled() or _saved_tensor_hooks(False) != hooks:
         return None
-    return None if torch._C._len_torch_function_stack() else region
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    num_modes = torch._C._len_torch_function_stack()
+    if not num_modes:
+        return region
+    # A default device is such a mode, which only looks at what makes tensors.
+    modes = map(torch._C._get_function_stack_at, range(num_modes))
+    return region if all(type(mode) is DeviceContext for mode in modes) else None
 
 
 def _unless_patched(make: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Leaves a function as it is where others have put theirs in the place of torch's own."""
 
     def made(plain: Function) -> Function:
-        is_builtin = isinstance(plain, BuiltinFunctionType | MethodDescriptorType)
-        module = str(getattr(plain, "__globals__", {}).get("__name__"))
-        return make(plain) if is_builtin or module.startswith("torch.nn.") else plain
+        return wraps(plain)(make(plain)) if _is_torchs_own(plain) else plain
 
     return made
 
 
+def _is_torchs_own(function: Function) -> bool:
+    if isinstance(function, FunctionType):  # whose `__module__` others copy
+        return str(function.__globals__.get("__name__")).startswith("torch.nn.")
+    module = getattr(function, "__objclass__", function).__module__
+    return str(module).partition(".")[0] == "torch"
+
+
 def _linear(plain: Function) -> Function:
+    attempt = undisturbed(Region.linear)
+
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
         region = _region()
-        output = None if region is None else region.linear(input, weight, bias)
+        output = None if region is None else attempt(region, input, weight, bias)
         return plain(input, weight, bias) if output is None else output
 
     return linear
 
 
 def _cell(kind: Cell, plain: Function) -> Function:
+    attempt = undisturbed(CellCalls.call)
+
     def forward(cell: Any, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
         region, result = _region(), None
         if region is not None:
             states = _states(cell, kind.num_states, input, hx)
-            result = region.cells.call(cell, kind, input, states)
+            result = attempt(region.cells, cell, kind, input, states)
         return plain(cell, input, hx) if result is None else result
 
     return forward
@@ -124,12 +145,13 @@ def _states(cell: nn.RNNCellBase, num_states: int, x: Any, hx: Any) -> tuple[Any
     return hx if type(hx) is tuple and len(hx) == num_states else (None,)
 
 
-def _product(num_operands: int, plain: Function) -> Function:
+def _product(attempt: Callable[..., Tensor | None], num_operands: int, plain: Function) -> Function:
     """`torch.matmul`, `mm` or, of three operands, `addmm`; a method of tensors is one of them."""
+    attempt = undisturbed(attempt)
 
     def multiply(*args: Any, **kwargs: Any) -> Any:
         region = None if kwargs or len(args) != num_operands else _region()
-        output = None if region is None else region.product(*args[-2:], *args[:-2])
+        output = None if region is None else attempt(region, *args)
         return plain(*args, **kwargs) if output is None else output
 
     return multiply
@@ -137,6 +159,7 @@ def _product(num_operands: int, plain: Function) -> Function:
 
 def _recorded(attempt: Callable[..., Tensor | None], plain: Function) -> Function:
     """A function with an attempt of the same arguments, of whose calls a region may take some."""
+    attempt = undisturbed(attempt)
 
     def function(*args: Any, **kwargs: Any) -> Any:
         region = _region()
@@ -149,7 +172,7 @@ def _recorded(attempt: Callable[..., Tensor | None], plain: Function) -> Functio
 def _bilinear(
     region: Region, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
-    if not input1.dim() == input2.dim() == 2:
+    if not is_plain(input1) or not is_plain(input2) or not input1.dim() == input2.dim() == 2:
         return None
     return region.recorded(Bilinear, (input1, input2), weight, bias)
 
@@ -165,7 +188,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    if input.dim() != dims + 2 or isinstance(padding, str):
+    if not is_plain(input) or input.dim() != dims + 2 or isinstance(padding, str):
         return None
     if region.chooses and input.numel() // max(input.shape[1], 1) > _MOST_POSITIONS:
         return None
@@ -185,12 +208,12 @@ _makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
     (F, "bilinear"): partial(_recorded, _bilinear),
     (F, "conv1d"): partial(_recorded, partial(_convolution, 1)),
     (F, "conv2d"): partial(_recorded, partial(_convolution, 2)),
-    (torch, "matmul"): partial(_product, 2),
-    (torch, "mm"): partial(_product, 2),
-    (torch, "addmm"): partial(_product, 3),
-    (Tensor, "__matmul__"): partial(_product, 2),
-    (Tensor, "matmul"): partial(_product, 2),
-    (Tensor, "mm"): partial(_product, 2),
+    (torch, "matmul"): partial(_product, Region.product, 2),
+    (torch, "mm"): partial(_product, Region.matrix_product, 2),
+    (torch, "addmm"): partial(_product, Region.matrix_product, 3),
+    (Tensor, "__matmul__"): partial(_product, Region.product, 2),
+    (Tensor, "matmul"): partial(_product, Region.product, 2),
+    (Tensor, "mm"): partial(_product, Region.matrix_product, 2),
     (nn.LSTMCell, "forward"): partial(_cell, LSTM()),
     (nn.GRUCell, "forward"): partial(_cell, GRU()),
     (nn.RNNCell, "forward"): _rnn_cell,

@@ -19,6 +19,7 @@ from tbptt_ckpt.time_batching.taps import (
     Versions,
     begin_backward,
     modified_in_place,
+    undisturbed,
 )
 
 _Part = tuple[Tensor, Sequence[Tensor]]  # the gradient of a call's output, and its inputs
@@ -48,6 +49,7 @@ class _Call(torch.autograd.Function):
         return record.operation.run(*inputs)
 
     @staticmethod
+    @undisturbed
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         if grad is None:
@@ -77,7 +79,7 @@ class RecordedCalls:
         return output
 
 
-_Known = tuple[Operation, Sequence[bool], Versions]  # and which rows were `modified`
+_Known = tuple[Operation, Sequence[Tensor], Versions]  # and the versions of the rows
 
 
 class _OfRows(torch.autograd.Function):
@@ -85,7 +87,7 @@ class _OfRows(torch.autograd.Function):
 
     A row that was not used has no part in the gradient, whatever it holds: it may be no number.
     All were read before the module has written into the first. That it writes into one after its
-    use, `modified` by the end of the steps, is an error, as where each step saves its own input.
+    use, whose version says so, is an error, as where each step saves its own input.
     """
 
     @staticmethod
@@ -98,12 +100,13 @@ class _OfRows(torch.autograd.Function):
         return tuple(cut(result))
 
     @staticmethod
+    @undisturbed
     def backward(ctx: Any, *grads: Any) -> Any:
         unused = [index for index, grad in enumerate(grads) if grad is None]
         needs, row_needs = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:]
         if len(unused) == len(grads):
             return (None,) * len(ctx.needs_input_grad)
-        operation, all_modified, versions = ctx.known
+        operation, row_versions, versions = ctx.known
         begin_backward(versions)
         (x,) = ctx.saved_tensors if ctx.rescued is None else (ctx.rescued,)
         if unused:
@@ -117,8 +120,8 @@ class _OfRows(torch.autograd.Function):
             (whole,) = operation.input_gradients(grad, (x,), (True,))
             pairs = zip(grads, whole.unbind(0), strict=True)
             row_grads = tuple(None if grad is None else row_grad for grad, row_grad in pairs)
-        modified = zip(all_modified, grads, strict=False)
-        if needs[0] and any(is_modified and grad is not None for is_modified, grad in modified):
+        pairs = zip(row_versions, grads, strict=False)  # a row that was used had version 0
+        if needs[0] and any(row._version and grad is not None for row, grad in pairs):
             raise modified_in_place("inputs")
         weight_grads = operation.weight_gradients(grad, (x,), needs, (None, None))
         return (None,) * 3 + weight_grads + row_grads
@@ -130,26 +133,24 @@ class CallsOfRows:
     def __init__(self, candidate: Candidate, source: Rows) -> None:
         weight, bias = candidate.weight, candidate.bias
         operation, self._versions = candidate.operation(weight, bias), Versions(weight, bias)
-        self._used, self._modified = [False] * len(source.entries), list[bool]()
+        self._used = [False] * len(source.entries)
         with torch.no_grad():
             whole = operation.run(source.whole)
         if torch.is_grad_enabled():
             edges = (weight, bias, *source.differentiable())
-            known = operation, self._modified, self._versions
+            known = operation, source.versions(), self._versions
             entries = _OfRows.apply(known, source.whole, whole, *edges)  # type: ignore[no-untyped-call]
         else:
             entries = cut(whole)
-        self._rows = Rows(whole, entries)
+        self._rows = Rows(whole, entries, is_made=True)
 
     def take(self, index: int) -> Row | None:
         """One row, to do with as the module likes; None from the second time on."""
-        if self._versions.moved() or self._used[index]:
+        if self._versions.changed() or self._used[index]:
             return None
         self._used[index] = True
         return Row(self._rows, index)
 
-    def close(self, source: Rows) -> None:
+    def close(self) -> None:
         """The steps of the source are done."""
-        pairs = enumerate(self._used)
-        self._modified += [used and not source.is_untouched(index) for index, used in pairs]
         self._rows.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tbptt_ckpt.time_batching.candidates import (
     CHANGED,
     COMPUTED,
+    REPLACED,
     Candidate,
     Tally,
     autocast_dtype,
@@ -35,11 +36,17 @@ class Region:
         self._candidates: dict[Hashable, tuple[Candidate, str]] = {}
         self._calls: dict[Candidate, RecordedCalls] = {}
 
+    def leave(self, functions: Iterable[str]) -> None:
+        """Take note of functions whose calls never come here."""
+        self._tally.update((name, (), REPLACED) for name in functions)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
         cast = autocast_dtype(weight)
         candidate = self._find(Linear, weight, bias, (x,), cast=cast)
         if candidate is None or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+            return None
+        if bias is not None and bias.shape != weight.shape[:1]:
             return None
         output = self._of_row(candidate, self.rows.find(x)) if cast is None else None
         if output is not None:
@@ -55,7 +62,7 @@ class Region:
         """
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() != 2:
             return None
-        if bias is not None and not (isinstance(bias, Tensor) and bias.dim() == 1):
+        if bias is not None and not (isinstance(bias, Tensor) and bias.shape == weight.shape[1:]):
             return None
         transposed = transposed_weight(weight)
         if transposed is not None:
@@ -64,6 +71,11 @@ class Region:
             return None
         candidate = self._find(Product, weight, bias, (x,))
         return None if candidate is None else self._record(candidate, x, 1)
+
+    def matrix_product(self, *operands: Any) -> Tensor | None:
+        """`torch.mm`, or `torch.addmm` with the bias first."""
+        *bias, x, weight = operands
+        return self.product(x, weight, *bias) if isinstance(x, Tensor) and x.dim() == 2 else None
 
     def embedding(
         self,
@@ -76,12 +88,14 @@ class Region:
         sparse: bool = False,
     ) -> Tensor | None:
         """`F.embedding`, or None where the plain operation is to do it."""
+        if not is_plain(input) or not is_plain(weight):
+            return None
         words, padding = len(weight), -1 if padding_idx is None else padding_idx
         if max_norm is not None or scale_grad_by_freq or sparse or not -words <= padding < words:
             return None
         options = (-1 if padding_idx is None else padding % words,)
         candidate = self._find(Embedding, weight, None, (), options)
-        if candidate is None or not is_plain(input):
+        if candidate is None:
             return None
         row = self.rows.find(input)
         # A step with an index of no word may be one that the module skips.
@@ -169,7 +183,7 @@ class Region:
             reason = "a frozen weight"
         elif candidate.cast is None and autocast_dtype(weight) is not None:
             reason = "autocast"
-        elif calls is not None and calls.versions.moved():
+        elif calls is not None and calls.versions.changed():
             reason = CHANGED
         if reason:
             self._tally[candidate.kind.name, (), reason] += 1

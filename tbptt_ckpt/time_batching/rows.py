@@ -45,6 +45,13 @@ def joined(slots: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows * len(slots), columns), (columns, 1))
 
 
+def _without_memory(tensor: Tensor) -> Tensor:
+    """A tensor that shares another's version counter, and nothing else."""
+    shared = tensor.detach()
+    shared.data = shared.new_empty(0)
+    return shared
+
+
 class Rows:
     """Consecutive steps of something that does not depend on the state.
 
@@ -52,14 +59,18 @@ class Rows:
     one per step; `made` is what was made of all rows at once, by operation and weights.
     """
 
-    def __init__(self, whole: Tensor, entries: Sequence[Tensor]) -> None:
-        self.whole, self.entries = whole, entries
+    def __init__(self, whole: Tensor, entries: Sequence[Tensor], is_made: bool = False) -> None:
+        self.whole, self.entries, self._is_made = whole, entries, is_made
         self.made: dict[Hashable, Any] = {}
         self._versions = [entry._version for entry in entries]
 
     def is_untouched(self, index: int) -> bool:
         """Whether nobody has written into a step's entry."""
         return self.entries[index]._version == self._versions[index]
+
+    def versions(self) -> Sequence[Tensor]:
+        """Tensors without elements that have the entries' versions, where the whole has not."""
+        return [_without_memory(entry) for entry in self.entries] if self._is_made else ()
 
     def differentiable(self) -> Sequence[Tensor]:
         """The entries, if gradients go to them."""
@@ -77,7 +88,7 @@ class Rows:
     def close(self) -> None:
         """The steps are done."""
         for made in self.made.values():
-            made.close(self)
+            made.close()
         self.made.clear()
 
 

@@ -15,8 +15,8 @@ tap therefore saves no tensor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,21 +26,43 @@ from tbptt_ckpt.errors import TbpttError
 Gradients = tuple[Tensor | None, ...]
 Tensors = Sequence[Tensor | None]
 Part = TypeVar("Part")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Elements of a weight whose gradient is worth finding out whether it may be added in place.
 _SMALLEST_TOTAL = 65_536
 
 
+def undisturbed(function: Function) -> Function:
+    """No mode looks at what a function does.
+
+    A default device is a mode: it would be called for every operation and every attribute of a
+    tensor.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._len_torch_function_stack():
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
+
+
 class Versions:
-    """Holds weights, and notices when they are written to within a leaf or before its backward."""
+    """Holds weights, and notices what is done to them within a leaf or before its backward."""
 
     def __init__(self, *weights: Tensor | None) -> None:
         self._weights = [weight for weight in weights if weight is not None]
-        self._expected = [weight._version for weight in self._weights]
+        self._written = [weight._version for weight in self._weights]
+        self._found = [(weight._version, weight.requires_grad) for weight in self._weights]
 
-    def moved(self) -> bool:
+    def written(self) -> bool:
         """Whether a weight has been written to."""
-        return [weight._version for weight in self._weights] != self._expected
+        return [weight._version for weight in self._weights] != self._written
+
+    def changed(self) -> bool:
+        """Whether a weight has been written to, frozen or set free: a call must not join others."""
+        return [(weight._version, weight.requires_grad) for weight in self._weights] != self._found
 
 
 class Record(ABC, Generic[Part]):
@@ -80,6 +102,7 @@ class Tap(torch.autograd.Function):
         return first.new_empty(0)
 
     @staticmethod
+    @undisturbed
     def backward(ctx: Any, *_grads: Any) -> Any:
         """Make the products."""
         parts, needs = ctx.record.take(), ctx.needs_input_grad
@@ -121,7 +144,7 @@ def begin_backward(versions: Versions) -> None:
             "a gradient that passes through a time-batched operation cannot be differentiated "
             "again (create_graph=True within a step); use time_batching=False"
         )
-    if versions.moved():
+    if versions.written():
         raise modified_in_place("weights")
 
 

@@ -68,7 +68,7 @@ def test_a_patch_made_before_a_region_is_called_and_stays(place: Any) -> None:
 
 
 def test_a_patch_made_within_a_region_stays_and_ends_well(place: Any) -> None:
-    functions = ReplacedFunctions({(place, "f"): ours})
+    plain, functions = place.f, ReplacedFunctions({(place, "f"): ours})
     functions.open()
     replacement = place.f
     patch = place.f = theirs(place.f)
@@ -80,9 +80,9 @@ def test_a_patch_made_within_a_region_stays_and_ends_well(place: Any) -> None:
     assert place.f is patch
     place.f = replacement  # their patch ends: what they found is put back
     functions.open()
-    assert place.f() == "ours(ours(plain))"
+    assert place.f() == "ours(plain)"
     functions.close()
-    assert place.f is replacement
+    assert place.f is plain
 
 
 def test_methods_are_put_back_where_they_were() -> None:
@@ -104,3 +104,24 @@ def test_a_patch_of_an_inherited_method_stays(monkeypatch: pytest.MonkeyPatch) -
     assert Owner().inherited() == "ours(theirs(plain))"
     functions.close()
     assert Owner().inherited() == "theirs(plain)"
+
+
+def test_a_patch_of_an_inherited_method_ends_well() -> None:
+    functions = ReplacedFunctions({(Owner, "inherited"): ours})
+    functions.open()
+    replacement = Owner.inherited
+    Owner.inherited = theirs(Owner.inherited)  # type: ignore[method-assign]
+    functions.close()
+    assert Owner().inherited() == "theirs(ours(plain))"
+    Owner.inherited = replacement  # type: ignore[method-assign]
+    functions.open()
+    assert Owner().inherited() == "ours(plain)"
+    functions.close()
+    assert "inherited" not in vars(Owner)
+
+
+def test_what_is_left_as_it_is_has_a_name(place: Any) -> None:
+    functions = ReplacedFunctions({(place, "f"): lambda found: found, (Owner, "own"): ours})
+    functions.open()
+    assert functions.left() == ["place.f"]
+    functions.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from batched_modules import (
     WIDTH,
     OfLinears,
     WithCell,
+    batched,
     by_hand,
     by_window,
     check,
@@ -212,3 +214,139 @@ def test_auto_batches_what_has_a_large_weight(width: int, operations: set[str]) 
     tbptt = TBPTT(module, F.mse_loss, 4, None, strategy="uniform:2")
     tbptt.train(data, state)
     assert {o.operation for o in tbptt.batched_operations if not o.reason} == operations
+
+
+@pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(elman)])
+@pytest.mark.parametrize("default", [False, True])
+def test_a_default_device_changes_nothing(default: bool, make: Any) -> None:
+    """It is a function mode: what is batched is as without it, and has the same bits."""
+    module, made = make(), []
+
+    def step(x: Tensor, state: Any) -> Any:
+        made.append(torch.zeros(2).device.type)
+        return module(x, state)
+
+    arguments = (step, list(module.parameters()), make_data(), make_state(module))
+    usual = present(by_window(*arguments, strategy="uniform:3"))
+    operations = batched(step, *arguments[2:])
+    assert set(made) == {"cpu"}
+    made.clear()
+    if default:
+        torch.set_default_device("meta")
+    try:
+        with nullcontext() if default else torch.device("meta"):
+            found = present(by_window(*arguments, strategy="uniform:3"))
+            assert batched(step, *arguments[2:]) == operations
+    finally:
+        torch.set_default_device(None)
+    assert bitwise(found, usual)
+    assert set(made) == {"meta"}
+    assert operations
+
+
+@pytest.mark.parametrize("multiply", [torch.mm, Tensor.mm, lambda x, w: torch.addmm(w[0], x, w)])
+@pytest.mark.parametrize("lead", [(), (2, 2)])
+def test_products_of_matrices_refuse_what_torch_refuses(multiply: Any, lead: Any) -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> Any:
+        return multiply(torch.zeros(*lead, WIDTH, dtype=x.dtype), m.wh.weight.t()), h
+
+    with pytest.raises(RuntimeError):
+        by_window(make_linears(step), [], make_data(), make_state(make_linears(step)))
+
+
+def test_a_bias_of_another_shape_is_left_to_the_plain_operation() -> None:
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        one = m.wx.bias[:1]
+        h = torch.tanh(F.linear(x, m.wx.weight, nn.Parameter(one.detach())) + m.wh(h))
+        return torch.addmm(nn.Parameter(h[:, :1].detach()), h, m.wy.weight.t()), h
+
+    check(make_linears(step), strategy="uniform:3")
+
+
+def test_a_replacement_bears_the_name_of_what_it_replaces() -> None:
+    """By which function modes tell them."""
+    names = {}
+
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        for function in (F.linear, F.embedding, F.conv1d, torch.mm, Tensor.matmul):
+            names[function.__qualname__] = function.__name__
+        return elman(m, x, h)
+
+    check(make_linears(step), strategy="uniform:3")
+    functions = F.linear, F.embedding, F.conv1d, torch.mm, Tensor.matmul
+    assert names == {f.__qualname__: f.__name__ for f in functions}
+
+
+class Wrapped:
+    """A tensor in an object of another type, which torch's functions take as well."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        given = [arg.tensor if isinstance(arg, Wrapped) else arg for arg in args]
+        return func(*given, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wrapped", [0, 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_objects_that_are_no_tensors(autocast: bool, wrapped: int) -> None:
+    functions: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = [
+        (F.linear, (2, 3), (4, 3)),
+        (torch.mm, (2, 3), (3, 4)),
+        (torch.matmul, (2, 3), (3, 4)),
+        (lambda x, w: torch.addmm(torch.ones(4), x, w), (2, 3), (3, 4)),
+        (lambda x, w: F.bilinear(x, torch.ones(2, 3), w), (2, 3), (4, 3, 3)),
+        (F.conv1d, (2, 3, 5), (4, 3, 2)),
+        (F.conv2d, (2, 3, 5, 5), (4, 3, 2, 2)),
+        (F.embedding, (), (4, 3)),
+    ]
+    seen = 0
+
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal seen
+        for function, shape, weight in functions:
+            values = torch.ones(shape) if shape else torch.tensor([1, 3])
+            operands: list[Any] = [values, torch.nn.Parameter(torch.ones(weight))]
+            expected = function(*operands)
+            operands[wrapped] = Wrapped(operands[wrapped])
+            assert torch.equal(function(*operands), expected)
+            seen += 1
+        return elman(m, x, h)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        by_window(
+            make_linears(step).float(), [], make_data(torch.float32), torch.zeros(LANES, WIDTH)
+        )
+    assert seen
+
+
+def test_a_function_that_was_imported_by_name_stays_plain() -> None:
+    imported = F.linear
+
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(imported(x, m.wx.weight) + imported(h, m.wh.weight))
+        return imported(h, m.wy.weight), h
+
+    check(make_linears(step), strategy="uniform:3")
+    assert batched(make_linears(step), make_data(), make_state(make_linears(step))) == set()
+
+
+def test_a_weight_that_is_written_to_unseen_is_that_of_the_first_step() -> None:
+    """A limit: PyTorch counts no write through `.data`."""
+
+    def step(m: OfLinears, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(m.wx(x) + m.wh(h))
+        m.wx.weight.data.mul_(1.1)
+        return m.wy(h), h
+
+    losses = {}
+    for time_batching in (False, True):
+        module = make_linears(step)
+        how = {"strategy": "retain", "time_batching": time_batching}
+        losses[time_batching] = by_window(module, [], make_data(), make_state(module), **how)[0]
+    module = make_linears(step)
+    expected = by_hand(module, [], make_data(), make_state(module))[0]
+    assert relative_error([losses[False]], [expected]) <= 1e-12
+    assert relative_error([losses[True]], [expected]) > 1e-3
