@@ -24,7 +24,6 @@ from tbptt_ckpt.time_batching.operations import Operation
 COMPUTED = "a weight that is computed in the step"
 SMALL = "too small to pay"
 CHANGED = "a weight that changed within the segment"
-REPLACED = "a function that others have put in the place of torch's own"
 # How often an operation with a weight of a shape was batched, or for which reason it was left.
 Tally = Counter[tuple[str, tuple[int, ...], str]]
 

@@ -50,7 +50,8 @@ def opened(region: Region) -> Iterator[None]:
     """While entered, this thread's operations meet the region."""
     before = _thread.entered
     _functions.open()
-    region.leave(_functions.left())
+    for name in _functions.left():
+        region.leave(name, "a function that others have put in the place of torch's own")
     _thread.entered = region, _saved_tensor_hooks(False)
     try:
         yield
@@ -74,17 +75,26 @@ def _region() -> Region | None:
         return None
     region, hooks = entered
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return None
-    if torch.is_inference_mode_enabled() or _saved_tensor_hooks(False) != hooks:
-        return None
-    if torch._C._len_torch_dispatch_stack():
-        return None
+        reason = "a transform of torch.func, or forward differentiation"
+    elif torch.is_inference_mode_enabled():
+        reason = "inference mode"
+    elif _saved_tensor_hooks(False) != hooks:
+        reason = "hooks on saved tensors, as those of a checkpoint"
+    elif torch._C._len_torch_dispatch_stack() or _has_function_mode():
+        reason = "a mode that sees each operation"
+    else:
+        return region
+    region.leave("call", reason)
+    return None
+
+
+def _has_function_mode() -> bool:
+    """Whether one looks at operations; that of a default device looks at what makes tensors."""
     num_modes = torch._C._len_torch_function_stack()
     if not num_modes:
-        return region
-    # A default device is such a mode, which only looks at what makes tensors.
+        return False
     modes = map(torch._C._get_function_stack_at, range(num_modes))
-    return region if all(type(mode) is DeviceContext for mode in modes) else None
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _unless_patched(make: Callable[[Function], Function]) -> Callable[[Function], Function]:

@@ -84,6 +84,8 @@ class TimeBatching:
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
         if is_open and not self.pays_off:
             self._tally["step", (), SLOWER] += 1
+        elif chosen and torch._C._len_torch_dispatch_stack():
+            self._tally["step", (), "a mode that sees each operation"] += 1
         return nullcontext() if not chosen or watched else self._opened(num_steps)
 
     @contextmanager

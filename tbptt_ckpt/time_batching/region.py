@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from tbptt_ckpt.time_batching.candidates import (
     CHANGED,
     COMPUTED,
-    REPLACED,
     Candidate,
     Tally,
     autocast_dtype,
@@ -36,9 +35,9 @@ class Region:
         self._candidates: dict[Hashable, tuple[Candidate, str]] = {}
         self._calls: dict[Candidate, RecordedCalls] = {}
 
-    def leave(self, functions: Iterable[str]) -> None:
-        """Take note of functions whose calls never come here."""
-        self._tally.update((name, (), REPLACED) for name in functions)
+    def leave(self, name: str, reason: str) -> None:
+        """Take note of a call, or a function, that is left to the plain operation."""
+        self._tally[name, (), reason] += 1
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
@@ -149,7 +148,7 @@ class Region:
         reason = reason or candidate.misfit(inputs)
         if not reason:
             return candidate
-        self._tally[kind.name, (), reason] += 1
+        self.leave(kind.name, reason)
         return None
 
     def _of_row(self, candidate: Candidate, row: Row | None) -> Tensor | None:
@@ -186,7 +185,7 @@ class Region:
         elif calls is not None and calls.versions.changed():
             reason = CHANGED
         if reason:
-            self._tally[candidate.kind.name, (), reason] += 1
+            self.leave(candidate.kind.name, reason)
             return None
         if calls is None:
             calls = self._calls[candidate] = RecordedCalls(candidate)

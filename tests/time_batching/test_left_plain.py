@@ -32,6 +32,7 @@ from batched_modules import (
 )
 from cases import bitwise, relative_error
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
 
@@ -350,3 +351,14 @@ def test_a_weight_that_is_written_to_unseen_is_that_of_the_first_step() -> None:
     expected = by_hand(module, [], make_data(), make_state(module))[0]
     assert relative_error([losses[False]], [expected]) <= 1e-12
     assert relative_error([losses[True]], [expected]) > 1e-3
+
+
+def test_a_mode_around_the_run_leaves_all_plain_and_says_so() -> None:
+    module, (inputs, targets) = make_linears(elman), make_data()
+    tbptt = TBPTT(module, F.mse_loss, STEPS, None, strategy="uniform:3", time_batching=True)
+    with FlopCounterMode(display=False) as flops:
+        tbptt.train(TensorSequence(inputs, targets), make_state(module))
+    assert flops.get_total_flops()
+    assert {o.operation: o.reason for o in tbptt.batched_operations} == {
+        "step": "a mode that sees each operation"
+    }

@@ -36,8 +36,16 @@ SKIPPING = {"skipped steps", "skipped steps, asked"}
 REFUSED = "inner gradient, differentiated"  # and named in the docs
 # Weights that the module writes to within a window are refused, with or without time batching.
 ERRORS_OF_THE_PACKAGE = {"weight written"}
-# Where an operation is always left to the plain one.
+# Where an operation is always left to the plain one, and where it is within a part of the step.
 LEFT = {"torch.func.grad", "torch.func.vmap", "checkpoint", "reentrant checkpoint"}
+REASONS = {
+    "checkpoint": "hooks on saved tensors",
+    "torch.func.grad": "torch.func",
+    "torch.func.vmap": "torch.func",
+    "inference mode": "inference mode",
+    "a function mode": "a mode",
+    "a dispatch mode": "a mode",
+}
 
 Result = dict[str, Tensor | None] | Exception
 
@@ -83,23 +91,24 @@ def by_hand(module: Situated, data: Any) -> Result:
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def by_window(module: Situated, data: Any, batched: set[str], **how: Any) -> Result:
+def by_window(module: Situated, data: Any, report: set[str], **how: Any) -> Result:
+    """The gradients; and into `report` what was batched, and why calls were not."""
     (x, words), targets, state = data
     tbptt = TBPTT(module, loss_fn, STEPS, None, **{"time_batching": True, **how})
     try:
         list(tbptt.windows(TensorSequence((x.clone(), words), targets), state))
     except Exception as error:
         return error
-    batched.update(o.operation.split(" of ")[0] for o in tbptt.batched_operations if not o.reason)
+    report.update(o.reason or o.operation.split(" of ")[0] for o in tbptt.batched_operations)
     return {name: p.grad for name, p in module.named_parameters()}
 
 
 def check(operation: str, source: str, situation: str, dtype: torch.dtype, **how: Any) -> None:
     case = operation, source, situation, dtype
-    data, batched = make_data(situation, dtype), set[str]()
+    data, report = make_data(situation, dtype), set[str]()
     if situation == "written a step later":
         how["strategy"] = "retain"  # a kept state must not be written to
-    truth, found = by_hand(make(*case), data), by_window(make(*case), data, batched, **how)
+    truth, found = by_hand(make(*case), data), by_window(make(*case), data, report, **how)
     if isinstance(truth, Exception) or situation in ERRORS_OF_THE_PACKAGE:
         assert isinstance(found, Exception), (case, truth)
         return
@@ -107,8 +116,10 @@ def check(operation: str, source: str, situation: str, dtype: torch.dtype, **how
         assert "time_batching=False" in str(found)
         found = by_window(make(*case), data, set(), **{**how, "time_batching": False})
     elif situation not in LEFT and not dtype.is_complex:
-        assert OPERATIONS[operation][2] in batched
+        assert OPERATIONS[operation][2] in report
     assert not isinstance(found, Exception), (case, found)
+    if situation in REASONS:
+        assert any(REASONS[situation] in line for line in report), (case, report)
     for name, expected in truth.items():
         ours = found[name]
         assert (ours is None) == (expected is None), (case, name)
