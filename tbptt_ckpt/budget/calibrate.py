@@ -19,6 +19,7 @@ from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import copy_containers
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
+from tbptt_ckpt.updates.delivery import Delivery
 
 _log = logging.getLogger("tbptt_ckpt")
 
@@ -61,7 +62,11 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     Of `fixed`, weights and inputs are known; the rest is filled in.
     """
     begun = time.perf_counter()
-    with untouched(tensors=probe.parameters, ambient=probe.ambient), older_garbage_kept():
+    with (
+        untouched(tensors=probe.parameters, ambient=probe.ambient),
+        older_garbage_kept(),
+        Delivery(probe.parameters),  # of nothing: no hook runs
+    ):
         probe.go_on()
         before = probe.go_on()
         measuring = _Measuring(probe, limits, begun)

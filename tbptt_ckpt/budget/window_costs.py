@@ -26,6 +26,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.updates.delivery import has_hooks
 from tbptt_ckpt.updates.updater import Updater
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -90,18 +91,26 @@ class WindowCosts:
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
         states += request.makes_first_state
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
+        clears, waiting = self._updater.clears_gradients, self._waiting_bytes()
         return replace(
             costs,
-            last_leaf_bytes=costs.last_leaf_bytes if self._updater.clears_gradients else None,
+            last_leaf_bytes=costs.last_leaf_bytes if clears else None,
+            # Handed over one by one, each to a hook that may make another of it.
+            update_bytes=max(costs.update_bytes, 2 * max(waiting, default=0)),
             fixed=FixedBytes(
                 weights=held_bytes - exists,
-                gradients=fixed.gradients or tensor_bytes(trained),
+                gradients=(fixed.gradients or tensor_bytes(trained)) + (not clears) * sum(waiting),
                 optimizer=max(exists, fixed.optimizer),
                 states=state_bytes,
                 step_inputs=request.input_bytes / request.shape.run_steps,
                 other=fixed.other + 2 * ROUNDING_BYTES,
             ),
         )
+
+    def _waiting_bytes(self) -> list[int]:
+        """Of each weight whose hooks see a window's whole gradient; an earlier one is set aside."""
+        weights = dict.fromkeys((*self._parameters, *self._updater.optimized()))
+        return [weight.nbytes for weight in weights if has_hooks(weight)]
 
     def corrected(self, window: WatchedWindow, costs: Costs) -> Costs:
         """Costs that would have predicted a window, and no less than was measured at first.

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.window_budget import PlannedWindow
@@ -26,6 +25,7 @@ from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
+from tbptt_ckpt.updates.delivery import Delivery
 
 
 class SequenceRun:
@@ -113,12 +113,17 @@ class SequenceRun:
         planned = self._plan(window, opened) if opened.has_loss() else None
         num_tokens = opened.num_tokens()
         parts.updater.clear(self.initial.leaves())
-        with self._meter(planned, opened) as meter:
+        weights = (*parts.weights(), *self.initial.leaves())
+        with self._meter(planned, opened) as meter, Delivery(weights) as delivery:
             state_grads = self._differentiate(opened, planned, guard, meter)
             loss = opened.loss.value
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
-            updated = self._update(window, loss, state_grads)
+            if loss is not None:
+                self._complete(window, state_grads, delivery)
+                parts.updater.add(loss)
+            is_last = window.stop == self._reader.num_steps
+            updated = parts.updater.update(is_last, self.initial.leaves(), self._observer)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes)
@@ -191,14 +196,12 @@ class SequenceRun:
         finally:
             opened.restore_ambient()
 
-    def _update(self, window: Window, loss: Tensor | None, state_grads: StateGrads | None) -> bool:
-        updater, records = self._parts.updater, self._standing.records
-        if loss is not None:
-            if window.start == records.origin and not records.has_origin_state:
-                self.initial.collect(state_grads)
-            updater.add(loss)
-        is_last = window.stop == self._reader.num_steps
-        return updater.update(is_last, self.initial.leaves(), self._observer)
+    def _complete(self, window: Window, state_grads: StateGrads | None, delivery: Delivery) -> None:
+        """Hand over the gradients of the first state, and those that waited to be whole."""
+        records = self._standing.records
+        if window.start == records.origin and not records.has_origin_state:
+            self.initial.collect(state_grads)
+        delivery.deliver()
 
     def _held(self) -> tuple[object, ...]:
         """What is live between windows and belongs to the run: inputs and states aside."""

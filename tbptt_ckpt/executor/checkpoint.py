@@ -16,7 +16,7 @@ from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.module.hooks import SilenceableHooks
+from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
@@ -198,7 +198,9 @@ class _Region:
         before = ambient.capture()
         ambient.restore(self._ambient)
         try:
-            collected, state = self._spans.recompute(self._span, state)
+            # No gradient passes through what is recomputed: the first run has registered hooks.
+            with SilenceableHooks(), silent_hooks():
+                collected, state = self._spans.recompute(self._span, state)
         finally:
             ambient.restore(before)
         return (*collected, *tensors_of(state))

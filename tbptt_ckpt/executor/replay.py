@@ -14,6 +14,10 @@ the run's memory is free lies among other small blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import differentiating
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
@@ -51,6 +55,7 @@ class _Replay:
         self._kept: dict[int, Boundary] = {}
         self._working: Boundary | None = first
         self.state_grads: StateGrads = []
+        self._hooks: list[list[Any]] = []
 
     def take(self, action: Action, longest: int) -> bool:
         """Do one action; False if the window has no loss, so that nothing else is to do."""
@@ -84,6 +89,8 @@ class _Replay:
                 return False
             window.observer.differentiates()
             states = tensors_of(state_out)
+            is_fresh = boundary.step == window.start or boundary.step in window.joints
+            self._move_hooks(states, [] if is_fresh else leaves)
             grads_out = self.state_grads or [None] * len(states)
             roots = window.roots([sink.losses])
             ends = zip(states, grads_out, strict=True)
@@ -92,3 +99,16 @@ class _Replay:
         window.loss.add(sink.losses)
         self.state_grads = [leaf.grad for leaf in leaves]
         return True
+
+    def _move_hooks(self, states: list[Tensor], leaves: list[Tensor]) -> None:
+        """Have hooks on the state that a leaf begins with run where the leaf before ends.
+
+        There all of its gradient is known: it may be an output too, which has a loss.
+        """
+        for end, hooks in zip(states, self._hooks, strict=False):
+            for hook in hooks if end.requires_grad else ():
+                end.register_hook(hook)  # type: ignore[no-untyped-call]
+        found = [leaf._backward_hooks or {} for leaf in leaves]
+        self._hooks = [list(hooks.values()) for hooks in found]
+        for moved in found:
+            moved.clear()

@@ -192,11 +192,9 @@ def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
-@pytest.mark.parametrize(("strategy", "leaves"), [("retain", 1), ("uniform:3", 3), ("step", 7)])
+@pytest.mark.parametrize("strategy", ["retain", "uniform:3", "step"])
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(used_twice)])
-def test_gradient_hooks_fire_once_per_weight_and_leaf(
-    make: Any, strategy: str, leaves: int
-) -> None:
+def test_gradient_hooks_fire_once_per_weight(make: Any, strategy: str) -> None:
     module = make()
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
     grads = by_hand(module, parameters, data, state)[1]
@@ -208,14 +206,13 @@ def test_gradient_hooks_fire_once_per_weight_and_leaf(
         parameter.register_post_accumulate_grad_hook(lambda p: accumulated.append(id(p)))
     by_window(module, parameters, data, state, strategy=strategy)
     for parameter in used:
-        assert len(seen[id(parameter)]) == leaves
-        assert accumulated.count(id(parameter)) == leaves
-        total = torch.stack(seen[id(parameter)]).sum(0)
+        (total,) = seen[id(parameter)]
+        assert accumulated.count(id(parameter)) == 1
         assert relative_error([total], [parameter.grad]) <= 1e-12
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
-def test_a_hook_may_change_the_gradient_of_a_leaf() -> None:
+def test_a_hook_may_change_the_gradient() -> None:
     module = make_cell("gru")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
     module.cell.weight_hh.register_hook(lambda grad: 2 * grad)
