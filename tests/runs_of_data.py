@@ -43,6 +43,8 @@ def steps_of(inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 class OpenSource:
     """A source without a length: a short read, or none at all, marks its end."""
 
+    time_dim = 0
+
     def __init__(self, inputs: Tensor, targets: Tensor, weight: Tensor | None = None) -> None:
         self.inputs, self.targets, self.weight = inputs, targets, weight
         self.reads: list[tuple[int, int]] = []

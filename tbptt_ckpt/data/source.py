@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
@@ -19,10 +21,11 @@ class Source(Protocol):
     """What a sequence must offer.
 
     It may also have `__len__` (without it the length is unknown, and a read that returns
-    fewer steps than asked marks the end), `time_dim` (where time is in what `read` returns,
-    default 0), `weights(start, stop)` (a tensor [n] or [n, B], zero where a target is
-    absent), `resets(start, stop)` (a bool tensor [n] or [n, B], true at the steps whose input
-    is the first of a new sequence, or None), and `state_dict`/`load_state_dict`, whose state
+    fewer steps than asked marks the end), `time_dim` (where time is in what `read` returns, by
+    default 0, or where an `nn.RNN/LSTM/GRU` has it), `weights(start, stop)` (a tensor [n] or
+    [n, B], zero where a target is absent), `resets(start, stop)` (a bool tensor [n] or [n, B],
+    true at the steps whose input is the first of a new sequence, or None), and
+    `state_dict`/`load_state_dict`, whose state
     consists of numbers, strings, tensors and containers of them.
 
     With a length any range may be read, and again; without one, ranges are read in order.
@@ -35,8 +38,18 @@ class Source(Protocol):
         ...
 
 
+def following(source: Any, recurrence: Recurrence) -> Any:
+    """The source as one for that module, where it does not say where it has time."""
+    return source.following(recurrence) if hasattr(source, "following") else source
+
+
 def as_tensors(tree: Tree) -> Tree:
     """The tree with numpy arrays as tensors that share their memory."""
+    if isinstance(tree, PackedSequence) or (isinstance(tree, Tensor) and tree.is_nested):
+        raise ArgumentError(
+            f"a {type(tree).__name__} of sequences of several lengths has no steps of one shape; "
+            "use LaneSource([TensorSequence(x, y), ...], lanes), which runs them side by side"
+        )
     return tree if isinstance(tree, Tensor) else map_tensors(_from_numpy, tree, np.ndarray)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.packing import pack_steps
@@ -19,10 +20,12 @@ from tbptt_ckpt.data.source import (
     check_time_exists,
     checked_resets,
     checked_weight,
+    following,
     rows_of,
 )
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.recurrence import Recurrence, following_time_dim
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
 
 
@@ -63,10 +66,12 @@ class StepIterable:
 class SourceReader:
     """Reads a user's source into blocks."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.time_dim: int = getattr(source, "time_dim", 0)
-        self.num_steps = _length_of(source)
+    def __init__(self, source: Source, recurrence: Recurrence) -> None:
+        self.source = following(source, recurrence)
+        follows = recurrence.layer is not None and not hasattr(self.source, "time_dim")
+        self._followed = recurrence.time_dim if follows else 0  # until a first read
+        self.time_dim: int = getattr(self.source, "time_dim", self._followed)
+        self.num_steps = _length_of(self.source)
 
     def read_block(self, start: int, stop: int) -> StepBlock | None:
         """The steps `[start, stop)`; fewer only where the source ends and has no length."""
@@ -77,6 +82,8 @@ class SourceReader:
                 f"not {type(result).__name__}"
             )
         inputs, targets = as_tensors(result[0]), as_tensors(result[1])
+        if self._followed:
+            self._follow(inputs, start, stop)
         length = self._length(inputs, targets, start, stop)
         if length != stop - start and (self.num_steps is not None or length > stop - start):
             raise ArgumentError(
@@ -96,6 +103,17 @@ class SourceReader:
             checked_resets(rows_of(self.source, "resets", start, end), length),
         )
 
+    def _follow(self, inputs: Tree, start: int, stop: int) -> None:
+        """Have time where the module has it, unless the first inputs may have it elsewhere."""
+        self.time_dim, self._followed = following_time_dim(self._followed, inputs), 0
+        shapes, length = [tuple(tensor.shape) for tensor in tensors_of(inputs)], stop - start
+        if self.time_dim and shapes and (shapes[0][0] == length or shapes[0][1] > length):
+            raise ArgumentError(
+                f"the source's read({start}, {stop}) returned inputs of shape {shapes[0]} and it "
+                "does not say where they have time, which the module has on dimension 1 "
+                "(batch_first=True): give the source an attribute time_dim, 0 or 1"
+            )
+
     def _length(self, inputs: Tree, targets: Tree, start: int, stop: int) -> int:
         if not tensors_of(inputs):
             return 0
@@ -113,8 +131,8 @@ class SourceReader:
         return next(iter(shapes))
 
 
-def reader_for(sequence: object) -> StepIterable | SourceReader:
-    """The reader of a user's sequence."""
+def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | SourceReader:
+    """The reader of a user's sequence for a module."""
     if isinstance(sequence, io.IOBase):
         raise ArgumentError(
             f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
@@ -127,11 +145,17 @@ def reader_for(sequence: object) -> StepIterable | SourceReader:
     if isinstance(sequence, TensorSequence):
         _check_usable(sequence.inputs, sequence.targets)
     if isinstance(sequence, Source):
-        return SourceReader(sequence)
+        return SourceReader(sequence, recurrence)
     if isinstance(sequence, Tensor | np.ndarray):
         raise ArgumentError(
             f"sequence is a {type(sequence).__name__} of shape {tuple(sequence.shape)}; wrap it: "
             "TensorSequence(inputs, targets)"
+        )
+    if isinstance(sequence, DataLoader) and sequence.batch_sampler is not None:
+        raise ArgumentError(
+            "sequence is a DataLoader of batches, each of which would be one step; run every batch "
+            "as a sequence: for x, y in loader: tbptt.train(TensorSequence(x, y, time_dim=1)); or "
+            "give LaneSource the sequences, or batch_size=None where its items are steps"
         )
     if isinstance(sequence, Iterable):
         return StepIterable(sequence)

@@ -16,6 +16,7 @@ from tbptt_ckpt.data.source import (
     described,
 )
 from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.module.recurrence import Recurrence, following_time_dim
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
@@ -25,7 +26,8 @@ class TensorSequence:
     Args:
         inputs: Nested tensors (or numpy arrays) with time on `time_dim`.
         targets: The same, or None where no step has a target.
-        time_dim: Where time is in inputs and targets.
+        time_dim: Where time is in inputs and targets; None says nothing, which is 0, and 1 for
+            an `nn.RNN/LSTM/GRU` with `batch_first`.
         weight: [T] or [T, B], not negative. [T] scales the loss of each step; with [T, B]
             a lane whose weight is zero is left out of that step's loss. Zero means absent.
         resets: Bools [T] or [T, B], true at the steps whose input is the first of a new
@@ -40,18 +42,40 @@ class TensorSequence:
         inputs: Tree,
         targets: Tree = None,
         *,
-        time_dim: int = 0,
+        time_dim: int | None = None,
         weight: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> None:
         self.inputs, self.targets = as_tensors(inputs), as_tensors(targets)
-        check_dimension("time_dim", time_dim)
-        self.time_dim = time_dim
+        if time_dim is not None:
+            check_dimension("time_dim", time_dim, "None")
+        self._given = time_dim, weight, resets
+        self.time_dim = time_dim or 0
         self._num_steps = self._check_lengths()
         self.weight = checked_weight(weight, self._num_steps)
         self._resets = checked_resets(resets, self._num_steps)
         if weight is not None and targets is None:
             raise ArgumentError("weight was given without targets, so it would weigh nothing")
+
+    def following(self, recurrence: Recurrence) -> TensorSequence:
+        """The same sequence for a module, with time where its layer has it unless it was said.
+
+        Raises:
+            ArgumentError: Neither is it said here, nor is the module such a layer.
+        """
+        said, weight, resets = self._given
+        if said is not None or following_time_dim(recurrence.time_dim, self.inputs) == 0:
+            return self
+        if recurrence.layer is None:
+            check_time_exists("inputs", tensors_of(self.inputs)[0], recurrence.time_dim)
+            raise ArgumentError(
+                f"time_dim={recurrence.time_dim} of TBPTT is where the module wants time, and "
+                f"{self!r} does not say where it has it: add TensorSequence(..., time_dim="
+                f"{recurrence.time_dim}), or time_dim=0 for data with time first"
+            )
+        return TensorSequence(
+            self.inputs, self.targets, time_dim=recurrence.time_dim, weight=weight, resets=resets
+        )
 
     def __len__(self) -> int:
         return self._num_steps
@@ -107,7 +131,8 @@ class TensorSequence:
             if tensor.shape[self.time_dim] != num_steps:
                 raise ArgumentError(
                     f"{name} of shape {tuple(tensor.shape)} has {tensor.shape[self.time_dim]} "
-                    f"steps on time_dim={self.time_dim}, inputs have {num_steps}"
+                    f"steps on time_dim={self.time_dim}, inputs have {num_steps}; sequences of "
+                    "several lengths are for LaneSource([TensorSequence(x, y), ...], lanes)"
                 )
         if num_steps == 0:
             raise ArgumentError("inputs hold an empty sequence; at least one step is needed")

@@ -7,6 +7,7 @@ from typing import Any
 from tbptt_ckpt.data.blocks import StepBlock, load_block, store_block
 from tbptt_ckpt.data.steps import StepIterable, reader_for
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.recurrence import Recurrence
 
 
 class WindowReader:
@@ -20,9 +21,9 @@ class WindowReader:
     # of host memory each.
     PACK_STEPS = 256
 
-    def __init__(self, sequence: object, k1: int, k2: int | None) -> None:
+    def __init__(self, sequence: object, k1: int, k2: int | None, recurrence: Recurrence) -> None:
         self._k1, self._k2 = k1, k2
-        self._reader = reader_for(sequence)
+        self._reader = reader_for(sequence, recurrence)
         self.num_steps = self._reader.num_steps
         self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
         self._held: list[StepBlock] = []

@@ -18,7 +18,7 @@ from tbptt_ckpt.executor.window_loss import WindowLoss, counted_weight
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
-from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.recurrence import check_time_dim, parameters_of
 from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state
 
 
@@ -48,7 +48,7 @@ def evaluate(
     *,
     segment_steps: int = 64,
     per_step: bool | None = None,
-    time_dim: int = 0,
+    time_dim: int | None = None,
     lane_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
@@ -73,6 +73,7 @@ def evaluate(
         ArgumentError: An argument that cannot work.
     """
     runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
+    check_time_dim(runner.recurrence, time_dim)
     return run_evaluation(runner, LossFunction(loss_fn), sequence, init_state, segment_steps)
 
 
@@ -85,7 +86,7 @@ def run_evaluation(
 ) -> Evaluation:
     """`evaluate` for what is made and checked already."""
     check_positive_int("segment_steps", segment_steps)
-    reader = WindowReader(sequence, segment_steps, segment_steps)
+    reader = WindowReader(sequence, segment_steps, segment_steps, runner.recurrence)
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
     with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():

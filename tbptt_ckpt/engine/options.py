@@ -38,7 +38,7 @@ class Options:
     executor: ExecutorName | Executor = "replay"
     time_batching: object = "auto"
     per_step: bool | None = None
-    time_dim: int = 0
+    time_dim: int | None = None
     clip_grad_norm: float | None = None
     autocast_dtype: torch.dtype | None = None
     scaler: Any = None

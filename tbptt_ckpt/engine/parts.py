@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.errors import ArgumentError, check_choice
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.runner import Runner, make_runner
 from tbptt_ckpt.executor.window_pass import Executor
+from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
     check_differentiable,
@@ -108,6 +110,7 @@ def make_parts(
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
     updater = _make_updater(optimizer, parameters, options)
+    _check_optimized(updater, module, loss_fn)
     executor = make_executor(options.executor)
     return Parts(
         runner=runner,
@@ -134,6 +137,39 @@ def _make_updater(optimizer: Any, parameters: list[nn.Parameter], options: Optio
         options.scaler,
         options.scheduler,
         group,
+    )
+
+
+def _check_optimized(updater: Updater, module: object, loss_fn: object) -> None:
+    """Compare what an optimizer holds with what learns; of functions that is not known.
+
+    Raises:
+        ArgumentError: It holds none of it.
+    """
+    owners = (("module", owner_of(module)), ("loss_fn", owner_of(loss_fn)))
+    learning = {
+        id(parameter): f"{owner}.{name}"
+        for owner, tree in owners
+        if isinstance(tree, nn.Module)
+        for name, parameter in tree.named_parameters()
+        if parameter.requires_grad
+    }
+    optimized = {id(parameter) for parameter in updater.optimized()}
+    missed = [name for key, name in learning.items() if key not in optimized]
+    if updater.optimizer is None or not missed:
+        return
+    kind, shown = type(updater.optimizer).__name__, ", ".join(missed[:3])
+    if len(missed) == len(learning):
+        raise ArgumentError(
+            f"optimizer={kind} holds none of the parameters that learn, such as {shown}; make it "
+            "of module.parameters(), or freeze the module with requires_grad_(False)"
+        )
+    more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+    warnings.warn(
+        f"optimizer={kind} misses parameters that get gradients, and never updates them: "
+        f"{shown}{more}; add them, or freeze them with requires_grad_(False)",
+        TbpttWarning,
+        stacklevel=4,
     )
 
 

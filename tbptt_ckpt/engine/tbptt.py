@@ -16,7 +16,7 @@ from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.window_pass import Executor
-from tbptt_ckpt.module.recurrence import check_differentiable
+from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.time_batching.policy import BatchedOperation
 
@@ -60,8 +60,9 @@ class TBPTT:
             steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
             gains time. A plan from measured costs weighs both forms and may leave all plain.
             Gradients agree to rounding.
-        per_step: Whether an unrecognised module takes one step (the default) or a segment.
-        time_dim: Where a segment module wants time; `batch_first` sets it.
+        per_step: Whether an unrecognised module takes one step (the default) or a segment; it
+            must be said of modules that contain an `nn.RNN/LSTM/GRU`.
+        time_dim: Where a segment module wants time, 0 by default; `batch_first` sets it.
         clip_grad_norm: Largest gradient norm of an update.
         autocast_dtype: Run module and loss under autocast with this dtype.
         scaler: A `torch.amp.GradScaler`.
@@ -102,7 +103,7 @@ class TBPTT:
         executor: ExecutorName | Executor = "replay",
         time_batching: object = "auto",
         per_step: bool | None = None,
-        time_dim: int = 0,
+        time_dim: int | None = None,
         clip_grad_norm: float | None = None,
         autocast_dtype: torch.dtype | None = None,
         scaler: Any = None,
@@ -116,6 +117,7 @@ class TBPTT:
         arguments = locals()
         self._options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
         self._parts = make_parts(module, loss_fn, optimizer, self._options, observer=observer)
+        check_time_dim(self._parts.recurrence, time_dim)
 
     def __repr__(self) -> str:
         options, name = self._options, type(self._parts.recurrence.module).__name__

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.blocks import StepBlock, to_time_dim
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import ExecutorName
 from tbptt_ckpt.engine.single_window import run_window
 from tbptt_ckpt.executor.losses import LossFunction, LossSum
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.module.recurrence import Recurrence, owner_of, recognise
+from tbptt_ckpt.module.first_call import call_first
+from tbptt_ckpt.module.inside import owner_of
+from tbptt_ckpt.module.recurrence import (
+    Recurrence,
+    following_time_dim,
+    recognise,
+    time_dims_of,
+)
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
 
 
@@ -99,8 +107,8 @@ def verify(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    recurrence = recognise(module, per_step, time_dim)
-    time_dim = recurrence.time_dim if time_dim is None else time_dim
+    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
+    recurrence = recognise(module, per_step, module_dim)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim)
     init_state = state_as_leaves(init_state)  # both runs differentiate it
     named = _named_parameters(module, loss_fn)
@@ -140,16 +148,19 @@ def _plain_loop(
     """Everything retained, one backward: the definition of the gradient."""
     block = StepBlock(0, len(sequence), sequence.inputs, sequence.targets, None, sequence.time_dim)
     losses = LossSum()
+    call: Callable[[Any, Any], Any] = partial(call_first, recurrence)
     with torch.enable_grad():
         if recurrence.per_step:
             for inputs, target in zip(block.step_inputs(), block.step_targets(), strict=True):
-                output, state = recurrence.call(inputs, state)
+                output, state = call(inputs, state)
+                call = recurrence.call
                 loss.add_step(losses, output, target, 1.0)
         else:
-            outputs, state = recurrence.call(sequence.inputs, state)
-            loss.add_segment(
-                losses, outputs, sequence.targets, None, len(sequence), sequence.time_dim
-            )
+            time_dim = following_time_dim(recurrence.time_dim, sequence.inputs)
+            inputs = to_time_dim(sequence.inputs, sequence.time_dim, time_dim)
+            targets = to_time_dim(sequence.targets, sequence.time_dim, time_dim)
+            outputs, state = call(inputs, state)
+            loss.add_segment(losses, outputs, targets, None, len(sequence), time_dim)
         total = losses.value()
         assert total is not None, "every step has a target"
         value = total / losses.weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
@@ -16,6 +16,7 @@ from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.executor.losses import is_present
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import Sink
+from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
@@ -23,6 +24,7 @@ from tbptt_ckpt.module.recurrence import (
     check_initialised,
     check_segment_output,
     device_of,
+    following_time_dim,
     recognise,
     split_result,
 )
@@ -47,10 +49,24 @@ class Runner:
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self._autocast_dtype = autocast_dtype
+        self._call: Callable[[Any, Any], Any] | None = None  # once a first call told enough
+        self._has_compared = False
 
     def calling(self, recurrence: Recurrence) -> Runner:
         """The same for a module that is called in another way."""
         return Runner(recurrence, self._autocast_dtype, self.time_batching)
+
+    def _call_first(self, inputs: Any, state: Tree) -> Any:
+        result = call_first(self.recurrence, inputs, state)
+        if is_telling(self.recurrence, inputs):
+            self._call = self.recurrence.call
+        return result
+
+    def _compare_first(self, inputs: Tree, outputs: Tree, targets: Tree) -> None:
+        """Look once at outputs and targets."""
+        if targets is not None:
+            check_agreement(self.recurrence, inputs, outputs, targets)
+            self._has_compared = True
 
     @contextmanager
     def region(self, num_steps: int, example: Tree) -> Iterator[None]:
@@ -108,6 +124,8 @@ class Runner:
         for inputs, target, weight in steps:
             output, state = self._call_step(inputs, state)
             if is_present(weight):
+                if not self._has_compared:
+                    self._compare_first(inputs, output, target)
                 sink.take_step(output, target, weight)
         return state
 
@@ -118,7 +136,7 @@ class Runner:
         return block.step_inputs() if rows is None else rows
 
     def _call_step(self, inputs: Any, state: Tree) -> Any:
-        result = self.recurrence.call(inputs, state)
+        result = (self._call or self._call_first)(inputs, state)
         if type(result) is tuple and len(result) == 2:
             return result
         return split_result(result, self.recurrence)
@@ -129,11 +147,14 @@ class Runner:
         block = join_blocks(blocks)
         inputs, wants_outputs = self._segment_inputs(block), first_wanted < block.stop
         with OutputsNeeded(wants_outputs):
-            result = self.recurrence.call(inputs, state)
+            result = (self._call or self._call_first)(inputs, state)
         outputs, state = split_result(result, self.recurrence)
         if wants_outputs:
             num_steps, time_dim = block.stop - block.start, self._time_dim(block)
             check_segment_output(outputs, num_steps, time_dim, self.recurrence.module)
+            if not self._has_compared:
+                targets = to_time_dim(block.targets, block.time_dim, time_dim)
+                self._compare_first(inputs, outputs, targets)
             block = block.part(max(block.start, first_wanted), block.stop)
             self._give_segment(block, outputs, num_steps, sink)
         return state
@@ -150,10 +171,12 @@ class Runner:
 
     def _time_dim(self, block: StepBlock) -> int:
         # An unbatched nn.LSTM takes [T, F] whatever batch_first says.
-        unbatched = isinstance(self.recurrence.module, torch.nn.RNNBase) and (
-            tensors_of(block.inputs)[0].dim() == 2
+        time_dim = self.recurrence.time_dim
+        return (
+            time_dim
+            if self.recurrence.layer is None
+            else following_time_dim(time_dim, block.inputs)
         )
-        return 0 if unbatched else self.recurrence.time_dim
 
     def _give_segment(self, block: StepBlock, outputs: Tree, num_steps: int, sink: Sink) -> None:
         time_dim, wanted = self._time_dim(block), block.stop - block.start
@@ -195,13 +218,14 @@ def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
 def make_runner(
     module: object,
     per_step: bool | None,
-    time_dim: int,
+    time_dim: int | None,
     autocast_dtype: torch.dtype | None,
     lane_dim: int | None = None,
     time_batching: object = False,
 ) -> Runner:
     """A runner for the user's module."""
-    check_dimension("time_dim", time_dim)
+    if time_dim is not None:
+        check_dimension("time_dim", time_dim, "None")
     if lane_dim is not None:
         check_dimension("lane_dim", lane_dim, "None")
     if autocast_dtype is not None and not (

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
-from tbptt_ckpt.module.recurrence import owner_of, parameters_of
+from tbptt_ckpt.module.inside import owner_of
+from tbptt_ckpt.module.recurrence import parameters_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.inside import kind_of, name_of, owner_of, recurrent_layers, unwrapped
+from tbptt_ckpt.module.trees import iterate_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +26,8 @@ class Recurrence:
     per_step: bool  # `call` takes one step without a time dimension
     time_dim: int  # of the inputs and outputs of a segment module
     lane_dim: int  # of the tensors of its state
+    layer: nn.RNNBase | None  # that the module is, perhaps in a wrapper
     parameters: tuple[nn.Parameter, ...]  # those of a function are not known
-
-
-def owner_of(function: object) -> object:
-    """The module that a bound method or a `functools.partial` calls, otherwise what was given."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else function
 
 
 def recognise(
@@ -44,51 +40,126 @@ def recognise(
 
     `nn.RNN/LSTM/GRU` are segment modules whose `time_dim` follows from `batch_first`;
     their cells are per-step modules that return only a state, and the output is its
-    first tensor. Anything else is per-step unless `per_step=False`, and a segment module of
-    the user's has time on `time_dim`, 0 by default.
+    first tensor. Wrappers of torch's are seen through. Anything else is per-step unless
+    `per_step=False`, which must be said of modules that contain an `nn.RNN/LSTM/GRU`, and a
+    segment module of the user's has time on `time_dim`, 0 by default.
 
     The states of `nn.RNN/LSTM/GRU`, [layers, B, H], and of modules that contain one have
     their lanes on dimension 1, others on 0, unless `lane_dim` says otherwise.
 
     Raises:
-        ArgumentError: Not callable, bidirectional, or called in a way it cannot be.
+        ArgumentError: Not callable with an input and a state, bidirectional, or called in a way
+            that it cannot be.
     """
-    if not callable(module):
+    if not callable(module) or isinstance(module, type):
         raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
-    if per_step not in (None, True, False):
+    if not (per_step is None or isinstance(per_step, bool)):
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
-    if lane_dim is None:
-        lane_dim = 1 if _recurrent_layers(module) else 0
+    inner, layers = unwrapped(module), recurrent_layers(module)
+    _check_takes_state(module, inner)
+    layer = inner if isinstance(inner, nn.RNNBase) else None
     call: Callable[[Any, Any], Any] = module
-    owner, is_per_step = owner_of(module), per_step is not False
-    if isinstance(module, nn.RNNBase):
-        name = type(module).__name__
+    if layer is not None:
         if per_step:
+            name = type(layer).__name__
             raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
-        if module.bidirectional:
-            raise ArgumentError(
-                f"module=nn.{name}(bidirectional=True) reads the future, so it has no state to "
-                "carry from window to window; use bidirectional=False"
-            )
-        is_per_step, time_dim = False, int(module.batch_first)
-    elif isinstance(module, nn.RNNCellBase):
+        per_step, time_dim = False, int(layer.batch_first)
+    elif isinstance(inner, nn.RNNCellBase):
         if per_step is False:
             raise ArgumentError(
-                f"per_step=False does not fit {type(module).__name__}, which runs one step"
+                f"per_step=False does not fit {type(inner).__name__}, which runs one step"
             )
-        call, time_dim = functools.partial(_call_cell, module), 0
-    parameters = tuple(parameters_of(module))
-    return Recurrence(owner, call, is_per_step, time_dim or 0, lane_dim, parameters)
+        per_step, call = True, functools.partial(_call_cell, module)
+    elif per_step is None and layers:
+        name, kind = layers[0][0], kind_of(layers[0][1])
+        raise ArgumentError(
+            f"module={name_of(module)} contains an nn.{kind}{name and f' ({name})'}, so per_step "
+            "must be said: per_step=False if it takes a segment of steps, such as [T, B, F], "
+            "per_step=True if it takes one step, such as [B, F], which the layer inside needs "
+            "with a time dimension (unsqueeze(0))"
+        )
+    if per_step is False and (both := [found for found in layers if found[1].bidirectional]):
+        name = f"nn.{kind_of(both[0][1])}(bidirectional=True)"
+        given = (
+            name if layer is not None else f"{name_of(module)} contains {both[0][0]}, an {name}: it"
+        )
+        raise ArgumentError(
+            f"module={given} reads the future, so it has no state to "
+            "carry from window to window; use bidirectional=False"
+        )
+    is_per_step = per_step is not False
+    return Recurrence(
+        module=owner_of(module),
+        call=call,
+        per_step=is_per_step,
+        time_dim=0 if is_per_step else time_dim or 0,
+        lane_dim=int(bool(layers)) if lane_dim is None else lane_dim,
+        layer=layer,
+        parameters=tuple(parameters_of(module)),
+    )
 
 
-def time_dim_of(module: object, per_step: bool | None, given: int | None) -> int:
-    """Where a sequence for `module` has time, unless it is given."""
-    return recognise(module, per_step).time_dim if given is None else given
+def _check_takes_state(module: object, inner: object) -> None:
+    function = inner.forward if isinstance(inner, nn.Module) else module
+    try:
+        signature = inspect.signature(function)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ArgumentError(
+            f"module={name_of(module)} is called as module(input, state) and returns (output, "
+            f"state), but it takes {signature}: {error}; for a module without a state write "
+            "lambda input, state: (module(input), state)"
+        ) from None
 
 
-def _call_cell(cell: nn.RNNCellBase, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
-    new_state = cell(inputs, state)
-    return (new_state if isinstance(new_state, Tensor) else new_state[0]), new_state
+def check_time_dim(recurrence: Recurrence, given: int | None) -> None:
+    """Raise `ArgumentError` where the `time_dim` that was given contradicts the module."""
+    if given in (None, recurrence.time_dim):
+        return
+    name = name_of(recurrence.module)
+    if recurrence.per_step:
+        raise ArgumentError(
+            f"time_dim={given} is where a segment module wants time, and module={name} takes one "
+            "step, without time; where data has it is said by its source, such as "
+            f"TensorSequence(inputs, targets, time_dim={given})"
+        )
+    if recurrence.layer is not None:
+        raise ArgumentError(
+            f"time_dim={given} contradicts module={name} with batch_first="
+            f"{recurrence.layer.batch_first}, which has time on {recurrence.time_dim}; leave "
+            "time_dim out"
+        )
+
+
+def time_dims_of(
+    module: object, per_step: bool | None, given: int | None, inputs: object
+) -> tuple[int, int | None]:
+    """Where `inputs` for `module` have time, and where the module is to be told that it wants it.
+
+    Unless it is given, the inputs follow the module; an unbatched sequence has it first.
+    """
+    recurrence = recognise(module, per_step, given)
+    is_own = not recurrence.per_step and recurrence.layer is None
+    dim = following_time_dim(recurrence.time_dim, inputs) if given is None else given
+    return dim, dim if is_own else None
+
+
+def following_time_dim(time_dim: int, inputs: object) -> int:
+    """Where inputs have time that follow a module; an `nn.LSTM` takes unbatched ones as [T, F]."""
+    first = next(iterate_tensors(inputs), None)
+    return 0 if first is not None and first.dim() < 3 else time_dim
+
+
+def _call_cell(cell: Callable[[Any, Any], Any], inputs: Tensor, state: Any) -> tuple[Any, Any]:
+    result = cell(inputs, state)
+    if isinstance(result, Tensor):
+        return result, result
+    if isinstance(result, tuple) and not isinstance(result[-1], Tensor):
+        return result[0], result[-1]  # a subclass that returns (output, state)
+    return result[0], result
 
 
 def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
@@ -99,7 +170,7 @@ def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:
             return result[0], result[1]
         returned += f" of {len(result)}"
     raise ArgumentError(
-        f"module={_name(recurrence.module)} returned a {returned}; it must return (output, state)"
+        f"module={name_of(recurrence.module)} returned a {returned}; it must return (output, state)"
     )
 
 
@@ -107,7 +178,7 @@ def check_segment_output(outputs: object, num_steps: int, time_dim: int, module:
     """Raise `ArgumentError` unless a segment's output has one entry per step."""
     if isinstance(outputs, Tensor) and outputs.shape[time_dim : time_dim + 1] != (num_steps,):
         raise ArgumentError(
-            f"module={_name(module)} returned outputs of shape {tuple(outputs.shape)} for "
+            f"module={name_of(module)} returned outputs of shape {tuple(outputs.shape)} for "
             f"{num_steps} steps with time_dim={time_dim}; a segment module returns one output per "
             "step, a module of one step needs per_step=True"
         )
@@ -131,7 +202,7 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
     the error it raises otherwise comes late and names another call. Where the weights are is
     read from them unless `device_types` says it.
     """
-    for name, layer in _recurrent_layers(module):
+    for name, layer in recurrent_layers(module):
         types = device_types or {p.device.type for p in layer.parameters()}
         if not layer.training and "cuda" in types and torch.backends.cudnn.enabled:
             raise ArgumentError(
@@ -147,7 +218,7 @@ def check_autocast(module: object, dtype: torch.dtype | None) -> None:
     torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
     whose error names neither.
     """
-    for name, layer in _recurrent_layers(module) if dtype is not None else ():
+    for name, layer in recurrent_layers(module) if dtype is not None else ():
         on_cpu = any(parameter.device.type == "cpu" for parameter in layer.parameters())
         if isinstance(layer, nn.LSTM) and on_cpu and not _cpu_runs_lstm(dtype):
             raise ArgumentError(
@@ -181,13 +252,3 @@ def check_initialised(name: str, module: object) -> None:
                     f"{name}: {path!r} belongs to a lazy layer that has not run, so that it has "
                     "no shape yet; run one step of the module first"
                 )
-
-
-def _recurrent_layers(module: object) -> list[tuple[str, nn.RNNBase]]:
-    owner = owner_of(module)
-    found = owner.named_modules() if isinstance(owner, nn.Module) else ()
-    return [(name, layer) for name, layer in found if isinstance(layer, nn.RNNBase)]
-
-
-def _name(module: object) -> str:
-    return getattr(module, "__name__", type(module).__name__)

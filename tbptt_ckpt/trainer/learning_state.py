@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.recurrence import owner_of
+from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
 

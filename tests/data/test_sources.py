@@ -23,6 +23,7 @@ from tbptt_ckpt import TBPTT, ArgumentError, ArraySequence, BurnIn, LaneSource, 
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.data import map_file
 from tbptt_ckpt.data.window_reader import WindowReader
+from tbptt_ckpt.module.recurrence import recognise
 
 # Sources of the contract
 
@@ -290,15 +291,19 @@ def steps_of(reader: WindowReader, windows: Iterable[tuple[int, int]], k1: int) 
         yield state, [repr(step) for step in shown if first <= step[0] < stop]
 
 
+def window_reader(sequence: object, k1: int, k2: int | None) -> WindowReader:
+    return WindowReader(sequence, k1, k2, recognise(lambda inputs, state: (inputs, state), None))
+
+
 @pytest.mark.parametrize("kind", SEQUENCES)
 @pytest.mark.parametrize(("k1", "k2"), [(2, 3), (3, 1), (2, 4), (4, None)])
 def test_a_run_goes_on_after_a_restore_at_every_window(kind: str, k1: int, k2: int | None) -> None:
     num_steps = 9
     stops = [min(t + k1, num_steps) for t in range(0, num_steps, k1)]
     windows = [(0 if k2 is None else max(0, min(stop - k2, stop - k1)), stop) for stop in stops]
-    everything = list(steps_of(WindowReader(SEQUENCES[kind](num_steps), k1, k2), windows, k1))
+    everything = list(steps_of(window_reader(SEQUENCES[kind](num_steps), k1, k2), windows, k1))
     for at, (state, _) in enumerate(everything):
-        reader = WindowReader(SEQUENCES[kind](num_steps), k1, k2)
+        reader = window_reader(SEQUENCES[kind](num_steps), k1, k2)
         reader.load_state_dict(state)
         rest = [shown for _, shown in steps_of(reader, windows[at:], k1)]
         assert rest == [shown for _, shown in everything[at:]], at
@@ -311,11 +316,11 @@ def test_a_stream_without_a_state_cannot_be_saved() -> None:
             return torch.zeros(stop - start, 1), None
 
     with pytest.raises(ArgumentError, match="neither a length nor state_dict"):
-        WindowReader(Bare(), 1, 1).state_dict()
+        window_reader(Bare(), 1, 1).state_dict()
 
 
 def test_an_iterator_that_is_not_iterated_anew_is_found_out() -> None:
-    reader = WindowReader(iter([(torch.zeros(1), None)] * 3), 1, 1)
+    reader = window_reader(iter([(torch.zeros(1), None)] * 3), 1, 1)
     with pytest.raises(ArgumentError, match="ended after 3 steps, but it had 5"):
         reader.load_state_dict({"first": 5})
 
@@ -326,7 +331,7 @@ def test_steps_that_cannot_be_stored_are_named() -> None:
             rows, targets = super().read(start, stop)
             return {"x": rows, "path": Path("x")}, targets
 
-    reader = WindowReader(OddStream(9), 2, 2)
+    reader = window_reader(OddStream(9), 2, 2)
     reader.look_ahead(2)
     with pytest.raises(ArgumentError, match="hold a PosixPath"):
         reader.state_dict()

@@ -201,7 +201,7 @@ def test_lane_weights_equal_a_hand_computation(
     inputs, targets = random_data(len(LANE_WEIGHTS))
     reference = tanh_cell() if make is tanh_cell else _StepLSTM()
     loss, grads = weighted_bptt(reference, inputs, targets, LANE_WEIGHTS, reduction)
-    sequence: Any = TensorSequence(inputs, targets, weight=LANE_WEIGHTS)
+    sequence: Any = TensorSequence(inputs, targets, time_dim=0, weight=LANE_WEIGHTS)
     if source == "source":
         sequence = WeightedSource(inputs, targets, LANE_WEIGHTS)
     elif source == "open_source":

@@ -24,14 +24,14 @@ def test_an_lstm_that_the_cpu_cannot_run_under_autocast_is_refused(
 ) -> None:
     monkeypatch.setattr("tbptt_ckpt.module.recurrence._cpu_runs_lstm", lambda dtype: runs)
     bench = Bench()
-    bench.make(module=bench.watch(lstm()))
+    bench.make(module=bench.watch(lstm()), optimizer=None)
     for fits in (nn.GRU(2, 3), nn.LSTMCell(2, 3), nn.LSTM(2, 3, device="meta")):
         check_autocast(fits, torch.bfloat16)
     refused = pytest.raises(
         ArgumentError, match=r"^autocast_dtype=torch\.bfloat16 does not fit module: .*float32"
     )
     with nullcontext() if runs else refused:
-        bench.make(module=bench.watch(lstm()), autocast_dtype=torch.bfloat16)
+        bench.make(module=bench.watch(lstm()), optimizer=None, autocast_dtype=torch.bfloat16)
     assert not bench.changes()
 
 
@@ -73,7 +73,7 @@ def test_eval_mode_is_found_before_the_first_window(monkeypatch: pytest.MonkeyPa
     """Also if the module went to eval mode after the constructor saw it."""
     bench = Bench()
     own = bench.watch(lstm())
-    tbptt = bench.make(module=own)
+    tbptt = bench.make(module=own, optimizer=None)
     own.eval()
     monkeypatch.setattr("tbptt_ckpt.engine.tbptt.check_differentiable", _as_on_cuda)
     with pytest.raises(ArgumentError, match="eval mode"):
