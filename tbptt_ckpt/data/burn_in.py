@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.data.source import Source, check_range, check_same_source, following, rows_of
+from tbptt_ckpt.data.source import Source, check_range, check_same_source, for_module, rows_of
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree
@@ -39,9 +39,9 @@ class BurnIn:
         self.source, self.num_burn_in_steps = source, num_steps
         self.time_dim: int = getattr(source, "time_dim", 0)
 
-    def following(self, recurrence: Recurrence) -> BurnIn:
+    def for_module(self, recurrence: Recurrence) -> BurnIn:
         """The same for a module, with time where its layer has it unless the source says it."""
-        source = following(self.source, recurrence)
+        source = for_module(self.source, recurrence)
         return self if source is self.source else BurnIn(source, self.num_burn_in_steps)
 
     def __len__(self) -> int:

@@ -38,9 +38,9 @@ class Source(Protocol):
         ...
 
 
-def following(source: Any, recurrence: Recurrence) -> Any:
+def for_module(source: Any, recurrence: Recurrence) -> Any:
     """The source as one for that module, where it does not say where it has time."""
-    return source.following(recurrence) if hasattr(source, "following") else source
+    return source.for_module(recurrence) if hasattr(type(source), "for_module") else source
 
 
 def as_tensors(tree: Tree) -> Tree:

@@ -20,7 +20,7 @@ from tbptt_ckpt.data.source import (
     check_time_exists,
     checked_resets,
     checked_weight,
-    following,
+    for_module,
     rows_of,
 )
 from tbptt_ckpt.data.tensors import TensorSequence
@@ -67,7 +67,7 @@ class SourceReader:
     """Reads a user's source into blocks."""
 
     def __init__(self, source: Source, recurrence: Recurrence) -> None:
-        self.source = following(source, recurrence)
+        self.source = for_module(source, recurrence)
         follows = recurrence.layer is not None and not hasattr(self.source, "time_dim")
         self._followed = recurrence.time_dim if follows else 0  # until a first read
         self.time_dim: int = getattr(self.source, "time_dim", self._followed)

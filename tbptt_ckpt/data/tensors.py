@@ -57,7 +57,7 @@ class TensorSequence:
         if weight is not None and targets is None:
             raise ArgumentError("weight was given without targets, so it would weigh nothing")
 
-    def following(self, recurrence: Recurrence) -> TensorSequence:
+    def for_module(self, recurrence: Recurrence) -> TensorSequence:
         """The same sequence for a module, with time where its layer has it unless it was said.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
@@ -49,7 +49,7 @@ class Runner:
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self._autocast_dtype = autocast_dtype
-        self._call: Callable[[Any, Any], Any] | None = None  # once a first call told enough
+        self._is_known = False  # from a first call
         self._has_compared = False
 
     def calling(self, recurrence: Recurrence) -> Runner:
@@ -58,8 +58,7 @@ class Runner:
 
     def _call_first(self, inputs: Any, state: Tree) -> Any:
         result = call_first(self.recurrence, inputs, state)
-        if is_telling(self.recurrence, inputs):
-            self._call = self.recurrence.call
+        self._is_known = is_telling(self.recurrence, inputs)
         return result
 
     def _compare_first(self, inputs: Tree, outputs: Tree, targets: Tree) -> None:
@@ -136,7 +135,7 @@ class Runner:
         return block.step_inputs() if rows is None else rows
 
     def _call_step(self, inputs: Any, state: Tree) -> Any:
-        result = (self._call or self._call_first)(inputs, state)
+        result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
         if type(result) is tuple and len(result) == 2:
             return result
         return split_result(result, self.recurrence)
@@ -147,7 +146,7 @@ class Runner:
         block = join_blocks(blocks)
         inputs, wants_outputs = self._segment_inputs(block), first_wanted < block.stop
         with OutputsNeeded(wants_outputs):
-            result = (self._call or self._call_first)(inputs, state)
+            result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
         outputs, state = split_result(result, self.recurrence)
         if wants_outputs:
             num_steps, time_dim = block.stop - block.start, self._time_dim(block)

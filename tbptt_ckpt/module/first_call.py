@@ -40,7 +40,7 @@ def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
         ) from error
     if isinstance(result, tuple) and len(result) == 2:
         for hidden, cell in returned:
-            if result[0] is hidden and result[1] is cell:
+            if result[0] is hidden and result[1] is cell and isinstance(cell, Tensor):
                 raise ArgumentError(
                     f"module={name_of(recurrence.module)} returns (h, c) as its nn.LSTMCell does, "
                     "which would be taken for (output, state); return (h, (h, c))"

@@ -69,7 +69,7 @@ def recognise(
             raise ArgumentError(
                 f"per_step=False does not fit {type(inner).__name__}, which runs one step"
             )
-        per_step, call = True, functools.partial(_call_cell, module)
+        per_step, call = True, functools.partial(_call_cell, module, isinstance(inner, nn.LSTMCell))
     elif per_step is None and layers:
         name, kind = layers[0][0], kind_of(layers[0][1])
         raise ArgumentError(
@@ -153,13 +153,16 @@ def following_time_dim(time_dim: int, inputs: object) -> int:
     return 0 if first is not None and first.dim() < 3 else time_dim
 
 
-def _call_cell(cell: Callable[[Any, Any], Any], inputs: Tensor, state: Any) -> tuple[Any, Any]:
+def _call_cell(
+    cell: Callable[[Any, Any], Any], is_lstm: bool, inputs: Tensor, state: Any
+) -> tuple[Any, Any]:
     result = cell(inputs, state)
     if isinstance(result, Tensor):
         return result, result
-    if isinstance(result, tuple) and not isinstance(result[-1], Tensor):
-        return result[0], result[-1]  # a subclass that returns (output, state)
-    return result[0], result
+    if is_lstm and isinstance(result[1], Tensor):
+        return result[0], result
+    output, state = result  # of a subclass
+    return output, state
 
 
 def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:

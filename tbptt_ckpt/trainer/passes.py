@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
-from tbptt_ckpt.data.source import Source, following
+from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
@@ -59,7 +59,7 @@ class Passes:
             source = source(epoch)
         if hasattr(source, "set_epoch"):
             source.set_epoch(epoch)
-        source = following(source, self._parts.recurrence)
+        source = for_module(source, self._parts.recurrence)
         self.is_cut = False
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
