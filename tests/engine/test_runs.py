@@ -242,6 +242,7 @@ def test_final_state_can_be_handed_to_the_next_run() -> None:
     assert bitwise(second.state, tbptt.train(TensorSequence(inputs, targets)).state)
 
 
+@pytest.mark.filterwarnings("ignore:.* misses parameters")
 def test_a_function_with_parameters_in_the_loss_is_trained_too() -> None:
     """A loss module's parameters belong to the run, and its gradients are cleared with it."""
 

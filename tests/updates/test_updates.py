@@ -67,6 +67,7 @@ def test_a_limit_above_the_norm_changes_nothing() -> None:
     check_same_windows(run(clip_grad_norm=1e6), run())
 
 
+@pytest.mark.filterwarnings("ignore:.* misses parameters")
 def test_clipping_takes_the_norm_of_the_optimizers_parameters_only() -> None:
     module = tanh_cell()
     optimizer = torch.optim.SGD(module.readout.parameters(), lr=0.1)
@@ -141,6 +142,7 @@ def test_scaled_gradients_are_the_same_when_yielded(
     check_same_windows(run(scaler()), run(None), tolerance=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.* misses parameters")
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_scaling_leaves_no_trace_outside_the_optimizer(executor: str) -> None:
     """Parameters and an initial state that the optimizer does not own."""
