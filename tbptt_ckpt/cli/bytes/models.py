@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.outputs import outputs_needed
+from tbptt_ckpt.module.recurrence import recognise
 from tbptt_ckpt.module.trees import map_tensors
 
 VOCAB_SIZE = 256
@@ -101,8 +102,8 @@ def initial_state(module: nn.Module, lanes: int) -> Any:
 
 
 def is_per_step(module: nn.Module) -> bool:
-    """The module's own `per_step`; one that says nothing reads one step."""
-    return bool(getattr(module, "per_step", True))
+    """The module's own `per_step`, which must be said where an `nn.RNN/LSTM/GRU` is inside."""
+    return recognise(module, getattr(module, "per_step", None)).per_step
 
 
 def check_model(name: str, module: nn.Module, inputs: Tensor, lanes: int) -> None:
