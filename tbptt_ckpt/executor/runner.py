@@ -15,7 +15,7 @@ from tbptt_ckpt.data.source import check_time_exists
 from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.executor.losses import is_present
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.sinks import Sink
+from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
@@ -61,9 +61,9 @@ class Runner:
         self._is_known = is_telling(self.recurrence, inputs)
         return result
 
-    def _compare_first(self, inputs: Tree, outputs: Tree, targets: Tree) -> None:
-        """Look once at outputs and targets."""
-        if targets is not None:
+    def _compare_first(self, sink: Sink, inputs: Tree, outputs: Tree, targets: Tree) -> None:
+        """Look once at outputs and targets, where a loss takes both."""
+        if targets is not None and isinstance(sink, LossSink):
             check_agreement(self.recurrence, inputs, outputs, targets)
             self._has_compared = True
 
@@ -124,7 +124,7 @@ class Runner:
             output, state = self._call_step(inputs, state)
             if is_present(weight):
                 if not self._has_compared:
-                    self._compare_first(inputs, output, target)
+                    self._compare_first(sink, inputs, output, target)
                 sink.take_step(output, target, weight)
         return state
 
@@ -153,7 +153,7 @@ class Runner:
             check_segment_output(outputs, num_steps, time_dim, self.recurrence.module)
             if not self._has_compared:
                 targets = to_time_dim(block.targets, block.time_dim, time_dim)
-                self._compare_first(inputs, outputs, targets)
+                self._compare_first(sink, inputs, outputs, targets)
             block = block.part(max(block.start, first_wanted), block.stop)
             self._give_segment(block, outputs, num_steps, sink)
         return state

@@ -420,6 +420,13 @@ def test_every_way_to_give_a_layer_is_one_call_of_it(
         assert relative_error(found, wanted) < 1e-12
 
 
+def test_outputs_of_unroll_have_no_targets() -> None:
+    """It runs inputs in their place, which outputs need not resemble."""
+    x, _ = data()
+    module = Returns(lambda y: y[..., :1].mean(0, keepdim=True))
+    assert unroll(module, x)[0].shape == (T, 1, 1)
+
+
 # What cannot be seen.
 
 
