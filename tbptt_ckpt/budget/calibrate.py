@@ -38,6 +38,7 @@ _LONGER = 4  # factor between lengths that are only timed
 _ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
 _NUM_BOUNDARIES = 32
+_SEVERAL = 5  # irregular steps, in a leaf of nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     ):
         probe.go_on()
         before = probe.go_on()
+        probe = replace(probe, resets=probe.resets.of(()))
         measuring = _Measuring(probe, limits, begun)
         measuring.run()
         costs = measuring.costs(kept_bytes(probe.boundary, before), update, fixed)
@@ -203,7 +205,34 @@ class _Measuring:
             host_state_bytes=_host_state_bytes(self.probe.boundary),
             ambient_bytes=state_bytes - tensor_bytes(self.probe.boundary.state),
             quiet=self._quiet_bytes(),
+            irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
         )
+
+    def _irregular_bytes(
+        self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
+    ) -> Curve | None:
+        """What irregular steps add to a leaf: the first of them most, since gradients then meet."""
+        if not self.probe.may_be_irregular or samples[-1].steps < 2:
+            return None
+
+        def more(sample: SegmentBytes | QuietSample, irregular: int) -> int:
+            taken = self.probe.irregular_leaf_bytes(sample.steps, irregular, has_losses=has_losses)
+            return max(0, taken - sample.leaf)
+
+        gradients = self.bytes[-1].gradients
+        room = self.limits.room_bytes - 2 * gradients
+        fitting = {sample.steps for sample in self.bytes if sample.peak <= room}
+        cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]
+        if not cut:
+            return Curve.linear(0, gradients)
+        shortest, several = cut[0], cut[-1]
+        all_cut = more(shortest, shortest.steps)
+        first = max(more(several, 1), all_cut)
+        if several is shortest:
+            return Curve.linear(0, first) if first else None
+        last = first + max(0, more(several, several.steps) - all_cut)
+        points = ((0, 0), (1, first), (1 + several.steps - shortest.steps, last))
+        return Curve.through(points) if last else None
 
     def _quiet_bytes(self) -> QuietBytes | None:
         """What steps without a loss take, where there was more than one step to measure it."""
@@ -216,6 +245,7 @@ class _Measuring:
             graph=None if is_loop else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
             shared=self.quiet[-1].shared,
+            irregular=self._irregular_bytes(self.quiet, has_losses=False),
         )
 
     def _bytes_curve(self, values: Iterable[tuple[int, int]]) -> Curve:

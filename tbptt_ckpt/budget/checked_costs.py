@@ -36,12 +36,17 @@ def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
         ambient_bytes=max(given.ambient_bytes, measured.ambient_bytes),
         advance_bytes=checked(given.advance_bytes, measured.advance_bytes),
         update_bytes=max(given.update_bytes, measured.update_bytes),
+        irregular_bytes=_higher(given.irregular_bytes, measured.irregular_bytes),
         fixed=replace(
             fixed,
             gradients=max(fixed.gradients, found.gradients),
             optimizer=max(fixed.optimizer, found.optimizer),
         ),
     )
+
+
+def _higher(some: Curve | None, other: Curve | None) -> Curve | None:
+    return higher(some, other) if some and other else some or other
 
 
 def not_below(costs: Costs, measured: Costs | None) -> Costs:
@@ -64,6 +69,7 @@ def _leaves_joined(some: Costs, other: Costs, join: Callable[[Curve, Curve], Cur
             graph=quiet.graph and other_quiet.graph and join(quiet.graph, other_quiet.graph),
             advance=join(quiet.advance, other_quiet.advance),
             shared=max(quiet.shared, other_quiet.shared),
+            irregular=_higher(quiet.irregular, other_quiet.irregular),
         ),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, Amount
-from tbptt_ckpt.budget.window_budget import Shape
+from tbptt_ckpt.budget.window_budget import Cuts, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.fastest import OPTIMAL, plan
@@ -90,8 +90,7 @@ class FittingPlans:
     def start_over(self) -> None:
         """Costs were corrected: plans are made anew, with a small reserve."""
         self._reserve, self._longest_seen = _MARGIN, 0
-        self._plans.clear()
-        self._confirmed.clear()
+        self.forget()
 
     def keep_what_ran(
         self, shape: Shape, costs: Costs, ran: PredictedPlan, peak_bytes: int
@@ -128,15 +127,18 @@ class FittingPlans:
         """Halve what states and leaves may take; whether plans then take less than before."""
         before = _leaf_peak(shape, costs, self.chosen(shape, costs))
         self._room = max(0, before - costs.fixed.total(shape.run_steps)) // 2
+        self.forget()
+        return _leaf_peak(shape, costs, self.chosen(shape, costs)) < before
+
+    def forget(self) -> None:
+        """Make plans anew."""
         self._plans.clear()
         self._confirmed.clear()
-        return _leaf_peak(shape, costs, self.chosen(shape, costs)) < before
 
     def follow(self, strategy: Strategy) -> None:
         """Choose schedules by a fixed strategy from here on; the budget stays as it is."""
         self.strategy, self.finds_fastest = strategy, False
-        self._plans.clear()
-        self._confirmed.clear()
+        self.forget()
 
     def replan(
         self, start: int, stop: int, num_losses: int, beside_bytes: int, costs: Costs
@@ -202,7 +204,9 @@ class FittingPlans:
         self._room = state.get("room_bytes")  # older ones have none
         self._reserve = state["reserve"]
         for entry in state["plans"]:
-            shape = Shape(**{**entry["shape"], "joints": tuple(entry["shape"]["joints"])})
+            plain = {"cuts": 0, **entry["shape"]}  # older ones have none
+            plain |= {"joints": tuple(plain["joints"]), "cuts": Cuts(plain["cuts"])}
+            shape = Shape(**plain)
             self._plans[shape] = entry["fixed_bytes"], PredictedPlan.from_dict(entry["plan"])
             if entry["confirmed"]:
                 self._confirmed.add(shape)

@@ -11,6 +11,8 @@ from torch import nn
 
 from tbptt_ckpt.budget.amount import Amount
 from tbptt_ckpt.budget.fitting import FittingPlans
+from tbptt_ckpt.budget.irregular import cuts_within_leaves
+from tbptt_ckpt.budget.probe import ChangingStateError
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import (
     PlannedWindow,
@@ -21,7 +23,7 @@ from tbptt_ckpt.budget.window_budget import (
 )
 from tbptt_ckpt.budget.window_costs import WindowCosts
 from tbptt_ckpt.errors import InfeasibleBudgetError
-from tbptt_ckpt.memory.meter import Lap, can_measure
+from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs
@@ -67,7 +69,7 @@ class MeasuredBudget(WindowBudget):
         self._costs = WindowCosts(costs, self._plans.promised, updater, parameters, batching)
         self._num_metered, self._longest_metered = 0, 0
         self._last: tuple[Shape, Costs] | None = None  # planned
-        self._is_measured = True  # False where there was no memory to measure what windows take
+        self._is_measured = True  # False where what windows take could not be measured
 
     @property
     def costs(self) -> Costs | None:
@@ -86,22 +88,38 @@ class MeasuredBudget(WindowBudget):
         if not self._is_measured:
             return super().plan(window, joints, make_request)
         request = make_request()
-        if not self.costs and not self._plans.promised and not _is_worth_measuring(request):
-            return WindowBudget(Auto()).plan(window, joints, make_request)
-        held_bytes = tensor_bytes(*request.held)
-        shape, found = request.shape, self._prepared(request, held_bytes)
+        shape, is_fixed = request.shape, not self._plans.finds_fastest
+        is_short = not self._plans.promised and shape.run_steps <= SHORT_WINDOW_STEPS
+        if self._costs.must_measure and (is_short or not self.can_meter(request.device)):
+            unmeasured = WindowBudget(self.strategy if is_fixed else Auto())
+            return unmeasured.plan(window, joints, make_request)
+        if self._costs.take_irregular(request):
+            self._plans.forget()
+        held_bytes = tensor_bytes(*request.held) + request.ahead_bytes
+        try:
+            found = self._prepared(request, held_bytes)
+        except ChangingStateError as error:
+            self._do_without_costs()
+            ignored = ", and memory_budget is not looked at" if self._plans.promised else ""
+            how = "strategy='sqrt'" if isinstance(self.strategy, Auto) else self.strategy
+            _log.warning("%s; windows are cut as by %s%s", error, how, ignored)
+            return super().plan(window, joints, make_request)
         costs = self._costs.of(found, shape, request, held_bytes)
-        self._last = shape, costs
         chosen = self._plans.chosen(shape, costs).at(window.first)
+        while (cuts := cuts_within_leaves(chosen, request)) > shape.cuts:
+            shape = replace(shape, cuts=cuts)
+            costs = self._costs.of(found, shape, request, held_bytes)
+            chosen = self._plans.chosen(shape, costs).at(window.first)
+        self._last = shape, costs
         # So many windows were measured, of such lengths, that one more tells nothing.
         has_seen_alike = (
             self._num_metered >= _MOST_METERED
             and shape.run_steps < _MUCH_LONGER * self._longest_metered
         )
         is_known = has_seen_alike or self._plans.is_confirmed(shape)
-        if is_known or not self._plans.promised:
+        if is_known or not self._plans.promised or not self.can_meter(request.device):
             return PlannedWindow(chosen)
-        return self._watched(request, chosen, costs)
+        return self._watched(request, shape, chosen, costs)
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
@@ -208,9 +226,8 @@ class MeasuredBudget(WindowBudget):
 
     def _shrunk_unmeasured(self, window: Window) -> str | None:
         """The next smaller strategy, where there was no memory to measure what windows take."""
-        if isinstance(self.strategy, Optimal):  # which is nothing without costs
-            self._follow(Auto())
-        self._is_measured, smaller = False, super().shrink(window)
+        self._do_without_costs()
+        smaller = super().shrink(window)
         if smaller is None or not self._plans.promised:
             return smaller
         return (
@@ -218,7 +235,14 @@ class MeasuredBudget(WindowBudget):
             "to measure what windows take"
         )
 
-    def _watched(self, request: Request, chosen: PredictedPlan, costs: Costs) -> PlannedWindow:
+    def _do_without_costs(self) -> None:
+        if isinstance(self.strategy, Optimal):  # which is nothing without them
+            self._follow(Auto())
+        self._is_measured = False
+
+    def _watched(
+        self, request: Request, shape: Shape, chosen: PredictedPlan, costs: Costs
+    ) -> PlannedWindow:
         missing = costs.fixed.optimizer - self._costs.optimizer_bytes()
         made = request.makes_first_state * costs.state_bytes
         recorded = costs.fixed.states - request.shape.coming_states * costs.state_bytes - made
@@ -231,7 +255,7 @@ class MeasuredBudget(WindowBudget):
         return WatchedWindow(
             plan=chosen,
             costs=costs,
-            shape=request.shape,
+            shape=shape,
             given=frozenset(given),
             missing_bytes=missing + absent,
             absent_bytes=absent,
@@ -241,15 +265,6 @@ class MeasuredBudget(WindowBudget):
             plans=self._plans,
             refuse=self._refusal,
         )
-
-
-def _is_worth_measuring(request: Request) -> bool:
-    if request.shape.run_steps <= SHORT_WINDOW_STEPS:
-        return False
-    if not can_measure(request.device):
-        _log.warning("a profiler is active on this thread, so no plan can be measured")
-        return False
-    return True
 
 
 def _as_measured_now(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
-from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
@@ -24,6 +25,7 @@ from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
 
 
@@ -50,6 +52,10 @@ class QuietSample:
     graph: int  # tensors of its graph
     advance: int  # peak of an advance
     shared: int  # gradients of the weights that they use
+
+
+class ChangingStateError(ArgumentError):
+    """What steps take cannot be measured, since their state grows or shrinks."""
 
 
 @dataclass(slots=True)
@@ -92,6 +98,20 @@ class SegmentProbe:
             graph=last_forward.now_bytes - begun.now_bytes,
             peak=meter.peak_bytes,
         )
+
+    @property
+    def may_be_irregular(self) -> bool:
+        """Whether steps ask for it, or segments may be cut."""
+        asks = any(b.resets is not None or b.weight is not None for b in self.blocks)
+        return asks or not self.runner.recurrence.per_step
+
+    def irregular_leaf_bytes(self, steps: int, irregular: int, *, has_losses: bool) -> int:
+        """Peak of a leaf whose last steps are cut by resets, and have lanes that are left out."""
+        stop = self.stop - (not has_losses)
+        blocks = narrow_blocks(self.blocks, stop - steps, self.stop)
+        cut = [block.made_irregular(stop - irregular) for block in blocks]
+        probe = replace(self, blocks=cut, resets=self.resets.of(cut))
+        return (probe.bytes_of(steps) if has_losses else probe.quiet_bytes_of(steps)).leaf
 
     def quiet_bytes_of(self, steps: int) -> QuietSample:
         """Measure an advance and a leaf of steps without a loss; one more step has it."""
@@ -153,7 +173,10 @@ class SegmentProbe:
         before = self.ambient.capture()
         stop = self.first + 1
         step = self._pass(self.first, stop, stop, stop, UNOBSERVED)
-        self.boundary = step.advance(self._boundary_at(self.first), stop, 1)
+        later = step.advance(self._boundary_at(self.first), stop, 1)
+        if tensors_of(self.boundary.state):  # there are none in a first state None
+            _check_same_shapes(self.boundary, later)
+        self.boundary = later
         return before
 
     def _leaf(self, steps: int) -> Differentiate:
@@ -176,7 +199,12 @@ class SegmentProbe:
         loss_start = self.loss_start if loss_start is None else loss_start
         this = self._pass(start, start, self.stop, max(start, loss_start), observer)
         route = Route(actions, self.stop - start)
-        return ReplayExecutor().run(this, route, self._boundary_at(start))
+        try:
+            return ReplayExecutor().run(this, route, self._boundary_at(start))
+        except RuntimeError:  # two leaves from one state differ where steps change its shape
+            end = this.advance(self._boundary_at(start), self.stop, self.stop - start)
+            _check_same_shapes(self.boundary, end)
+            raise
 
     def _pass(
         self, first: int, start: int, stop: int, loss_start: int, observer: Observer
@@ -233,6 +261,15 @@ class _UndividedLoss(WindowLoss):
 
     def is_empty(self) -> bool:
         return False
+
+
+def _check_same_shapes(earlier: Boundary, later: Boundary) -> None:
+    old, new = ([tuple(t.shape) for t in tensors_of(each.state)] for each in (earlier, later))
+    if old != new:
+        raise ChangingStateError(
+            f"the state's tensors change from step to step, as {old} became {new}, so that no "
+            "measured step stands for later ones"
+        )
 
 
 def kept_bytes(later: Boundary, earlier: AmbientState) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.window_pass import Route
-from tbptt_ckpt.memory.meter import Lap
+from tbptt_ckpt.memory.meter import Lap, can_measure
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import Plan, plan_window
@@ -25,11 +27,21 @@ from tbptt_ckpt.schedule.strategies import (
 )
 from tbptt_ckpt.schedule.windows import Window
 
+_log = logging.getLogger("tbptt_ckpt")
+
 # Where windows grow with the sequence every one has a plan of its own.
 _MOST_PLANS = 256
 # Below a quarter of the square root of the window, uniform leaves need more for their first
 # states than they save; several levels of few states take over.
 _FEW_STATES = (16, 4, 1)
+
+
+class Cuts(IntEnum):
+    """Where segments are cut whatever the plan: nowhere, up to the first loss, or everywhere."""
+
+    NONE = 0
+    EARLY = 1
+    ALL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,7 @@ class Shape:
     joints: tuple[int, ...]
     recorded_states: int  # states that exist before it for it and later ones to start from
     coming_states: int  # states that it notes, and the gradient of one
+    cuts: Cuts = Cuts.NONE  # of segments, that its leaves may go on across
 
     @property
     def run_steps(self) -> int:
@@ -80,14 +93,18 @@ class Request:
     # are now.
     coming_ambients: int
     makes_first_state: bool  # whether the module makes the first state for itself, from None
+    ahead_bytes: int  # steps after it that a stream has given already
+    packing_bytes: int  # taken beside the blocks while steps are packed, between windows
     copies_weights: bool  # whether its update copies what it changes
-    blocks: Sequence[StepBlock]  # its inputs and targets
+    loss_start: int  # the first step that has a loss
+    cuts: Sequence[int]  # where segments are cut whatever the plan
+    blocks: Sequence[StepBlock]  # its steps
     device: torch.device  # where memory counts
     make_probe: Callable[[], SegmentProbe]  # makes what measures segments of it
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of its inputs and targets."""
+        """Bytes of its steps."""
         return sum(block.num_bytes() for block in self.blocks)
 
     @property
@@ -123,6 +140,7 @@ class WindowBudget:
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
         self._fixed_plans: dict[tuple[int, ...], Plan] = {}
+        self._has_warned = False
 
     @property
     def strategy(self) -> Strategy:
@@ -133,6 +151,17 @@ class WindowBudget:
     def costs(self) -> Costs | None:
         """What the module takes, where plans follow from it and it is known by now."""
         return None
+
+    def can_meter(self, device: torch.device) -> bool:
+        """Whether memory can be measured now; the first time that it cannot be a log says so."""
+        can_meter = can_measure(device)
+        if not can_meter and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "a profiler is active on this thread, so no memory can be measured: windows go on "
+                "unmeasured as long as it is, and a memory_budget is held by what is known before"
+            )
+        return can_meter
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]

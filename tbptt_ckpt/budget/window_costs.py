@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,12 +19,14 @@ from tbptt_ckpt.budget.checked_costs import (
     not_below,
     with_host_bytes,
 )
+from tbptt_ckpt.budget.irregular import IrregularSteps
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
-from tbptt_ckpt.budget.window_budget import Request, Shape
+from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.schedule.curves import Curve, higher
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.delivery import has_hooks
@@ -54,6 +57,22 @@ class WindowCosts:
         self._is_checked = given is None or not promised
         self._measured_first: Costs | None = None  # before any correction
         self._updater, self._parameters, self._batching = updater, parameters, batching
+        # Without cuts of segments, with those among losses, and with all.
+        self._irregular = [IrregularSteps() for _ in range(3)]
+
+    @property
+    def must_measure(self) -> bool:
+        """Whether segments have to be run before the first plan."""
+        return not self._is_checked or self.known is None
+
+    def take_irregular(self, request: Request) -> bool:
+        """Count steps that take more; whether plans that were made before know too few."""
+        steps = [step for block in request.blocks for step in block.irregular_steps()]
+        late = [cut for cut in request.cuts if cut > request.loss_start]
+        is_denser = False
+        for each, cuts in zip(self._irregular, ((), late, request.cuts), strict=True):
+            is_denser |= each.take(steps, cuts, request.shape.run_steps)
+        return is_denser
 
     def prepare(
         self, request: Request, room_bytes: float, planned: Callable[[Costs], PredictedPlan] | None
@@ -83,7 +102,7 @@ class WindowCosts:
 
     def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
         """Costs with the fixed part as it is in a window of some shape."""
-        fixed = costs.fixed
+        fixed, costs = costs.fixed, self._with_irregular(costs, shape.cuts)
         if not self._promised and request.device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self.optimizer_bytes()
@@ -95,8 +114,11 @@ class WindowCosts:
         return replace(
             costs,
             last_leaf_bytes=costs.last_leaf_bytes if clears else None,
-            # Handed over one by one, each to a hook that may make another of it.
-            update_bytes=max(costs.update_bytes, 2 * max(waiting, default=0)),
+            # Between leaves of windows: steps are packed, and gradients are handed over one by
+            # one, each to a hook that may make another of it.
+            update_bytes=max(
+                costs.update_bytes, request.packing_bytes, 2 * max(waiting, default=0)
+            ),
             fixed=FixedBytes(
                 weights=held_bytes - exists,
                 gradients=(fixed.gradients or tensor_bytes(trained)) + (not clears) * sum(waiting),
@@ -111,6 +133,22 @@ class WindowCosts:
         """Of each weight whose hooks see a window's whole gradient; an earlier one is set aside."""
         weights = dict.fromkeys((*self._parameters, *self._updater.optimized()))
         return [weight.nbytes for weight in weights if has_hooks(weight)]
+
+    def _with_irregular(self, costs: Costs, which: Cuts) -> Costs:
+        """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
+        regular, late, all_cuts = self._irregular
+        loud = late if which is Cuts.ALL else regular
+        added = partial(loud.added, more=costs.irregular_bytes)
+        if costs.quiet is None or which is Cuts.NONE:
+            return costs.with_leaves(added, added)
+        more = costs.quiet.irregular
+        quiet = costs.quiet.changed(partial(all_cuts.added, more=more))
+
+        def raised(curve: Curve) -> Curve:
+            return higher(added(curve), quiet.leaf)  # what planners take it for
+
+        # In the last leaf in time what is held of a gradient becomes it, which is a fixed byte.
+        return replace(costs.with_leaves(raised, added), quiet=quiet)
 
     def corrected(self, window: WatchedWindow, costs: Costs) -> Costs:
         """Costs that would have predicted a window, and no less than was measured at first.
@@ -139,6 +177,7 @@ class WindowCosts:
             "costs": self.known.to_dict(),
             "measured_first": self._measured_first and self._measured_first.to_dict(),
             "time_batching": self._batching.pays_off,
+            "irregular": [each.state_dict() for each in self._irregular],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -146,6 +185,8 @@ class WindowCosts:
         self.known, self._is_checked = Costs.from_dict(state["costs"]), True
         first = state.get("measured_first")  # older ones have none
         self._measured_first = first and Costs.from_dict(first)
+        for each, found in zip(self._irregular, state.get("irregular", ()), strict=False):
+            each.load_state_dict(found)  # older ones have none
         self._batching.decide(state.get("time_batching", True))  # older ones followed the rule
 
     def _of_faster_form(

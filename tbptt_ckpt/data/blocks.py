@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -57,8 +57,33 @@ class StepBlock:
         )
 
     def num_bytes(self) -> int:
-        """Bytes of inputs and targets, as far as they are these steps'."""
-        return sum(tensor.nbytes for tensor in tensors_of((self.inputs, self.targets)))
+        """Bytes of all that the steps come with, as far as they are these steps'."""
+        found = tensors_of((self.inputs, self.targets, self.weight, self.resets))
+        return sum(tensor.nbytes for tensor in found)
+
+    def irregular_steps(self) -> list[int]:
+        """Steps at which a lane begins a sequence, or is left out, or weighs otherwise than before.
+
+        What runs over a segment is cut there, and lanes are chosen.
+        """
+        found = torch.zeros(self.stop - self.start, dtype=torch.bool)
+        if self.resets is not None:
+            found |= self.resets.reshape(len(found), -1).any(1)
+        if self.weight is not None:
+            rows = self.weight.reshape(len(found), -1)
+            found |= (rows == 0).any(1) & (rows != 0).any(1)
+            found[1:] |= (rows[1:] != rows[:-1]).any(1)
+        return [self.start + row for row in found.nonzero().flatten().tolist()]
+
+    def made_irregular(self, start: int) -> StepBlock:
+        """The same with a reset at every step from `start` on, and with a lane left out of each."""
+        resets, weight = torch.arange(self.start, self.stop) >= start, self.weight
+        if weight is not None and weight.dim() == 2 and weight.shape[1] > 1:
+            rows = resets.nonzero().flatten()
+            weight = weight.clone()
+            weight[rows] = 1.0
+            weight[rows, rows % weight.shape[1]] = 0.0
+        return replace(self, resets=resets, weight=weight)
 
     def step_weights(self) -> list[StepWeight] | None:
         """The weight of each step; None where every step has a target and weight one."""

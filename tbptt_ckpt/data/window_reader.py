@@ -50,6 +50,15 @@ class WindowReader:
         self._pull(stop)
         return [block for block in self._held if block.start < stop]
 
+    def ahead_bytes(self, stop: int) -> int:
+        """Bytes of the steps from `stop` on that are held already."""
+        return sum(block.num_bytes() for block in self._held if block.start >= stop)
+
+    def packing_bytes(self) -> int:
+        """Bytes of single steps, beside the block of them, while they are packed."""
+        packs = isinstance(self._reader, StepIterable)
+        return max((block.num_bytes() for block in self._held), default=0) if packs else 0
+
     def state_dict(self) -> dict[str, Any]:
         """What the reader of an equal sequence needs to go on from here.
 

@@ -8,6 +8,7 @@ from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape, fullest_shape
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
@@ -20,7 +21,7 @@ from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, counted_weight, has_loss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
-from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import check_no_hidden_tensors, tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
@@ -77,7 +78,9 @@ class OpenWindow:
         # In one graph, which is in the order of time, no block can go before another.
         return () if self._parts.executor.one_graph else sorted(self._joints())
 
-    def request(self, held: tuple[object, ...], *, copies_weights: bool) -> Request:
+    def request(
+        self, reader: WindowReader, held: tuple[object, ...], copies_weights: bool
+    ) -> Request:
         """What a plan of the window has to know."""
         window, options, records = self._window, self._options, self._records
         shape = Shape(
@@ -98,7 +101,11 @@ class OpenWindow:
             recorded=tuple(records.boundaries.values()),
             coming_ambients=max(0, noted - len(records.ambients)),
             makes_first_state=not tensors_of(self._boundary_at(window.first).state),
+            ahead_bytes=reader.ahead_bytes(window.stop),
+            packing_bytes=reader.packing_bytes(),
             copies_weights=copies_weights,
+            loss_start=self._loss_start,
+            cuts=self._cuts(),
             blocks=self._blocks,
             device=self._parts.device,
             make_probe=self._probe,
@@ -166,9 +173,10 @@ class OpenWindow:
         new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
         return sum(block.num_tokens() for block in new)
 
-    def num_input_bytes(self) -> int:
-        """Bytes of its inputs and targets."""
-        return sum(block.num_bytes() for block in self._blocks)
+    def num_input_bytes(self, reader: WindowReader) -> int:
+        """Bytes of its steps, and of those that have been read ahead."""
+        held = sum(block.num_bytes() for block in self._blocks)
+        return held + reader.ahead_bytes(self._window.stop)
 
     def _pass(
         self,
@@ -184,7 +192,7 @@ class OpenWindow:
         window, records = self._window, self._records
         ambients = records.ambients_for(first, self._options.k1)
         joints = self._joints() if start < stop else {}
-        stops = {start, window.new_start, *self.notes.stops(), *joints, *changes(ambients)}
+        stops = {start, *self._stops(ambients), *joints}
         return WindowPass(
             blocks=self._blocks,
             first=first,
@@ -203,6 +211,18 @@ class OpenWindow:
             wants_state_grads=self._wants_state_grads,
             observer=together(self.notes, self._observer),
         )
+
+    def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:
+        """Where every run ends, whatever the plan."""
+        return {self._window.new_start, *self.notes.stops(), *changes(ambients)}
+
+    def _cuts(self) -> list[int]:
+        """Of these, where a leaf may go on; calls of steps are none of a segment."""
+        window, k1 = self._window, self._options.k1
+        if self._parts.recurrence.per_step:
+            return []
+        stops = self._stops(self._records.ambients_for(window.first, k1))
+        return [step for step in stops - {*self._joints()} if window.start < step < window.stop]
 
     def _advance(self, boundary: Boundary, stop: int, guard: WeightGuard) -> None:
         this_pass = self._pass(boundary.step, stop, stop, guard, self._parts.runner)

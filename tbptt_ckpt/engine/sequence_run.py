@@ -171,7 +171,7 @@ class SequenceRun:
         planned = self._parts.budget.plan(
             window,
             opened.joints(),
-            lambda: opened.request(self._held(), copies_weights=self._observer.wants_copies),
+            lambda: opened.request(self._reader, self._held(), self._observer.wants_copies),
         )
         self._observer.planned(window)
         return planned
@@ -211,10 +211,11 @@ class SequenceRun:
     def _meter(
         self, planned: PlannedWindow | None, opened: OpenWindow
     ) -> WindowMeter | UnmeteredWindow:
-        if not self._options.measure_memory and not (planned and planned.metered):
+        wanted = self._options.measure_memory or (planned and planned.metered)
+        if not wanted or not self._parts.budget.can_meter(self._parts.device):
             return UnmeteredWindow()
         held = (*self._held(), *self._standing.records.boundaries.values())
-        return WindowMeter(self._parts.device, held, opened.num_input_bytes())
+        return WindowMeter(self._parts.device, held, opened.num_input_bytes(self._reader))
 
     def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
         if self._ambient is None:

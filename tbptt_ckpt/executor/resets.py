@@ -38,6 +38,10 @@ class Resets:
                 rows.append(block.resets[found])
         self._rows = torch.cat(rows) if rows else None
 
+    def of(self, blocks: Sequence[StepBlock]) -> Resets:
+        """Those of other blocks, to the same state."""
+        return Resets(blocks, self._initial, self._lane_dim)
+
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut `[start, stop)` before each step at which a lane resets."""
         position = bisect_right(self.steps, start)

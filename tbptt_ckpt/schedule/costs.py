@@ -49,12 +49,14 @@ class QuietBytes:
             None where a leaf is run in one piece wherever its losses begin.
         shared: Gradients of weights that they share with later steps of their leaf, whose part is
             held until theirs is there to be added.
+        irregular: What a leaf takes more, as `Costs.irregular_bytes` says it.
     """
 
     leaf: Curve
     advance: Curve
     graph: Curve | None = None
     shared: int = 0
+    irregular: Curve | None = None
 
     def before_losses(
         self, steps: int, num_losses: int, losses: Curve, *, makes_gradients: bool
@@ -100,6 +102,9 @@ class Costs:
         ambient_bytes: Of `state_bytes`, the generators and buffers that steps change; they are
             also kept at each update point within reach.
         quiet: What steps without a loss take; None where it is as much as with one.
+        irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
+            begin a sequence, are left out or weigh otherwise than before, or a segment is cut;
+            None where that is nothing.
     """
 
     state_bytes: int
@@ -114,6 +119,7 @@ class Costs:
     host_state_bytes: float = 0.0
     ambient_bytes: int = 0
     quiet: QuietBytes | None = None
+    irregular_bytes: Curve | None = None
 
     def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
         """Peak of a leaf whose last steps have losses; `is_last`: the one that is last in time."""
