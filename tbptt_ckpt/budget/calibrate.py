@@ -14,7 +14,6 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import copy_containers
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
@@ -181,12 +180,12 @@ class _Measuring:
         per_step = _BACKWARD_SHARE * last.graph / last.steps
         return last.peak + per_step * (steps - last.steps)
 
-    def costs(self, state_bytes: int, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+    def costs(self, kept: tuple[int, int, int], update: UpdateBytes, fixed: FixedBytes) -> Costs:
         """The samples as curves."""
         longest = self.bytes[-1]
         anew = longest.gradients + longest.state_gradients
         return Costs(
-            state_bytes=state_bytes,
+            state_bytes=kept[0],
             leaf_bytes=self._bytes_curve((s.steps, s.leaf) for s in self.bytes),
             leaf_seconds=seconds_curve((steps, leaf) for steps, (leaf, _) in self.seconds.items()),
             advance_bytes=self._advance_curve(self.bytes, has_losses=True),
@@ -199,11 +198,12 @@ class _Measuring:
                 fixed,
                 gradients=longest.gradients,
                 optimizer=update.state,
-                states=4 * state_bytes + longest.state_gradients,
+                states=4 * kept[0] + longest.state_gradients,
             ),
             host_step_bytes=self._host_step_bytes(),
             host_state_bytes=_host_state_bytes(self.probe.boundary),
-            ambient_bytes=state_bytes - tensor_bytes(self.probe.boundary.state),
+            ambient_bytes=kept[1],
+            handed_on_bytes=kept[2],
             quiet=self._quiet_bytes(),
             irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
         )

@@ -34,6 +34,7 @@ def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
         _leaves_joined(given, measured, checked),
         state_bytes=max(given.state_bytes, measured.state_bytes),
         ambient_bytes=max(given.ambient_bytes, measured.ambient_bytes),
+        handed_on_bytes=max(given.handed_on_bytes, measured.handed_on_bytes),
         advance_bytes=checked(given.advance_bytes, measured.advance_bytes),
         update_bytes=max(given.update_bytes, measured.update_bytes),
         irregular_bytes=_higher(given.irregular_bytes, measured.irregular_bytes),

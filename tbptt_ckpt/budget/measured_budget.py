@@ -244,9 +244,11 @@ class MeasuredBudget(WindowBudget):
         self, request: Request, shape: Shape, chosen: PredictedPlan, costs: Costs
     ) -> PlannedWindow:
         missing = costs.fixed.optimizer - self._costs.optimizer_bytes()
-        made = request.makes_first_state * costs.state_bytes
-        recorded = costs.fixed.states - request.shape.coming_states * costs.state_bytes - made
-        absent = max(0, recorded - tensor_bytes(*request.recorded))
+        handed_on = costs.handed_on_bytes
+        made = request.makes_first_state * (costs.state_bytes + handed_on)
+        coming = request.shape.coming_states * costs.state_bytes + handed_on
+        recorded = max(0, tensor_bytes(*request.recorded) - handed_on)
+        absent = max(0, costs.fixed.states - coming - made - recorded)
         if missing or absent:
             chosen = _as_measured_now(request, chosen, costs, missing, absent)
         given = {*request.absolute_joints}
@@ -260,7 +262,7 @@ class MeasuredBudget(WindowBudget):
             missing_bytes=missing + absent,
             absent_bytes=absent,
             optimizer_bytes=self._costs.optimizer_bytes(),
-            gradient_bytes=costs.fixed.gradients + costs.state_bytes,
+            gradient_bytes=costs.fixed.gradients + costs.state_bytes + handed_on,
             first_state_bytes=made,
             plans=self._plans,
             refuse=self._refusal,

@@ -168,9 +168,9 @@ class SegmentProbe:
         batched = self.runner.time_batching.takes
         return tensor_bytes([p for p in self.parameters if p.requires_grad and batched(p)])
 
-    def go_on(self) -> AmbientState:
-        """Start from the state one step later; the generators and buffers there before."""
-        before = self.ambient.capture()
+    def go_on(self) -> Boundary:
+        """Start from the state one step later; the one before, with what was there before."""
+        before = Boundary(self.first, self.boundary.state, self.ambient.capture())
         stop = self.first + 1
         step = self._pass(self.first, stop, stop, stop, UNOBSERVED)
         later = step.advance(self._boundary_at(self.first), stop, 1)
@@ -272,15 +272,22 @@ def _check_same_shapes(earlier: Boundary, later: Boundary) -> None:
         )
 
 
-def kept_bytes(later: Boundary, earlier: AmbientState) -> int:
-    """What keeping a state takes, with the generators and buffers that an earlier one lacks."""
+def kept_bytes(later: Boundary, before: Boundary) -> tuple[int, int, int]:
+    """What keeping a state takes, of it generators and buffers, and what is kept once for all."""
+    handed_on = later.handed_on_bytes(before)
+    state, ambient = tensor_bytes(later.state) - handed_on, _ambient_bytes(later, before.ambient)
+    return state + ambient, ambient, handed_on
+
+
+def _ambient_bytes(later: Boundary, earlier: AmbientState) -> int:
+    """Generators and buffers that a state is kept with, as an earlier one lacks them."""
     ambient = later.ambient
     if ambient is earlier:
-        return tensor_bytes(later.state)
+        return 0
     drawn = (ambient.cpu_random, *ambient.device_random)
     before = (earlier.cpu_random, *earlier.device_random)
     own = [new for new, old in zip(drawn, before, strict=True) if new is not old]
     changed = zip(ambient.buffers, earlier.buffers, strict=True)
     # A value that is restored has a second tensor, to stand in the module.
     buffers = tensor_bytes([new.values for new, old in changed if new is not old])
-    return tensor_bytes(later.state, own) + 2 * buffers
+    return tensor_bytes(own) + 2 * buffers

@@ -110,6 +110,8 @@ class WindowCosts:
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
         states += request.makes_first_state
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
+        # A gradient of what is handed on, and itself where no first state was given that has it.
+        state_bytes += (1 + request.makes_first_state) * costs.handed_on_bytes
         clears, waiting = self._updater.clears_gradients, self._waiting_bytes()
         return replace(
             costs,

@@ -32,9 +32,20 @@ class Boundary:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._state_versions())
 
-    def copied(self) -> Boundary:
-        """The same in memory of its own."""
-        return Boundary(self.step, map_tensors(torch.clone, self.state), self.ambient)
+    def copied(self, origin: Boundary) -> Boundary:
+        """The same in memory of its own, but for what a run from `origin` handed on unchanged."""
+        held = {_address(tensor) for tensor in tensors_of(origin.state)} - {0}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor if _address(tensor) in held else tensor.clone()
+
+        return Boundary(self.step, map_tensors(copy, self.state), self.ambient)
+
+    def handed_on_bytes(self, origin: Boundary) -> int:
+        """Of its state, what `copied` does not copy."""
+        held = {_address(tensor) for tensor in tensors_of(origin.state)} - {0}
+        found = {_address(tensor): tensor.nbytes for tensor in tensors_of(self.state)}
+        return sum(num_bytes for address, num_bytes in found.items() if address in held)
 
     def check_untouched(self) -> None:
         """Raise if something wrote into the state since it was kept."""
@@ -46,6 +57,12 @@ class Boundary:
 
     def _state_versions(self) -> tuple[int, ...]:
         return tuple(tensor._version for tensor in tensors_of(self.state))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its values are; 0 for tensors that are made of others."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return tensor.data_ptr() if plain else 0
 
 
 class _Rejoin(torch.autograd.Function):

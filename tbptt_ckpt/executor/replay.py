@@ -9,7 +9,8 @@ NOTE [Why a kept state is copied]
 A run leaves its last state in the middle of what it took and is giving back. On the CPU that
 splits the heap: the next run's blocks do not fit into the pieces, it takes new ones, and a
 million steps of a small `nn.LSTM` came to hold up to 209 MiB where 6 were live. A copy made when
-the run's memory is free lies among other small blocks.
+the run's memory is free lies among other small blocks. What a run handed on unchanged, such as an
+encoder's memory, is no part of what it took, and is kept once for all states that have it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class _Replay:
         self._given = {**window.joints, first.step: first}
         self._kept: dict[int, Boundary] = {}
         self._working: Boundary | None = first
+        self._origin = first  # where the last advance began
         self.state_grads: StateGrads = []
         self._hooks: list[list[Any]] = []
 
@@ -61,11 +63,13 @@ class _Replay:
         """Do one action; False if the window has no loss, so that nothing else is to do."""
         match action:
             case Advance(start, stop):
-                self._working = self._window.advance(self._state_at(start), stop, longest)
+                self._origin = self._state_at(start)
+                self._working = self._window.advance(self._origin, stop, longest)
             case Keep(step):
-                self._kept[step] = self._working = self._state_at(step).copied()
+                self._kept[step] = self._working = self._state_at(step).copied(self._origin)
             case Differentiate(start, stop):
                 boundary, self._working = self._state_at(start), None
+                self._origin = boundary
                 return self._differentiate(boundary, stop)
             case Drop(step):
                 del self._kept[step]

@@ -101,6 +101,8 @@ class Costs:
         host_state_bytes: The same for each kept boundary state.
         ambient_bytes: Of `state_bytes`, the generators and buffers that steps change; they are
             also kept at each update point within reach.
+        handed_on_bytes: What steps hand on unchanged in their state, as an encoder's memory is; it
+            is kept once, and no part of `state_bytes`.
         quiet: What steps without a loss take; None where it is as much as with one.
         irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
             begin a sequence, are left out or weigh otherwise than before, or a segment is cut;
@@ -118,6 +120,7 @@ class Costs:
     host_step_bytes: float = 0.0
     host_state_bytes: float = 0.0
     ambient_bytes: int = 0
+    handed_on_bytes: int = 0
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
 
