@@ -217,7 +217,7 @@ class SegmentProbe:
             loss_start=loss_start,
             ambient=self.ambient,
             runner=self.runner,
-            loss=_UndividedLoss(self.loss, 1.0, "sum"),
+            loss=_UndividedLoss(self.loss, (), start, start, "sum"),
             guard=WeightGuard(self.parameters),
             resets=self.resets,
             observer=observer,
@@ -258,6 +258,10 @@ class _Readings(Observer, Generic[Reading]):
 
 class _UndividedLoss(WindowLoss):
     """The loss of steps that may all be masked, which takes memory all the same."""
+
+    @property
+    def divisor(self) -> float:
+        return 1.0
 
     def is_empty(self) -> bool:
         return False

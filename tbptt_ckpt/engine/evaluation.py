@@ -14,7 +14,7 @@ from tbptt_ckpt.errors import check_positive_int
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner, make_runner
-from tbptt_ckpt.executor.window_loss import WindowLoss, counted_weight
+from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
@@ -112,7 +112,7 @@ def _run(
         if stop == position:
             break  # the end turned out to lie here
         blocks = reader.window(position, stop)
-        loss = WindowLoss(loss_function, counted_weight(blocks, position, stop), "sum")
+        loss = WindowLoss(loss_function, blocks, position, stop, "sum")
         piece = WindowPass(
             blocks=blocks,
             first=position,

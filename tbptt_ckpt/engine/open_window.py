@@ -19,7 +19,7 @@ from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import Observer, together
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
-from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, counted_weight, has_loss
+from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, has_loss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
@@ -120,8 +120,9 @@ class OpenWindow:
     ) -> StateGrads | None:
         """Run the window with its gradient; the gradients of its first state."""
         window, options, parts = self._window, self._options, self._parts
-        weight = counted_weight(self._blocks, self._loss_start, window.stop)
-        loss = WindowLoss(parts.loss_function, weight, options.reduction)
+        loss = WindowLoss(
+            parts.loss_function, self._blocks, self._loss_start, window.stop, options.reduction
+        )
         runner = meter.runner(parts.runner)
         this_pass = self._pass(
             window.first, window.start, window.stop, guard, runner, loss, grad_scale
@@ -250,10 +251,8 @@ class OpenWindow:
         """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
         if not self._wants_state_grads:  # nor would a loss of the first state alone have one
             return
-        window = self._window
-        start = max(self._loss_start, window.start)
         learns = any(parameter.requires_grad for parameter in self._parts.parameters)
-        if learns and not loss.has_graph and has_loss(self._blocks, start, window.stop):
+        if learns and loss.lacks_graph and not loss.has_graph:
             raise ArgumentError(
                 "loss_fn returned losses without a graph although there are weights to learn; "
                 "outputs or losses must not be detached"

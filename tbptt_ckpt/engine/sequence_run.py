@@ -270,7 +270,7 @@ class SequenceRun:
             **self._standing.state_dict(self._present_ambient(), self._weights()),
             "collected": self.initial.collected(),
             "group": self._parts.updater.group.state_dict(),
-            "returns_pairs": self._parts.loss_function.returns_pairs,
+            "returns_pairs": self._parts.loss_function.state_dict(),
             "reader": self._reader.state_dict(),
         }
 
@@ -284,7 +284,7 @@ class SequenceRun:
         self._reader.load_state_dict(state["reader"])
         self.initial.set_collected(state["collected"])
         self._parts.updater.group.load_state_dict(state["group"])
-        self._parts.loss_function.load_state(state["returns_pairs"])
+        self._parts.loss_function.load_state_dict(state["returns_pairs"])
         self._standing, self._present = load_standing(state, self._weights())
 
     def _present_ambient(self) -> AmbientState | None:

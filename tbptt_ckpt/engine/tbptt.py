@@ -34,8 +34,9 @@ class TBPTT:
             `(x[t0:t1], state) -> (y[t0:t1], state)`. `nn.RNN/LSTM/GRU` and their cells are
             recognised. A function works too, but buffers of modules that it calls are not
             found.
-        loss_fn: `(y, target) -> ` a scalar, the mean over the steps given, or
-            `(loss_sum, weight)`. It must be a function of its arguments.
+        loss_fn: `(y, target) -> ` the result of a loss of torch's, another scalar that is the
+            mean over the steps given, or `(loss_sum, weight)`. It must be a function of its
+            arguments.
         k1: Steps between updates.
         k2: Steps an update reaches back; None reaches back to the start of the sequence.
         optimizer: Steps once per window, or per `accumulate` windows. None lets gradients

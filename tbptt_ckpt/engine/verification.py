@@ -163,7 +163,7 @@ def _plain_loop(
             loss.add_segment(losses, outputs, targets, None, len(sequence), time_dim)
         total = losses.value()
         assert total is not None, "every step has a target"
-        value = total / losses.weight
+        value = total / loss.divisor(losses.weight or float(len(sequence)), len(sequence), "mean")
     value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), state
 

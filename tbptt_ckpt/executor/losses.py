@@ -8,15 +8,25 @@ caches are warm, so the number of steps is kept beside the mean as a factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.trees import Tree, keeps_more_than_its_values, map_tensors, tensors_of
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning
+from tbptt_ckpt.executor.torch_losses import Counting, LossCalls, TorchCall, counting_of
+from tbptt_ckpt.executor.weighted_steps import (
+    check_lanes,
+    equal_runs,
+    lane_groups,
+    narrow,
+    select,
+)
+from tbptt_ckpt.module.trees import Tree, keeps_more_than_its_values
 
 
 class LossSum:
@@ -29,9 +39,11 @@ class LossSum:
         self.factor = 1.0
         self.weight: float | Tensor = 0.0
 
-    def add(self, total: Tensor, weight: float | Tensor, factor: float = 1.0) -> None:
-        """Add one more loss, `total * factor`."""
-        if self.total is None:
+    def add(self, total: Tensor | None, weight: float | Tensor, factor: float = 1.0) -> None:
+        """Add one more loss, `total * factor`; None of nothing."""
+        if total is None:
+            pass
+        elif self.total is None:
             self.total, self.factor = total, factor
         elif self.factor == factor:
             self.total = self.total + total
@@ -51,9 +63,12 @@ def _times(total: Tensor, factor: float) -> Tensor:
 class LossFunction:
     """The user's `loss_fn`, evaluated on one step or on the steps of a segment.
 
-    A scalar is taken as the mean over the steps it was given and multiplied by their
-    number; a pair `(loss_sum, weight)` is taken as it is. Which of the two it is shows at
-    the first call and must not change.
+    A pair `(loss_sum, weight)` is taken as it is, and the result of one call of a loss of
+    torch's as what that is (see `torch_losses`). Any other scalar is taken as the mean over the
+    steps it was given. Which of them it is shows at the first call and must not change.
+
+    Attributes:
+        counting: How a recognised loss of torch's counts.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]) -> None:
@@ -62,21 +77,52 @@ class LossFunction:
                 f"loss_fn={loss_fn!r} is not callable; pass a function of (y, target)"
             )
         self.loss_fn = loss_fn
-        self.returns_pairs: bool | None = None  # unknown before the first call
+        self.counting: Counting | None = None
+        self._returns_pairs: bool | None = None  # unknown before the first call
+        self._in_segments = False
 
-    def load_state(self, returns_pairs: bool | None) -> None:
-        """Go on as a function that is known, or not yet, to return pairs."""
-        self.returns_pairs = returns_pairs
+    @property
+    def weighs_itself(self) -> bool:
+        """Whether a step's weight shows only when its loss is evaluated."""
+        return bool(self._returns_pairs) or not (self.counting is None or self.counting.foretold)
+
+    @property
+    def may_weigh_itself(self) -> bool:
+        """The same, as far as it is known: not before the first call."""
+        return self._returns_pairs is None or self.weighs_itself
+
+    def divisor(self, weight: float | Tensor, num_steps: float, reduction: str) -> float | Tensor:
+        """What summed losses of summed weight are divided by, in a window of so many steps."""
+        if self.counting is not None and self.counting.reduction == "sum":
+            summed = num_steps if reduction == "mean" else 1.0
+            return summed / num_steps if self._in_segments else summed
+        if reduction == "mean":
+            return weight
+        return 1.0 if self.counting is None else weight / num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of it, in plain data."""
+        counting = None if self.counting is None else asdict(self.counting)
+        return {"pairs": self._returns_pairs, "counting": counting, "segments": self._in_segments}
+
+    def load_state_dict(self, state: dict[str, Any] | bool | None) -> None:
+        """Go on with what `state_dict` gave; older ones only know whether there are pairs."""
+        if isinstance(state, dict):
+            self._returns_pairs, self._in_segments = state["pairs"], state["segments"]
+            self.counting = None if state["counting"] is None else Counting(**state["counting"])
+        else:
+            self._returns_pairs = state or None
 
     def add_step(self, losses: LossSum, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step; `output` and `target` have no time dimension."""
         if weight == 1.0:
-            losses.add(*self._evaluate(output, target, 1))
+            losses.add(*self._evaluate(output, target, 1, 1.0))
             return
-        _check_lanes((output, target), weight, 0)
-        for value, lanes in _lane_groups(weight):
-            part = (output, target) if lanes is None else _select((output, target), lanes, 0)
-            self._add(losses, part, 1 if lanes is None else len(lanes), value)
+        check_lanes((output, target), weight, 0)
+        for value, lanes in lane_groups(weight):
+            part = (output, target) if lanes is None else select((output, target), lanes, 0)
+            share = 1.0 if isinstance(weight, float) else float(len(weight))
+            self._add(losses, part, 1 if lanes is None else len(lanes), share, value)
 
     def add_segment(
         self,
@@ -88,54 +134,126 @@ class LossFunction:
         time_dim: int,
     ) -> None:
         """Add the losses of consecutive steps, in as few calls as their weights allow."""
-        for begin, end, weight in _equal_runs(weights, num_steps):
-            part = _narrow((outputs, targets), begin, end, num_steps, time_dim)
-            _check_lanes(part, weight, 1 - min(time_dim, 1))
-            for value, lanes in _lane_groups(weight):
-                chosen = part if lanes is None else _select(part, lanes, 1 - min(time_dim, 1))
+        self._in_segments = True
+        for begin, end, weight in equal_runs(weights, num_steps):
+            part = narrow((outputs, targets), begin, end, num_steps, time_dim)
+            check_lanes(part, weight, 1 - min(time_dim, 1))
+            for value, lanes in lane_groups(weight):
+                chosen = part if lanes is None else select(part, lanes, 1 - min(time_dim, 1))
                 count = (end - begin) * (1 if lanes is None else len(lanes))
-                self._add(losses, chosen, count, value)
+                self._add(losses, chosen, count, 1.0, value)
 
-    def _add(self, losses: LossSum, part: tuple[Tree, Tree], count: int, value: float) -> None:
-        total, weight, factor = self._evaluate(part[0], part[1], count)
+    def _add(
+        self, losses: LossSum, part: tuple[Tree, Tree], count: int, share: float, value: float
+    ) -> None:
+        total, weight, factor = self._evaluate(part[0], part[1], count, share)
         losses.add(total, weight if value == 1.0 else weight * value, factor * value)
 
     def _evaluate(
-        self, outputs: Tree, targets: Tree, count: int
-    ) -> tuple[Tensor, float | Tensor, float]:
-        """A loss, the weight of all its steps, and the factor that makes it their sum."""
+        self, outputs: Tree, targets: Tree, count: int, share: float
+    ) -> tuple[Tensor | None, float | Tensor, float]:
+        """A loss, the weight of all its steps, and the factor that makes it their sum.
+
+        The loss is None if none of its positions counts. `share` is the factor of a sum.
+        """
         if outputs is None:
             raise ArgumentError(
                 "module returned None as the output of a step whose loss counts; it may leave "
                 "outputs out only where outputs_needed() is False"
             )
-        if self.returns_pairs is None:
-            value = self._first_call(outputs, targets)
+        value, call = self._call(outputs, targets, count)
+        if not isinstance(value, Tensor):
+            return *_checked_pair(value), 1.0
+        _check_scalar(value, "a loss")
+        if self.counting is not None and call is None:
+            return self._guarded(value, self.counting)
+        if self.counting is None or call is None:
+            total, steps, factor = _mean(value, float(count))
+            return total, steps if self._returns_pairs is False else 0.0, factor
+        hits = call.hits()
+        weight = self.counting.steps_of(hits, count)
+        if call.reduction == "sum":
+            return value, weight, share
+        if isinstance(weight, Tensor):
+            return call.total, weight, 1.0 / self.counting.unit
+        return _mean(value, weight) if hits else (None, 0.0, 1.0)
+
+    def _call(self, outputs: Tree, targets: Tree, count: int) -> tuple[Any, TorchCall | None]:
+        """What the loss returns, and the call of torch's that made it."""
+        if self._returns_pairs is None:
+            value, call = self._first_call(outputs, targets)
+            self._learn(value, call, count)
+        elif self.counting is not None:
+            with LossCalls(outputs, targets) as calls:
+                value = self.loss_fn(outputs, targets)
+            call = calls.made(value)
+            if call is not None:
+                _check_same(self.counting, counting_of(call, count))
         else:
-            value = self.loss_fn(outputs, targets)
-        if isinstance(value, Tensor) is self.returns_pairs:
+            value, call = self.loss_fn(outputs, targets), None
+        if self._returns_pairs is not None and isinstance(value, Tensor) is self._returns_pairs:
             raise ArgumentError(
                 "loss_fn returned a scalar once and a pair (loss_sum, weight) another time; "
                 "it must always return the same"
             )
-        if isinstance(value, Tensor):
-            _check_scalar(value, "a loss")
-            # torch's `mse_loss` takes the mean in place of the squares, which live on with it.
-            if count > 1 and keeps_more_than_its_values(value):
-                return value * count, float(count), 1.0
-            return value, float(count), float(count)
-        return *_checked_pair(value), 1.0
+        return value, call
 
-    def _first_call(self, outputs: Tree, targets: Tree) -> Any:
+    def _first_call(self, outputs: Tree, targets: Tree) -> tuple[Any, TorchCall | None]:
         before = torch.get_rng_state()
-        value = self.loss_fn(outputs, targets)
+        with LossCalls(outputs, targets) as calls:
+            value = self.loss_fn(outputs, targets)
         if not torch.equal(before, torch.get_rng_state()):
             raise ArgumentError(
                 "loss_fn drew random numbers; it is not evaluated in every run of a step, so "
                 "draw them in the module, where they are replayed"
             )
-        self.returns_pairs = not isinstance(value, Tensor)
-        return value
+        return value, calls.made(value)
+
+    def _learn(self, value: Any, call: TorchCall | None, count: int) -> None:
+        if isinstance(value, Tensor) and call is None and value.dim() == 0 and not value.any():
+            return  # perhaps what a loss returns where everything is masked
+        self._returns_pairs = not isinstance(value, Tensor)
+        if call is None or not call.counted.numel():
+            return
+        self.counting = counting_of(call, count)
+        if not self.counting.foretold:
+            warnings.warn(
+                f"loss_fn calls {self.counting.name} on other targets than it was given, so that "
+                "how many count is not known before: losses are evaluated in advances too. Give it "
+                "the targets as they are, or return (loss_sum, weight)",
+                TbpttWarning,
+                stacklevel=2,
+            )
+
+    def _guarded(self, value: Tensor, counting: Counting) -> tuple[None, float, float]:
+        """A loss that called nothing this time, since everything was masked."""
+        if value.any():
+            raise ArgumentError(
+                f"loss_fn returned the result of {counting.name} once and another scalar another "
+                "time; it must always do the same, or return (loss_sum, weight)"
+            )
+        return None, 0.0, 1.0
+
+
+def _mean(value: Tensor, weight: float) -> tuple[Tensor, float, float]:
+    """A mean over so many steps."""
+    # torch's `mse_loss` takes the mean in place of the squares, which live on with it.
+    if weight > 1 and keeps_more_than_its_values(value):
+        return value * weight, weight, 1.0
+    return value, weight, weight
+
+
+def _check_same(known: Counting, found: Counting) -> None:
+    """Raise `ArgumentError` where a count that was foretold is not what counts now."""
+    same = known.reduction == found.reduction
+    if known.foretold and known.reduction == "mean":
+        same = same and known.counts_like(found)
+    if not same:
+        raise ArgumentError(
+            f"loss_fn called {known.name} in one way once and in another way now (other targets, "
+            "ignore_index, weight or reduction), so that what its means count is not known; return "
+            "(loss_sum, weight)"
+        )
 
 
 def _check_scalar(value: Tensor, what: str) -> None:
@@ -173,58 +291,3 @@ def _described(value: object) -> str:
     if len(value) != 2:
         return f"a {type(value).__name__} of {len(value)}"
     return f"a pair of a loss_sum {type(value[0]).__name__} and a weight {type(value[1]).__name__}"
-
-
-def _check_lanes(tree: Tree, weight: StepWeight, dim: int) -> None:
-    if isinstance(weight, float):
-        return
-    for tensor in tensors_of(tree):
-        if tensor.dim() <= dim or tensor.shape[dim] != len(weight):
-            raise ArgumentError(
-                f"weight has {len(weight)} lanes, but outputs and targets with lanes on "
-                f"dimension {dim} are needed for it, and one has shape {tuple(tensor.shape)}"
-            )
-
-
-def _lane_groups(weight: StepWeight) -> Iterator[tuple[float, list[int] | None]]:
-    """Each distinct nonzero weight with its lanes; None stands for a step without lanes."""
-    if isinstance(weight, float):
-        if weight:
-            yield weight, None
-        return
-    if weight and weight[0] and weight.count(weight[0]) == len(weight):
-        yield weight[0], list(range(len(weight)))
-        return
-    for value in sorted(set(weight) - {0.0}):
-        yield value, [lane for lane, w in enumerate(weight) if w == value]
-
-
-def _equal_runs(
-    weights: Sequence[StepWeight] | None, num_steps: int
-) -> Iterator[tuple[int, int, StepWeight]]:
-    """Maximal runs `[begin, end)` of steps with the same weight."""
-    begin = 0
-    for end in range(1, num_steps + 1):
-        if end == num_steps or (weights is not None and weights[end] != weights[begin]):
-            yield begin, end, 1.0 if weights is None else weights[begin]
-            begin = end
-
-
-def _narrow(tree: Tree, begin: int, end: int, num_steps: int, time_dim: int) -> Tree:
-    if end - begin == num_steps:
-        return tree
-    return map_tensors(lambda t: t.narrow(time_dim, begin, end - begin), tree)
-
-
-def _select(tree: Tree, lanes: list[int], dim: int) -> Tree:
-    def select(tensor: Tensor) -> Tensor:
-        if len(lanes) == tensor.shape[dim]:
-            return tensor
-        return tensor.index_select(dim, torch.tensor(lanes, device=tensor.device))
-
-    return map_tensors(select, tree)
-
-
-def is_present(weight: StepWeight) -> bool:
-    """Whether a step with this weight has a loss."""
-    return bool(weight) if isinstance(weight, float) else any(weight)

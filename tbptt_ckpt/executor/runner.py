@@ -13,9 +13,9 @@ from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
 from tbptt_ckpt.errors import ArgumentError, check_dimension
-from tbptt_ckpt.executor.losses import is_present
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import LossSink, Sink
+from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (

@@ -65,9 +65,7 @@ class LossSink(Sink):
     def wanted(self, begin: int, end: int) -> range:
         """The steps of a piece that have a loss."""
         low = max(begin, self._loss_start)
-        evaluate = (
-            self._graph or end <= self._start or self._loss.function.returns_pairs is not False
-        )
+        evaluate = self._graph or end <= self._start or self._loss.function.may_weigh_itself
         return range(low, end) if evaluate and low < end else range(0)
 
     def take_step(self, output: Tree, target: Tree, weight: StepWeight) -> None:
@@ -94,7 +92,7 @@ class LossSink(Sink):
         if self._graph:
             self.losses.add(piece.total, 0.0, piece.factor)
         elif first_run and end <= self._start:
-            self._loss.add(piece)
+            self._loss.add(piece, constant=True)
 
     def tensors(self) -> list[Tensor]:
         """What is summed, if there is anything."""

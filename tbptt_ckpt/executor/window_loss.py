@@ -13,30 +13,53 @@ from tbptt_ckpt.executor.losses import LossFunction, LossSum
 
 
 class WindowLoss:
-    """The loss of a window while it comes together.
+    """The loss of the steps `[start, stop)` of a window while it comes together.
 
     Its divisor must be fixed before the first backward, which differentiates the last
-    steps. For scalar losses it is counted; for pairs it is summed in the first run of
-    each step.
+    steps. It is counted, from the targets where they say what a mean counts; for losses whose
+    weight shows only when they are evaluated it is summed in the first run of each step.
     """
 
-    def __init__(self, function: LossFunction, counted_weight: float, reduction: str) -> None:
+    def __init__(
+        self,
+        function: LossFunction,
+        blocks: Sequence[StepBlock],
+        start: int,
+        stop: int,
+        reduction: str,
+    ) -> None:
         self.function, self.reduction = function, reduction
-        self._counted = counted_weight
+        self._steps = blocks, start, stop
+        self._counted = sum(part.weight_sum() for part in narrow_blocks(blocks, start, stop))
+        # Where it is known how the loss counts, nothing else takes memory by now.
+        self._foretold = None if function.counting is None else self._foretell()
         self._summed: float | Tensor = 0.0
         self._first_run_until = 0
         self._losses = LossSum()
-        self.has_graph = False
+        self.has_graph = self.lacks_graph = False
 
     @property
     def weight(self) -> float | Tensor:
-        """The summed weight of all steps."""
-        return self._summed if self.function.returns_pairs else self._counted
+        """The summed weight of all steps; sums of torch's weigh a step, whatever counts in it."""
+        counting = self.function.counting
+        is_sum = counting is not None and counting.reduction == "sum"
+        return self._counted if is_sum else self._what_counts()
 
     @property
     def divisor(self) -> float | Tensor:
         """What the summed loss is divided by."""
-        return self.weight if self.reduction == "mean" else 1.0
+        return self.function.divisor(self.weight, self._counted, self.reduction)
+
+    def _what_counts(self) -> float | Tensor:
+        if self.function.weighs_itself:
+            return self._summed
+        if self._foretold is None:
+            self._foretold = self._foretell()
+        return self._foretold
+
+    def _foretell(self) -> float | Tensor:
+        counting = self.function.counting
+        return self._counted if counting is None else counting.foretell(*self._steps)
 
     @property
     def value(self) -> Tensor | None:
@@ -53,10 +76,11 @@ class WindowLoss:
         losses = self._losses
         return None if losses.total is None else float(losses.total) * losses.factor
 
-    def add(self, losses: LossSum) -> None:
+    def add(self, losses: LossSum, *, constant: bool = False) -> None:
         """Add losses that were differentiated, or that are constant."""
         if losses.total is not None:
             self.has_graph = self.has_graph or losses.total.requires_grad
+            self.lacks_graph = self.lacks_graph or not (constant or losses.total.requires_grad)
             self._losses.add(losses.total.detach(), 0.0, losses.factor)
 
     def is_empty(self) -> bool:
@@ -65,7 +89,7 @@ class WindowLoss:
         Raises:
             ArgumentError: A sum that no divisor can be.
         """
-        weight = float(self.weight)
+        weight = float(self._what_counts())
         if not 0 <= weight < float("inf"):
             raise ArgumentError(
                 f"loss_fn returned weights that sum to {weight} in a window; they must be finite "
@@ -86,14 +110,9 @@ def _never_called(output: object, target: object) -> NoReturn:
     raise AssertionError("a window without a loss evaluates none")
 
 
-NO_LOSS = WindowLoss(LossFunction(_never_called), 0.0, "sum")
+NO_LOSS = WindowLoss(LossFunction(_never_called), (), 0, 0, "sum")
 
 
 def has_loss(blocks: Sequence[StepBlock], start: int, stop: int) -> bool:
     """Whether any step in `[start, stop)` has a target that counts."""
     return any(block.has_loss() for block in narrow_blocks(blocks, start, stop))
-
-
-def counted_weight(blocks: Sequence[StepBlock], start: int, stop: int) -> float:
-    """The summed weight of a scalar loss over `[start, stop)`."""
-    return sum(block.weight_sum() for block in narrow_blocks(blocks, start, stop))
