@@ -114,6 +114,12 @@ def data_of(loss: str) -> tuple[Tensor, Tensor]:
     return inputs, known.clamp(min=0) if loss == "ignore_0" else known
 
 
+def sequence_of(kind: str, inputs: Tensor, targets: Tensor) -> TensorSequence:
+    if kind == "batch_first":
+        return TensorSequence(inputs.movedim(0, 1), targets.movedim(0, 1), time_dim=1)
+    return TensorSequence(inputs, targets)
+
+
 def outputs_of(kind: str, module: nn.Module, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
     """[T, B, ...], step by step or in one call."""
     if kind == "cell":
@@ -177,7 +183,7 @@ def test_a_window_is_one_call_over_its_loss_steps(
     module, loss_fn = MODULES[kind](), LOSSES[loss][0](torch_reduction)
     expected = reference(kind, loss, torch_reduction, reduction)
     tbptt = TBPTT(module, loss_fn, K1, K2, moving(module), reduction=reduction, strategy=strategy)
-    windows = tbptt.windows(TensorSequence(*data_of(loss)))
+    windows = tbptt.windows(sequence_of(kind, *data_of(loss)))
     for window, (value, grads) in zip(windows, expected, strict=True):
         assert (window.loss is None) == (value is None)
         assert window.updated == (value is not None)
@@ -244,7 +250,7 @@ def test_evaluation_and_verification_count_alike(kind: str, loss: str) -> None:
     expected = float(loss_fn(outputs_of(kind, module, inputs, None)[0], targets).detach())
     for segment_steps in (3, 64):
         found = evaluate(
-            module, loss_fn, TensorSequence(inputs, targets), segment_steps=segment_steps
+            module, loss_fn, sequence_of(kind, inputs, targets), segment_steps=segment_steps
         )
         assert abs(found.loss - expected) <= 1e-12 * expected
     if kind == "batch_first":
