@@ -57,6 +57,13 @@ _KEEPS_ELEMENTS = frozenset(
     )
     if hasattr(owner, name)
 )
+# How many elements these give may depend on values.
+_SELECT = frozenset(
+    getattr(owner, name)
+    for owner in (Tensor, torch)
+    for name in ("argwhere", "index_select", "masked_select", "nonzero", "take", "unique", "where")
+    if hasattr(owner, name)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class TorchCall:
     reduction: str  # "mean" or "sum"
     counted: Tensor  # an element per position
     leaf: int | None  # the tensor of the loss's target that has these elements
-    shaped: bool  # whether there are as many as the outputs or targets have elements
+    shaped: bool  # whether there are as many in every step
     ignore_index: int | None  # None where no target is ignored
     class_weight: Tensor | None
     total: Tensor | None = None  # the sum, where the mean may be of nothing and nobody may wait
@@ -103,6 +110,7 @@ class LossCalls(TorchFunctionMode):
     def __init__(self, outputs: Tree, targets: Tree) -> None:
         super().__init__()
         self.last: TorchCall | None = None
+        self._selects = False
         # Tensors with all the elements of one that the loss was given: a target's place, or None.
         # Whoever writes into one of them makes other elements.
         self._origins: dict[int, tuple[Tensor, int, int | None]] = {}
@@ -124,7 +132,9 @@ class LossCalls(TorchFunctionMode):
         if func in _PARAMETERS:
             self.last = self._noted(func, args, given, value)
             return value if self.last is None else self.last.value
-        if func in _KEEPS_ELEMENTS and args:
+        if func in _SELECT or (func is Tensor.__getitem__ and _holds_tensors(args[1])):
+            self._selects = True
+        elif func in _KEEPS_ELEMENTS and args:
             origin = self._origin(args[0])
             if origin is not None:
                 self._origins[id(value)] = value, value._version, origin[2]
@@ -168,9 +178,10 @@ class LossCalls(TorchFunctionMode):
             assert counts is not None, "classes are counted"
             hits = counts.sum().to(total.dtype)
             value = total / torch.where(hits == 0, 1, hits)
-        known = [self._origin(tensor) for tensor in (counted, first)]
-        leaf = None if known[0] is None else known[0][2]
-        shaped = ignored is None and any(origin is not None for origin in known)
+        origin = self._origin(counted)
+        leaf = None if origin is None else origin[2]
+        known = leaf is not None or self._origin(first) is not None
+        shaped = ignored is None and (known or not self._selects)
         return TorchCall(
             function, value, reduction, counted, leaf, shaped, ignored, class_weight, total
         )
@@ -233,6 +244,11 @@ class Counting:
             return self.steps_of(hits, full)
         by_weight = counts.reshape(*weight.shape, -1).sum(-1)
         return on_host((by_weight * weight.to(by_weight.device)).sum()) / self.unit
+
+
+def _holds_tensors(index: object) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor | list) for part in parts)
 
 
 def counting_of(call: TorchCall, count: int) -> Counting:
