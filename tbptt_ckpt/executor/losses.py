@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
+from tbptt_ckpt.executor.additivity import MeanCheck
 from tbptt_ckpt.executor.torch_losses import Counting, LossCalls, TorchCall, counting_of
 from tbptt_ckpt.executor.weighted_steps import (
     check_lanes,
@@ -80,6 +81,7 @@ class LossFunction:
         self.counting: Counting | None = None
         self._returns_pairs: bool | None = None  # unknown before the first call
         self._in_segments = False
+        self._mean_check = MeanCheck(loss_fn)
 
     @property
     def weighs_itself(self) -> bool:
@@ -142,6 +144,8 @@ class LossFunction:
                 chosen = part if lanes is None else select(part, lanes, 1 - min(time_dim, 1))
                 count = (end - begin) * (1 if lanes is None else len(lanes))
                 self._add(losses, chosen, count, 1.0, value)
+                if self._returns_pairs is False and self.counting is None:
+                    self._mean_check.check(chosen, end - begin, time_dim)
 
     def _add(
         self, losses: LossSum, part: tuple[Tree, Tree], count: int, share: float, value: float
