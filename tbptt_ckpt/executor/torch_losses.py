@@ -115,9 +115,9 @@ class LossCalls(TorchFunctionMode):
         # Whoever writes into one of them makes other elements.
         self._origins: dict[int, tuple[Tensor, int, int | None]] = {}
         for tensor in tensors_of(outputs):
-            self._origins[id(tensor)] = tensor, tensor._version, None
+            self._origins[id(tensor)] = tensor, _version_of(tensor), None
         for place, tensor in enumerate(tensors_of(targets)):
-            self._origins[id(tensor)] = tensor, tensor._version, place
+            self._origins[id(tensor)] = tensor, _version_of(tensor), place
 
     def __torch_function__(
         self,
@@ -137,7 +137,7 @@ class LossCalls(TorchFunctionMode):
         elif func in _KEEPS_ELEMENTS and args:
             origin = self._origin(args[0])
             if origin is not None:
-                self._origins[id(value)] = value, value._version, origin[2]
+                self._origins[id(value)] = value, _version_of(value), origin[2]
             elif self.last is not None and args[0] is self.last.value:
                 self.last = replace(self.last, value=value)
         return value
@@ -148,7 +148,7 @@ class LossCalls(TorchFunctionMode):
 
     def _origin(self, tensor: object) -> tuple[Tensor, int, int | None] | None:
         origin = self._origins.get(id(tensor))
-        return None if origin is None or origin[0]._version != origin[1] else origin
+        return None if origin is None or _version_of(origin[0]) != origin[1] else origin
 
     def _noted(
         self,
@@ -244,6 +244,10 @@ class Counting:
             return self.steps_of(hits, full)
         by_weight = counts.reshape(*weight.shape, -1).sum(-1)
         return on_host((by_weight * weight.to(by_weight.device)).sum()) / self.unit
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _holds_tensors(index: object) -> bool:
