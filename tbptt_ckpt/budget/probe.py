@@ -278,7 +278,7 @@ def _check_same_shapes(earlier: Boundary, later: Boundary) -> None:
 
 def kept_bytes(later: Boundary, before: Boundary) -> tuple[int, int, int]:
     """What keeping a state takes, of it generators and buffers, and what is kept once for all."""
-    handed_on = later.handed_on_bytes(before)
+    handed_on = sum(later.handed_on(before).values())
     state, ambient = tensor_bytes(later.state) - handed_on, _ambient_bytes(later, before.ambient)
     return state + ambient, ambient, handed_on
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,20 +33,19 @@ class Boundary:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_versions", self._state_versions())
 
-    def copied(self, origin: Boundary) -> Boundary:
-        """The same in memory of its own, but for what a run from `origin` handed on unchanged."""
-        held = {_address(tensor) for tensor in tensors_of(origin.state)} - {0}
+    def copied(self, handed_on: Container[int] = ()) -> Boundary:
+        """The same in memory of its own, but for tensors at addresses that were `handed_on`."""
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor if _address(tensor) in held else tensor.clone()
+            return tensor if _address(tensor) in handed_on else tensor.clone()
 
         return Boundary(self.step, map_tensors(copy, self.state), self.ambient)
 
-    def handed_on_bytes(self, origin: Boundary) -> int:
-        """Of its state, what `copied` does not copy."""
+    def handed_on(self, origin: Boundary) -> dict[int, int]:
+        """Addresses of what a run from `origin` handed on unchanged, each with its bytes."""
         held = {_address(tensor) for tensor in tensors_of(origin.state)} - {0}
         found = {_address(tensor): tensor.nbytes for tensor in tensors_of(self.state)}
-        return sum(num_bytes for address, num_bytes in found.items() if address in held)
+        return {address: size for address, size in found.items() if address in held}
 
     def check_untouched(self) -> None:
         """Raise if something wrote into the state since it was kept."""

@@ -55,7 +55,7 @@ class _Replay:
         self._given = {**window.joints, first.step: first}
         self._kept: dict[int, Boundary] = {}
         self._working: Boundary | None = first
-        self._origin = first  # where the last advance began
+        self._handed_on: dict[int, int] = {}  # by the last advance; holds no memory
         self.state_grads: StateGrads = []
         self._hooks: list[list[Any]] = []
 
@@ -63,13 +63,13 @@ class _Replay:
         """Do one action; False if the window has no loss, so that nothing else is to do."""
         match action:
             case Advance(start, stop):
-                self._origin = self._state_at(start)
-                self._working = self._window.advance(self._origin, stop, longest)
+                origin = self._state_at(start)
+                self._working = self._window.advance(origin, stop, longest)
+                self._handed_on = self._working.handed_on(origin)
             case Keep(step):
-                self._kept[step] = self._working = self._state_at(step).copied(self._origin)
+                self._kept[step] = self._working = self._state_at(step).copied(self._handed_on)
             case Differentiate(start, stop):
                 boundary, self._working = self._state_at(start), None
-                self._origin = boundary
                 return self._differentiate(boundary, stop)
             case Drop(step):
                 del self._kept[step]
