@@ -15,6 +15,7 @@ from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
+from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
@@ -26,6 +27,7 @@ from tbptt_ckpt.module.recurrence import (
     check_differentiable,
     check_initialised,
     device_of,
+    only_updated,
     parameters_of,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
@@ -58,6 +60,11 @@ class Parts:
         """All that an update changes: a function's weights are known to the optimizer only."""
         found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
         return list(found.values())
+
+    def guard(self) -> WeightGuard:
+        """Watches them from now on."""
+        owners = (self.recurrence.module, self.loss_function.loss_fn)
+        return WeightGuard(only_updated(self.weights(), *owners))
 
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""

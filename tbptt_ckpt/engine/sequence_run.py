@@ -108,7 +108,7 @@ class SequenceRun:
         """Run the next window and update the weights."""
         begun = time.perf_counter()
         parts = self._parts
-        guard = WeightGuard(parts.weights())
+        guard = parts.guard()
         opened = self._open(window)
         planned = self._plan(window, opened) if opened.has_loss() else None
         num_tokens = opened.num_tokens()
@@ -295,4 +295,4 @@ class SequenceRun:
         return self._ambient.capture()
 
     def _weights(self) -> object:
-        return WeightGuard(self._parts.weights()).fingerprint()
+        return self._parts.guard().fingerprint()

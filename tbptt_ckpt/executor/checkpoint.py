@@ -18,6 +18,7 @@ from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, diffe
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.tripwires import KeptGraphs
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -100,6 +101,7 @@ class CheckpointedSpans:
     ) -> None:
         self._window, self._new_sink, self._context_fn = window, new_sink, context_fn
         self.ambient = window.ambient
+        self.kept_graphs = KeptGraphs(window.runner.recurrence.module)
         self._kept: list[int] = []
         self._advancing = 0
 
@@ -191,8 +193,9 @@ class _Region:
         state = replace_tensors(self._frame, list(state_tensors))
         ambient = self._spans.ambient
         if self._ambient is None:
-            self._ambient = ambient.capture()
+            self._ambient = ambient.capture(state_tensors)
             collected, state = self._spans.advance(self._span, state)
+            self._spans.kept_graphs.wire()  # a recomputation finds other tensors there
             self._num_collected, self._final_frame = len(collected), _without_tensors(state)
             return (*collected, *tensors_of(state))
         before = ambient.capture()

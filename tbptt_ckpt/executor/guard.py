@@ -37,6 +37,22 @@ class WeightGuard:
 
 
 @contextmanager
+def advancing() -> Iterator[None]:
+    """While entered, no graph is recorded, and the error of a step that needs one is explained."""
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "does not require grad and does not have a grad_fn" not in str(error):
+            raise
+        raise TbpttError(
+            "the module differentiates within a step, and a step that is only advanced records no "
+            "graph; put what is differentiated there under `with torch.enable_grad():`, and detach "
+            "the state that goes into it"
+        ) from error
+
+
+@contextmanager
 def differentiating(guard: WeightGuard, stop: int) -> Iterator[None]:
     """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
     guard.check(stop)

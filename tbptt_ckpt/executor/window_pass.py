@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.boundary import Boundary, rejoined
-from tbptt_ckpt.executor.guard import WeightGuard
+from tbptt_ckpt.executor.guard import WeightGuard, advancing
 from tbptt_ckpt.executor.losses import LossSum
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.resets import Resets
@@ -21,7 +21,14 @@ from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import silent_hooks
-from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state, state_as_leaves
+from tbptt_ckpt.module.trees import (
+    Tree,
+    check_no_hidden_tensors,
+    copy_containers,
+    detach_state,
+    state_as_leaves,
+    tensors_of,
+)
 from tbptt_ckpt.schedule.actions import Action
 
 StateGrads = list[Tensor | None]  # one per tensor of a state
@@ -88,6 +95,7 @@ class WindowPass:
                 state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
                 sink.close(begin, end)
                 self._arrive(end, state)
+        check_no_hidden_tensors(state)
         return state
 
     def sink(self, *, graph: bool) -> LossSink:
@@ -98,7 +106,7 @@ class WindowPass:
         """Run from a boundary to `stop` without a graph, in calls of at most `longest` steps."""
         boundary.check_untouched()
         self.ambient.restore(boundary.ambient)
-        with torch.no_grad(), silent_hooks():
+        with advancing(), silent_hooks():
             state = copy_containers(boundary.state)
             state = self.run(boundary.step, stop, state, self.sink(graph=False), longest)
         boundary.check_untouched()
@@ -114,7 +122,7 @@ class WindowPass:
         joint = self.joints.get(step)
         if joint is not None:
             return joint
-        return Boundary(step, detach_state(state), self.ambient.capture())
+        return Boundary(step, detach_state(state), self.ambient.capture(tensors_of(state)))
 
     def first_state(self, boundary: Boundary) -> Tree:
         """The state from which a leaf runs: new autograd leaves, where their gradient counts."""
@@ -161,7 +169,7 @@ class WindowPass:
         if step in self._arrived or (step != self.stop and step not in self.stops_at):
             return
         self._arrived.add(step)
-        self.observer.arrives(step, state, self.ambient.capture())
+        self.observer.arrives(step, state, self.ambient.capture(tensors_of(state)))
 
 
 def differentiate(roots: Sequence[Root]) -> None:

@@ -6,7 +6,7 @@ it was new and find the buffers it found then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,11 +46,14 @@ class Ambient:
         for buffer in self._buffers:
             buffer.about_to_run()
 
-    def capture(self) -> AmbientState:
-        """The present state; the very object returned before where nothing has changed."""
+    def capture(self, state: Sequence[Tensor] = ()) -> AmbientState:
+        """The present state; the very object returned before where nothing has changed.
+
+        Of `state`, the tensors that the module has just returned, a buffer may be a shadow.
+        """
         cpu_random = torch.get_rng_state()
         device_random = tuple(get_device_states(*self._examples)[1]) if self._examples else ()
-        buffers = tuple(buffer.capture() for buffer in self._buffers)
+        buffers = tuple(buffer.capture(state) for buffer in self._buffers)
         last = self._last
         if last is not None:
             cpu_random = _shared(cpu_random, last.cpu_random)

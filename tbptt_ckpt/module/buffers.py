@@ -19,7 +19,7 @@ registration, and does not depend on which of them are None at the time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.tripwires import is_tripwire, tripwire
 
 # Larger buffers are lookup tables rather than statistics: their versions are believed.
 _COMPARED_BYTES = 1 << 20
@@ -63,21 +64,23 @@ class Buffer:
         self._version = 0
         self._value: BufferValue | None = None
         self._has_run = True
+        self._shadows_state = False
         self.twins: list[Buffer] = []  # which began as the same tensor
 
     def present(self) -> Tensor | None:
         """The tensor that is in the module now."""
-        return self._module._buffers.get(self._name)
+        buffers = self._module._buffers  # a scripted module's has no `get`
+        return buffers[self._name] if self._name in buffers else None  # noqa: SIM401
 
     def about_to_run(self) -> None:
         """The module may change the buffer from here on."""
         self._has_run = True
 
-    def capture(self) -> BufferValue:
+    def capture(self, state: Sequence[Tensor]) -> BufferValue:
         """What the buffer holds; the same object as before where nothing changed."""
         value = self._value
         if value is None or not self._holds(value):
-            tensor = self._checked()
+            tensor = self._detached(state)
             value = BufferValue(None if tensor is None else tensor.detach().clone())
             self._remember(value)
         self._has_run = False
@@ -96,22 +99,30 @@ class Buffer:
                     "step changes; register it once, and read it from there"
                 )
         holder = value.take_holder()  # may find no memory: before anything changes
+        if self._shadows_state and holder is not None:
+            holder = tripwire(holder, f"buffer {self._name!r}")
         if known is not None:
             known.set_aside(self._tensor)
         self._module._buffers[self._name] = holder
         self._remember(value)
 
-    def _checked(self) -> Tensor | None:
+    def _detached(self, state: Sequence[Tensor]) -> Tensor | None:
+        """The tensor that is there; in place of a shadow of the state a tripwire."""
         tensor = self.present()
-        if tensor is not None and tensor.requires_grad:
+        if tensor is None or not tensor.requires_grad or is_tripwire(tensor):
+            return tensor
+        memory = tensor.untyped_storage().data_ptr()
+        if all(memory != each.untyped_storage().data_ptr() for each in state):
             raise ArgumentError(
                 f"module buffer {self._name!r} carries an autograd graph from step to step; what "
                 "passes with its gradient belongs in the state, other values must be detached"
             )
-        return tensor
+        self._shadows_state = True
+        self._module._buffers[self._name] = tripwire(tensor, f"buffer {self._name!r}")
+        return self.present()
 
     def _remember(self, value: BufferValue) -> None:
-        self._tensor = self._checked()
+        self._tensor = self.present()
         self._version = 0 if self._tensor is None else self._tensor._version
         self._value, self._has_run = value, False
 
@@ -128,7 +139,9 @@ class Buffer:
                 tensor.is_floating_point()
                 and torch.allclose(tensor, values, rtol=0, atol=0, equal_nan=True)
             )
-        return not (isinstance(self._module, _NormBase) and self._module.training)
+        name = getattr(self._module, "original_name", "")  # of a scripted module
+        is_norm = isinstance(self._module, _NormBase) or "BatchNorm" in name
+        return not (is_norm and self._module.training)
 
 
 def find_buffers(roots: Iterable[object]) -> list[Buffer]:
@@ -136,7 +149,7 @@ def find_buffers(roots: Iterable[object]) -> list[Buffer]:
     found = {
         (id(module), name): Buffer(module, name)
         for _, module in _modules_of(roots)
-        for name in module._buffers
+        for name in module._buffers.keys()  # noqa: SIM118 (a scripted module's is no dict)
     }
     first_of: dict[int, Buffer] = {}
     for buffer in found.values():
@@ -176,7 +189,7 @@ class BufferCensus:
         return {
             (id(module), name): f"{path}.{name}" if path else name
             for path, module in _modules_of(self._roots)
-            for name in module._buffers
+            for name in module._buffers.keys()  # noqa: SIM118
         }
 
 

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
+
+_SEARCHED = 10_000  # objects inside one that passes through
 
 Tree = Any  # a tensor, a container of trees, or anything else, which passes through
 
@@ -101,23 +104,37 @@ def structure(tree: Tree) -> object:
 
 
 def check_no_hidden_tensors(state: Tree) -> None:
-    """Raise `ArgumentError` where an object that passes through holds tensors of its own.
+    """Raise `ArgumentError` where an object that passes through leads to tensors of its own.
 
     No gradient would cross a segment boundary in them, and nobody would be told.
     """
     if type(state) is tuple and all(isinstance(item, Tensor) for item in state):
         return
     for leaf in iterate_leaves(state):
-        if isinstance(leaf, Tensor | nn.Module):
-            continue
-        inside = list(getattr(leaf, "__dict__", {}).values())
-        if isinstance(leaf, deque | Set):
-            inside += leaf
-        if any(isinstance(item, Tensor) for item in iterate_leaves(inside)):
+        if not isinstance(leaf, Tensor) and _leads_to_tensor(leaf):
             raise ArgumentError(
                 f"the state holds a {type(leaf).__name__} with tensors in it, which are not found "
                 "there; use tuples, lists, dicts, named tuples or dataclasses"
             )
+
+
+def _leads_to_tensor(owner: object) -> bool:
+    """Whether attributes and containers lead to a tensor, at any depth."""
+    left, seen = [owner], set()
+    for item in left:  # grows
+        if isinstance(item, Tensor):
+            return True
+        if isinstance(item, nn.Module | type | ModuleType) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        slots = (vars(kind).get("__slots__", ()) for kind in type(item).__mro__)
+        names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+        inside = [getattr(item, name, None) for name in names]
+        inside += getattr(item, "__dict__", {}).values()
+        inside += item.values() if isinstance(item, dict) else ()
+        inside += item if isinstance(item, deque | Set | list | tuple) else ()
+        left += inside[: _SEARCHED - len(left)]
+    return False
 
 
 def is_differentiable(tensor: Tensor) -> bool:
