@@ -76,7 +76,7 @@ class Buffer:
         """The module may change the buffer from here on."""
         self._has_run = True
 
-    def capture(self, state: Sequence[Tensor]) -> BufferValue:
+    def capture(self, state: Sequence[Tensor] = ()) -> BufferValue:
         """What the buffer holds; the same object as before where nothing changed."""
         value = self._value
         if value is None or not self._holds(value):
