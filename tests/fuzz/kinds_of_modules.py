@@ -216,6 +216,9 @@ def inner_through_history(dice: Dice) -> Case:
     if runs_again(case):
         case.refused = "an inner gradient depends on how far back the graph reaches"
         case.names = ("replay", "state", "gradient")
+    elif case.options["time_batching"] is True:
+        case.refused = "a gradient through a batched product cannot be differentiated again"
+        case.names = ("time_batching",)
     return case
 
 
