@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
 from tbptt_ckpt.data.blocks import StepBlock
@@ -146,6 +147,8 @@ def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | Sourc
         _check_usable(sequence.inputs, sequence.targets)
     if isinstance(sequence, Source):
         return SourceReader(sequence, recurrence)
+    if isinstance(sequence, PackedSequence):
+        as_tensors(sequence)  # raises
     if isinstance(sequence, Tensor | np.ndarray):
         raise ArgumentError(
             f"sequence is a {type(sequence).__name__} of shape {tuple(sequence.shape)}; wrap it: "

@@ -16,10 +16,6 @@ from .carriers import LANES, WIDTH, Cell, Segments, carried, seeded
 from .case import Case, Dice
 
 
-def _step_of_fused(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    return module(x, state)
-
-
 def _asked(case: Case, dice: Dice, data: Any = None, **further: Any) -> Case:
     """Runs a case that must be refused, with what `further` changes of it."""
 
@@ -86,14 +82,23 @@ def _fused(dice: Dice, wrap: Callable[[nn.Module], nn.Module] | None = None, **g
 
 
 def batch_first(dice: Dice) -> Case:
-    """`batch_first=True`: followed by a source that does not say, contradictions refused."""
+    """`batch_first=True`: a source that says nothing follows, time first is turned where said."""
     case = _fused(dice, batch_first=True)
+    if dice.maybe(0.2):
+        case.source = "tensors"
+
+        def call(module: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            y, state = module(x.transpose(0, 1), state)
+            return y.transpose(0, 1), state
+
+        case.call = call
+        return case
     case.inputs = case.inputs.transpose(0, 1).contiguous()
     case.targets = case.targets.transpose(0, 1).contiguous()
     case.time_dim, case.source = 1, dice.choice(("unsaid", "tensors", "tensors"))
     if dice.maybe(0.3):
-        _asked(case, dice, lambda c: TensorSequence(c.inputs, c.targets, time_dim=0))
-        case.refused = "the source says another time dimension than batch_first"
+        case.options["time_dim"] = 0
+        case.refused = "TBPTT is told another time dimension than batch_first"
         case.names = ("time_dim", "batch_first")
     return case
 
