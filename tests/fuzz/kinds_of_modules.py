@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .carriers import LANES, WIDTH, Cell, carried
+from .carriers import LANES, WIDTH, Cell, carried, seeded
 from .case import Case, Dice
 from .labels import PLAIN_STRATEGIES, runs_again
 
@@ -121,21 +121,26 @@ def shadow_buffer(dice: Dice) -> Case:
     return carried(dice, Shadow, segment=False)
 
 
-class Scriptable(nn.Module):
-    """A cell that TorchScript takes."""
+def scriptable() -> nn.Module:
+    """A cell of a class of its own: TorchScript shares what it has optimised for a class."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    class Scriptable(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(self.a(x) + self.b(state))
-        return h, h
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.tanh(self.a(x) + self.b(state))
+            return h, h
+
+    return Scriptable(WIDTH)
 
 
 def scripted(dice: Dice) -> Case:
-    """A TorchScript module."""
-    return carried(dice, lambda: torch.jit.script(Scriptable()), segment=False)
+    """A TorchScript module; the loop runs it as it was, since torch's optimiser errs at times."""
+    reference = seeded(dice.torch_seed, scriptable)
+    make = lambda: torch.jit.script(scriptable())  # noqa: E731
+    return carried(dice, make, segment=False, reference=reference)
 
 
 class Renormed(nn.Module):
