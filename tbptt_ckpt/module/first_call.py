@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.inside import modules_in, name_of
+from tbptt_ckpt.module.inside import is_compiled, modules_in, name_of
 from tbptt_ckpt.module.recurrence import Recurrence
 
 
@@ -59,7 +59,7 @@ def _watched(recurrence: Recurrence, inputs: Any, returned: list[Any]) -> Iterat
     """While entered, layers inside are looked at, and what cells return is collected."""
     axes = _axes_of(recurrence, inputs)
     handles = []
-    if not hasattr(recurrence.module, "_orig_mod"):  # hooks would have it compiled again
+    if not is_compiled(recurrence.module):
         for name, layer in modules_in(recurrence.module):
             if isinstance(layer, nn.LSTMCell):
                 handles.append(layer.register_forward_hook(lambda _, __, hc: returned.append(hc)))

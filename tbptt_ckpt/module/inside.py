@@ -7,6 +7,7 @@ import inspect
 from contextlib import suppress
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 # Packages whose modules with a `module` inside run it as it is.
@@ -41,25 +42,43 @@ def modules_in(module: object) -> list[tuple[str, nn.Module]]:
     owner, roots = owner_of(module), list[object]()
     if isinstance(owner, nn.Module):
         roots = [owner]
-    elif inspect.isfunction(owner):
+    owner = getattr(owner, "_torchdynamo_orig_callable", owner)  # of a compiled function
+    if inspect.isfunction(owner):
         with suppress(ValueError):  # a name without a value yet
             names = inspect.getclosurevars(owner)
             roots = [*map(owner_of, (*names.nonlocals.values(), *names.globals.values()))]
     return [pair for root in roots if isinstance(root, nn.Module) for pair in root.named_modules()]
 
 
-def recurrent_layers(module: object) -> list[tuple[str, nn.RNNBase]]:
-    """The `nn.RNN/LSTM/GRU` inside, scripted ones included."""
-    return [(name, layer) for name, layer in modules_in(module) if _is_layer(layer)]
-
-
-def _is_layer(module: nn.Module) -> TypeGuard[nn.RNNBase]:
-    return isinstance(module, nn.RNNBase) or (
-        kind_of(module) in ("RNN", "LSTM", "GRU") and hasattr(module, "batch_first")
+def is_compiled(module: object) -> bool:
+    """Whether any of it is compiled, so that a hook would have it compiled again."""
+    owner = owner_of(module)
+    return any(hasattr(owner, name) for name in ("_orig_mod", "_torchdynamo_orig_callable")) or any(
+        getattr(inner, "_compiled_call_impl", None) is not None for _, inner in modules_in(owner)
     )
 
 
-def kind_of(module: nn.Module) -> str:
+def recurrent_layers(module: object) -> list[tuple[str, nn.RNNBase]]:
+    """The `nn.RNN/LSTM/GRU` inside, scripted ones included."""
+    return [(name, layer) for name, layer in modules_in(module) if is_layer(layer)]
+
+
+def is_layer(module: object) -> TypeGuard[nn.RNNBase]:
+    """Whether it is an `nn.RNN/LSTM/GRU`, scripted perhaps."""
+    return isinstance(module, nn.RNNBase) or _is_scripted(module, "RNN", "LSTM", "GRU")
+
+
+def is_cell(module: object) -> TypeGuard[nn.RNNCellBase]:
+    """Whether it is a cell of torch's, scripted perhaps."""
+    names = ("RNNCell", "LSTMCell", "GRUCell")
+    return isinstance(module, nn.RNNCellBase) or _is_scripted(module, *names)
+
+
+def _is_scripted(module: object, *names: str) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and kind_of(module) in names
+
+
+def kind_of(module: object) -> str:
     """The name of its class, before it was scripted."""
     return str(getattr(module, "original_name", type(module).__name__))
 

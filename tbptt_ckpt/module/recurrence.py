@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.inside import kind_of, name_of, owner_of, recurrent_layers, unwrapped
+from tbptt_ckpt.module.inside import (
+    is_cell,
+    is_layer,
+    kind_of,
+    name_of,
+    owner_of,
+    recurrent_layers,
+    unwrapped,
+)
 from tbptt_ckpt.module.trees import iterate_tensors
 
 
@@ -57,19 +65,20 @@ def recognise(
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     inner, layers = unwrapped(module), recurrent_layers(module)
     _check_takes_state(module, inner)
-    layer = inner if isinstance(inner, nn.RNNBase) else None
+    layer = inner if is_layer(inner) else None
     call: Callable[[Any, Any], Any] = module
     if layer is not None:
         if per_step:
             name = type(layer).__name__
             raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
         per_step, time_dim = False, int(layer.batch_first)
-    elif isinstance(inner, nn.RNNCellBase):
+    elif is_cell(inner):
         if per_step is False:
             raise ArgumentError(
                 f"per_step=False does not fit {type(inner).__name__}, which runs one step"
             )
-        per_step, call = True, functools.partial(_call_cell, module, isinstance(inner, nn.LSTMCell))
+        is_lstm = isinstance(inner, nn.LSTMCell) or kind_of(inner) == "LSTMCell"
+        per_step, call = True, functools.partial(_call_cell, module, is_lstm)
     elif per_step is None and layers:
         name, kind = layers[0][0], kind_of(layers[0][1])
         raise ArgumentError(
@@ -88,19 +97,22 @@ def recognise(
             "carry from window to window; use bidirectional=False"
         )
     is_per_step = per_step is not False
+    owner = owner_of(module)
+    if lane_dim is None:
+        lane_dim = 1 if layers and isinstance(owner, nn.Module) else 0
     return Recurrence(
-        module=owner_of(module),
+        module=owner,
         call=call,
         per_step=is_per_step,
         time_dim=0 if is_per_step else time_dim or 0,
-        lane_dim=int(bool(layers)) if lane_dim is None else lane_dim,
+        lane_dim=lane_dim,
         layer=layer,
         parameters=tuple(parameters_of(module)),
     )
 
 
 def _check_takes_state(module: object, inner: object) -> None:
-    function = inner.forward if isinstance(inner, nn.Module) else module
+    function = getattr(inner, "forward", module) if isinstance(inner, nn.Module) else module
     try:
         signature = inspect.signature(function)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # builtins have none

@@ -26,6 +26,8 @@ from tbptt_ckpt import (
     unroll,
     verify,
 )
+from tbptt_ckpt.module.first_call import call_first
+from tbptt_ckpt.module.recurrence import recognise
 
 LAYERS = [nn.LSTM, nn.GRU, nn.RNN]
 CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
@@ -175,6 +177,48 @@ def test_a_wrapped_cell_is_the_cell(wrapper: str, kind: Any) -> None:
     assert relative_error([p.grad for p in module.parameters()], wanted) < 1e-12
     with pytest.raises(ArgumentError, match="per_step=False does not fit"):
         TBPTT(module, mse_loss, 3, 3, per_step=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_compiled_ones_are_what_they_were() -> None:
+    for kind in LAYERS:
+        scripted = recognise(torch.jit.script(kind(F, H, batch_first=True)), None)
+        assert (scripted.per_step, scripted.time_dim, scripted.lane_dim) == (False, 1, 1)
+    for kind in CELLS:
+        scripted = recognise(torch.jit.script(kind(F, H)), None)
+        output, state = scripted.call(torch.zeros(B, F), None)
+        assert output is (state[0] if kind is nn.LSTMCell else state)
+    layer = nn.LSTM(F, H)
+    compiled = torch.compile(lambda inputs, state: layer(inputs, state), backend="eager")
+    with pytest.raises(ArgumentError, match="per_step must be said"):
+        recognise(compiled, None)
+
+
+def test_a_module_compiled_in_place_is_not_compiled_again() -> None:
+    """A hook on what is inside would have it compiled again in its first call."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(F, H).double()
+
+        def forward(self, x: Tensor, state: Any) -> Any:
+            state = self.cell(x, state)
+            return state[0], state
+
+    (x, _), module = data(), Own()
+    module.compile(backend=backend)
+    with torch.no_grad():
+        _, state = module(x[0], None)
+        module(x[1], state)
+        known = len(graphs)
+        call_first(recognise(module, None), x[1], state)
+    assert len(graphs) == known > 0
 
 
 def test_a_cells_state_is_not_taken_for_an_output_and_a_state() -> None:
