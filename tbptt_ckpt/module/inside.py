@@ -40,12 +40,12 @@ def modules_in(module: object) -> list[tuple[str, nn.Module]]:
     Each comes with its name.
     """
     owner, roots = owner_of(module), list[object]()
+    function = getattr(owner, "_torchdynamo_orig_callable", owner)  # of a compiled one
     if isinstance(owner, nn.Module):
         roots = [owner]
-    owner = getattr(owner, "_torchdynamo_orig_callable", owner)  # of a compiled function
-    if inspect.isfunction(owner):
+    elif inspect.isfunction(function):
         with suppress(ValueError):  # a name without a value yet
-            names = inspect.getclosurevars(owner)
+            names = inspect.getclosurevars(function)
             roots = [*map(owner_of, (*names.nonlocals.values(), *names.globals.values()))]
     return [pair for root in roots if isinstance(root, nn.Module) for pair in root.named_modules()]
 
