@@ -241,7 +241,7 @@ def test_a_model_from_a_file_of_ones_own(models, capfd):
 @pytest.mark.parametrize(
     ("name", "message", "where"),
     [
-        ("Signature", "raised TypeError", "takes 2 positional arguments but 3 were given"),
+        ("Signature", "it takes (symbols): too many", "_check_takes_state"),
         ("NoState", "returned Tensor, not (logits, state)", "check_model"),
         ("Raising", "raised KeyError: 'a weight'", 'raise KeyError("a weight")'),
         ("Missing", "cannot be found: AttributeError", "has no attribute 'Missing'"),
