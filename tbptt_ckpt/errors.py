@@ -7,6 +7,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "ReplayMismatchError",
     "ScheduleError",
     "SnapshotError",
     "StaleWeightsError",
@@ -50,6 +51,21 @@ class InfeasibleBudgetError(TbpttError, ValueError):
         self.smallest_budget_bytes = smallest_budget_bytes
         self.optimal_budget_bytes = optimal_budget_bytes
         self.largest_steps = largest_steps
+
+
+class ReplayMismatchError(TbpttError):
+    """Steps that ran again and reached another state than at first, so that no gradient is right.
+
+    Attributes:
+        start: The steps are `[start, stop)`.
+        stop: See `start`.
+        difference: The largest one found, relative to a tensor of the state; 0.0 where it was not
+            seen again.
+    """
+
+    def __init__(self, message: str, *, start: int, stop: int, difference: float) -> None:
+        super().__init__(message)
+        self.start, self.stop, self.difference = start, stop, difference
 
 
 class ScheduleError(TbpttError):

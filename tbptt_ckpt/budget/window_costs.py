@@ -123,7 +123,10 @@ class WindowCosts:
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists,
-                gradients=(fixed.gradients or tensor_bytes(trained)) + (not clears) * sum(waiting),
+                # Where they accumulate, those before a window are kept until it is checked, and
+                # those that wait for their hooks are set aside.
+                gradients=(fixed.gradients or tensor_bytes(trained)) * (1 if clears else 2)
+                + (not clears) * sum(waiting),
                 optimizer=max(exists, fixed.optimizer),
                 states=state_bytes,
                 step_inputs=request.input_bytes / request.shape.run_steps,

@@ -210,6 +210,7 @@ class OpenWindow:
             resets=self._resets,
             wants_state_grads=self._wants_state_grads,
             observer=together(self.notes, self._observer),
+            new_start=window.new_start,
         )
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:

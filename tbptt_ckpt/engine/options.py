@@ -47,6 +47,7 @@ class Options:
     accumulate: int = 1
     costs: Costs | None = None
     measure_memory: bool = False
+    check_replays: bool = True
 
     def __post_init__(self) -> None:
         check_reach(self.k1, self.k2)

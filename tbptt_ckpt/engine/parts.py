@@ -33,9 +33,9 @@ from tbptt_ckpt.module.recurrence import (
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
 from tbptt_ckpt.updates.updater import Accumulation, Updater
 
-_EXECUTORS: dict[str, Callable[[], Executor]] = {
-    "replay": ReplayExecutor,
-    "checkpoint": CheckpointExecutor,
+_EXECUTORS: dict[str, Callable[[bool], Executor]] = {
+    "replay": lambda checks: ReplayExecutor(checks=checks),
+    "checkpoint": lambda _: CheckpointExecutor(),
 }
 
 
@@ -77,8 +77,8 @@ class Parts:
         return device_of(self.parameters or self.updater.optimized())
 
 
-def make_executor(given: object) -> Executor:
-    """The executor of that name, or the object that was given.
+def make_executor(given: object, *, checks: bool) -> Executor:
+    """The executor of that name, which `checks` its replays or not, or the object that was given.
 
     Raises:
         ArgumentError: Neither.
@@ -86,7 +86,7 @@ def make_executor(given: object) -> Executor:
     if hasattr(given, "one_graph") and hasattr(given, "run"):
         return given
     check_choice("executor", given, tuple(_EXECUTORS))
-    return _EXECUTORS[str(given)]()
+    return _EXECUTORS[str(given)](checks)
 
 
 def make_parts(
@@ -118,7 +118,7 @@ def make_parts(
     parameters = parameters_of(module, loss_fn)
     updater = _make_updater(optimizer, parameters, options)
     _check_optimized(updater, module, loss_fn)
-    executor = make_executor(options.executor)
+    executor = make_executor(options.executor, checks=options.check_replays)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),

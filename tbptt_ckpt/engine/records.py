@@ -139,6 +139,10 @@ class Notes(Observer):
         recorded = (records.origin, self._window.stop, *records.boundaries, *self._noted)
         return self._options.is_stale or self.next_start in recorded
 
+    def forget(self) -> None:
+        """The window is undone: generators and buffers are as before it."""
+        self.left = self._records.ambients[self._window.new_start]
+
     def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
         """Note a state that later windows start from, and how far an old one has drifted."""
         window, records, is_stale = self._window, self._records, self._options.is_stale

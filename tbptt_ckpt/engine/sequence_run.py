@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
 from tbptt_ckpt.engine.standing import Mark, Standing, load_standing
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, ReplayMismatchError
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
@@ -106,16 +106,16 @@ class SequenceRun:
 
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
-        begun = time.perf_counter()
-        parts = self._parts
+        begun, parts = time.perf_counter(), self._parts
         guard = parts.guard()
         opened = self._open(window)
         planned = self._plan(window, opened) if opened.has_loss() else None
-        num_tokens = opened.num_tokens()
         parts.updater.clear(self.initial.leaves())
-        weights = (*parts.weights(), *self.initial.leaves())
-        with self._meter(planned, opened) as meter, Delivery(weights) as delivery:
-            state_grads = self._differentiate(opened, planned, guard, meter)
+        checked = self._options.check_replays and not parts.executor.one_graph
+        put_back = parts.updater.set_aside(self.initial.leaves(), keeps=checked)
+        delivery = Delivery((*parts.weights(), *self.initial.leaves()))
+        with self._meter(planned, opened) as meter, delivery:
+            state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             loss = opened.loss.value
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
@@ -130,7 +130,7 @@ class SequenceRun:
         self._standing = Standing(
             window.index + 1,
             self._standing.records,
-            self.totals.plus(window, opened.loss, num_tokens, peak_bytes),
+            self.totals.plus(window, opened.loss, opened.num_tokens(), peak_bytes),
             weights_before=guard.expected,
             state_grads=state_grads,
         )
@@ -182,6 +182,7 @@ class SequenceRun:
         planned: PlannedWindow | None,
         guard: WeightGuard,
         meter: WindowMeter | UnmeteredWindow,
+        put_back: Callable[[], None],
     ) -> StateGrads | None:
         """Run a window, with its gradient where it has a plan."""
         try:
@@ -190,8 +191,9 @@ class SequenceRun:
                 return None
             scale = self._parts.updater.grad_scale(self._parts.device)
             return opened.differentiate(guard, scale, planned, meter)
-        except InfeasibleBudgetError:  # found out in the middle: half a gradient is none
-            self._parts.updater.clear(self.initial.leaves())
+        except (InfeasibleBudgetError, ReplayMismatchError):  # half a gradient is none
+            put_back()
+            opened.notes.forget()
             raise
         finally:
             opened.restore_ambient()

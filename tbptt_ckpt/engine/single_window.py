@@ -61,6 +61,7 @@ def run_window(
     per_step: bool | None = None,
     time_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    check_replays: bool = True,
     observer: Observer = UNOBSERVED,
 ) -> WindowGradient:
     """Differentiate one window over all the given steps; gradients accumulate in `.grad`.
@@ -79,6 +80,7 @@ def run_window(
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         autocast_dtype: As for `TBPTT`.
+        check_replays: As for `TBPTT`.
         observer: As for `TBPTT`.
 
     Raises:
@@ -96,6 +98,7 @@ def run_window(
         time_dim=module_dim,
         autocast_dtype=autocast_dtype,
         time_batching=time_batching,
+        check_replays=check_replays,
     )
     parts = make_parts(module, loss_fn, None, options, observer=observer, measured=False)
     run = SequenceRun(options, parts, sequence, init_state)

@@ -78,6 +78,9 @@ class TBPTT:
             that are given too low are raised to theirs.
         measure_memory: Whether every window's peak is measured; see `peak_memory` for what
             that costs.
+        check_replays: Whether `executor="replay"` holds the state that each leaf reaches against
+            the one that its first run reached; costs under 1 % of a window's time, and one more
+            copy of the gradients where they accumulate.
         observer: Told of every action as it is run; see `tbptt_ckpt.executor.Observer`.
 
     Raises:
@@ -113,6 +116,7 @@ class TBPTT:
         accumulate: int = 1,
         costs: Costs | None = None,
         measure_memory: bool = False,
+        check_replays: bool = True,
         observer: Observer = UNOBSERVED,
     ) -> None:
         arguments = locals()
@@ -157,6 +161,7 @@ class TBPTT:
                 where steps turn out to take more than was measured, before the update of a later
                 one.
             StaleWeightsError: Weights changed inside a window.
+            ReplayMismatchError: Steps that ran again reached another state than at first.
         """
         run = self._start(sequence, init_state)
         for _ in run:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.replay_check import ReplayCheck, Unchecked, WindowCheck
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
@@ -28,19 +29,24 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Ke
 
 
 class ReplayExecutor:
-    """Runs a schedule action by action."""
+    """Runs a schedule action by action; with `checks` replays are held against first runs."""
 
     one_graph = False
 
+    def __init__(self, *, checks: bool = True) -> None:
+        self._checks = ReplayCheck() if checks else Unchecked()
+
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
-        replay = _Replay(window, first)
+        check = self._checks.of(window, first)
+        replay = _Replay(window, first, check)
         with SilenceableHooks():
             while (action := route.next_action()) is not None:
                 window.observer.begins(action)
                 if not replay.take(action, route.advance_steps):
                     return None
-        window.observer.ends()
+            window.observer.ends()
+            check.settle()
         return replay.state_grads
 
     def __repr__(self) -> str:
@@ -50,8 +56,8 @@ class ReplayExecutor:
 class _Replay:
     """The states and gradients at hand while a schedule is run."""
 
-    def __init__(self, window: WindowPass, first: Boundary) -> None:
-        self._window = window
+    def __init__(self, window: WindowPass, first: Boundary, check: WindowCheck) -> None:
+        self._window, self._check = window, check
         self._given = {**window.joints, first.step: first}
         self._kept: dict[int, Boundary] = {}
         self._working: Boundary | None = first
@@ -66,6 +72,7 @@ class _Replay:
                 origin = self._state_at(start)
                 self._working = self._window.advance(origin, stop, longest)
                 self._handed_on = self._working.handed_on(origin)
+                self._check.advanced(start, self._working, longest)
             case Keep(step):
                 self._kept[step] = self._working = self._state_at(step).copied(self._handed_on)
             case Differentiate(start, stop):
@@ -91,6 +98,7 @@ class _Replay:
             state_out = window.run(boundary.step, stop, state, sink)
             if stop == window.stop and window.loss.is_empty():
                 return False
+            self._check.replayed(boundary.step, stop, state_out)
             window.observer.differentiates()
             states = tensors_of(state_out)
             is_fresh = boundary.step == window.start or boundary.step in window.joints

@@ -67,6 +67,17 @@ class Runner:
             check_agreement(self.recurrence, inputs, outputs, targets)
             self._has_compared = True
 
+    @property
+    def promises_bits(self) -> bool:
+        """Whether a step gives the same bits however many are run together."""
+        return self.recurrence.per_step and not self.time_batching.is_chosen(per_step=True)
+
+    def is_in_half(self, example: Tree) -> bool:
+        """Whether steps run under autocast."""
+        return self._autocast_dtype is not None or torch.is_autocast_enabled(
+            self._device_type(example)
+        )
+
     @contextmanager
     def region(self, num_steps: int, example: Tree) -> Iterator[None]:
         """While entered, one run of so many steps is under way: autocast and time batching.

@@ -77,6 +77,7 @@ class WindowPass:
     wants_state_grads: bool = True  # whether the gradient of the state at `start` is asked for
     # Told of each state in `stops_at`, or at `stop`, the first time a run ends there.
     observer: Observer = UNOBSERVED
+    new_start: int = 0  # first step that no earlier window ran
     executed_steps: int = 0  # module steps run so far
     _arrived: set[int] = field(default_factory=set)
 

@@ -28,6 +28,10 @@ class AmbientState:
     device_random: tuple[Tensor, ...]
     buffers: tuple[BufferValue, ...]
 
+    def digest(self) -> int:
+        """A number that tells where the generators stand."""
+        return _digest(self.cpu_random, *self.device_random)
+
 
 class Ambient:
     """Captures and restores the CPU's generator, those of the tensors' devices, and buffers."""
@@ -64,6 +68,11 @@ class Ambient:
                 return last
         self._last = AmbientState(cpu_random, device_random, buffers)
         return self._last
+
+    def digest(self) -> int:
+        """A number that tells where the generators stand now."""
+        devices = get_device_states(*self._examples)[1] if self._examples else ()
+        return _digest(torch.get_rng_state(), *devices)
 
     def restore(self, state: AmbientState) -> None:
         """Put generators and buffers back to `state`."""
@@ -102,6 +111,10 @@ class Ambient:
         for buffer, value in zip(self._buffers, state.buffers, strict=True):
             buffer.restore(value)
         self._last = state
+
+
+def _digest(*states: Tensor) -> int:
+    return hash(tuple(state.numpy().tobytes() for state in states))
 
 
 def _shared(new: Tensor, old: Tensor) -> Tensor:

@@ -77,8 +77,7 @@ class TimeBatching:
         A module that takes segments is batched by its own make, and loops over cells only if the
         choice says so.
         """
-        is_open = self.is_open(per_step)
-        chosen = self.choice is True or (is_open and self.pays_off)
+        is_open, chosen = self.is_open(per_step), self.is_chosen(per_step)
         # Modes want to see, or decide about, each operation of the user's module.
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
@@ -110,6 +109,10 @@ class TimeBatching:
     def decide(self, pays_off: bool) -> None:
         """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
         self.pays_off = pays_off
+
+    def is_chosen(self, per_step: bool) -> bool:
+        """Whether runs are batched."""
+        return self.choice is True or (self.is_open(per_step) and self.pays_off)
 
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that both forms are to be weighed."""

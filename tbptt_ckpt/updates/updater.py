@@ -176,6 +176,24 @@ class Updater:
         """Whether the gradients that a window finds belong to the result."""
         return self.optimizer is None or self.group.pending > 0
 
+    def set_aside(
+        self, init_state_leaves: Iterable[Tensor], *, keeps: bool = True
+    ) -> Callable[[], None]:
+        """Copy the gradients that a window must not lose; what is returned puts them back, once.
+
+        Without `keeps` those that accumulate are not copied, and stay as the window left them.
+        """
+        if self.accumulates and not keeps:
+            return lambda: None
+        tensors, keeps = self._changed(init_state_leaves), self.accumulates
+        grads = [t.grad.clone() if keeps and t.grad is not None else None for t in tensors]
+
+        def put_back() -> None:
+            for tensor, grad in zip(tensors, grads, strict=True):
+                tensor.grad = grad
+
+        return put_back
+
     def mark(self, init_state_leaves: Iterable[Tensor], device: torch.device) -> Callable[[], None]:
         """Copy the gradients that a window must not lose.
 
@@ -183,14 +201,11 @@ class Updater:
         unfinished update. It raises `TbpttError` where some weights were updated already, and no
         copy was taken.
         """
-        tensors, keeps = self._changed(init_state_leaves), self.accumulates
-        grads = [t.grad.clone() if keeps and t.grad is not None else None for t in tensors]
-        group = self.group.state_dict()
+        put_back, group = self.set_aside(init_state_leaves), self.group.state_dict()
 
         def rewind() -> None:
             self.group.load_state_dict(group)
-            for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad
+            put_back()
             update, self._update = self._update, None
             if update is not None:
                 update.take_back()

@@ -1,0 +1,280 @@
+"""A replay that is not the run it repeats is an error; rounding, chaos and noise are none.
+
+Every module here keeps, or draws, something that is put back by nobody, or acts within what
+rounding explains.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from tbptt_ckpt import TBPTT, TensorSequence, run_window
+from tbptt_ckpt.errors import ReplayMismatchError
+from tbptt_ckpt.executor.fingerprint import fingerprint, read, step_difference
+
+NUM_STEPS, LANES, WIDTH = 40, 3, 4
+STRATEGIES = ("uniform:7", "step", "revolve:3")
+
+
+class Cell(nn.Module):
+    """A tanh cell whose state is disturbed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 + WIDTH, WIDTH)
+        self.calls, self.hidden = 0, torch.zeros(LANES, WIDTH)
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = x.new_zeros(LANES, WIDTH) if h is None else h
+        self.calls += 1
+        h = torch.tanh(self.linear(torch.cat([x, self.disturbed(h)], 1)))
+        return h, h
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h
+
+    def noise(self) -> Tensor:
+        return torch.randn(LANES, WIDTH, generator=self.generator)
+
+
+class Counter(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h + 0.01 * self.calls
+
+
+class SlowCounter(Cell):
+    """Each call changes the next by less than kernels of lower precision would."""
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h * (1 + 1e-6 * self.calls)
+
+
+class Cache(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        h, self.hidden = h + 0.1 * self.hidden, h.detach()
+        return h
+
+
+class HiddenDraws(Cell):
+    """Draws from a generator in a closure, where nobody finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        source = torch.Generator().manual_seed(1)
+        self.draw = lambda: torch.rand(WIDTH, generator=source)
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h + 0.1 * self.draw()
+
+
+class OtherWithGraph(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h + 0.1 if torch.is_grad_enabled() else h
+
+
+class ThresholdCounter(Cell):
+    """Two runs in a row are equal; the first and the second of the window are not."""
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h + 0.1 * (self.calls > 15)
+
+
+class Chaotic(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        return 20 * h
+
+
+class Dropout(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        return torch.dropout(h, 0.4, train=True)
+
+
+class Counted(Cell):
+    """Counts in a buffer, which is put back."""
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        self.steps = self.steps + 1
+        return h + 0.01 * self.steps
+
+
+class Atomics(Cell):
+    """Noise of the size of sums in another order, in every run another, in a chaotic state."""
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return 20 * h * (1 + 1e-7 * self.noise())
+
+
+class LowPrecision(Cell):
+    """Noise of the size of products in TF32."""
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h * (1 + 5e-4 * self.noise())
+
+
+class BlowsUp(Cell):
+    def disturbed(self, h: Tensor) -> Tensor:
+        return h / (h - h)
+
+
+def _data(num_steps: int = NUM_STEPS) -> TensorSequence:
+    torch.manual_seed(0)
+    return TensorSequence(torch.randn(num_steps, LANES, 2), torch.randn(num_steps, LANES, WIDTH))
+
+
+def _tbptt(module: Any, k1: int, k2: int | None, strategy: str, **options: Any) -> TBPTT:
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    return TBPTT(module, mse_loss, k1, k2, optimizer, strategy=strategy, **options)
+
+
+FAULTS = (Counter, SlowCounter, Cache, HiddenDraws, OtherWithGraph)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_kept_outside_of_the_state_is_an_error(fault: type[Cell], strategy: str) -> None:
+    with pytest.raises(ReplayMismatchError, match=r"steps \[\d+, \d+\) ran again") as caught:
+        _tbptt(fault(), 10, 17, strategy).train(_data())
+    assert 0 <= caught.value.start < caught.value.stop <= NUM_STEPS
+
+
+def test_what_two_runs_in_a_row_do_not_show_is_an_error() -> None:
+    with pytest.raises(ReplayMismatchError):
+        _tbptt(ThresholdCounter(), 20, 20, "uniform:7").train(_data())
+
+
+@pytest.mark.parametrize("fault", [Counter, SlowCounter, Cache, HiddenDraws])
+def test_an_overlap_that_nothing_replays_is_run_twice(fault: type[Cell]) -> None:
+    _tbptt(fault(), 10, 10, "retain").train(_data())  # no step runs again: nothing is wrong
+    windows = _tbptt(fault(), 10, 20, "retain").windows(_data())
+    next(windows)
+    with pytest.raises(ReplayMismatchError):
+        next(windows)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "retain"])
+@pytest.mark.parametrize("module", [Cell, Chaotic, Dropout, Counted, Atomics, LowPrecision])
+def test_what_is_right_is_no_error(module: type[Cell], strategy: str) -> None:
+    _tbptt(module(), 10, 17, strategy).train(_data(20))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["uniform:16", "optimal", "step"])
+@pytest.mark.parametrize("gain", [1.0, 15.0])
+def test_segments_that_are_cut_otherwise_are_no_error(
+    gain: float, strategy: str, dtype: torch.dtype | None
+) -> None:
+    torch.manual_seed(0)
+    module = nn.LSTM(2, WIDTH)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(gain)
+    _tbptt(module, 32, 64, strategy, autocast_dtype=dtype).train(_data(96))
+
+
+def test_batched_leaves_and_plain_steps_are_no_error() -> None:
+    _tbptt(Chaotic(), 20, 30, "revolve:3", time_batching=True).train(_data())
+    with pytest.raises(ReplayMismatchError):
+        _tbptt(Counter(), 20, 30, "revolve:3", time_batching=True).train(_data())
+
+
+def test_an_error_leaves_gradients_buffers_and_generators_as_they_were() -> None:
+    class Faulty(Counted):
+        def disturbed(self, h: Tensor) -> Tensor:
+            h = torch.dropout(super().disturbed(h), 0.1, train=True)
+            return h + (0.01 * self.calls if self.faulty else 0.0)
+
+    module = Faulty()
+    module.faulty = False
+    windows = TBPTT(module, mse_loss, 20, 30, strategy="uniform:7").windows(_data())
+    next(windows)
+    grads = [p.grad.clone() for p in module.parameters()]
+    steps, random = module.steps.clone(), torch.get_rng_state()
+    module.faulty = True
+    with pytest.raises(ReplayMismatchError):
+        next(windows)
+    for parameter, grad in zip(module.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    assert torch.equal(module.steps, steps)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_it_can_be_turned_off() -> None:
+    _tbptt(Counter(), 20, 30, "uniform:7", check_replays=False).train(_data())
+    data = _data()
+    run_window(Counter(), mse_loss, data.inputs, data.targets, strategy="sqrt", check_replays=False)
+    with pytest.raises(ReplayMismatchError):
+        run_window(Counter(), mse_loss, data.inputs, data.targets, strategy="sqrt")
+
+
+def test_a_state_that_is_not_finite_is_not_this_error() -> None:
+    _tbptt(BlowsUp(), 20, 30, "uniform:7").train(_data())
+
+
+def test_a_thread_that_draws_is_named() -> None:
+    class Disturbed(Dropout):
+        """Another thread draws while a graph is recorded, as its turn may come at any time."""
+
+        def disturbed(self, h: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and self.calls < 45:
+                thread = threading.Thread(target=torch.rand, args=(3,))
+                thread.start()
+                thread.join()
+            return super().disturbed(h)
+
+    with pytest.raises(ReplayMismatchError, match="random generator stood elsewhere"):
+        _tbptt(Disturbed(), 40, 40, "uniform:7").train(_data())
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32, torch.bool])
+    def test_any_bit_tells(self, dtype: torch.dtype) -> None:
+        state = torch.arange(60).reshape(4, 15).to(dtype)
+        before = _print(state)
+        assert before.equals(_print(state.clone()))
+        assert before.equals(_print(state.T.contiguous().T))
+        changed = state.clone()
+        changed[2, 3] = changed[2, 3] == 0
+        for other in (changed, state.flip(1)) if dtype != torch.bool else (changed,):
+            assert not before.equals(_print(other))
+
+    def test_it_is_near_where_a_state_is(self) -> None:
+        torch.manual_seed(0)
+        for shape in ((), (1,), (7,), (4, 16), (2, 3, 33)):
+            state, noise = torch.randn(shape), torch.randn(shape)
+            before = _print((state, 3))
+            assert before.is_near(_print((state + 1e-7 * state * noise, 3)))
+            assert not before.is_near(_print((state + 1e-2 * noise, 3)))
+            assert not before.is_near(_print((state, 4)))
+
+    def test_nan_equals_nan(self) -> None:
+        state = torch.tensor([1.0, float("nan"), 2.0])
+        assert _print(state).is_near(_print(state + 1e-8))
+        assert not _print(state).is_near(_print(torch.ones(3)))
+        assert step_difference(state, state.clone(), in_half=False) == (0.0, True)
+
+
+def _print(state: Any) -> Any:
+    return read([fingerprint(state, sketched=True, in_half=False)])[0]
+
+
+class TestWhatIsNotSeen:
+    """The limits that `docs/semantics.md` names."""
+
+    def test_what_changes_outputs_only(self) -> None:
+        class CountedOutput(Cell):
+            def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+                y, h = super().forward(x, h)
+                return y + 0.1 * self.calls, h
+
+        _tbptt(CountedOutput(), 20, 30, "uniform:7").train(_data())
+
+    def test_nested_checkpoints(self) -> None:
+        _tbptt(Counter(), 20, 30, "uniform:7", executor="checkpoint").train(_data())
