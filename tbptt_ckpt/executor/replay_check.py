@@ -208,6 +208,7 @@ class WindowCheck:
         runs: list[Boundary],
         cause: str = "",
     ) -> NoReturn:
+        self._window.ambient.check_complete()  # a new buffer is the better explanation
         drawn = leaf.generators != self._generators.get(leaf.stop, leaf.generators)
         if drawn or runs[0].ambient.digest() != runs[1].ambient.digest():
             cause = _RANDOM

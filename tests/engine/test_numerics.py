@@ -197,6 +197,7 @@ def test_nn_lstm_under_every_segmentation_equals_itself_step_by_step(
             overlap=overlap,
             strategy=strategy,
             executor=executor,
+            per_step=isinstance(module, StepByStep) or None,
         )
         for result in tbptt.windows(TensorSequence(inputs, targets), None):
             yield result, gradients(list(module.parameters()))
