@@ -43,6 +43,7 @@ OPEN = (
     *("replay.other_generators", "replay.counter", "replay.cached", "replay.hidden_generator"),
     *("replay.numpy_state", "replay.generator_state", "replay.input_written"),
     *("replay.parametrize_cached", "modules.inner_through_history", "modules.scripted"),
+    *("modules.attribute_state",),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -188,9 +189,11 @@ def _has_long_segment(case: Case) -> bool:
     """Whether some call of the loss surely has several steps, so that there is what to see."""
     longest = {"retain": 99, "uniform:5": 5, "uniform:3": 3, "uniform:2": 2}
     length = longest.get(case.options["strategy"], 1)
-    steps = min(length, case.k1, case.num_steps)
-    cut = any(start > new for start, new, _ in case.windows())
-    return steps > 1 and not cut and case.options["loss"] == "new"
+    windows = list(case.windows())
+    cuts = sorted({cut for start, new, stop in windows for cut in (start, new, stop)})
+    steps = min(length, *(b - a for a, b in itertools.pairwise(cuts)))  # of the shortest segment
+    reaches = all(start <= new for start, new, _ in windows)
+    return steps > 1 and reaches and case.options["loss"] == "new"
 
 
 def masked(dice: Dice) -> Case:
