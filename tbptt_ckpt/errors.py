@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ArgumentError",
     "InfeasibleBudgetError",
@@ -14,6 +16,8 @@ __all__ = [
     "TbpttError",
     "TbpttWarning",
 ]
+
+_LONGEST_SHOWN = 200  # characters
 
 
 class TbpttError(Exception):
@@ -90,9 +94,28 @@ class OutOfMemoryError(TbpttError, MemoryError):
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `ArgumentError` unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         options = " or ".join(repr(choice) for choice in choices)
-        raise ArgumentError(f"{name}={value!r} must be {options}")
+        raise ArgumentError(f"{name}={shown(value)} must be {options}")
+
+
+def shown(value: object) -> str:
+    """A value as one short line of a message: tensors and long ones by their kind."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{type(value).__name__} {value.dtype} {list(value.shape)}>"
+    try:
+        text = repr(value)
+    except Exception:  # of a class of the user's
+        text = f"<{type(value).__name__}>"
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_SHOWN else line[: _LONGEST_SHOWN - 3] + "..."
+
+
+def check_type(name: str, value: Any, kinds: Any, words: str) -> Any:
+    """The value, or `ArgumentError` unless it is of one of `kinds`, which `words` describe."""
+    if isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool):
+        return value
+    raise ArgumentError(f"{name}={shown(value)} must be {words}")
 
 
 def check_positive_int(name: str, value: object, alternative: str | None = None) -> None:
@@ -109,4 +132,4 @@ def _check_int(name: str, value: object, least: int, alternative: str | None) ->
     if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return
     also = f", or {alternative}" if alternative else ""
-    raise ArgumentError(f"{name}={value!r} must be an integer of at least {least}{also}")
+    raise ArgumentError(f"{name}={shown(value)} must be an integer of at least {least}{also}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tbptt_ckpt.budget.amount import Amount, parse_budget
-from tbptt_ckpt.errors import ArgumentError, check_choice
+from tbptt_ckpt.errors import ArgumentError, check_choice, check_type
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import Strategy, parse_strategy
@@ -48,12 +48,15 @@ class Options:
     costs: Costs | None = None
     measure_memory: bool = False
     check_replays: bool = True
+    check_finite: bool = True
 
     def __post_init__(self) -> None:
         check_reach(self.k1, self.k2)
         check_choice("loss", self.loss, ("new", "last"))
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("overlap", self.overlap, ("refresh", "stale"))
+        for name in ("measure_memory", "check_finite"):
+            check_type(name, getattr(self, name), bool, "True or False")
         if self.costs is not None and not isinstance(self.costs, Costs):
             raise ArgumentError(f"costs={self.costs!r} must be Costs, as measure_costs gives them")
 

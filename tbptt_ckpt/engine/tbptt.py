@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
+from tbptt_ckpt.engine.finite import FiniteLoss
 from tbptt_ckpt.engine.options import ExecutorName, LossSteps, Options, Overlap, Reduction
 from tbptt_ckpt.engine.parts import Parts, make_parts
 from tbptt_ckpt.engine.results import TrainResult, WindowResult
@@ -81,6 +82,8 @@ class TBPTT:
         check_replays: Whether `executor="replay"` holds the state that each leaf reaches against
             the one that its first run reached; costs under 1 % of a window's time, and one more
             copy of the gradients where they accumulate.
+        check_finite: Whether `train` and `windows` raise `NonFiniteError` at the first loss that is
+            NaN or infinite, before its update. A `Trainer` has its own policy, `NonFinite`.
         observer: Told of every action as it is run; see `tbptt_ckpt.executor.Observer`.
 
     Raises:
@@ -117,6 +120,7 @@ class TBPTT:
         costs: Costs | None = None,
         measure_memory: bool = False,
         check_replays: bool = True,
+        check_finite: bool = True,
         observer: Observer = UNOBSERVED,
     ) -> None:
         arguments = locals()
@@ -160,6 +164,7 @@ class TBPTT:
             InfeasibleBudgetError: No plan fits the memory budget: before the first window, or,
                 where steps turn out to take more than was measured, before the update of a later
                 one.
+            NonFiniteError: A loss is NaN or infinite; its window made no update.
             StaleWeightsError: Weights changed inside a window.
             ReplayMismatchError: Steps that ran again reached another state than at first.
         """
@@ -199,4 +204,5 @@ class TBPTT:
 
     def _start(self, sequence: object, init_state: Any) -> SequenceRun:
         check_differentiable(self._parts.recurrence.module)
-        return SequenceRun(self._options, self._parts, sequence, init_state)
+        watch = FiniteLoss() if self._options.check_finite else UNOBSERVED
+        return SequenceRun(self._options, self._parts, sequence, init_state, watch)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
-_MESSAGES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "bad allocation")
+# Of torch's allocator, of C++, of oneDNN (which says "primitive descriptor" of what it cannot do
+# at all), of cuBLAS, cuDNN and the driver.
+_MESSAGES = re.compile(
+    r"can't allocate memory|not enough memory|std::bad_alloc|bad allocation"
+    r"|could not (create|execute) a primitive(?! desc)"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUDA( driver)? error: out of memory"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+    return isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None
 
 
 def release_memory() -> None:

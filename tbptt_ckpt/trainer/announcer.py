@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_type, shown
 from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
 
 # Not to be overlooked: they are warned about as well.
@@ -19,6 +21,7 @@ class Announcer:
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         self._sinks, self._steps = list(sinks), 0
+        self._failing: set[tuple[int, str]] = set()  # what failed last time, and was warned about
 
     def reach(self, steps: int) -> None:
         """What is told from here on is told of that many steps trained in total."""
@@ -26,38 +29,65 @@ class Announcer:
 
     def window(self, result: WindowResult, epoch: int) -> None:
         """A window has run."""
-        event = WindowEvent.of(result, steps=self._steps, epoch=epoch)
-        for sink in self._sinks:
-            sink.on_window(event)
+        self._tell("on_window", WindowEvent.of(result, steps=self._steps, epoch=epoch))
 
-    def update(self, updates: int, grad_norm: float, learning_rate: float) -> None:
-        """The weights were updated."""
+    def update(self, updates: int, norm: Tensor | None, learning_rate: float) -> None:
+        """The weights were updated; `norm` is that of the gradients."""
+        assert norm is not None, "the norm is watched"
+        grad_norm, steps = float(norm), self._steps
         event = UpdateEvent(
-            steps=self._steps, updates=updates, grad_norm=grad_norm, learning_rate=learning_rate
+            steps=steps, updates=updates, grad_norm=grad_norm, learning_rate=learning_rate
         )
-        for sink in self._sinks:
-            sink.on_update(event)
+        self._tell("on_update", event)
 
     def notice(self, kind: str, message: str, **figures: Any) -> None:
         """Something else happened."""
         if kind in _WARNED:
             warnings.warn(message, TbpttWarning, stacklevel=3)
         notice = Notice(steps=self._steps, kind=kind, message=message, figures=figures)
-        for sink in self._sinks:
-            sink.on_notice(notice)
+        self._tell("on_notice", notice)
 
     def resume_at(self, steps: int) -> None:
         """Training goes on after `steps`."""
         self.reach(steps)
-        for sink in self._sinks:
-            sink.resume_at(steps)
+        self._tell("resume_at", steps)
 
     def flush(self) -> None:
         """Write out what is held back."""
-        for sink in self._sinks:
-            sink.flush()
+        self._tell("flush")
 
     def close(self) -> None:
         """Nothing will follow for now."""
-        for sink in self._sinks:
-            sink.close()
+        self._tell("close")
+
+    def _tell(self, method: str, *what: object) -> None:
+        """Tell all sinks; one that fails is warned about, and told of the next event as well."""
+        for number, sink in enumerate(self._sinks):
+            try:
+                getattr(sink, method)(*what)
+            except Exception as error:
+                if (number, method) not in self._failing:
+                    self._failing.add((number, method))
+                    warnings.warn(
+                        f"{sink!r}.{method} failed, and is tried again with the next event: "
+                        f"{type(error).__name__}: {error}",
+                        TbpttWarning,
+                        stacklevel=4,
+                    )
+            else:
+                self._failing.discard((number, method))
+
+
+def check_sinks(sinks: object) -> tuple[EventSink, ...]:
+    """The sinks, of which each has all methods.
+
+    Raises:
+        ArgumentError: One that is none.
+    """
+    methods = [name for name in vars(EventSink) if not name.startswith("_")]
+    for number, sink in enumerate(check_type("events", sinks, list | tuple, "a list of sinks")):
+        lacking = [name for name in methods if not callable(getattr(sink, name, None))]
+        if lacking or isinstance(sink, type):
+            problem = f"lacks {', '.join(lacking)}" if lacking else "is a class; pass an instance"
+            raise ArgumentError(f"events[{number}]={shown(sink)} is no EventSink: it {problem}")
+    return tuple(sinks)  # type: ignore[arg-type]

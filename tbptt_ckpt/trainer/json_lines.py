@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.errors import TbpttWarning, check_type
 from tbptt_ckpt.snapshot.disk import whole_file
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
@@ -21,17 +23,22 @@ _FLUSH_SECONDS = 5.0
 class JsonLines:
     """Appends one line per event, `{"event": "window", "steps": ..., ...}`.
 
-    A log that cannot be written warns once and stops; training goes on.
+    Where the log cannot be written a trainer warns and goes on, and the next event is tried again.
 
     Args:
         path: The file.
+
+    Raises:
+        ArgumentError: Neither a path nor a text.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(check_type("path", path, str | Path, "the path of a file"))
         self._file: TextIOWrapper | None = None
         self._flushed = time.monotonic()
-        self._failed = False
+
+    def __repr__(self) -> str:
+        return f"JsonLines({str(self.path)!r})"
 
     def on_window(self, event: WindowEvent) -> None:
         """Write it."""
@@ -47,59 +54,73 @@ class JsonLines:
         self.flush()
 
     def resume_at(self, steps: int) -> None:
-        """Drop the lines of later steps; another file takes this one's place when complete."""
+        """Drop the lines of later steps; another file takes this one's place when complete.
+
+        Damaged lines are dropped with a warning; a last one that a kill cut short is no damage.
+        """
         self.close()
-        if not self.path.is_file():
-            if self.path.exists():  # perhaps a pipe, for which one would wait for ever
-                self._fail(OSError("it is not a regular file"))
+        if not self.path.exists():
             return
-        try:
-            with self.path.open("rb") as old, whole_file(self.path) as new:
-                for line in old:
-                    if _steps_of(line) <= steps:
-                        new.write(line)
-        except OSError as error:
-            self._fail(error)
+        self._check_regular()
+        damaged = 0
+        with self.path.open("rb") as old, whole_file(self.path) as new:
+            for line in old:
+                at = _steps_of(line)
+                damaged += math.isinf(at) and line.endswith(b"\n")
+                if at <= steps:
+                    new.write(line)
+        if damaged:
+            self._warn(f"{damaged} damaged lines of the log {self.path} were dropped")
 
     def flush(self) -> None:
         """Hand the lines to the system."""
+        self._flushed = time.monotonic()
         if self._file is not None:
             try:
                 self._file.flush()
-            except OSError as error:
-                self._fail(error)
-        self._flushed = time.monotonic()
+            except OSError:
+                self._forget()
+                raise
 
     def close(self) -> None:
         """Close the file; a later event opens it again."""
         file, self._file = self._file, None
         if file is not None:
-            try:
-                file.close()
-            except OSError as error:
-                self._fail(error)
+            file.close()
 
     def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        if self._failed:
-            return
+        if self._file is not None and not self._is_there(self._file):
+            self._forget()
+            self._warn(f"the log {self.path} was removed or replaced; it goes on in a new file")
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_regular()
+            self._file = self.path.open("a", encoding="utf-8")
         try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(json.dumps({"event": kind, **_finite(fields)}) + "\n")
-        except OSError as error:
-            self._fail(error)
+            line = {"event": kind, **_finite(fields)}
+            self._file.write(json.dumps(line, default=str) + "\n")
+        except OSError:
+            self._forget()
+            raise
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
-    def _fail(self, error: OSError) -> None:
-        if not self._failed:
-            self._failed = True
-            warnings.warn(
-                f"the log {self.path} cannot be written, so it ends here: {error}",
-                TbpttWarning,
-                stacklevel=3,
-            )
+    def _is_there(self, file: TextIOWrapper) -> bool:
+        with suppress(OSError):
+            return os.path.samestat(self.path.stat(), os.fstat(file.fileno()))
+        return False
+
+    def _check_regular(self) -> None:
+        if self.path.exists() and not self.path.is_file():  # for a pipe one would wait for ever
+            raise OSError(f"{self.path} is not a regular file")
+
+    def _forget(self) -> None:
+        """What could not be written is lost; closing would try to write it once more."""
+        with suppress(OSError):
+            self.close()
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(message, TbpttWarning, stacklevel=5)
 
 
 def _finite(fields: dict[str, Any]) -> dict[str, Any]:

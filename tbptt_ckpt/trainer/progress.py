@@ -75,3 +75,8 @@ class Progress:
             mean_drift=self.drift / max(1, self.windows),
             seconds=seconds,
         )
+
+
+def out_of(count: int, total: int | None, what: str) -> str:
+    """How many of them, in words."""
+    return f"{count:,} {what}" if total is None else f"{count:,} of {total:,} {what}"

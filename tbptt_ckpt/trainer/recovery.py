@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import torch
@@ -104,9 +105,28 @@ class Recovery(Observer):
         if self._parts.updater.scaler is None and not bool(torch.isfinite(norm)):
             self._found(f"the norm of the gradients is {float(norm)}")
 
+    def weights_are_sound(self, steps: int) -> bool:
+        """Whether all weights are finite, so that a snapshot of them is of use.
+
+        Raises:
+            NonFiniteError: They are not, and the policy is not to go on.
+        """
+        if not (problem := _poisoned(self._parts.weights())):
+            return True
+        message = (
+            f"{problem} after {steps} steps, so no snapshot is taken; those before it stay as they "
+            "are. A lower learning rate or clip_grad_norm may help"
+        )
+        if self._non_finite.policy != "go on":
+            raise NonFiniteError(message)
+        self._announcer.notice("non_finite", message)
+        return False
+
     def _found(self, problem: str) -> None:
         window = self._window
         assert window is not None, "a window is running"
+        if weights := _poisoned(self._parts.weights()):
+            problem = f"{problem} ({weights}, from an earlier update)"
         where = f"window {window.index}, steps {window.new_start} to {window.stop}: {problem}"
         if self._non_finite.policy != "go on":
             raise NonFiniteError(where)
@@ -152,6 +172,18 @@ class Recovery(Observer):
             f"{format_bytes(free_memory(device))} free on {device}, "
             f"{format_bytes(rss_bytes().total)} resident"
         )
+
+
+def _poisoned(weights: list[Tensor]) -> str:
+    """What is to be said of learned weights that are not finite; nothing is copied."""
+    learned = [w for w in weights if w.requires_grad and w.numel()]
+    if not learned or bool(torch.isfinite(torch.nn.utils.get_total_norm(learned, math.inf))):
+        return ""
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(weight, math.inf) for weight in learned]
+    bad = [w for w, norm in zip(learned, norms, strict=True) if not bool(torch.isfinite(norm))]
+    shapes = ", ".join(str(tuple(weight.shape)) for weight in bad[:3])
+    return f"{len(bad)} weights hold NaN or infinity, such as those of shape {shapes}"
 
 
 def _first_line(error: BaseException) -> str:

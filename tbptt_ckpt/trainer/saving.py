@@ -87,16 +87,27 @@ class Saving:
             SnapshotError: It failed, and the policy is to stop.
         """
         state = state_dict()
+        if self._saved_steps >= 0 and not self._store.path(self._saved_steps).exists():
+            warnings.warn(
+                f"{self._store.path(self._saved_steps)} has disappeared since it was saved; the "
+                "next one is written all the same",
+                SnapshotWarning,
+                stacklevel=2,
+            )
         try:
             path = self._store.save(steps, state)
         except SnapshotError as error:
             if self._options.on_failure == "stop":
                 raise
             warnings.warn(f"{error}; going on without it", SnapshotWarning, stacklevel=2)
-            self._tried_steps, self._saved_at = steps, time.monotonic()
+            self.put_off(steps)
             return None
         self._note_saved(steps)
         return path
+
+    def put_off(self, steps: int) -> None:
+        """None is taken after so many steps; the next one comes when it is due."""
+        self._tried_steps, self._saved_at = steps, time.monotonic()
 
     def wait(self) -> None:
         """Wait until old snapshots are removed."""
@@ -107,8 +118,8 @@ class Saving:
         return f"{word} after {steps} steps; resume from {self._store.directory}"
 
     def _note_saved(self, steps: int) -> None:
-        self._saved_steps = self._tried_steps = steps
-        self._saved_at = time.monotonic()
+        self._saved_steps = steps
+        self.put_off(steps)
 
 
 class NoSnapshots(Saving):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal sends SIGHUP; not every system has it.
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class TrainingStopped(SystemExit):
@@ -26,7 +30,7 @@ class TrainingStopped(SystemExit):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while entered; a second one ends the process at once.
+    """Notes SIGTERM, SIGINT and SIGHUP while entered; a second one ends the process at once.
 
     Signals that the process ignores stay ignored, and in threads other than the main one
     nothing changes, since handlers cannot be set there.
@@ -34,6 +38,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._is_paused = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -50,7 +55,19 @@ class StopSignals:
             signal.signal(signum, before)
         self._before = {}
 
-    def _note(self, signum: int, _: FrameType | None) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While entered the user's own code runs, which SIGINT interrupts as ever."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._is_paused and signum == signal.SIGINT and callable(self._before[signum]):
+            self._before[signum](signum, frame)
+            return
         if self.received is not None:
             os._exit(128 + signum)
         self.received = signum

@@ -15,12 +15,12 @@ from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
-from tbptt_ckpt.trainer.announcer import Announcer
+from tbptt_ckpt.trainer.announcer import Announcer, check_sinks
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
 from tbptt_ckpt.trainer.passes import Passes, PlanObserver
-from tbptt_ckpt.trainer.progress import Progress, TrainerResult
+from tbptt_ckpt.trainer.progress import Progress, TrainerResult, out_of
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.resuming import (
@@ -84,7 +84,7 @@ class Trainer:
         self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
-        self._announcer = Announcer((*self._saving.sinks, *events))
+        self._announcer = Announcer((*self._saving.sinks, *check_sinks(events)))
         self._recovery = Recovery(
             self._parts,
             non_finite or NonFinite(),
@@ -106,8 +106,8 @@ class Trainer:
         self._has_saved_costs = False
 
     def __repr__(self) -> str:
-        epochs = _of(self._progress.epoch, self._epochs, "epochs")
-        steps = _of(self.num_steps, self._max_steps, "steps")
+        epochs = out_of(self._progress.epoch, self._epochs, "epochs")
+        steps = out_of(self.num_steps, self._max_steps, "steps")
         return f"Trainer({epochs}, {steps}{self._saving})"
 
     @property
@@ -128,7 +128,7 @@ class Trainer:
             TrainingStopped: SIGTERM or SIGINT arrived; a snapshot was taken.
             NonFiniteError, OutOfMemoryError, SnapshotError: As the policies say.
         """
-        for _ in self.windows():
+        for _ in self._windows(StopSignals()):
             pass
         return self.result()
 
@@ -137,13 +137,21 @@ class Trainer:
         return self._progress.result(self.num_steps, time.perf_counter() - self._begun)
 
     def windows(self) -> Iterator[WindowResult]:
-        """The same, one window at a time; a snapshot is taken when the next is asked for."""
+        """The same, one window at a time; a snapshot is taken when the next is asked for.
+
+        Between windows SIGINT interrupts your own code, as ever.
+        """
+        for result in self._windows(signals := StopSignals()):
+            with signals.paused():
+                yield result
+
+    def _windows(self, signals: StopSignals) -> Iterator[WindowResult]:
         self._begun = time.perf_counter()
         check_differentiable(self._parts.recurrence.module)
         self._saving.begin()
         with ExitStack() as stack:
             stack.callback(self._close)
-            signals = stack.enter_context(StopSignals())
+            stack.enter_context(signals)
             self._between_windows(signals)
             while not self._is_done():
                 for result in self._rest_of_pass():
@@ -173,12 +181,20 @@ class Trainer:
         return True
 
     def save(self) -> Path | None:
-        """Take a snapshot now, between windows."""
+        """Take a snapshot now, between windows.
+
+        Raises:
+            NonFiniteError: The weights hold NaN or infinity.
+            SnapshotError: It cannot be written, as the options say.
+        """
         self._saving.check("save()")
         return self._save()
 
     def _save(self) -> Path | None:
         begun = time.perf_counter()
+        if not self._recovery.weights_are_sound(self.num_steps):
+            self._saving.put_off(self.num_steps)
+            return None
         self._announcer.flush()
         path = self._saving.save(self.num_steps, self.state_dict)
         if path is not None:
@@ -216,8 +232,7 @@ class Trainer:
         trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
         check_can_go_on(progress, progress.steps_before + trained, self._max_steps, self._options)
         load_learning_state(self._parts, state["learning"])
-        self._progress = progress
-        self._run = None
+        self._progress, self._run = progress, None
         for message in resume_plan(self._parts, self._asked, state["plan"]):
             self._announcer.notice("replanned", message)
         self._has_saved_costs = self._parts.budget.costs is not None
@@ -232,15 +247,13 @@ class Trainer:
         set_random_state(state["random"])
 
     def _is_done(self) -> bool:
-        if self._max_steps is not None and self.num_steps >= self._max_steps:
-            return True
-        return self._epochs is not None and self._progress.epoch >= self._epochs
+        bounds = ((self.num_steps, self._max_steps), (self._progress.epoch, self._epochs))
+        return any(most is not None and done >= most for done, most in bounds)
 
     def _rest_of_pass(self) -> Iterator[WindowResult]:
         if self._run is None:
             self._run = self._passes.begin(self._progress.epoch, self._progress.steps_before)
-        run = self._run
-        yield from self._windows_of(run)
+        yield from self._windows_of(run := self._run)
         if not self._is_done():
             run.finish()
             self._progress.end_pass(self.num_steps)
@@ -248,12 +261,14 @@ class Trainer:
 
     def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
-            rate = self._learning_rate()
+            rate = self._parts.updater.learning_rate
             result = self._recovery.run(run, window)
             self._progress.add(result)
             self._announcer.reach(self.num_steps)
             if result is not None:
-                self._note(result, rate)
+                if result.updated:
+                    self._announcer.update(self.num_updates, self._parts.updater.grad_norm, rate)
+                self._announcer.window(result, self._progress.epoch)
                 yield result
 
     def _save_costs(self) -> None:
@@ -265,17 +280,6 @@ class Trainer:
         if not self._has_saved_costs and self._parts.budget.costs is not None:
             self._has_saved_costs = True
             self._save()
-
-    def _note(self, result: WindowResult, rate: float) -> None:
-        if result.updated:
-            norm = self._parts.updater.grad_norm
-            assert norm is not None, "the norm is watched"
-            self._announcer.update(self.num_updates, float(norm), rate)
-        self._announcer.window(result, self._progress.epoch)
-
-    def _learning_rate(self) -> float:
-        optimizer = self._parts.updater.optimizer
-        return 0.0 if optimizer is None else float(optimizer.param_groups[0].get("lr", 0.0))
 
     def _between_windows(self, signals: StopSignals) -> None:
         if signals.received is not None:
@@ -294,7 +298,3 @@ class Trainer:
     def _close(self) -> None:
         self._saving.wait()
         self._announcer.close()
-
-
-def _of(count: int, total: int | None, what: str) -> str:
-    return f"{count:,} {what}" if total is None else f"{count:,} of {total:,} {what}"

@@ -99,6 +99,11 @@ class Updater:
         self.grad_norm: Tensor | None = None  # the last one
 
     @property
+    def learning_rate(self) -> float:
+        """That of the optimizer's first group; 0.0 without one."""
+        return float(self.optimizer.param_groups[0].get("lr", 0.0)) if self.optimizer else 0.0
+
+    @property
     def clears_gradients(self) -> bool:
         """Whether every window begins without gradients."""
         return self.optimizer is not None and self.group.num_windows == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -11,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from training_jobs import EXACT, Injected, Listener, assert_equal, learning_of
 
-from tbptt_ckpt import TBPTT, NonFinite, NonFiniteError, TbpttWarning, TensorSequence, Trainer
+from tbptt_ckpt import (
+    TBPTT,
+    NonFinite,
+    NonFiniteError,
+    Snapshots,
+    TbpttWarning,
+    TensorSequence,
+    Trainer,
+)
 
 
 class Poisoned(nn.Module):
@@ -56,9 +67,9 @@ class Poison:
         source = TensorSequence(*self.data())
         return Trainer(engine, source, events=[listener], **options), module, listener
 
-    def engine(self, module: nn.Module) -> TBPTT:
+    def engine(self, module: nn.Module, **changed: Any) -> TBPTT:
         optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-        options: dict[str, Any] = {"overlap": self.overlap, "strategy": "uniform:2"}
+        options: dict[str, Any] = {"overlap": self.overlap, "strategy": "uniform:2"} | changed
         return TBPTT(module, nn.functional.mse_loss, self.k1, self.k2, optimizer, **options)
 
     def data(self) -> tuple[Tensor, Tensor]:
@@ -162,10 +173,71 @@ class TestNonFinite:
         assert result.num_updates == 5
         assert "non_finite" in listener.kinds()
 
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    @pytest.mark.parametrize("keep", [1, 3])
+    def test_poisoned_weights_are_not_saved(
+        self, keep: int, value: float, tmp_path: Path, injected: Injected
+    ) -> None:
+        snapshots = Snapshots(directory=tmp_path, every_steps=1, keep=keep)
+        poison = Poison("none", -1)
+        trainer, module, _ = poison.build(snapshots=snapshots)
+        windows = trainer.windows()
+        for _ in range(3):
+            next(windows)
+        with torch.no_grad():
+            next(module.parameters()).view(-1)[1] = value
+        with pytest.raises(NonFiniteError, match=r"1 weights hold NaN .* after 6 steps"):
+            next(windows)
+        injected("weights become Inf in an update")
+        again, module, _ = poison.build(snapshots=snapshots)
+        assert again.resume()
+        assert again.num_steps == 4
+        again.train()
+        healthy, _, _ = poison.build()
+        healthy.train()
+        assert_equal(learning_of(again), learning_of(healthy), EXACT)
+
+    def test_poisoned_weights_are_named_and_going_on_keeps_the_good_snapshots(
+        self, tmp_path: Path, injected: Injected
+    ) -> None:
+        def poisoned(**options: Any) -> Trainer:
+            trainer, module, _ = Poison("none", -1).build(**options)
+            with torch.no_grad():
+                next(module.parameters()).view(-1)[1] = float("nan")
+            return trainer
+
+        with pytest.raises(NonFiniteError, match=r"loss is nan \(1 weights hold NaN"):
+            poisoned().train()
+        options = {"non_finite": NonFinite(policy="go on")}
+        with pytest.warns(TbpttWarning, match="so no snapshot is taken|going on"):
+            poisoned(snapshots=Snapshots(directory=tmp_path), **options).train()
+        injected("weights become Inf in an update", 2)
+        assert not list(tmp_path.glob("step-*"))
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_an_engine_raises_at_the_first_loss_that_is_not_finite(
+        self, accumulate: int, injected: Injected
+    ) -> None:
+        poison = Poison("loss", 4)
+        inputs, targets = poison.data()
+        torch.manual_seed(1)
+        module = Poisoned("loss", 4).double()
+        engine = poison.engine(module, accumulate=accumulate)
+        windows = engine.windows(TensorSequence(inputs, targets))
+        for _ in range(2):
+            next(windows)
+        before = copy.deepcopy(module.state_dict())
+        with pytest.raises(NonFiniteError, match=r"window 2, steps 4 to 6: the loss is nan"):
+            next(windows)
+        injected("NaN or Inf in loss, gradient or carried state")
+        assert_equal(dict(module.state_dict()), dict(before), EXACT)
+        told_not_to = poison.engine(module, check_finite=False)
+        assert math.isnan(told_not_to.train(TensorSequence(inputs, targets)).loss or 0.0)
+
     def test_a_scaler_keeps_its_own_way_with_gradients(self, injected: Injected) -> None:
         trainer, module, listener = Poison("gradient", 4).build()
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-        trainer.tbptt.parts.updater._scaler = scaler
+        trainer.tbptt.parts.updater.scaler = scaler
         result = trainer.train()
         assert module.fired
         injected("NaN or Inf in loss, gradient or carried state")
@@ -173,7 +245,7 @@ class TestNonFinite:
         assert (result.num_updates, scaler.get_scale()) == (4, 4.0)
         assert [w.updated for w in listener.windows] == [True, True, False, True, True]
         trainer, module, _ = Poison("loss", 4).build()
-        trainer.tbptt.parts.updater._scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        trainer.tbptt.parts.updater.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         with pytest.raises(NonFiniteError, match="window 2"):
             trainer.train()
         injected("NaN or Inf in loss, gradient or carried state")
