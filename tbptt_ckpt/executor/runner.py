@@ -8,6 +8,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
@@ -85,7 +86,7 @@ class Runner:
         `example` are its state and inputs, for where they are.
         """
         batched = self.time_batching.region(num_steps, self.recurrence.per_step)
-        with self._autocast(example), batched:
+        with self._autocast(example), batched, _without_cached_weights():
             yield
 
     def run(
@@ -223,6 +224,17 @@ def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
     with autocast:
         yield
     torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_cached_weights() -> Iterator[None]:
+    """`parametrize.cached()` within one run only, for the same reason."""
+    if not parametrize._cache_enabled:
+        yield
+        return
+    parametrize._cache.clear()
+    yield
+    parametrize._cache.clear()
 
 
 def make_runner(
