@@ -21,7 +21,7 @@ class Announcer:
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         self._sinks, self._steps = list(sinks), 0
-        self._failing: set[tuple[int, str]] = set()  # what failed last time, and was warned about
+        self._failing: dict[int, str] = {}  # what failed first, of sinks that were warned about
 
     def reach(self, steps: int) -> None:
         """What is told from here on is told of that many steps trained in total."""
@@ -66,8 +66,8 @@ class Announcer:
             try:
                 getattr(sink, method)(*what)
             except Exception as error:
-                if (number, method) not in self._failing:
-                    self._failing.add((number, method))
+                if number not in self._failing:
+                    self._failing[number] = method
                     warnings.warn(
                         f"{sink!r}.{method} failed, and is tried again with the next event: "
                         f"{type(error).__name__}: {error}",
@@ -75,7 +75,8 @@ class Announcer:
                         stacklevel=4,
                     )
             else:
-                self._failing.discard((number, method))
+                if self._failing.get(number) == method:
+                    del self._failing[number]
 
 
 def check_sinks(sinks: object) -> tuple[EventSink, ...]:
