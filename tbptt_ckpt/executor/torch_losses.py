@@ -224,8 +224,7 @@ class Counting:
         return summed
 
     def _foretold_of(self, block: StepBlock) -> float | Tensor:
-        is_column = isinstance(block.targets, Column)
-        if self.leaf is None or (self.ignore_index is None and not is_column):
+        if self.leaf is None:
             return block.weight_sum()
         if isinstance(block.targets, Column):
             steps = [tensors_of(value)[self.leaf] for value in block.targets.values]
@@ -233,6 +232,9 @@ class Counting:
             pairs = zip(steps, weights, strict=True)
             return sum(self._weighed(row[None], weight[None]) for row, weight in pairs)
         rows = tensors_of(block.targets)[self.leaf].movedim(block.time_dim, 0)
+        weighed = rows.shape[0] if block.weight is None else block.weight.numel()
+        if self.ignore_index is None and rows.numel() == self.unit * weighed:
+            return block.weight_sum()  # all count, in steps as large as the first
         return self._weighed(rows, block.weight)
 
     def _weighed(self, rows: Tensor, weight: Tensor | None) -> float | Tensor:

@@ -168,16 +168,19 @@ def test_steps_of_different_shapes() -> None:
 
 
 def test_targets_of_different_shapes() -> None:
-    """A target says which of the outputs it is about."""
+    """A target says which of the outputs it is about; all of a window's elements count alike."""
     inputs, targets = random_data(NUM_STEPS)
     widths = [1 + t % WIDTH for t in range(NUM_STEPS)]
 
     def loss_fn(y: Tensor, target: Tensor) -> Tensor:
         return mean_loss(y[:, : target.shape[1]], target)
 
+    def counted(y: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        return (y[:, : target.shape[1]] - target).square().sum(), target.numel()
+
     sequence = [(x, y[:, :w]) for x, y, w in zip(inputs, targets, widths, strict=True)]
     reference = tanh_cell()
-    problem = naive_problem(reference, inputs, targets, None, loss_fn=loss_fn)
+    problem = naive_problem(reference, inputs, targets, None, loss_fn=counted)
     problem.targets = [y for _, y in sequence]
     expected = naive.refresh(problem, 3, 7, optimizer=moving(reference))
     for seen, window in zip(run(tanh_cell(), sequence, loss_fn=loss_fn), expected, strict=True):

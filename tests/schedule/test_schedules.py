@@ -134,9 +134,9 @@ def test_the_module_runs_as_many_steps_as_the_results_say(strategy: str, executo
     for overlap, (k1, k2) in itertools.product(("refresh", "stale"), REACHES):
         module = counting_cell()
         inputs, targets = counting_data(NUM_STEPS)
-        tbptt = TBPTT(
-            module, mean_loss, k1, k2, overlap=overlap, strategy=strategy, executor=executor
-        )
+        how = {"overlap": overlap, "strategy": strategy, "executor": executor}
+        # The check of replays runs a few steps once more, which are not the schedule's.
+        tbptt = TBPTT(module, mean_loss, k1, k2, check_replays=False, **how)
         for result in tbptt.windows(TensorSequence(inputs, targets), torch.zeros(1, 2)):
             executed = result.recomputed_steps + result.stop - result.new_start
             assert module.calls == executed, (overlap, k1, k2, result.index)
