@@ -80,8 +80,7 @@ class TBPTT:
         measure_memory: Whether every window's peak is measured; see `peak_memory` for what
             that costs.
         check_replays: Whether `executor="replay"` holds the state that each leaf reaches against
-            the one that its first run reached; costs under 1 % of a window's time, and one more
-            copy of the gradients where they accumulate.
+            the one that its first run reached; where gradients accumulate it copies them.
         check_finite: Whether `train` and `windows` raise `NonFiniteError` at the first loss that is
             NaN or infinite, before its update. A `Trainer` has its own policy, `NonFinite`.
         observer: Told of every action as it is run; see `tbptt_ckpt.executor.Observer`.

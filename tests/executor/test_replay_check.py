@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from tbptt_ckpt import TBPTT, TensorSequence, run_window
-from tbptt_ckpt.errors import ReplayMismatchError
+from tbptt_ckpt.errors import NonFiniteError, ReplayMismatchError
 from tbptt_ckpt.executor.fingerprint import fingerprint, read, step_difference
 
 NUM_STEPS, LANES, WIDTH = 40, 3, 4
@@ -215,7 +215,8 @@ def test_it_can_be_turned_off() -> None:
 
 
 def test_a_state_that_is_not_finite_is_not_this_error() -> None:
-    _tbptt(BlowsUp(), 20, 30, "uniform:7").train(_data())
+    with pytest.raises(NonFiniteError):
+        _tbptt(BlowsUp(), 20, 30, "uniform:7").train(_data())
 
 
 def test_a_thread_that_draws_is_named() -> None:
