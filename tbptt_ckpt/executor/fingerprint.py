@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.module.trees import Tree, is_differentiable, iterate_leaves, structure, tensors_of
+from tbptt_ckpt.module.trees import (
+    Tree,
+    checksum,
+    is_differentiable,
+    iterate_leaves,
+    structure,
+    tensors_of,
+)
 
 _PROJECTIONS = 4
 # Relative differences that rounding explains, at the end of a leaf and after one step; the second
@@ -131,9 +138,8 @@ def _bits(tensor: Tensor) -> Any:
     """A number that changes with any bit: on a device their sum, which waits for nothing."""
     if tensor.layout is not torch.strided:
         return 0
-    flat = tensor.resolve_conj().reshape(-1).view(torch.uint8)
     if tensor.device.type == "cpu":
-        return zlib.crc32(flat.numpy().data)
+        return checksum(tensor)
     words = tensor.resolve_conj().reshape(-1)
     wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size(), torch.uint8)
     return words.view(wide).sum(dtype=torch.int64) % (1 << 52)

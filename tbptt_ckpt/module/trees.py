@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -176,3 +179,18 @@ def relative_change(recomputed: Tree, recorded: Tree) -> float:
     if change == 0.0:
         return 0.0
     return (change / size) ** 0.5 if size else float("inf")
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that changes with any bit of a strided tensor on the CPU.
+
+    Its memory is read in place. `numpy()` would mark the storage as one that numpy shares, and
+    a meter leaves those out.
+    """
+    flat = tensor.detach().resolve_conj().reshape(-1)
+    return zlib.crc32(_bytes_type(flat.nbytes).from_address(flat.data_ptr())) if flat.nbytes else 0
+
+
+@lru_cache(maxsize=256)
+def _bytes_type(num_bytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * num_bytes

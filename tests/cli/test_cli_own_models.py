@@ -47,9 +47,7 @@ class TestOwnModels:
             text=True,
             check=False,
         )
-        # Torch's allocator tells in a line of its own that a block is older than the meter.
-        told = [line for line in run.stderr.splitlines() if "CPUAllocator.cpp" not in line]
-        assert (run.returncode, told) == (0, [])
+        assert (run.returncode, run.stderr) == (0, "")
         assert json.loads(run.stdout)["work"]["num_windows"] == 8
 
     @pytest.mark.parametrize(

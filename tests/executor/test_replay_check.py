@@ -279,3 +279,18 @@ class TestWhatIsNotSeen:
 
     def test_nested_checkpoints(self) -> None:
         _tbptt(Counter(), 20, 30, "uniform:7", executor="checkpoint").train(_data())
+
+
+@pytest.mark.parametrize("time_batching", [False, True])
+def test_looking_leaves_states_to_the_meter(time_batching: bool) -> None:
+    """A storage that numpy shares is not counted, so that a budget would not see it freed."""
+    seen: list[torch.UntypedStorage] = []
+
+    class Seen(Cell):
+        def disturbed(self, h: Tensor) -> Tensor:
+            seen.append(h.untyped_storage())
+            return h
+
+    _tbptt(Seen(), 10, 20, "uniform:8", time_batching=time_batching).train(_data())
+    assert seen
+    assert all(storage.resizable() for storage in seen)
