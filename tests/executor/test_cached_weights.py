@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from tbptt_ckpt import TBPTT, TensorSequence, run_window
-from tests.cases import relative_error
 
 NUM_STEPS, LANES, WIDTH = 12, 2, 5
 
