@@ -14,7 +14,8 @@ from tbptt_ckpt.data.blocks import StepBlock, to_time_dim
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import ExecutorName
 from tbptt_ckpt.engine.single_window import run_window
-from tbptt_ckpt.executor.losses import LossFunction, LossSum
+from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.first_call import call_first

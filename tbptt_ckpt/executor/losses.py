@@ -1,10 +1,4 @@
-"""What a loss function returns, and how step weights enter: as sums and their weights.
-
-NOTE [A mean is not multiplied out]
-A segment's loss is a mean that stands for so many steps, and most windows divide by that very
-number. Between two large kernels an operation on one number takes as long as a thousand where
-caches are warm, so the number of steps is kept beside the mean as a factor.
-"""
+"""What a loss function returns, and how step weights enter: as sums and their weights."""
 
 from __future__ import annotations
 
@@ -19,6 +13,7 @@ from torch import Tensor
 from tbptt_ckpt.data.blocks import StepWeight
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.executor.additivity import MeanCheck
+from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.torch_losses import Counting, LossCalls, TorchCall, counting_of
 from tbptt_ckpt.executor.weighted_steps import (
     check_lanes,
@@ -27,38 +22,7 @@ from tbptt_ckpt.executor.weighted_steps import (
     narrow,
     select,
 )
-from tbptt_ckpt.module.trees import Tree, keeps_more_than_its_values
-
-
-class LossSum:
-    """A running sum of losses, `total * factor`, and of their weights."""
-
-    __slots__ = ("factor", "total", "weight")
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.factor = 1.0
-        self.weight: float | Tensor = 0.0
-
-    def add(self, total: Tensor | None, weight: float | Tensor, factor: float = 1.0) -> None:
-        """Add one more loss, `total * factor`; None of nothing."""
-        if total is None:
-            pass
-        elif self.total is None:
-            self.total, self.factor = total, factor
-        elif self.factor == factor:
-            self.total = self.total + total
-        else:
-            self.total, self.factor = _times(self.total, self.factor) + _times(total, factor), 1.0
-        self.weight = self.weight + weight
-
-    def value(self) -> Tensor | None:
-        """The sum; None of nothing."""
-        return None if self.total is None else _times(self.total, self.factor)
-
-
-def _times(total: Tensor, factor: float) -> Tensor:
-    return total if factor == 1.0 else total * factor
+from tbptt_ckpt.module.trees import Tree, keeps_more_than_its_values, tensors_of
 
 
 class LossFunction:
@@ -118,7 +82,7 @@ class LossFunction:
     def add_step(self, losses: LossSum, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step; `output` and `target` have no time dimension."""
         if weight == 1.0:
-            losses.add(*self._evaluate(output, target, 1, 1.0))
+            losses.add(*self._evaluate(losses, output, target, 1, 1.0))
             return
         check_lanes((output, target), weight, 0)
         for value, lanes in lane_groups(weight):
@@ -150,11 +114,11 @@ class LossFunction:
     def _add(
         self, losses: LossSum, part: tuple[Tree, Tree], count: int, share: float, value: float
     ) -> None:
-        total, weight, factor = self._evaluate(part[0], part[1], count, share)
+        total, weight, factor = self._evaluate(losses, *part, count, share)
         losses.add(total, weight if value == 1.0 else weight * value, factor * value)
 
     def _evaluate(
-        self, outputs: Tree, targets: Tree, count: int, share: float
+        self, losses: LossSum, outputs: Tree, targets: Tree, count: int, share: float
     ) -> tuple[Tensor | None, float | Tensor, float]:
         """A loss, the weight of all its steps, and the factor that makes it their sum.
 
@@ -165,10 +129,14 @@ class LossFunction:
                 "module returned None as the output of a step whose loss counts; it may leave "
                 "outputs out only where outputs_needed() is False"
             )
-        value, call = self._call(outputs, targets, count)
+        looks = losses.looks() or not self._is_usual(targets, count)
+        value, call = self._call(outputs, targets, count, looks=looks)
         if not isinstance(value, Tensor):
             return *_checked_pair(value), 1.0
         _check_scalar(value, "a loss")
+        if self.counting is not None and not looks:
+            is_sum = self.counting.reduction == "sum"
+            return (value, float(count), share) if is_sum else _mean(value, float(count))
         if self.counting is not None and call is None:
             return self._guarded(value, self.counting)
         if self.counting is None or call is None:
@@ -182,12 +150,21 @@ class LossFunction:
             return call.total, weight, 1.0 / self.counting.unit
         return _mean(value, weight) if hits else (None, 0.0, 1.0)
 
-    def _call(self, outputs: Tree, targets: Tree, count: int) -> tuple[Any, TorchCall | None]:
-        """What the loss returns, and the call of torch's that made it."""
+    def _is_usual(self, targets: Tree, count: int) -> bool:
+        """Whether there are as many positions per step as in the first call."""
+        counting = self.counting
+        if counting is None or counting.leaf is None:
+            return False
+        return tensors_of(targets)[counting.leaf].numel() == counting.unit * count
+
+    def _call(
+        self, outputs: Tree, targets: Tree, count: int, *, looks: bool
+    ) -> tuple[Any, TorchCall | None]:
+        """What the loss returns, and, if somebody looks, the call of torch's that made it."""
         if self._returns_pairs is None:
             value, call = self._first_call(outputs, targets)
             self._learn(value, call, count)
-        elif self.counting is not None:
+        elif self.counting is not None and looks:
             with LossCalls(outputs, targets) as calls:
                 value = self.loss_fn(outputs, targets)
             call = calls.made(value)

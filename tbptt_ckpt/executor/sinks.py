@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
-from tbptt_ckpt.executor.losses import LossSum
+from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
@@ -59,7 +59,7 @@ class LossSink(Sink):
 
     def __init__(self, loss: WindowLoss, start: int, loss_start: int, *, graph: bool) -> None:
         self._loss, self._start, self._loss_start, self._graph = loss, start, loss_start, graph
-        self._piece = LossSum()
+        self._piece = LossSum(all_count=loss.all_count)
         self.losses = LossSum()
 
     def wanted(self, begin: int, end: int) -> range:
@@ -85,7 +85,7 @@ class LossSink(Sink):
 
     def close(self, begin: int, end: int) -> None:
         """Fold the piece into the run, or into the window's constant part."""
-        piece, self._piece = self._piece, LossSum()
+        piece, self._piece = self._piece, LossSum(all_count=self._loss.all_count)
         first_run = self._loss.weigh(begin, end, piece.weight)
         if piece.total is None:
             return

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.executor.losses import LossFunction, LossSum
+from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.losses import LossFunction
 
 
 class WindowLoss:
@@ -49,6 +50,15 @@ class WindowLoss:
     def divisor(self) -> float | Tensor:
         """What the summed loss is divided by."""
         return self.function.divisor(self.weight, self._counted, self.reduction)
+
+    @property
+    def all_count(self) -> bool:
+        """Whether the targets are known to be counted whole, each position once."""
+        counting = self.function.counting
+        if counting is None or counting.class_weight is not None or not counting.foretold:
+            return False
+        known = self._what_counts()
+        return isinstance(known, float) and known == self._counted
 
     def _what_counts(self) -> float | Tensor:
         if self.function.weighs_itself:

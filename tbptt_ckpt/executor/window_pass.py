@@ -13,7 +13,7 @@ from torch import Tensor
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.boundary import Boundary, rejoined
 from tbptt_ckpt.executor.guard import WeightGuard, advancing
-from tbptt_ckpt.executor.losses import LossSum
+from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner

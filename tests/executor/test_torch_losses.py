@@ -16,7 +16,8 @@ from runs_of_data import batch_first_lstm
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, run_window, verify
-from tbptt_ckpt.executor.losses import LossFunction, LossSum
+from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.losses import LossFunction
 
 NUM_STEPS, K1, K2 = 14, 3, 7
 IGNORED = -100
@@ -339,3 +340,36 @@ def test_what_is_known_of_a_loss_is_part_of_a_run() -> None:
     assert other.counting.counts_like(known.counting)
     assert other.counting.unit == known.counting.unit
     assert not other.may_weigh_itself
+
+
+@pytest.mark.parametrize("strategy", ["retain", "uniform:3"])
+def test_padding_that_begins_late_is_counted(strategy: str) -> None:
+    """Windows in which all positions count are looked at once; the next one may be padded."""
+    steps, lanes, width, k1 = 18, 3, 5, 6
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(steps, lanes, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randint(width, (steps, lanes), generator=generator)
+    targets[14:, 1:] = -100
+    targets[17] = -100
+    torch.manual_seed(1)
+    module = nn.RNNCell(4, width).double()
+
+    def loss(y: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(y.flatten(0, -2), target.flatten())
+
+    tbptt = TBPTT(module, loss, k1, k1, strategy=strategy)
+    windows = list(tbptt.windows(TensorSequence(inputs, targets)))
+    found = [parameter.grad for parameter in module.parameters()]
+    module.zero_grad()
+    state = torch.zeros(lanes, width, dtype=torch.float64)
+    for window, begin in zip(windows, range(0, steps, k1), strict=True):
+        outputs = []
+        state = state.detach()
+        for step in range(begin, begin + k1):
+            state = module(inputs[step], state)
+            outputs.append(state)
+        whole = loss(torch.cat(outputs), targets[begin : begin + k1])
+        whole.backward()
+        torch.testing.assert_close(window.loss, whole.detach(), rtol=1e-12, atol=0)
+    for mine, parameter in zip(found, module.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-11, atol=1e-14)
