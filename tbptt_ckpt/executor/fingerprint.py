@@ -1,10 +1,10 @@
 """Fingerprints of states: equal where every bit is, and near where only rounding differs.
 
 NOTE [Two kinds]
-Bits are summed up in one number per tensor; of a state that is only the same to rounding a sketch
-is made besides, `_PROJECTIONS` random projections per tensor, whose differences are as large, in
-the mean of squares, as those of the states themselves. Neither keeps a state alive. On a device
-both stay there until all of a window are read at once.
+Where bits are promised they are summed up in one number per tensor. Of a state that is only the
+same to rounding a sketch is made: `_PROJECTIONS` random projections per tensor, whose differences
+are as large, in the mean of squares, as those of the states themselves. Neither keeps a state
+alive. On a device both stay there until all of a window are read at once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,64 +41,61 @@ _NEAR_IN_HALF = (3e-2, 1e-1)
 class Fingerprint:
     """What is kept of a state."""
 
-    bits: list[Any]  # one number per tensor
-    sketch: list[Any]  # projections per tensor; empty where bits are promised
+    values: list[Any]  # per tensor: a number made of its bits, or its projections
     near: list[float]  # per tensor, how far apart rounding may bring two of them
     rest: object  # what else the state consists of
 
     @property
     def is_on_host(self) -> bool:
-        """Whether its numbers can be looked at without waiting for a device."""
-        return not any(isinstance(number, Tensor) for number in self.bits)
+        """Whether it can be looked at without waiting for a device."""
+        return not any(isinstance(value, Tensor) for value in self.values)
 
     def equals(self, other: Fingerprint) -> bool:
-        """Whether all bits are equal."""
-        return self.rest == other.rest and self.bits == other.bits
+        """Whether all that is kept is equal; NaN equals NaN."""
+        return self._agrees(other, [0.0] * len(self.values))
 
     def is_near(self, other: Fingerprint) -> bool:
         """Whether the states are equal, or apart by what rounding explains."""
-        if self.rest != other.rest or len(self.sketch) != len(other.sketch):
+        return self._agrees(other, self.near)
+
+    def _agrees(self, other: Fingerprint, near: Sequence[float]) -> bool:
+        if self.rest != other.rest or len(self.values) != len(other.values):
             return False
-        columns = zip(self.bits, other.bits, self.sketch, other.sketch, self.near, strict=False)
-        known = [mine == its or _near(a, b, tol) for mine, its, a, b, tol in columns]
-        return self.equals(other) or (bool(self.sketch) and all(known))
+        return all(map(_near, self.values, other.values, near))
 
 
-def _near(mine: Sequence[float], its: Sequence[float], tolerance: float) -> bool:
-    ours = [(a, b) for a, b in zip(mine, its, strict=True) if a == a or b == b]  # NaN equals NaN
+def _near(mine: Any, its: Any, tolerance: float) -> bool:
+    if mine == its or not isinstance(mine, list):
+        return bool(mine == its)
+    ours = [(a, b) for a, b in zip(mine, its, strict=True) if a == a or b == b]
     scale = max([abs(a) for pair in ours for a in pair], default=0.0)
-    return bool(mine) and all(a == b or abs(a - b) <= tolerance * scale for a, b in ours)
+    return all(a == b or abs(a - b) <= tolerance * scale for a, b in ours)
 
 
 def fingerprint(state: Tree, *, sketched: bool, in_half: bool) -> Fingerprint:
-    """The fingerprint of a state, with a sketch where only rounding is promised.
+    """The fingerprint of a state, a sketch where only rounding is promised.
 
     `in_half` says that its steps ran under autocast.
     """
     tensors = [t.detach() for t in tensors_of(state)]
-    bits = [_bits(t) for t in tensors]
-    sketched = sketched or any(isinstance(number, Tensor) for number in bits)
-    sketch = [_sketch(t) for t in tensors] if sketched else []
+    if not sketched:
+        return Fingerprint([_bits(t) for t in tensors], [0.0] * len(tensors), _rest(state, tensors))
     near = [_tolerances(t, in_half)[0] for t in tensors]
-    return Fingerprint(bits, sketch, near, _rest(state, len(tensors)))
+    return Fingerprint(_sketches(tensors), near, _rest(state, tensors))
 
 
 def read(prints: Sequence[Fingerprint]) -> list[Fingerprint]:
     """The same with their numbers on the host; waits for a device once."""
-    numbers = [n for p in prints for n in (*p.bits, *p.sketch) if isinstance(n, Tensor)]
-    by_device = torch.cat([n.double().flatten() for n in numbers]).tolist() if numbers else []
-    values = iter(by_device)
+    found = [value for p in prints for value in p.values if isinstance(value, Tensor)]
+    numbers = iter(torch.cat([n.double().flatten() for n in found]).tolist() if found else [])
 
-    def take(number: Any) -> Any:
-        if not isinstance(number, Tensor):
-            return number
-        taken = [next(values) for _ in range(number.numel())]
-        return taken if number.dim() else taken[0]
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        taken = list(islice(numbers, value.numel()))
+        return taken if value.dim() else taken[0]
 
-    return [
-        Fingerprint([take(n) for n in p.bits], [take(n) for n in p.sketch], p.near, p.rest)
-        for p in prints
-    ]
+    return [replace(p, values=[take(value) for value in p.values]) for p in prints]
 
 
 def step_difference(state: Tree, other: Tree, *, in_half: bool) -> tuple[float, bool]:
@@ -145,21 +143,48 @@ def _bits(tensor: Tensor) -> Any:
     return words.view(wide).sum(dtype=torch.int64) % (1 << 52)
 
 
-def _sketch(tensor: Tensor) -> Any:
-    """Random projections of a tensor; nothing of one that is not of floating numbers."""
-    if not is_differentiable(tensor) or tensor.layout is not torch.strided or not tensor.numel():
-        return []
-    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _sketches(tensors: list[Tensor]) -> list[Any]:
+    """Random projections of each tensor; the bits of one that is not of floating numbers."""
+    if len(tensors) > 1 and _can_be_sketched(tensors[0]) and _alike(tensors):
+        return _projections(torch.stack(tensors))  # small operations take as long as large ones
+    return [_projections(t[None])[0] if _can_be_sketched(t) else _bits(t) for t in tensors]
+
+
+def _can_be_sketched(tensor: Tensor) -> bool:
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return is_plain and is_differentiable(tensor) and tensor.numel() > 0
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    kinds = {(type(t), t.shape, t.dtype, t.device, t.layout) for t in tensors}
+    return len(kinds) == 1
+
+
+def _projections(stack: Tensor) -> list[Any]:
+    """Of each of some tensors of one shape."""
+    values = torch.view_as_real(stack.resolve_conj()) if stack.is_complex() else stack
     values = values if values.dtype in _NEAR else values.float()
-    flat = values.reshape(-1)
-    width = math.isqrt(flat.numel() - 1) + 1  # directions as long as the state would cost as much
-    height, left = divmod(flat.numel(), width)
+    flat = values.reshape(len(stack), -1)
+    height, width = _grid(flat.shape[1])
     rows, columns = (_directions(n, flat.dtype, flat.device) for n in (height, width))
+    left = flat.shape[1] - height * width
     with _full_precision(flat.device.type):
-        projections = (flat[: height * width].view(height, width) @ columns).mul_(rows).sum(0)
+        grid = flat if not left else flat[:, : height * width]
+        projections = (grid.view(-1, height, width) @ columns).mul_(rows).sum(1)
         if left:
-            projections = projections + flat[-left:] @ columns[:left]
-    return projections.tolist() if flat.device.type == "cpu" else projections
+            projections += flat[:, -left:] @ columns[:left]
+    return projections.tolist() if flat.device.type == "cpu" else list(projections)
+
+
+@lru_cache(maxsize=256)
+def _grid(size: int) -> tuple[int, int]:
+    """Rows and columns for so many numbers, few of either and with few numbers left over.
+
+    A direction as long as a state would take as much memory as the state.
+    """
+    root = math.isqrt(size)
+    height = next((n for n in range(root, root // 4, -1) if size % n == 0), root)
+    return height, size // height
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
@@ -175,10 +200,10 @@ def _directions(length: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.randn(length, _PROJECTIONS, generator=source, dtype=dtype).to(device)
 
 
-def _rest(state: Tree, num_tensors: int) -> object:
+def _rest(state: Tree, tensors: Sequence[Tensor]) -> object:
     """What a state consists of besides its tensors."""
-    if type(state) is tuple and len(state) == num_tensors:
-        return num_tensors
+    if type(state) is tuple and len(state) == len(tensors):
+        return len(tensors)
     return structure(state), [_plain(leaf) for leaf in iterate_leaves(state)]
 
 

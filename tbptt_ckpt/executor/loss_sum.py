@@ -15,21 +15,21 @@ class LossSum:
     """A running sum of losses, `total * factor`, and of their weights.
 
     `all_count` says that every position is known to count. Then one look at how a loss of
-    torch's is called serves for the whole sum: looking takes longer than a small step.
+    torch's is called serves for all of a window: looking takes longer than a small step.
     """
 
-    __slots__ = ("_has_looked", "all_count", "factor", "total", "weight")
+    __slots__ = ("_all_count", "factor", "has_looked", "total", "weight")
 
-    def __init__(self, *, all_count: bool = False) -> None:
-        self.all_count, self._has_looked = all_count, False
+    def __init__(self, *, all_count: bool = False, has_looked: bool = False) -> None:
+        self._all_count, self.has_looked = all_count, has_looked
         self.total: Tensor | None = None
         self.factor = 1.0
         self.weight: float | Tensor = 0.0
 
     def looks(self) -> bool:
         """Whether the next call is to be watched; the first one always is."""
-        before, self._has_looked = self._has_looked, True
-        return not (self.all_count and before)
+        before, self.has_looked = self.has_looked, True
+        return not (self._all_count and before)
 
     def add(self, total: Tensor | None, weight: float | Tensor, factor: float = 1.0) -> None:
         """Add one more loss, `total * factor`; None of nothing."""

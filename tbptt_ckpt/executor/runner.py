@@ -86,7 +86,8 @@ class Runner:
         `example` are its state and inputs, for where they are.
         """
         batched = self.time_batching.region(num_steps, self.recurrence.per_step)
-        with self._autocast(example), batched, _without_cached_weights():
+        uncached = _without_cached_weights() if parametrize._cache_enabled else nullcontext()
+        with self._autocast(example), batched, uncached:
             yield
 
     def run(
@@ -115,13 +116,15 @@ class Runner:
     ) -> Tree:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
-        with OutputsNeeded(False):
-            for block in narrow_blocks(blocks, start, first_wanted):
-                for inputs in self._step_inputs(block):
-                    _, state = self._call_step(inputs, state)
-        with OutputsNeeded(True):
-            for block in narrow_blocks(blocks, first_wanted, stop):
-                state = self._run_steps_with_outputs(block, state, sink)
+        if start < first_wanted:
+            with OutputsNeeded(False):
+                for block in narrow_blocks(blocks, start, first_wanted):
+                    for inputs in self._step_inputs(block):
+                        _, state = self._call_step(inputs, state)
+        if first_wanted < stop:
+            with OutputsNeeded(True):
+                for block in narrow_blocks(blocks, first_wanted, stop):
+                    state = self._run_steps_with_outputs(block, state, sink)
         return state
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
@@ -229,9 +232,6 @@ def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
 @contextmanager
 def _without_cached_weights() -> Iterator[None]:
     """`parametrize.cached()` within one run only, for the same reason."""
-    if not parametrize._cache_enabled:
-        yield
-        return
     parametrize._cache.clear()
     yield
     parametrize._cache.clear()

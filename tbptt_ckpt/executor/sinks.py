@@ -59,7 +59,7 @@ class LossSink(Sink):
 
     def __init__(self, loss: WindowLoss, start: int, loss_start: int, *, graph: bool) -> None:
         self._loss, self._start, self._loss_start, self._graph = loss, start, loss_start, graph
-        self._piece = LossSum(all_count=loss.all_count)
+        self._piece = loss.new_sum()
         self.losses = LossSum()
 
     def wanted(self, begin: int, end: int) -> range:
@@ -85,8 +85,9 @@ class LossSink(Sink):
 
     def close(self, begin: int, end: int) -> None:
         """Fold the piece into the run, or into the window's constant part."""
-        piece, self._piece = self._piece, LossSum(all_count=self._loss.all_count)
-        first_run = self._loss.weigh(begin, end, piece.weight)
+        piece = self._piece
+        first_run = self._loss.weigh(begin, end, piece)
+        self._piece = self._loss.new_sum()
         if piece.total is None:
             return
         if self._graph:

@@ -36,6 +36,7 @@ class WindowLoss:
         self._foretold = None if function.counting is None else self._foretell()
         self._summed: float | Tensor = 0.0
         self._first_run_until = 0
+        self._has_looked = False
         self._losses = LossSum()
         self.has_graph = self.lacks_graph = False
 
@@ -107,12 +108,17 @@ class WindowLoss:
             )
         return weight == 0
 
-    def weigh(self, begin: int, end: int, weight: float | Tensor) -> bool:
+    def new_sum(self) -> LossSum:
+        """An empty sum of losses of a piece."""
+        return LossSum(all_count=self.all_count, has_looked=self._has_looked)
+
+    def weigh(self, begin: int, end: int, piece: LossSum) -> bool:
         """Count the weight of a piece unless an earlier run did; whether this run is the first."""
+        self._has_looked = self._has_looked or piece.has_looked
         if begin < self._first_run_until:
             return False
         self._first_run_until = end
-        self._summed = self._summed + weight
+        self._summed = self._summed + piece.weight
         return True
 
 
