@@ -77,9 +77,10 @@ def fingerprint(state: Tree, *, sketched: bool, in_half: bool) -> Fingerprint:
 
     `in_half` says that its steps ran under autocast.
     """
-    tensors = [t.detach() for t in tensors_of(state)]
+    tensors = tensors_of(state)
     if not sketched:
         return Fingerprint([_bits(t) for t in tensors], [0.0] * len(tensors), _rest(state, tensors))
+    tensors = [tensor.detach() for tensor in tensors]
     near = [_tolerances(t, in_half)[0] for t in tensors]
     return Fingerprint(_sketches(tensors), near, _rest(state, tensors))
 
@@ -138,7 +139,7 @@ def _bits(tensor: Tensor) -> Any:
         return 0
     if tensor.device.type == "cpu":
         return checksum(tensor)
-    words = tensor.resolve_conj().reshape(-1)
+    words = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size(), torch.uint8)
     return words.view(wide).sum(dtype=torch.int64) % (1 << 52)
 

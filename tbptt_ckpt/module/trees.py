@@ -187,8 +187,10 @@ def checksum(tensor: Tensor) -> int:
     Its memory is read in place. `numpy()` would mark the storage as one that numpy shares, and
     a meter leaves those out.
     """
-    flat = tensor.detach().resolve_conj().reshape(-1)
-    return zlib.crc32(_bytes_type(flat.nbytes).from_address(flat.data_ptr())) if flat.nbytes else 0
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    num_bytes = tensor.nbytes
+    return zlib.crc32(_bytes_type(num_bytes).from_address(tensor.data_ptr())) if num_bytes else 0
 
 
 @lru_cache(maxsize=256)
