@@ -9,8 +9,8 @@ from typing import Any
 
 from tbptt_ckpt.errors import SnapshotError
 
-# Version 1: one file of `torch.save`, plain values only.
-FORMAT_VERSION = 1
+# Version 2: one file of `torch.save`, plain values only.
+FORMAT_VERSION = 2
 STATE_FILE = "state.pt"
 MANIFEST = "manifest.json"
 _HEADER = b"tbptt-ckpt snapshot sha256 "
@@ -65,7 +65,9 @@ def decode_manifest(data: bytes) -> Manifest:
     except SnapshotError:
         raise
     except Exception as error:  # whoever can sign it can write anything into it
-        raise SnapshotError(f"its manifest is none of format 1: {error!r}") from error
+        raise SnapshotError(
+            f"its manifest is none of format {FORMAT_VERSION}: {error!r}"
+        ) from error
     return manifest
 
 

@@ -123,12 +123,12 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(from_plain(item) for item in value)
     if not isinstance(value, dict):
-        return value
+        return _whole(value) if isinstance(value, Tensor) else value
     if _TAG not in value:
         return {key: from_plain(item) for key, item in value.items()}
     kind = value[_TAG]
     if kind == "tensor":
-        return _to_device(value["values"], value["device"])
+        return _to_device(_whole(value["values"]), value["device"])
     if kind == "array":
         flat = np.frombuffer(value["values"].numpy(), dtype=value["dtype"])
         return flat.reshape(value["shape"]).copy()
@@ -138,6 +138,13 @@ def from_plain(value: Any) -> Any:
             return deque(items, value["maximum"])
         return owner(dict(items) if issubclass(owner, dict) else items)
     return _from_fields(kind, value)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, none that is expanded to more than its bytes; views are never saved."""
+    if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise SnapshotError(f"it holds a tensor {tuple(tensor.shape)} of fewer bytes than that")
+    return tensor
 
 
 def _to_device(values: Tensor, device: str) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -106,10 +106,11 @@ class SnapshotStore:
         self._retire()
         return self.path(step)
 
-    def newest_valid(self) -> Loaded | None:
+    def newest_valid(self, use: Callable[[Loaded], None] = lambda _: None) -> Loaded | None:
         """The newest snapshot whose every byte is as written; None if there is none at all.
 
-        Warns loudly of every newer one that had to be passed over.
+        Warns loudly of every newer one that had to be passed over, those for which `use` raised
+        `SnapshotError` among them.
 
         Raises:
             SnapshotError: There are snapshots, and none is valid.
@@ -117,7 +118,7 @@ class SnapshotStore:
         problems = []
         for step in reversed(self.steps()):
             try:
-                loaded = self.load(step)
+                loaded = self.load(step, use)
             except SnapshotError as error:
                 problems.append(str(error))
                 continue
@@ -132,8 +133,8 @@ class SnapshotStore:
             )
         return None
 
-    def load(self, step: int) -> Loaded:
-        """Verify and read one snapshot.
+    def load(self, step: int, use: Callable[[Loaded], None] = lambda _: None) -> Loaded:
+        """Verify and read one snapshot, and use it.
 
         Raises:
             SnapshotError: It is not as it was written.
@@ -141,9 +142,11 @@ class SnapshotStore:
         path = self.path(step)
         try:
             manifest = verify_files(path)
-            return Loaded(step, path, manifest, load_state(path))
+            loaded = Loaded(step, path, manifest, load_state(path))
+            use(loaded)
         except SnapshotError as error:
             raise SnapshotError(f"{path}: {error}") from error
+        return loaded
 
     def reports(self) -> Iterator[SnapshotReport]:
         """Every snapshot from the oldest, verified; nothing is deserialised."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
+from tbptt_ckpt.updates.undo import copied
 
 
 def modules_of(parts: Parts) -> dict[str, nn.Module]:
@@ -41,7 +43,7 @@ def load_learning_state(parts: Parts, state: Mapping[str, Any]) -> None:
     """Put back what `learning_state` gave.
 
     Raises:
-        ArgumentError: It belongs to other modules or another optimizer; nothing has changed.
+        ArgumentError: It belongs to other modules or another optimizer.
     """
     modules, loose = modules_of(parts), _loose_parameters(parts, modules_of(parts))
     for name, module in modules.items():
@@ -64,6 +66,43 @@ def load_learning_state(parts: Parts, state: Mapping[str, Any]) -> None:
     if state["grads"] is not None:
         for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
             parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def copied_learning_state(parts: Parts) -> Callable[[], None]:
+    """Copy what `load_learning_state` changes; what is returned puts it back."""
+    updater, modules = parts.updater, list(modules_of(parts).values())
+    owners = [owner for module in modules for owner in module.modules()]
+    buffers = [
+        (owner._buffers, name, tensor, None if tensor is None else tensor.detach().clone())
+        for owner in owners
+        for name, tensor in owner._buffers.items()
+    ]
+    others = [_other_state(module) for module in modules]
+    grads = [(weight, weight.grad) for weight in parts.weights()]
+    optimized = {id(weight) for weight in updater.optimized()}
+    weights = [(w, w.detach().clone()) for w in parts.weights() if id(w) not in optimized]
+    put_update_back = (
+        copied(updater.optimizer, updater.scheduler, updater.scaler)
+        if updater.optimizer is not None
+        else lambda: None
+    )
+
+    def put_back() -> None:
+        put_update_back()
+        with torch.no_grad():
+            for weight, values in weights:
+                weight.copy_(values)
+            for stored, name, tensor, held in buffers:
+                stored[name] = tensor
+                if tensor is not None and held is not None:
+                    tensor.copy_(held)
+        for weight, grad in grads:
+            weight.grad = grad
+        for module, state in zip(modules, others, strict=True):
+            if state:
+                module.load_state_dict(state, strict=False)
+
+    return put_back
 
 
 def stored_state(state: Tree) -> list[dict[str, Tensor | None]]:
@@ -117,6 +156,12 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     others = {name: b for name, b in module.named_buffers() if name not in state}
     metadata = getattr(state, "_metadata", {})
     return {"state": dict(state), "metadata": dict(metadata), "other_buffers": others}
+
+
+def _other_state(module: nn.Module) -> dict[str, Any]:
+    """What a module's state holds beside tensors, copied."""
+    found = {k: v for k, v in module.state_dict().items() if not isinstance(v, Tensor)}
+    return copy.deepcopy(found)
 
 
 def _check_fits(name: str, module: nn.Module, stored: Mapping[str, Any] | None) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
+
+import torch
 
 from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.observer import Observer
-from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.learning_state import restored_state
 
@@ -70,6 +73,26 @@ class Passes:
         if saved is not None:
             state = restored_state(state, saved)
         return SequenceRun(self._options, self._parts, source, state, self._observer)
+
+    def copied(self) -> Callable[[], None]:
+        """Copy what `begin` changes of the user's; what is returned puts it back."""
+        source, is_cut = self._source, self.is_cut
+        is_resumable = all(hasattr(source, name) for name in ("state_dict", "load_state_dict"))
+        position = copy.deepcopy(source.state_dict()) if is_resumable else None
+        given = () if callable(self._init_state) else tensors_of(self._init_state)
+        learned = [t for t in given if t.requires_grad and t.is_leaf]
+        values = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in learned]
+
+        def put_back() -> None:
+            self.is_cut = is_cut
+            with torch.no_grad():
+                for tensor, value, grad in values:
+                    tensor.copy_(value)
+                    tensor.grad = grad
+            if is_resumable:
+                source.load_state_dict(position)
+
+        return put_back
 
 
 class PlanObserver(Observer):

@@ -44,7 +44,7 @@ class Progress:
     loss: float | None = None
     recomputed_steps: int = 0
     drift: float = 0.0  # summed
-    cut_at: int = -1  # steps at which `max_steps` cut the last window short
+    cut_at: int | None = None  # steps at which `max_steps` cut the last window short
 
     def add(self, result: WindowResult | None) -> None:
         """Count a window; None for one that was skipped."""

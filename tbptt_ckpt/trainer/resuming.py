@@ -1,14 +1,50 @@
-"""What a resumed run must have in common with the one that was saved, and how its plan goes on."""
+"""What a resumed run must have in common with the one that was saved, and how it goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
+from tbptt_ckpt.memory.exhausted import is_out_of_memory
+from tbptt_ckpt.trainer.learning_state import copied_learning_state
+from tbptt_ckpt.trainer.options import Stateful
+from tbptt_ckpt.trainer.passes import Passes
 from tbptt_ckpt.trainer.progress import Progress
+from tbptt_ckpt.trainer.randomness import random_state, set_random_state
+from tbptt_ckpt.trainer.schema import check_schema
+
+
+@contextmanager
+def all_or_nothing(parts: Parts, passes: Passes, owners: Iterable[Stateful]) -> Iterator[None]:
+    """While entered, what a run consists of is loaded; where that fails, all is as it was before.
+
+    It is copied for that time. Plans are not: they are loaded last.
+
+    Raises:
+        SnapshotError: What was loaded is no state of a run.
+    """
+    group, loss = parts.updater.group, parts.loss_function
+    try:
+        with ExitStack() as stack:
+            stack.callback(set_random_state, random_state())  # the last one called
+            for owner in (*owners, group, loss):
+                stack.callback(owner.load_state_dict, copy.deepcopy(owner.state_dict()))
+            stack.callback(passes.copied())
+            stack.callback(copied_learning_state(parts))
+            yield
+            stack.pop_all()
+    except Exception as error:  # whoever can sign a snapshot can write anything into it
+        if isinstance(error, TbpttError) or is_out_of_memory(error):
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise SnapshotError(
+            f"it holds no state of this run: {type(error).__name__}: {first_line}"
+        ) from error
 
 
 def fixed_settings(options: Options) -> dict[str, Any]:
@@ -27,16 +63,35 @@ def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
             )
 
 
-def check_can_go_on(
-    progress: Progress, steps: int, max_steps: int | None, options: Options
-) -> None:
-    """Raise where a run ended in a window that was cut short, and more steps are asked for."""
-    if progress.cut_at == steps and (max_steps is None or max_steps > steps):
+def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) -> Progress:
+    """How far a saved run had come.
+
+    Raises:
+        ArgumentError: That is too far to end at `max_steps`, or it ended in a window that was cut
+            short, and more steps are asked for.
+        SnapshotError: It is no state of a run, or has numbers that no run has.
+    """
+    check_schema(state)
+    progress, run = Progress(**state["progress"]), state["run"]
+    index, trained = (0, 0) if run is None else (run["index"], run["totals"]["num_steps"])
+    # Every pass and window has a step, and all windows but a last one have k1.
+    if progress.epoch > progress.steps_before or not 0 <= index * k1 - trained < k1:
+        raise SnapshotError(
+            f"it counts {progress.epoch} passes of {progress.steps_before} steps in all, and "
+            f"{index} windows of {trained} steps, which do not agree"
+        )
+    steps = progress.steps_before + trained
+    if max_steps is not None and max_steps < steps:
+        raise ArgumentError(
+            f"max_steps={max_steps} is below the {steps} steps that were trained already"
+        )
+    if progress.cut_at == steps and max_steps != steps:
         raise ArgumentError(
             f"max_steps={max_steps} goes on from a run that max_steps={steps} cut between two "
-            f"update points of k1={options.k1}; go on from an earlier snapshot (remove the last), "
-            "and choose multiples of k1 where runs are to go on"
+            f"update points of k1={k1}; go on from an earlier snapshot (remove the last), and "
+            "choose multiples of k1 where runs are to go on"
         )
+    return progress
 
 
 def plan_state(parts: Parts, asked: str) -> dict[str, Any]:
@@ -58,7 +113,10 @@ def resume_plan(parts: Parts, asked: str, plan: Mapping[str, Any]) -> list[str]:
             "equals the other to rounding"
         )
     if plan["asked"] == asked:
-        parts.budget.load_state_dict(plan["measured"], plan["used"])
+        shared = (parts.updater, parts.budget.strategy, *parts.parameters)
+        rehearsing = copy.deepcopy(parts.budget, {id(each): each for each in shared})
+        for budget in (rehearsing, parts.budget):  # where it fails, nothing has changed
+            budget.load_state_dict(plan["measured"], plan["used"])
     else:
         messages.append(
             f"strategy {asked} replaces {plan['used']}; from here on the run equals the other to "

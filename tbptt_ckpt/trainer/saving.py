@@ -39,10 +39,10 @@ class Saving:
     def check(self, call: str) -> None:
         """There are snapshots, so that the call can do what it says."""
 
-    def load(self) -> Loaded | None:
-        """The newest valid snapshot; None where there is none."""
+    def load(self, use: Callable[[Loaded], None]) -> Loaded | None:
+        """The newest valid snapshot that can be used; None where there is none."""
         self._store.clean()
-        loaded = self._store.newest_valid()
+        loaded = self._store.newest_valid(use)
         self._continues = True
         if loaded is not None:
             self._note_saved(loaded.step)

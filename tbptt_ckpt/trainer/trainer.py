@@ -24,9 +24,10 @@ from tbptt_ckpt.trainer.progress import Progress, TrainerResult, out_of
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.resuming import (
-    check_can_go_on,
+    all_or_nothing,
     check_same,
     fixed_settings,
+    loaded_progress,
     plan_state,
     resume_plan,
 )
@@ -168,13 +169,12 @@ class Trainer:
 
         Raises:
             ArgumentError: No snapshots were asked for, or they are of another run.
-            SnapshotError: There are snapshots, and none can be used.
+            SnapshotError: None of the snapshots can be used. Either leaves all as it was.
         """
         self._saving.check("resume()")
-        loaded = self._saving.load()
+        loaded = self._saving.load(lambda loaded: self.load_state_dict(loaded.state))
         if loaded is None:
             return False
-        self.load_state_dict(loaded.state)
         self._announcer.resume_at(self.num_steps)
         versions = loaded.manifest.versions
         self._announcer.notice("resumed", f"from {loaded.path}", versions=versions)
@@ -224,27 +224,27 @@ class Trainer:
         """Go on where `state_dict` was called.
 
         Raises:
-            ArgumentError: It is of another run; nothing has changed.
+            ArgumentError: It is of another run.
+            SnapshotError: It is of no run. In both cases everything is as it was before.
         """
-        check_same(fixed_settings(self._options), state["settings"])
-        check_same(self._identity, state["identity"])
-        progress = Progress(**state["progress"])
-        trained = 0 if state["run"] is None else state["run"]["totals"]["num_steps"]
-        check_can_go_on(progress, progress.steps_before + trained, self._max_steps, self._options)
-        load_learning_state(self._parts, state["learning"])
-        self._progress, self._run = progress, None
-        for message in resume_plan(self._parts, self._asked, state["plan"]):
-            self._announcer.notice("replanned", message)
+        run = None
+        with all_or_nothing(self._parts, self._passes, self._extra.values()):
+            progress = loaded_progress(state, self._options.k1, self._max_steps)
+            check_same(fixed_settings(self._options), state["settings"])
+            check_same(self._identity, state["identity"])
+            load_learning_state(self._parts, state["learning"])
+            if state["run"] is not None:
+                run = self._passes.begin(progress.epoch, progress.steps_before, state["init_state"])
+                run.load_state_dict(state["run"])
+            for name, owner in self._extra.items():
+                if name in state["extra"]:
+                    owner.load_state_dict(state["extra"][name])
+            set_random_state(state["random"])
+            messages = resume_plan(self._parts, self._asked, state["plan"])
+        self._progress, self._run = progress, run
         self._has_saved_costs = self._parts.budget.costs is not None
-        if state["run"] is not None:
-            self._run = self._passes.begin(
-                progress.epoch, progress.steps_before, state["init_state"]
-            )
-            self._run.load_state_dict(state["run"])
-        for name, owner in self._extra.items():
-            if name in state["extra"]:
-                owner.load_state_dict(state["extra"][name])
-        set_random_state(state["random"])
+        for message in messages:
+            self._announcer.notice("replanned", message)
 
     def _is_done(self) -> bool:
         bounds = ((self.num_steps, self._max_steps), (self._progress.epoch, self._epochs))

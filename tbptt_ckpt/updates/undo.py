@@ -23,7 +23,7 @@ class Update:
         self._optimizer = optimizer
         self._known = set(optimizer.state)
         self._versions = self._fingerprint()
-        self._restore = _copied(optimizer, scheduler, scaler) if copies else None
+        self._restore = copied(optimizer, scheduler, scaler) if copies else None
 
     def take_back(self) -> None:
         """Put everything back as it was; `TbpttError` where that is late, and there is no copy."""
@@ -44,8 +44,8 @@ class Update:
         return [tensor._version for tensor in (*weights, *states)]
 
 
-def _copied(optimizer: Any, *others: Any) -> Callable[[], None]:
-    """Copy what an update changes; what is returned puts it back."""
+def copied(optimizer: Any, *others: Any) -> Callable[[], None]:
+    """Copy what an update changes, or a load; what is returned puts it back."""
     groups = [dict(group) for group in optimizer.param_groups]
     weights = [(p, p.detach().clone()) for group in groups for p in group["params"]]
     states = {
@@ -61,6 +61,7 @@ def _copied(optimizer: Any, *others: Any) -> Callable[[], None]:
         optimizer.state.clear()
         optimizer.state.update(states)
         for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()  # a load may have brought more
             group.update(before)
         for each, state in saved:
             if state:  # a scaler that is off has none

@@ -139,6 +139,8 @@ def _nested(depth: int) -> list[Any]:
         {KIND: "array", "dtype": "<f8", "shape": [9], "values": torch.zeros(8, dtype=torch.uint8)},
         {KIND: "array", "dtype": "|u1", "shape": [1 << 33]}
         | {"values": torch.zeros(1, dtype=torch.uint8).expand(1 << 33)},
+        {"weights": torch.zeros(1).expand(1 << 33)},
+        {KIND: "tensor", "device": "cpu", "values": torch.zeros(1).expand(1 << 33)},
         {KIND: "tensor", "device": "nowhere", "values": torch.zeros(1)},
         {KIND: "tensor", "device": "cpu", "values": 3},
         {KIND: ["unhashable"]},

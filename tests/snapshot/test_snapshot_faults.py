@@ -512,7 +512,8 @@ def test_another_format_is_refused_by_name(
     save(store, 1, 1)
     write_manifest(store.path(1), {"format": version, "step": 1, "files": []})
     expected = (
-        f"snapshot format {version!r}, written by tbptt-ckpt 9.9; this version reads format 1"
+        f"snapshot format {version!r}, written by tbptt-ckpt 9.9; "
+        f"this version reads format {FORMAT_VERSION}"
     )
     with pytest.raises(SnapshotError, match=expected):
         store.load(1)
