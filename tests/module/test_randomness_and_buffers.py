@@ -28,6 +28,7 @@ from cases import (
     random_data,
     relative_error,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, unroll, verify
@@ -231,10 +232,7 @@ def test_naive_overlaps_agree_at_frozen_weights(kind: type[Recurrent]) -> None:
             assert relative_error(one[0].grads, other[0].grads) <= 1e-12
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", MODULES)
+@covering(kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
 def test_re_runs_see_what_the_first_run_saw(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:
@@ -243,10 +241,12 @@ def test_re_runs_see_what_the_first_run_saw(
             check_against_naive(kind, overlap, reach, learning_rate, strategy, executor)
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", ["retain", "uniform:4", "revolve:2"])
-@pytest.mark.parametrize("kind", [FunctionalDropout, ModuleDropout, Everything])
+@covering(
+    kind=[FunctionalDropout, ModuleDropout, Everything],
+    strategy=["retain", "uniform:4", "revolve:2"],
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
+)
 def test_recorded_numbers_serve_windows_that_overlap_many_others(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:
@@ -255,10 +255,12 @@ def test_recorded_numbers_serve_windows_that_overlap_many_others(
         check_against_naive(kind, overlap, reach, 0.1, strategy, executor)
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", [FunctionalDropout, ModuleDropout, Everything])
+@covering(
+    kind=[FunctionalDropout, ModuleDropout, Everything],
+    strategy=STRATEGIES,
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
+)
 def test_the_user_may_draw_random_numbers_between_windows(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:
@@ -269,10 +271,7 @@ def test_the_user_may_draw_random_numbers_between_windows(
         )
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", MODULES)
+@covering(kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
 def test_buffers_and_generator_end_as_after_a_single_pass(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:
@@ -400,19 +399,18 @@ class WithoutWeights(Normalised):
         self.norm = nn.BatchNorm1d(WIDTH, affine=False)
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("kind", "plain"),
-    [
+@covering(
+    kinds=[
         (SetInAStep, CountingByReassignment),
         (Forgetful, ZeroedInstead),
         (KeptInAList, WithoutWeights),
     ],
+    strategy=STRATEGIES,
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
 )
 def test_buffers_that_are_none_or_hidden_count_like_others(
-    kind: type[Recurrent], plain: type[Recurrent], strategy: str, executor: str, overlap: str
+    kinds: tuple[type[Recurrent], type[Recurrent]], strategy: str, executor: str, overlap: str
 ) -> None:
     """Held bitwise against a module that does the same with buffers that are always there."""
     inputs, targets = random_data(NUM_STEPS, lanes=LANES)
@@ -431,6 +429,7 @@ def test_buffers_that_are_none_or_hidden_count_like_others(
         windows = tbptt.windows(TensorSequence(inputs, targets), None)
         return [[w.loss, w.state, gradients(list(module.parameters()))] for w in windows]
 
+    kind, plain = kinds
     for reach in REACHES:
         assert bitwise(run(kind, reach), run(plain, reach)), reach
 
