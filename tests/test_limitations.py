@@ -11,7 +11,8 @@ import torch
 from cases import lstm, lstm_cell, random_data, tanh_cell
 from torch import Tensor
 
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, TensorSequence, evaluate
+from tbptt_ckpt.executor.additivity import MeanCheck
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -45,16 +46,19 @@ def gradient(loss_fn: object, strategy: str, *, segments: bool) -> Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-def test_a_scaled_sum_of_a_step_is_taken_as_a_mean() -> None:
-    def half_of_sum(y: Tensor, target: Tensor) -> Tensor:
-        return 0.5 * torch.nn.functional.mse_loss(y, target, reduction="sum")
+def half_a_sum(y: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * torch.nn.functional.mse_loss(y, target, reduction="sum")
 
-    def mean(y: Tensor, target: Tensor) -> Tensor:
-        return 0.5 * torch.nn.functional.mse_loss(y, target)
 
+def half_a_mean(y: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * torch.nn.functional.mse_loss(y, target)
+
+
+@pytest.mark.parametrize(("strategy", "segments"), [("uniform:5", False), ("step", True)])
+def test_a_scaled_sum_of_a_step_is_taken_as_a_mean(strategy: str, segments: bool) -> None:
     count = random_data(12)[1][0].numel()
-    found = gradient(half_of_sum, "uniform:5", segments=False)
-    assert torch.allclose(found, count * gradient(mean, "retain", segments=False))
+    found = gradient(half_a_sum, strategy, segments=segments)
+    assert torch.allclose(found, count * gradient(half_a_mean, "retain", segments=segments))
 
 
 def test_hooks_of_other_leaf_tensors_run_once_for_each_leaf() -> None:
@@ -64,3 +68,28 @@ def test_hooks_of_other_leaf_tensors_run_once_for_each_leaf() -> None:
     tbptt = TBPTT(lstm_cell(), torch.nn.functional.mse_loss, 12, 12, strategy="uniform:4")
     tbptt.train(TensorSequence(inputs, targets))
     assert len(calls) == 3
+
+
+def test_a_loss_that_is_no_mean_between_two_looks() -> None:
+    looked: list[int] = []
+
+    def loss_fn(y: Tensor, target: Tensor) -> Tensor:
+        looked.append(1)
+        return (y - target)[target < 2].square().mean()
+
+    check, y, target = MeanCheck(loss_fn), torch.randn(10, 3), torch.rand(10, 3)
+    for _ in range(9):
+        check.check((y, target), 10, 0)
+    target[5] = 3.0
+    before = len(looked)
+    check.check((y, target), 10, 0)
+    assert len(looked) == before
+
+
+def test_an_evaluation_cuts_what_couples_steps() -> None:
+    def rough(y: Tensor, target: Tensor) -> Tensor:
+        return (y - target).square().mean() + (y[1:] - y[:-1]).square().sum()
+
+    data = TensorSequence(*random_data(12))
+    losses = [evaluate(lstm(), rough, data, segment_steps=steps).loss for steps in (4, 12)]
+    assert losses[0] != losses[1]

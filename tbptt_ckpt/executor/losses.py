@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -78,6 +78,11 @@ class LossFunction:
             self.counting = None if state["counting"] is None else Counting(**state["counting"])
         else:
             self._returns_pairs = state or None
+
+    def begin(self, targets: Iterable[Tree], num_steps: int) -> None:
+        """A window begins, with the targets of so many steps."""
+        if self.counting is None and not self._returns_pairs:
+            self._mean_check.begin(targets, num_steps)
 
     def add_step(self, losses: LossSum, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step; `output` and `target` have no time dimension."""

@@ -31,7 +31,9 @@ class WindowLoss:
     ) -> None:
         self.function, self.reduction = function, reduction
         self._steps = blocks, start, stop
-        self._counted = sum(part.weight_sum() for part in narrow_blocks(blocks, start, stop))
+        parts = list(narrow_blocks(blocks, start, stop))
+        self._counted = sum(part.weight_sum() for part in parts)
+        function.begin((part.targets for part in parts), stop - start)
         # Where it is known how the loss counts, nothing else takes memory by now.
         self._foretold = None if function.counting is None else self._foretell()
         self._summed: float | Tensor = 0.0

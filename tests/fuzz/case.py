@@ -20,6 +20,7 @@ class Loss:
     total: Callable[[Any, Any], Tensor]  # summed over all positions that count
     count: Callable[[Any, Any], float | Tensor]  # of these positions
     form: str = "mean"  # or "sum", or "pair" for (loss_sum, weight)
+    window: Callable[[Any, Any], Tensor] | None = None  # of all loss steps, where no sums make it
 
 
 def call_step(module: Any, x: Any, state: Any) -> tuple[Any, Any]:

@@ -134,21 +134,60 @@ def own_mean(dice: Dice) -> Case:
     made = Loss(
         function=lambda y, t: total(y, t) / y.numel(), total=total, count=lambda y, t: y.numel()
     )
-    return carried(dice, loss=made)
+    case = carried(dice, loss=made)
+    if dice.maybe(0.5):  # late, what in other losses marks padding
+        late = case.targets[case.num_steps // 2 :]
+        late[torch.rand(late.shape) < 0.3] = dice.choice((0.0, -1.0))
+    return case
 
 
 def own_sum(dice: Dice) -> Case:
-    """A sum by hand: fine of a step, no mean of a segment's positions."""
+    """By hand, a sum, or a mean of what is not marked: of a step fine, of a segment no mean."""
+    return _marked_late(dice) if dice.maybe(0.4) else _summed_by_hand(dice)
 
+
+def _summed_by_hand(dice: Dice) -> Case:
     def total(y: Tensor, t: Tensor) -> Tensor:
         return torch.log(torch.cosh(y - t)).sum()
 
-    case = carried(dice, loss=Loss(function=total, total=total, count=MSE.count, form="sum"))
-    if case.is_segment and _has_long_segment(case):
-        case.refused = "a segment's loss by hand is a sum, not a mean of its positions"
-        case.names = ("mean", "loss_sum")
-    elif case.is_segment:
-        case = carried(dice)
+    loss = Loss(function=total, total=total, count=MSE.count, form="sum")
+    if dice.maybe(0.4):
+        return carried(dice, loss=loss, segment=False)
+    strategy = dice.choice(("retain", "uniform:5", "uniform:3"))
+    case = _in_known_segments(dice, loss, strategy)
+    first = [cut for cut in _cuts(case) if cut <= case.k1]
+    longest = max(b - a for a, b in itertools.pairwise(first))
+    if longest < (2 if strategy == "retain" else 3):  # whether some call has several steps
+        return carried(dice, loss=loss, segment=False)
+    case.refused = "a segment's loss by hand is a sum, not a mean of its positions"
+    case.names = ("no mean",)
+    return case
+
+
+def _in_known_segments(dice: Dice, loss: Loss, strategy: str) -> Case:
+    """A segment module; of a stream, windows end where nobody knows beforehand."""
+    options = {"loss": "new", "strategy": strategy}
+    source = dice.choice(("tensors", "reader"))
+    return carried(dice, loss=loss, segment=True, options=options, source=source)
+
+
+def _marked_late(dice: Dice) -> Case:
+    """A mean over the targets that bear no mark, which one of a late window does."""
+    mark = dice.choice((0.0, -1.0, -100.0, float("nan")))
+
+    def function(y: Tensor, t: Tensor) -> Tensor:
+        kept = t == t if mark != mark else t != mark
+        return (y[kept] - t[kept]).pow(2).mean()
+
+    loss = Loss(function=function, total=function, count=lambda y, t: 1.0)
+    case = _in_known_segments(dice, loss, "retain")
+    shortest = min(b - a for a, b in itertools.pairwise(_cuts(case)))
+    if case.num_steps <= case.k1 or shortest < 2 or dice.maybe(0.2):
+        case = carried(dice, loss=loss, segment=False)
+    else:
+        case.refused = "a mean of what is not marked, over a segment"
+        case.names = ("no mean",)
+    case.targets[dice.randrange(min(case.k1, case.num_steps - 1), case.num_steps), 0, 0] = mark
     return case
 
 
@@ -170,30 +209,34 @@ def pair(dice: Dice) -> Case:
 
 
 def coupled(dice: Dice) -> Case:
-    """A segment's loss that couples neighbouring steps depends on where segments end."""
+    """A segment's loss that couples neighbouring steps: right where a window is one leaf."""
 
     def function(y: Tensor, t: Tensor) -> Tensor:
         rough = (y[1:] - y[:-1]).pow(2).mean() if len(y) > 1 else y.sum() * 0
         return F.mse_loss(y, t) + rough
 
-    made = Loss(function=function, total=MSE.total, count=MSE.count)
-    case = carried(dice, loss=made, segment=True, options={"loss": "new"})
-    if _has_long_segment(case):
+    made = Loss(function=function, total=MSE.total, count=MSE.count, window=function)
+    strategy = dice.choice(("retain", "uniform:2", "uniform:3"))
+    case = _in_known_segments(dice, made, strategy)
+    longest = int(strategy[-1]) if strategy != "retain" else 0
+    if not longest and case.k2 >= case.k1 and not _cuts_losses(case):
+        return case
+    first = [cut for cut in _cuts(case) if cut <= case.k1]
+    if longest and max(b - a for a, b in itertools.pairwise(first)) > longest:
         case.refused = "a segment's loss couples neighbouring steps"
-        case.names = ("mean", "neighbour", "loss_sum", "couple")
+        case.names = ("couples neighbouring",)
         return case
     return carried(dice, segment=True)
 
 
-def _has_long_segment(case: Case) -> bool:
-    """Whether some call of the loss surely has several steps, so that there is what to see."""
-    longest = {"retain": 99, "uniform:5": 5, "uniform:3": 3, "uniform:2": 2}
-    length = longest.get(case.options["strategy"], 1)
-    windows = list(case.windows())
-    cuts = sorted({cut for start, new, stop in windows for cut in (start, new, stop)})
-    steps = min(length, *(b - a for a, b in itertools.pairwise(cuts)))  # of the shortest segment
-    reaches = all(start <= new for start, new, _ in windows)
-    return steps > 1 and reaches and case.options["loss"] == "new"
+def _cuts(case: Case) -> list[int]:
+    """Where segments are cut under every strategy, or more often."""
+    return sorted({cut for window in case.windows() for cut in window})
+
+
+def _cuts_losses(case: Case) -> bool:
+    """Whether a cut may lie within the loss steps of a window."""
+    return any(new < cut < stop for _, new, stop in case.windows() for cut in _cuts(case))
 
 
 def masked(dice: Dice) -> Case:

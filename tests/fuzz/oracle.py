@@ -185,7 +185,7 @@ class _Terms:
         self._weights = {t: 1.0 if case.weight is None else case.weight[t] for t in steps}
         self._weights = {t: w for t, w in self._weights.items() if bool(torch.tensor(w != 0).any())}
         self.any = bool(self._weights)
-        self._is_tensor = False
+        self._steps: list[tuple[Tensor, Tensor]] = []
 
     def add(self, t: int, y: Any) -> None:
         if t not in self._weights:
@@ -197,6 +197,7 @@ class _Terms:
             kept = weight != 0
             y, target, lanes = y[kept], target[kept], float(weight.sum())
             weight = 1.0
+        self._steps.append((y, target))
         self.total = self.total + weight * case.loss.total(y, target)
         self.count = self.count + weight * case.loss.count(y, target)
         self.weight = self.weight + weight * lanes
@@ -210,6 +211,8 @@ class _Terms:
         if loss.form == "pair":
             return self.total if is_sum else self.total / self.count
         mean = self.total / self.count
+        if loss.window is not None:
+            mean = loss.window(*(torch.stack(each) for each in zip(*self._steps, strict=True)))
         if loss.form == "sum":
             mean = self.total if case.is_segment else self.total / self.weight
         return mean * self.weight if is_sum else mean
