@@ -18,7 +18,6 @@ from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import copy_containers
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
-from tbptt_ckpt.updates.delivery import Delivery
 
 _log = logging.getLogger("tbptt_ckpt")
 
@@ -59,14 +58,11 @@ class Limits:
 def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
     """Measure a module; gradients, generators and buffers are left as they were.
 
-    Of `fixed`, weights and inputs are known; the rest is filled in.
+    Hooks on weights run, unless within a delivery. Of `fixed`, weights and inputs are known; the
+    rest is filled in.
     """
     begun = time.perf_counter()
-    with (
-        untouched(tensors=probe.parameters, ambient=probe.ambient),
-        older_garbage_kept(),
-        Delivery(probe.parameters),  # of nothing: no hook runs
-    ):
+    with untouched(tensors=probe.parameters, ambient=probe.ambient), older_garbage_kept():
         probe.go_on()
         before = probe.go_on()
         probe = replace(probe, resets=probe.resets.of(()))

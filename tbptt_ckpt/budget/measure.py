@@ -27,6 +27,7 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.updater import Updater
 
 
@@ -101,12 +102,12 @@ def measure_costs(
         boundary=Boundary(0, init_state, ambient.capture()),
     )
     room = float("inf") if memory is None else parse_bytes(memory, "memory")
-    return calibrate(
-        probe,
-        Limits(num_steps, max_seconds, room),
-        update_bytes(Updater(optimizer, parameters, clip_grad_norm, None, None)),
-        FixedBytes(
-            weights=tensor_bytes(module, loss_fn),
-            step_inputs=sum(t.nbytes for t in tensors_of([inputs, targets])) / num_steps,
-        ),
+    deliveries = Deliveries(module, loss_fn)
+    deliveries.wrappers.begin()
+    update = update_bytes(Updater(optimizer, parameters, clip_grad_norm, None, None))
+    fixed = FixedBytes(
+        weights=tensor_bytes(module, loss_fn),
+        step_inputs=sum(t.nbytes for t in tensors_of([inputs, targets])) / num_steps,
     )
+    with deliveries.of(parameters):  # of nothing: no hook runs
+        return calibrate(probe, Limits(num_steps, max_seconds, room), update, fixed)

@@ -29,7 +29,6 @@ from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve, higher
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
-from tbptt_ckpt.updates.delivery import has_hooks
 from tbptt_ckpt.updates.updater import Updater
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -117,9 +116,12 @@ class WindowCosts:
             costs,
             last_leaf_bytes=costs.last_leaf_bytes if clears else None,
             # Between leaves of windows: steps are packed, and gradients are handed over one by
-            # one, each to a hook that may make another of it.
+            # one, each to a hook that may make another of it; buckets are made anew once.
             update_bytes=max(
-                costs.update_bytes, request.packing_bytes, 2 * max(waiting, default=0)
+                costs.update_bytes,
+                request.packing_bytes,
+                2 * max(waiting, default=0),
+                tensor_bytes(self._updater.deliveries.wrappers.buckets),
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists,
@@ -137,7 +139,7 @@ class WindowCosts:
     def _waiting_bytes(self) -> list[int]:
         """Of each weight whose hooks see a window's whole gradient; an earlier one is set aside."""
         weights = dict.fromkeys((*self._parameters, *self._updater.optimized()))
-        return [weight.nbytes for weight in weights if has_hooks(weight)]
+        return [weight.nbytes for weight in weights if self._updater.deliveries.waits(weight)]
 
     def _with_irregular(self, costs: Costs, which: Cuts) -> Costs:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
@@ -219,7 +221,8 @@ class WindowCosts:
 
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
-        return calibrate(request.make_probe(), limits, update, FixedBytes())
+        with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
+            return calibrate(request.make_probe(), limits, update, FixedBytes())
 
 
 def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:

@@ -18,6 +18,7 @@ LossSteps = Literal["new", "last"]
 Reduction = Literal["mean", "sum"]
 Overlap = Literal["refresh", "stale"]
 ExecutorName = Literal["replay", "checkpoint"]
+DeliverName = Literal["auto", "once"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class Options:
     scheduler: Any = None
     lane_dim: int | None = None
     accumulate: int = 1
+    deliver: DeliverName = "auto"
     costs: Costs | None = None
     measure_memory: bool = False
     check_replays: bool = True
@@ -55,6 +57,7 @@ class Options:
         check_choice("loss", self.loss, ("new", "last"))
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("overlap", self.overlap, ("refresh", "stale"))
+        check_choice("deliver", self.deliver, ("auto", "once"))
         for name in ("measure_memory", "check_finite"):
             check_type(name, getattr(self, name), bool, "True or False")
         if self.costs is not None and not isinstance(self.costs, Costs):

@@ -31,6 +31,7 @@ from tbptt_ckpt.module.recurrence import (
     parameters_of,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
+from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.updater import Accumulation, Updater
 
 _EXECUTORS: dict[str, Callable[[bool], Executor]] = {
@@ -69,7 +70,7 @@ class Parts:
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""
         owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
-        return (self.parameters, *owners)
+        return (self.parameters, *owners, self.updater.deliveries.wrappers.buckets)
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +117,12 @@ def make_parts(
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
-    updater = _make_updater(optimizer, parameters, options)
+    deliveries = Deliveries(module, loss_fn, once=options.deliver == "once")
+    updater = _make_updater(optimizer, parameters, options, deliveries)
     _check_optimized(updater, module, loss_fn)
-    executor = make_executor(options.executor, checks=options.check_replays)
+    # Where a check fails processes would run different steps, and each gathers weights from all.
+    checks = options.check_replays and not deliveries.wrappers.is_sharded
+    executor = make_executor(options.executor, checks=checks)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
@@ -130,7 +134,9 @@ def make_parts(
     )
 
 
-def _make_updater(optimizer: Any, parameters: list[nn.Parameter], options: Options) -> Updater:
+def _make_updater(
+    optimizer: Any, parameters: list[nn.Parameter], options: Options, deliveries: Deliveries
+) -> Updater:
     group = Accumulation(options.accumulate, averages=options.reduction == "mean")
     if optimizer is None and options.accumulate != 1:
         raise ArgumentError(
@@ -144,6 +150,7 @@ def _make_updater(optimizer: Any, parameters: list[nn.Parameter], options: Optio
         options.scaler,
         options.scheduler,
         group,
+        deliveries,
     )
 
 
@@ -204,6 +211,13 @@ def _make_budget(
                 "and no strategy='optimal' bounds; use executor='replay'"
             )
     elif finds_fastest or amount is not None:
+        if updater.deliveries.wrappers.is_sharded:
+            given = f"strategy={options.strategy!r}, memory_budget={options.memory_budget!r}"
+            raise ArgumentError(
+                f"{given}: every run of a step of module gathers weights from all processes "
+                "(fully_shard), and plans that each of them measures may differ; use a fixed "
+                "strategy, such as 'sqrt', without a budget"
+            )
         return MeasuredBudget(
             strategy, amount, options.costs, updater, parameters, runner.time_batching
         )

@@ -25,7 +25,6 @@ from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
-from tbptt_ckpt.updates.delivery import Delivery
 
 
 class SequenceRun:
@@ -107,20 +106,24 @@ class SequenceRun:
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
         begun, parts = time.perf_counter(), self._parts
+        parts.updater.deliveries.wrappers.begin()
         guard = parts.guard()
         opened = self._open(window)
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         checked = self._options.check_replays and not parts.executor.one_graph
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=checked)
-        delivery = Delivery((*parts.weights(), *self.initial.leaves()))
+        delivery = parts.updater.deliveries.of((*parts.weights(), *self.initial.leaves()))
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             loss = opened.loss.value
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
             if loss is not None:
-                self._complete(window, state_grads, delivery)
+                records = self._standing.records
+                if window.start == records.origin and not records.has_origin_state:
+                    self.initial.collect(state_grads)
+                delivery.deliver()
                 parts.updater.add(loss)
             is_last = window.stop == self._reader.num_steps
             updated = parts.updater.update(is_last, self.initial.leaves(), self._observer)
@@ -197,13 +200,6 @@ class SequenceRun:
             raise
         finally:
             opened.restore_ambient()
-
-    def _complete(self, window: Window, state_grads: StateGrads | None, delivery: Delivery) -> None:
-        """Hand over the gradients of the first state, and those that waited to be whole."""
-        records = self._standing.records
-        if window.start == records.origin and not records.has_origin_state:
-            self.initial.collect(state_grads)
-        delivery.deliver()
 
     def _held(self) -> tuple[object, ...]:
         """What is live between windows and belongs to the run: inputs and states aside."""

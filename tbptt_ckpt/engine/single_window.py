@@ -12,7 +12,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.engine.options import ExecutorName, Options, Reduction
+from tbptt_ckpt.engine.options import DeliverName, ExecutorName, Options, Reduction
 from tbptt_ckpt.engine.parts import make_parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
@@ -61,6 +61,7 @@ def run_window(
     per_step: bool | None = None,
     time_dim: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    deliver: DeliverName = "auto",
     check_replays: bool = True,
     observer: Observer = UNOBSERVED,
 ) -> WindowGradient:
@@ -80,6 +81,7 @@ def run_window(
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         autocast_dtype: As for `TBPTT`.
+        deliver: As for `TBPTT`.
         check_replays: As for `TBPTT`.
         observer: As for `TBPTT`.
 
@@ -98,6 +100,7 @@ def run_window(
         time_dim=module_dim,
         autocast_dtype=autocast_dtype,
         time_batching=time_batching,
+        deliver=deliver,
         check_replays=check_replays,
     )
     parts = make_parts(module, loss_fn, None, options, observer=observer, measured=False)

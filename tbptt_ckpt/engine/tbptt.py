@@ -10,7 +10,14 @@ import torch
 
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
-from tbptt_ckpt.engine.options import ExecutorName, LossSteps, Options, Overlap, Reduction
+from tbptt_ckpt.engine.options import (
+    DeliverName,
+    ExecutorName,
+    LossSteps,
+    Options,
+    Overlap,
+    Reduction,
+)
 from tbptt_ckpt.engine.parts import Parts, make_parts
 from tbptt_ckpt.engine.results import TrainResult, WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
@@ -74,6 +81,10 @@ class TBPTT:
         accumulate: Windows with a loss per update. With reduction "mean" the update takes the
             mean of their gradients, with "sum" their sum. A group that the end of the
             sequence leaves short updates as it is.
+        deliver: Weights with hooks, and those of `DistributedDataParallel`, get a window's gradient
+            at once, when it is complete; with "once" all do, for what hangs on the accumulation of
+            gradients and cannot be seen. It takes the gradients of a leaf once more, and a look at
+            its graph.
         costs: What the module takes, as `measure_costs` gives it; nothing is measured then,
             except that under a memory budget segments of up to 8 steps are run first, and bytes
             that are given too low are raised to theirs.
@@ -116,6 +127,7 @@ class TBPTT:
         scheduler: Any = None,
         lane_dim: int | None = None,
         accumulate: int = 1,
+        deliver: DeliverName = "auto",
         costs: Costs | None = None,
         measure_memory: bool = False,
         check_replays: bool = True,

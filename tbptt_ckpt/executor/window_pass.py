@@ -30,6 +30,7 @@ from tbptt_ckpt.module.trees import (
     tensors_of,
 )
 from tbptt_ckpt.schedule.actions import Action
+from tbptt_ckpt.updates.delivery import backward
 
 StateGrads = list[Tensor | None]  # one per tensor of a state
 Root = tuple[Tensor, Tensor | None]  # to differentiate, with its gradient; None stands for one
@@ -177,7 +178,7 @@ def differentiate(roots: Sequence[Root]) -> None:
     """Add the gradients of roots that are differentiated together."""
     if roots:
         tensors, grads = zip(*roots, strict=True)
-        torch.autograd.backward(tensors, grads)
+        backward(tensors, grads)
 
 
 class Executor(Protocol):

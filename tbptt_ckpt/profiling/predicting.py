@@ -54,7 +54,8 @@ def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Cost
     fixed = FixedBytes(
         weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / k2
     )
-    costs = calibrate(probe, Limits(k2, _SECONDS), update_bytes(parts.updater), fixed)
+    with parts.updater.deliveries.of(parts.parameters):  # of nothing: no hook runs
+        costs = calibrate(probe, Limits(k2, _SECONDS), update_bytes(parts.updater), fixed)
     if not costs.ambient_bytes:  # else each state has its own
         noted = tensor_bytes(*owners, found) - tensor_bytes(*owners)
         costs = replace(costs, fixed=replace(costs.fixed, other=noted))

@@ -1,56 +1,101 @@
-"""A window's gradient, handed to the weights once, so that their hooks see it whole.
+"""A window's gradient, handed to the weights once, so that whatever waits for it sees it whole.
 
 NOTE [Delivered once]
 A window is differentiated leaf by leaf, and autograd runs what hangs on a weight (clipping in a
 hook, an optimizer inside the backward) whenever a gradient arrives there. That would be once for
 each leaf, with a leaf's share. The hooks are therefore emptied, in place, while leaves are
-differentiated, and put back before each weight is given the whole gradient by a backward of its
-own, in the order in which plain BPTT would reach the weights.
+differentiated, and put back before the weights are given the whole gradients: by one backward
+through a ticket for each, made in the order in which plain BPTT would reach the weights.
+
+NOTE [Accumulation nodes]
+What else hangs there is not seen at all. `deliver="once"` has leaves differentiated by
+`torch.autograd.grad`, which stops before these nodes, with respect to all that the graph leads to.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.updates.wrappers import Wrappers
 
-def has_hooks(weight: Tensor) -> bool:
-    """Whether something runs when a gradient arrives at the weight, as far as it can be seen."""
-    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    return bool(hooks) and weight.requires_grad
+
+class Deliveries:
+    """What waits for gradients, found once for a run.
+
+    Args:
+        *owners: Modules, and functions that name some.
+        once: Whether every weight waits, since something may hang on it that cannot be seen.
+
+    Raises:
+        ArgumentError: A wrapper that cannot be given a window's gradient at once.
+    """
+
+    def __init__(self, *owners: object, once: bool = False) -> None:
+        self.wrappers, self._once = Wrappers(*owners), once
+        if once and self.wrappers.is_sharded:
+            raise ArgumentError(
+                "deliver='once' does not fit module: fully_shard needs the gradient of every "
+                "backward; leave deliver='auto'"
+            )
+
+    def waits(self, weight: Tensor) -> bool:
+        """Whether a weight is given its gradient when a window is complete."""
+        hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        is_waited_for = hooks or self._once or id(weight) in self.wrappers.weights
+        return bool(is_waited_for) and weight.requires_grad
+
+    def of(self, weights: Iterable[Tensor]) -> Delivery:
+        """The delivery of one window's gradient to those of `weights`, and their own, that wait."""
+        distinct = {id(weight): weight for weight in weights} | self.wrappers.weights
+        waiting = [weight for weight in distinct.values() if self.waits(weight)]
+        return Delivery(waiting, self.wrappers, collects=self._once)
 
 
 class Delivery:
-    """While entered, those of `weights` that have hooks collect their gradients unseen by them.
+    """While entered, weights collect their gradients unseen by what waits for them.
 
-    What `.grad` held before is set aside until then, and added to as plain BPTT would. Costs one
-    more gradient of one weight at a time, and where gradients accumulate what is set aside.
+    What `.grad` held before is set aside until then, and added to as plain BPTT would. Costs
+    what is set aside where gradients accumulate.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], wrappers: Wrappers, *, collects: bool) -> None:
         order = itertools.count()
-        distinct = {id(weight): weight for weight in weights}.values()
-        self._waiting = [_Waiting(weight, order) for weight in distinct if has_hooks(weight)]
+        self._waiting = [_Waiting(weight, order) for weight in weights]
+        self._wrappers, self._collects = wrappers, collects
+        self._unseen = ExitStack()
 
     def __enter__(self) -> Self:
         for waiting in self._waiting:
             waiting.begin()
+        self._unseen.enter_context(self._wrappers.no_sync())
+        if self._collects:
+            self._unseen.enter_context(_thread)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._unseen.close()
         for waiting in self._waiting:
             waiting.end()
 
     def deliver(self) -> None:
         """The gradients are whole: hand them over."""
-        for waiting in sorted(self._waiting, key=_Waiting.last_seen):
-            total = waiting.end()
-            if total is not None:
-                torch.autograd.backward([waiting.weight], [total])
+        self._unseen.close()
+        with torch.enable_grad():
+            # What is made last autograd reaches first.
+            last_first = sorted(self._waiting, key=_Waiting.last_seen, reverse=True)
+            tickets = {id(each.weight): each.ticket() for each in last_first}
+            roots = self._wrappers.hand_through(tickets)
+            del tickets
+        if roots:
+            torch.autograd.backward(roots)
 
 
 class _Waiting:
@@ -89,5 +134,70 @@ class _Waiting:
         total, self.weight.grad = self.weight.grad, self._before
         return total
 
+    def ticket(self) -> Tensor | None:
+        """Put everything back; what has come meanwhile comes again by the ticket's backward."""
+        total = self.end()
+        return None if total is None else _Ticket.apply(self.weight, [total])  # type: ignore[no-untyped-call]
+
     def _sees(self, _: Tensor) -> None:
         self._last_seen = next(self._order)
+
+
+class _Ticket(torch.autograd.Function):
+    """Stands for a weight whose gradient is known, and is not held any longer than needed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, total: list[Tensor]) -> Tensor:
+        ctx.total = total
+        return torch.zeros((), device=weight.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return ctx.total.pop(), None
+
+
+class _Thread(threading.local):
+    """While entered, `backward` collects gradients without their accumulation nodes."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
+_thread = _Thread()
+
+
+def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """`torch.autograd.backward`, unseen by what hangs on accumulation nodes where that is asked."""
+    if not _thread.depth:
+        torch.autograd.backward(tensors, grads)
+        return
+    leaves = _leaves_of(tensors)
+    found = torch.autograd.grad(tensors, leaves, grads, allow_unused=True)
+    for leaf, grad in zip(leaves, found, strict=True):
+        if grad is None:
+            continue
+        if leaf.grad is not None:  # added as a new tensor: others may share what was found
+            grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
+        leaf.grad = grad
+        for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
+            hook(leaf)
+
+
+def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaf tensors that the graphs of some tensors lead to."""
+    left = [torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors]
+    seen, leaves = set(left), list[Tensor]()
+    while left:
+        node = left.pop()
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            leaves.append(node.variable)
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                left.append(after)
+    return leaves

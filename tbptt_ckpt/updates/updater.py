@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
 
 
@@ -79,7 +80,7 @@ class Updater:
     """Updates the weights after windows; without an optimizer, lets gradients accumulate.
 
     `parameters` are those whose gradients are cleared before a window besides the optimizer's,
-    `group` is the windows of an update, one by default.
+    `group` is the windows of an update, one by default; `deliveries` hands them gradients.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Updater:
         scaler: Any,
         scheduler: Any,
         group: Accumulation | None = None,
+        deliveries: Deliveries | None = None,
     ) -> None:
         self._check(optimizer, clip_grad_norm, scaler, scheduler)
         self.group = Accumulation(1, averages=True) if group is None else group
+        self.deliveries = Deliveries() if deliveries is None else deliveries
         self.optimizer, self.scaler, self.scheduler = optimizer, scaler, scheduler
         self._clip, self._cleared, self._scale = clip_grad_norm, list(parameters), 1.0
         self._update: Update | None = None  # while one is going on

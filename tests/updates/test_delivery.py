@@ -31,6 +31,7 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, run_window
+from tbptt_ckpt.errors import ArgumentError, TbpttError
 
 STEPS = 11
 
@@ -328,3 +329,89 @@ def test_a_budget_counts_what_waits() -> None:
             assert window.peak_bytes <= 2 * 2**20
         fixed.append(tbptt.parts.budget._last[1].fixed.total(40))
     assert waits <= fixed[1] - fixed[0] <= waits + 1024
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("make", [tanh_cell, lstm_cell, lstm])
+def test_delivered_once_what_hangs_on_accumulation_sees_a_window(
+    make: Callable[[], nn.Module], executor: str
+) -> None:
+    inputs, targets = random_data(STEPS)
+    plain = make()
+    expected = list(naive.refresh(naive_problem(plain, inputs, targets, state_for(plain)), 3, 7))
+    for strategy, batching in itertools.product(
+        ("retain", "uniform:2", "revolve:2"), (False, True)
+    ):
+        module, seen = make(), []
+        weights = list(module.parameters())
+        nodes = [torch.autograd.graph.get_gradient_edge(weight).node for weight in weights]
+        for node in nodes:
+            node.register_hook(lambda *_, s=seen: s.append("node"))
+        together = torch.autograd.graph.register_multi_grad_hook(weights, seen.append)
+        how = {"strategy": strategy, "executor": executor, "time_batching": batching}
+        optimizer = torch.optim.SGD(weights, lr=0.0)
+        tbptt = TBPTT(module, mean_loss, 3, 7, optimizer, deliver="once", **how)
+        found = tbptt.windows(TensorSequence(inputs, targets), state_for(module))
+        for window, wanted in zip(found, expected, strict=True):
+            check_window(how, window, gradients(weights), wanted, bitwise_state=False)
+            assert seen.count("node") == len(weights)
+            assert len(seen) == len(weights) + 1
+            seen.clear()
+        together.remove()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_delivered_once_other_leaves_get_their_gradients(executor: str) -> None:
+    """Inputs, weights that only a function knows, and first states, with their own hooks."""
+    torch.manual_seed(0)
+    hidden = nn.Parameter(0.3 * torch.randn(WIDTH_IN + WIDTH, WIDTH, dtype=torch.float64))
+    table = nn.Embedding(9, WIDTH_IN, sparse=True, dtype=torch.float64)
+    scale = torch.randn(LANES, WIDTH, dtype=torch.float64, requires_grad=True)
+    inputs, targets = random_data(STEPS)
+    inputs.requires_grad_()
+    ids = torch.randint(0, 9, (STEPS, LANES))
+    calls: list[Tensor] = []
+    inputs.register_post_accumulate_grad_hook(calls.append)
+
+    def step(x: tuple[Tensor, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(torch.cat([x[0] + table(x[1]), h], 1) @ hidden)
+        return h, h
+
+    leaves = [hidden, table.weight, scale, inputs]
+    total, h = torch.zeros(()), scale * scale
+    for t in range(STEPS):
+        y, h = step((inputs[t], ids[t]), h)
+        total = total + mean_loss(y, targets[t]) / STEPS
+    total.backward()
+    expected = [leaf.grad.to_dense() for leaf in leaves]
+    for strategy in ("retain", "uniform:2"):
+        clear_gradients(leaves)
+        calls.clear()
+        how = {"strategy": strategy, "executor": executor, "deliver": "once"}
+        tbptt = TBPTT(step, mean_loss, STEPS, None, **how)
+        tbptt.train(TensorSequence((inputs, ids), targets), scale * scale)
+        assert relative_error([leaf.grad.to_dense() for leaf in leaves], expected) <= 1e-12
+        assert calls
+
+
+def test_delivered_once_a_state_kept_elsewhere_is_an_error() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.kept = nn.Linear(WIDTH_IN + WIDTH, WIDTH), None
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            before = h if self.kept is None else self.kept
+            self.kept = torch.tanh(self.linear(torch.cat([x, before], 1)))
+            return self.kept, h
+
+    inputs, targets = random_data(STEPS)
+    for deliver, executor in itertools.product(("auto", "once"), EXECUTORS):
+        how = {"strategy": "uniform:2", "deliver": deliver, "executor": executor}
+        with pytest.raises(TbpttError):
+            run_window(Keeping().double(), mean_loss, inputs, targets, random_state(), **how)
+
+
+def test_how_to_deliver_is_checked() -> None:
+    with pytest.raises(ArgumentError, match="deliver='twice'"):
+        TBPTT(tanh_cell(), mean_loss, 3, 7, deliver="twice")

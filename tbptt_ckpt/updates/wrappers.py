@@ -1,0 +1,142 @@
+"""Wrappers of modules that several processes train, which see one pass for each window.
+
+NOTE [Several processes]
+`DistributedDataParallel` hangs on the nodes that accumulate gradients, where no tensor shows it.
+Leaves run within its `no_sync`; then a forward of it that hands tickets of the weights through, and
+their backward, are the one pass that it sees. Processes need not have the same plans. Buffers are
+sent before a window, by a forward without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.inside import modules_in
+
+# Modules that keep gradients in a backward of their own, and where they come from.
+_REFUSED = {"FullyShardedDataParallel": "torch", "DeepSpeedEngine": "deepspeed"}
+
+
+class Wrappers:
+    """Those of a run's modules, found once.
+
+    Args:
+        *owners: Modules, and functions that name some.
+
+    Attributes:
+        is_sharded: Whether weights are gathered from all processes in every run of a step.
+        weights: Those whose gradients are reduced over processes, by their identity.
+
+    Raises:
+        ArgumentError: One that cannot be given a window's gradient at once.
+    """
+
+    def __init__(self, *owners: object) -> None:
+        found = {id(module): module for owner in owners for _, module in modules_in(owner)}
+        for module in found.values():
+            _check(module)
+        self.is_sharded = any(_is_a("FSDPModule", module, "torch") for module in found.values())
+        self._reducers = [m for m in found.values() if isinstance(m, DistributedDataParallel)]
+        self.weights = {id(p): p for m in self._reducers for p in m.parameters() if p.requires_grad}
+        # As large as what reducers gather gradients in, which nobody else can reach.
+        self.buckets = [torch.empty_like(p, device="meta") for p in self.weights.values()]
+
+    def begin(self) -> None:
+        """A window begins: processes agree on buffers, as in a forward."""
+        for reducer in self._reducers:
+            if reducer._join_config.enable:
+                raise ArgumentError(
+                    "module is run within its join(), which counts forwards, and windows of "
+                    "different processes may have different ones; give all processes as many steps"
+                )
+            with torch.no_grad():
+                _handed_through(reducer, [torch.zeros(())])
+
+    def no_sync(self) -> ExitStack:
+        """While entered, no gradient is reduced."""
+        stack = ExitStack()
+        for reducer in self._reducers:
+            stack.enter_context(reducer.no_sync())
+        return stack
+
+    def hand_through(self, tickets: Mapping[int, Tensor | None]) -> list[Tensor]:
+        """What to differentiate so that each sees it; None stands for a weight without gradient.
+
+        Raises:
+            ArgumentError: One would wait for gradients that do not come.
+        """
+        found = [ticket for ticket in tickets.values() if ticket is not None]
+        for reducer in self._reducers:
+            _check_complete(reducer, tickets)
+            found = _handed_through(reducer, found)
+        return found
+
+
+class _HandsThrough(nn.Module):
+    """Stands in a wrapper for the module whose steps have run already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._buffers.update(dict(module.named_buffers()))
+
+    def forward(self, *tickets: Tensor) -> tuple[Tensor, ...]:
+        return tickets
+
+
+def _handed_through(reducer: DistributedDataParallel, tickets: list[Tensor]) -> list[Tensor]:
+    """A forward of the reducer with the tickets as inputs and outputs."""
+    module = reducer.module
+    reducer._modules["module"] = _HandsThrough(module)
+    try:
+        # That of the class: packages put one of their own in place, with autocast around it.
+        return list(DistributedDataParallel.forward(reducer, *tickets))  # type: ignore[no-untyped-call]
+    finally:
+        reducer._modules["module"] = module
+
+
+def _check_complete(reducer: DistributedDataParallel, tickets: Mapping[int, Tensor | None]) -> None:
+    """Raise where a reducer would wait for gradients that do not come."""
+    missed = [
+        name
+        for name, weight in reducer.module.named_parameters()
+        if weight.requires_grad and tickets.get(id(weight)) is None
+    ]
+    missed = [name for name in missed if name not in reducer.parameters_to_ignore]
+    if missed and not reducer.find_unused_parameters:
+        raise ArgumentError(
+            f"module.{missed[0]} got no gradient in a window, and DistributedDataParallel waits "
+            f"for those of all weights ({len(missed)} have none); make it with "
+            "find_unused_parameters=True, or freeze what does not learn beforehand"
+        )
+
+
+def _is_a(name: str, module: nn.Module, package: str) -> bool:
+    """Whether a class of that name, and of that package, is among a module's."""
+    return any(
+        kind.__name__ == name and kind.__module__.partition(".")[0] == package
+        for kind in type(module).__mro__
+    )
+
+
+def _check(module: nn.Module) -> None:
+    for name, package in _REFUSED.items():
+        if _is_a(name, module, package):
+            raise ArgumentError(
+                f"module contains a {name}, which takes gradients out of every backward, so that "
+                "a window's cannot be handed over at once; use DistributedDataParallel, or "
+                "torch.distributed.fsdp.fully_shard"
+            )
+    if isinstance(module, DistributedDataParallel):
+        for option in ("static_graph", "mixed_precision"):
+            if getattr(module, option, None):
+                raise ArgumentError(
+                    f"module contains a DistributedDataParallel({option}=...), which counts the "
+                    "backwards of a run, and a window's are its schedule's; leave "
+                    f"{option} out (TBPTT has autocast_dtype)"
+                )
