@@ -63,6 +63,10 @@ class Records:
         steps = [s for s in self.boundaries if s <= step]
         return self.boundaries[max(steps)] if steps else None
 
+    def has(self, step: int) -> bool:
+        """Whether a window can start there."""
+        return step in self.boundaries or (step == self.origin and step in self.ambients)
+
     def placed(self, window: Window, *, must_be_recorded: bool) -> Window:
         """The window as it can begin: not before the origin, and, if it must, at a kept state.
 

@@ -157,18 +157,10 @@ class SequenceRun:
         blocks = self._reader.window(window.first, window.stop)
         ambient = self._ambient_for(blocks)
         ambient.about_to_run()  # whoever got the window before may have run the module
-        self._standing.records.find_ambient(window.new_start, ambient.capture())
-        return OpenWindow(
-            self._options,
-            self._parts,
-            window,
-            self._reader.num_steps,
-            blocks,
-            ambient,
-            self.initial,
-            self._standing.records,
-            self._observer,
-        )
+        records, num_steps = self._standing.records, self._reader.num_steps
+        records.find_ambient(window.new_start, ambient.capture())
+        given = (self._options, self._parts, window, num_steps, blocks, ambient)
+        return OpenWindow(*given, self.initial, records, self._observer)
 
     def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:
         planned = self._parts.budget.plan(
@@ -284,6 +276,13 @@ class SequenceRun:
         self._parts.updater.group.load_state_dict(state["group"])
         self._parts.loss_function.load_state_dict(state["returns_pairs"])
         self._standing, self._present = load_standing(state, self._weights())
+
+    def unkept_window(self, limit: int | None) -> Window | None:
+        """The first one whose first state is not kept, where the end is at `limit` at most."""
+        if self.totals.num_steps % self._options.k1:
+            self._reader.look_ahead(self.totals.num_steps + 1)
+        ends = [end for end in (self._reader.num_steps, limit) if end is not None]
+        return self._standing.unkept_window(min(ends, default=None), self._options)
 
     def _present_ambient(self) -> AmbientState | None:
         """Generators and buffers now; None before devices are known."""

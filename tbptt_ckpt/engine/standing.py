@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.records import Records, load_records, store_records
 from tbptt_ckpt.engine.results import Totals
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.schedule.windows import Window, window_at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +34,24 @@ class Standing:
         """Behind a window that was left out, from the state before it."""
         self.records.restart_at(window.stop, ambient)
         return replace(self, index=window.index + 1, totals=self.totals.skipping(window))
+
+    def unkept_window(self, num_steps: int | None, options: Options) -> Window | None:
+        """The first window to come, of a sequence of so many steps, whose first state is not there.
+
+        One that has updated off the grid, where the sequence does not end, is such a window too.
+        """
+        k1, k2, done, index = options.k1, options.k2, self.totals.num_steps, self.index
+        if done % k1 and num_steps != done:
+            return window_at(index - 1, num_steps, k1, k2)
+        while done and (num_steps is None or index * k1 < num_steps):
+            window = window_at(index, num_steps, k1, k2)
+            if index > self.index and (window.start >= done or not options.is_stale):
+                break  # its state is one that windows to come pass
+            placed = self.records.placed(window, must_be_recorded=False)
+            if not self.records.has(placed.first):
+                return placed
+            index += 1
+        return None
 
     def state_dict(self, present: AmbientState | None, weights: object) -> dict[str, Any]:
         """Containers of numbers and tensors.

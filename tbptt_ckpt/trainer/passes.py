@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
@@ -32,8 +33,8 @@ class Passes:
         observer: Told of what is done.
 
     Attributes:
-        is_cut: Whether `max_steps` ends the present pass between two update points; elsewhere
-            it is enough to stop in time.
+        limit: Where `max_steps` ends the present pass between two update points, None where it does
+            not; elsewhere it is enough to stop in time.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Passes:
         self._options, self._parts = options, parts
         self._max_steps, self._observer = max_steps, observer
         self._source, self._init_state = source, init_state
-        self.is_cut = False
+        self.limit: int | None = None
 
     def begin(
         self, epoch: int, steps_before: int, saved: Sequence[Mapping[str, Any]] | None = None
@@ -63,12 +64,12 @@ class Passes:
         if hasattr(source, "set_epoch"):
             source.set_epoch(epoch)
         source = for_module(source, self._parts.recurrence)
-        self.is_cut = False
+        self.limit = None
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
             is_longer = not isinstance(source, Sized) or len(source) > remaining
-            self.is_cut = is_longer and remaining % self._options.k1 != 0
-            source = limited(source, remaining) if self.is_cut else source
+            if is_longer and remaining % self._options.k1 != 0:
+                self.limit, source = remaining, limited(source, remaining)
         state = self._init_state() if callable(self._init_state) else self._init_state
         if saved is not None:
             state = restored_state(state, saved)
@@ -76,7 +77,7 @@ class Passes:
 
     def copied(self) -> Callable[[], None]:
         """Copy what `begin` changes of the user's; what is returned puts it back."""
-        source, is_cut = self._source, self.is_cut
+        source, limit = self._source, self.limit
         is_resumable = all(hasattr(source, name) for name in ("state_dict", "load_state_dict"))
         position = copy.deepcopy(source.state_dict()) if is_resumable else None
         given = () if callable(self._init_state) else tensors_of(self._init_state)
@@ -84,7 +85,7 @@ class Passes:
         values = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in learned]
 
         def put_back() -> None:
-            self.is_cut = is_cut
+            self.limit = limit
             with torch.no_grad():
                 for tensor, value, grad in values:
                     tensor.copy_(value)
@@ -113,6 +114,20 @@ def limited(source: Any, num_steps: int) -> Any:
     if not isinstance(source, Source):
         return islice(source, num_steps)
     return SizedPart(source, num_steps) if isinstance(source, Sized) else Part(source, num_steps)
+
+
+def refitted(reader: dict[str, Any], before: int | None, limit: int | None) -> dict[str, Any]:
+    """What a reader of a stream that ended at `before` has read, where it ends at `limit`."""
+    if "held" not in reader:
+        return reader
+    num_steps, position = reader["num_steps"], reader["position"]
+    num_steps = None if num_steps == before else num_steps
+    if limit is None or position <= limit:
+        return {**reader, "num_steps": num_steps}
+    blocks = [load_block(stored) for stored in reader["held"]]
+    kept = narrow_blocks(blocks, blocks[0].start, limit) if blocks else ()
+    held = [store_block(block) for block in kept]
+    return {**reader, "held": held, "position": limit, "num_steps": limit}
 
 
 class Part:

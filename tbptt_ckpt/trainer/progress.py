@@ -44,7 +44,6 @@ class Progress:
     loss: float | None = None
     recomputed_steps: int = 0
     drift: float = 0.0  # summed
-    cut_at: int | None = None  # steps at which `max_steps` cut the last window short
 
     def add(self, result: WindowResult | None) -> None:
         """Count a window; None for one that was skipped."""
@@ -58,10 +57,6 @@ class Progress:
     def end_pass(self, steps: int) -> None:
         """Count a pass, after which that many steps are trained in total."""
         self.epoch, self.steps_before = self.epoch + 1, steps
-
-    def cut(self, steps: int) -> None:
-        """The last window ended there for want of steps, between two update points."""
-        self.cut_at = steps
 
     def result(self, steps: int, seconds: float) -> TrainerResult:
         """The same for the user."""

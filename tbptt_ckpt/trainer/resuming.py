@@ -9,11 +9,12 @@ from typing import Any
 
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.trainer.learning_state import copied_learning_state
 from tbptt_ckpt.trainer.options import Stateful
-from tbptt_ckpt.trainer.passes import Passes
+from tbptt_ckpt.trainer.passes import Passes, refitted
 from tbptt_ckpt.trainer.progress import Progress
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.schema import check_schema
@@ -67,8 +68,7 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
     """How far a saved run had come.
 
     Raises:
-        ArgumentError: That is too far to end at `max_steps`, or it ended in a window that was cut
-            short, and more steps are asked for.
+        ArgumentError: That is too far to end at `max_steps`.
         SnapshotError: It is no state of a run, or has numbers that no run has.
     """
     check_schema(state)
@@ -85,13 +85,29 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
         raise ArgumentError(
             f"max_steps={max_steps} is below the {steps} steps that were trained already"
         )
-    if progress.cut_at == steps and max_steps != steps:
-        raise ArgumentError(
-            f"max_steps={max_steps} goes on from a run that max_steps={steps} cut between two "
-            f"update points of k1={k1}; go on from an earlier snapshot (remove the last), and "
-            "choose multiples of k1 where runs are to go on"
-        )
     return progress
+
+
+def resume_run(run: SequenceRun, state: Mapping[str, Any], limit: int | None, k1: int) -> None:
+    """Have a pass go on that `max_steps` ends at `limit`, which may be elsewhere than before.
+
+    Raises:
+        ArgumentError: What windows there are depends on that, and what they need was not kept.
+    """
+    reader = refitted(state["run"]["reader"], state["limit"], limit)
+    run.load_state_dict({**state["run"], "reader": reader})
+    if limit != state["limit"] and (window := run.unkept_window(limit)) is not None:
+        done = run.totals.num_steps
+        problem = (
+            f"window {window.start} to {window.stop} starts at a state that was not kept"
+            if done % k1 == 0
+            else f"it has updated at step {done}, between two update points"
+        )
+        raise ArgumentError(
+            f"this pass cannot go on from step {done}: it ends elsewhere than it did when it was "
+            f"saved, and {problem}. Go on from an earlier snapshot (remove the last), and let "
+            f"max_steps be a multiple of k1={k1} where runs are to go on"
+        )
 
 
 def plan_state(parts: Parts, asked: str) -> dict[str, Any]:

@@ -51,7 +51,6 @@ _PROGRESS = {
     "loss": (float, None),
     "recomputed_steps": int,
     "drift": float,
-    "cut_at": (int, None),
 }
 _LEARNING = {
     "modules": {str: {"state": dict, "metadata": dict, "other_buffers": {str: (Tensor, None)}}},
@@ -65,6 +64,7 @@ STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
     "run": (_RUN, None),
+    "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},
     "settings": dict,

@@ -30,6 +30,7 @@ from tbptt_ckpt.trainer.resuming import (
     loaded_progress,
     plan_state,
     resume_plan,
+    resume_run,
 )
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
@@ -160,8 +161,6 @@ class Trainer:
                     self._between_windows(signals)
             if self._run is not None:
                 self._run.finish()
-                if self._passes.is_cut and self.num_steps == self._max_steps:
-                    self._progress.cut(self.num_steps)
             self._save_unless_saved()
 
     def resume(self) -> bool:
@@ -212,6 +211,7 @@ class Trainer:
             "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
             "run": None if run is None else run.state_dict(),
+            "limit": None if run is None else self._passes.limit,
             "init_state": [] if run is None else stored_state(run.initial.given),
             "plan": plan_state(self._parts, self._asked),
             "settings": fixed_settings(self._options),
@@ -235,7 +235,7 @@ class Trainer:
             load_learning_state(self._parts, state["learning"])
             if state["run"] is not None:
                 run = self._passes.begin(progress.epoch, progress.steps_before, state["init_state"])
-                run.load_state_dict(state["run"])
+                resume_run(run, state, self._passes.limit, self._options.k1)
             for name, owner in self._extra.items():
                 if name in state["extra"]:
                     owner.load_state_dict(state["extra"][name])

@@ -356,7 +356,7 @@ def test_resuming_at_every_window_is_bitwise_too(name: str, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize("source", ["tensors", "stream", "list"])
-@pytest.mark.parametrize("first", range(1, STEPS + 3))
+@pytest.mark.parametrize("first", [1, 4, 5, STEPS, STEPS + 1])
 def test_a_run_that_is_given_more_steps_goes_on_or_says_why_not(
     first: int, source: str, tmp_path: Any
 ) -> None:
@@ -377,7 +377,7 @@ def test_a_run_that_is_given_more_steps_goes_on_or_says_why_not(
     store.save(first, trainer.state_dict())
     resumed, _ = case(last).build()
     if (first % STEPS) % K1:
-        with pytest.raises(ArgumentError, match="cut between two update points"):
+        with pytest.raises(ArgumentError, match="between two update points"):
             resumed.load_state_dict(store.load(first).state)
         return
     resumed.load_state_dict(store.load(first).state)
