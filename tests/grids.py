@@ -37,3 +37,9 @@ def covering(*, together: int = 2, **axes: Iterable[Any]) -> pytest.MarkDecorato
         marks = () if places in default else pytest.mark.exhaustive
         rows.append(pytest.param(*row, marks=marks))
     return pytest.mark.parametrize(tuple(axes), rows)
+
+
+def parts(number: int) -> list[Any]:
+    """The numbers of so many parts of a grid, of which one runs by default."""
+    later = [pytest.param(part, marks=pytest.mark.exhaustive) for part in range(1, number)]
+    return [0, *later]

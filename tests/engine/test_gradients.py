@@ -1,6 +1,6 @@
 """Gradients, losses, states and drift against the naive loops, over every small window layout.
 
-The default run takes every (T, k1, k2) and rotates the other choices so that every pair of
+The default run takes every (T, k1, k2) once and rotates the other choices so that every pair of
 choice values occurs; the whole product runs under `-m exhaustive`.
 """
 
@@ -35,6 +35,7 @@ from cases import (
     tanh_cell,
     twin,
 )
+from grids import parts
 
 from tbptt_ckpt import TBPTT
 
@@ -83,13 +84,12 @@ class Case:
 
 
 def rotated_cases() -> list[Case]:
-    """Two cases for every (T, k1, k2); the other choices follow from a fixed sequence."""
-    rng = random.Random(1990)
+    """A case for every (T, k1, k2); the other choices follow from a fixed sequence."""
+    rng = random.Random(1991)
     choices = REFERENCE_CHOICES | PLAN_CHOICES | ROTATED_CHOICES
     return [
         Case(*layout, **{name: v[int(rng.random() * len(v))] for name, v in choices.items()})
         for layout in itertools.product(NUM_STEPS, K1, K2)
-        for _ in range(2)
     ]
 
 
@@ -292,11 +292,14 @@ def test_naive_overlaps_agree_at_frozen_weights_and_part_when_weights_move() -> 
 # Behaviour of the grid's choices that one case shows better than many.
 
 
+@pytest.mark.parametrize("part", parts(3))
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("k1", K1)
-def test_a_stream_of_unknown_length_equals_the_naive_loops(k1: int, overlap: str) -> None:
+def test_a_stream_of_unknown_length_equals_the_naive_loops(
+    k1: int, overlap: str, part: int
+) -> None:
     """Its end shows k1 steps ahead, which only the start of a short last window can tell."""
-    for num_steps, k2 in itertools.product(range(1, 11), K2):
+    for num_steps, k2 in list(itertools.product(range(1, 11), K2))[(part + k1) % 3 :: 3]:
         (inputs, targets), module = random_data(num_steps), tanh_cell()
         problem = naive_problem(module, inputs, targets, None)
         optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)

@@ -36,6 +36,7 @@ from cases import (
     tanh_cell,
     twin,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, Revolve, Sqrt, Step, TensorSequence, Uniform, run_window, unroll
@@ -74,9 +75,7 @@ def frozen_run(strategy: str, executor: str, overlap: str) -> tuple[Recorder, li
     return recorder, states, grads
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+@covering(strategy=EVERY_STRATEGY, executor=EXECUTORS, overlap=OVERLAPS)
 def test_states_outputs_and_step_losses_are_bitwise_equal_under_every_strategy(
     strategy: str, executor: str, overlap: str
 ) -> None:
@@ -147,10 +146,12 @@ def training_run(strategy: str, executor: str, overlap: str, module: nn.Module) 
     return [*seen, [p.detach().clone() for p in module.parameters()]]
 
 
-@pytest.mark.parametrize("make", [lstm_cell, lstm])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", ["retain", "uniform:3", "sqrt", "revolve:2"])
+@covering(
+    strategy=["retain", "uniform:3", "sqrt", "revolve:2"],
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
+    make=[lstm_cell, lstm],
+)
 def test_the_same_plan_twice_is_bitwise_equal_in_everything(
     strategy: str, executor: str, overlap: str, make: Any
 ) -> None:
@@ -172,11 +173,13 @@ def test_a_name_and_the_equal_object_are_the_same_strategy(name: str, strategy: 
     assert bitwise(training_run(strategy, "replay", "refresh", lstm_cell()), first)
 
 
-@pytest.mark.parametrize("loss", ["new", "last"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss_fn", [mean_loss, masked_loss])
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("overlap", OVERLAPS)
+@covering(
+    overlap=OVERLAPS,
+    executor=EXECUTORS,
+    loss_fn=[mean_loss, masked_loss],
+    reduction=["mean", "sum"],
+    loss=["new", "last"],
+)
 def test_nn_lstm_under_every_segmentation_equals_itself_step_by_step(
     overlap: str, executor: str, loss_fn: Any, reduction: str, loss: str
 ) -> None:

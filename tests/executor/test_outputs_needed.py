@@ -25,6 +25,7 @@ from cases import (
     random_data,
     random_state,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import (
@@ -85,11 +86,13 @@ def asking_segments() -> AskingSegments:
     return AskingSegments().double()
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("loss", ["new", "last"])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("k2", [2, 5, None])
+@covering(
+    k2=[2, 5, None],
+    overlap=OVERLAPS,
+    loss=["new", "last"],
+    strategy=STRATEGIES,
+    executor=EXECUTORS,
+)
 def test_a_cell_that_asks_has_the_gradient_of_the_naive_loop(
     k2: int | None, overlap: str, loss: str, strategy: str, executor: str
 ) -> None:

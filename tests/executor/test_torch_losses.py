@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LANES, WIDTH, gradients, lstm, random_data, relative_error, tanh_cell
+from grids import covering
 from models_for_tests import moving
 from runs_of_data import batch_first_lstm
 from torch import Tensor, nn
@@ -166,17 +167,13 @@ def reference(
     return found
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        "uniform:2",
-        *(pytest.param(s, marks=pytest.mark.exhaustive) for s in ("retain", "uniform:3")),
-    ],
+@covering(
+    kind=MODULES,
+    loss=LOSSES,
+    torch_reduction=["mean", "sum"],
+    reduction=["mean", "sum"],
+    strategy=["uniform:2", "retain", "uniform:3"],
 )
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("torch_reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.filterwarnings("ignore:loss_fn calls")
 def test_a_window_is_one_call_over_its_loss_steps(
     kind: str, loss: str, torch_reduction: str, reduction: str, strategy: str

@@ -40,6 +40,7 @@ from batched_modules import (
     used_twice,
 )
 from cases import bitwise, clear_gradients, gradients, relative_error
+from grids import covering
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
@@ -76,22 +77,21 @@ def test_the_linear_maps_of_these_tests_are_batched(step: Any) -> None:
     assert batched(module, make_data(), make_state(module)) == expected
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("before", ["inputs", "linear", "tanh", "words"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
+@covering(
+    cell=CELLS,
+    bias=[True, False],
+    before=["inputs", "linear", "tanh", "words"],
+    strategy=STRATEGIES,
+    executor=EXECUTORS,
+)
 def test_cells_have_the_gradients_of_plain_bptt(
     cell: str, bias: bool, before: str, strategy: str, executor: str
 ) -> None:
     check(make_cell(cell, bias, before), strategy=strategy, executor=executor)
 
 
+@covering(step=LINEAR_STEPS, bias=[True, False], strategy=STRATEGIES, executor=EXECUTORS)
 @pytest.mark.usefixtures("_where_gradients_go")
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("step", LINEAR_STEPS)
 def test_linear_maps_have_the_gradients_of_plain_bptt(
     step: Any, bias: bool, strategy: str, executor: str
 ) -> None:

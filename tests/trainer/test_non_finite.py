@@ -11,6 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from grids import covering
 from torch import Tensor, nn
 from training_jobs import EXACT, Injected, Listener, assert_equal, learning_of
 
@@ -87,9 +88,7 @@ WHATS = ("loss", "state", "gradient")
 
 
 class TestNonFinite:
-    @pytest.mark.parametrize("overlap", ["refresh", "stale"])
-    @pytest.mark.parametrize("what", WHATS)
-    @pytest.mark.parametrize("at", range(9))
+    @covering(at=range(9), what=WHATS, overlap=["refresh", "stale"])
     def test_stop_leaves_everything_as_it_was_before_the_window(
         self, what: str, at: int, overlap: str, injected: Injected
     ) -> None:
@@ -113,10 +112,7 @@ class TestNonFinite:
         assert_equal(learning_of(trainer), states[-1], EXACT)
         assert [w.loss for w in listener.windows] == [w.loss for w in heard.windows]
 
-    @pytest.mark.parametrize("overlap", ["refresh", "stale"])
-    @pytest.mark.parametrize("k2", [2, 4, None])
-    @pytest.mark.parametrize("what", WHATS)
-    @pytest.mark.parametrize("at", [0, 3, 4, 8])
+    @covering(at=[0, 3, 4, 8], what=WHATS, k2=[2, 4, None], overlap=["refresh", "stale"])
     def test_skip_goes_on_from_the_last_finite_state(
         self, what: str, at: int, k2: int | None, overlap: str, injected: Injected
     ) -> None:

@@ -24,6 +24,7 @@ from cases import (
     tanh_cell,
     twin,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence
@@ -66,10 +67,12 @@ def optimizer_of(module: nn.Module, init: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
 
 
-@pytest.mark.parametrize("num_windows", [1, 2, 3, 4, 20])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("absent", [(), (0, 1, 4, 5, 8)], ids=["all", "some"])
+@covering(
+    num_windows=[1, 2, 3, 4, 20],
+    reduction=["mean", "sum"],
+    overlap=OVERLAPS,
+    absent=[(), (0, 1, 4, 5, 8)],
+)
 def test_updates_equal_a_loop_that_steps_every_nth_time(
     num_windows: int, reduction: str, overlap: str, absent: tuple[int, ...]
 ) -> None:
