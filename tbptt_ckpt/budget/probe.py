@@ -264,7 +264,7 @@ class _UndividedLoss(WindowLoss):
     def divisor(self) -> float:
         return 1.0
 
-    def is_empty(self) -> bool:
+    def is_empty(self, *, waits: bool = True) -> bool:
         return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
@@ -117,6 +117,7 @@ class OpenWindow:
         grad_scale: float,
         planned: PlannedWindow,
         meter: WindowMeter | UnmeteredWindow,
+        put_back: Callable[[], None],
     ) -> StateGrads | None:
         """Run the window with its gradient; the gradients of its first state."""
         window, options, parts = self._window, self._options, self._parts
@@ -130,7 +131,8 @@ class OpenWindow:
         route = meter.route(planned)
         grads = parts.executor.run(this_pass, route, self._boundary_at(window.first))
         self.executed_steps = this_pass.executed_steps
-        if grads is None or loss.loss_sum is None:
+        if grads is None or loss.is_empty() or loss.loss_sum is None:
+            put_back()  # a device's count shows only now that nothing counted
             return None
         self._check_graph(loss)
         self.loss = loss

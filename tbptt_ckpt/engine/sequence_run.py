@@ -185,7 +185,7 @@ class SequenceRun:
                 opened.only_advance(guard, self._standing.weights_before)
                 return None
             scale = self._parts.updater.grad_scale(self._parts.device)
-            return opened.differentiate(guard, scale, planned, meter)
+            return opened.differentiate(guard, scale, planned, meter, put_back)
         except (InfeasibleBudgetError, ReplayMismatchError):  # half a gradient is none
             put_back()
             opened.notes.forget()

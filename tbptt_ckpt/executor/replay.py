@@ -96,7 +96,7 @@ class _Replay:
         sink = window.sink(graph=True)
         with differentiating(window.guard, window.stop):
             state_out = window.run(boundary.step, stop, state, sink)
-            if stop == window.stop and window.loss.is_empty():
+            if stop == window.stop and window.loss.is_empty(waits=False):
                 return False
             self._check.replayed(boundary.step, stop, state_out)
             window.observer.differentiates()

@@ -101,7 +101,12 @@ def counts_of(
 
 def on_host(count: Tensor) -> float | Tensor:
     """A count as a number, unless somebody would have to wait for it."""
-    return float(count) if count.device.type == "cpu" else count
+    return count if is_waited_for(count) else float(count)
+
+
+def is_waited_for(tensor: Tensor) -> bool:
+    """Whether a device has to come to a tensor before it can be read."""
+    return tensor.device.type != "cpu"
 
 
 class LossCalls(TorchFunctionMode):
@@ -172,7 +177,7 @@ class LossCalls(TorchFunctionMode):
             (given.get("ignore_index", -100), weight) if by_index else (None,) * 2
         )
         total = None
-        if by_index and reduction == "mean" and not value.is_cpu:
+        if by_index and reduction == "mean" and is_waited_for(value):
             total = function(**{**given, "reduction": "sum"})
             counts = counts_of(second, ignored, class_weight)
             assert counts is not None, "classes are counted"

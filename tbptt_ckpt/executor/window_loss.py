@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
+import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
@@ -51,8 +52,11 @@ class WindowLoss:
 
     @property
     def divisor(self) -> float | Tensor:
-        """What the summed loss is divided by."""
-        return self.function.divisor(self.weight, self._counted, self.reduction)
+        """What the summed loss is divided by; not zero, where nobody has looked at it yet."""
+        weight = self.weight
+        if self._waits_for(weight):
+            weight = torch.where(weight == 0, 1, weight)
+        return self.function.divisor(weight, self._counted, self.reduction)
 
     @property
     def all_count(self) -> bool:
@@ -96,13 +100,24 @@ class WindowLoss:
             self.lacks_graph = self.lacks_graph or not (constant or losses.total.requires_grad)
             self._losses.add(losses.total.detach(), 0.0, losses.factor)
 
-    def is_empty(self) -> bool:
+    def _waits_for(self, weight: float | Tensor) -> TypeGuard[Tensor]:
+        """Whether a device counts it, which would have to be waited for."""
+        return isinstance(weight, Tensor) and self.function.counting is not None
+
+    def is_empty(self, *, waits: bool = True) -> bool:
         """Whether the weights, now that all are known, sum to zero: every position was masked.
+
+        Unless it `waits`, a count on a device is not read, and taken not to be zero.
 
         Raises:
             ArgumentError: A sum that no divisor can be.
         """
-        weight = float(self._what_counts())
+        counted = self._what_counts()
+        if self._waits_for(counted) and not waits:
+            return False
+        weight = float(counted)
+        if self._waits_for(counted):
+            self._foretold = self._summed = weight  # read once
         if not 0 <= weight < float("inf"):
             raise ArgumentError(
                 f"loss_fn returned weights that sum to {weight} in a window; they must be finite "
