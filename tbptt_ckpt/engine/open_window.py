@@ -129,7 +129,9 @@ class OpenWindow:
             window.first, window.start, window.stop, guard, runner, loss, grad_scale
         )
         route = meter.route(planned)
-        grads = parts.executor.run(this_pass, route, self._boundary_at(window.first))
+        first, found = self._boundary_at(window.first), self._records.ambients[window.new_start]
+        grads = parts.executor.run(this_pass, route, first)
+        parts.cuts.check(this_pass, first, found, self.notes.left)
         self.executed_steps = this_pass.executed_steps
         if grads is None or loss.is_empty() or loss.loss_sum is None:
             put_back()  # a device's count shows only now that nothing counted
@@ -213,6 +215,7 @@ class OpenWindow:
             wants_state_grads=self._wants_state_grads,
             observer=together(self.notes, self._observer),
             new_start=window.new_start,
+            calls=self._records.calls,
         )
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:

@@ -15,6 +15,7 @@ from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
+from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
@@ -51,6 +52,7 @@ class Parts:
     budget: WindowBudget  # plans windows, and keeps them within bytes
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done
+    cuts: CallCuts  # whether it matters where calls are cut
 
     @property
     def recurrence(self) -> Recurrence:
@@ -131,6 +133,7 @@ def make_parts(
         budget=_make_budget(options, executor, updater, parameters, runner, measured=measured),
         parameters=parameters,
         observer=observer,
+        cuts=CallCuts(),
     )
 
 

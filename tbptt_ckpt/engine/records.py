@@ -27,14 +27,20 @@ class Records:
     # The state there, where it is no more the sequence's first state.
     origin_state: Tree = None
     has_origin_state: bool = False
+    calls: set[tuple[int, int]] = field(default_factory=set)  # of segments; of this process
 
     def copy(self) -> Records:
         """Another holder of the same states."""
-        return replace(self, boundaries=dict(self.boundaries), ambients=dict(self.ambients))
+        return replace(
+            self,
+            boundaries=dict(self.boundaries),
+            ambients=dict(self.ambients),
+            calls=set(self.calls),
+        )
 
     def restart_at(self, step: int, ambient: AmbientState) -> None:
         """Go on at `step` from the state carried so far, as if no step lay in between."""
-        self.boundaries, self.ambients, self.origin = {}, {}, step
+        self.boundaries, self.ambients, self.calls, self.origin = {}, {}, set(), step
         if self.carried is not None:
             self.origin_state, self.has_origin_state = self.carried.state, True
             self.carried = Boundary(step, self.carried.state, ambient)
@@ -56,6 +62,7 @@ class Records:
         kept = {**kept, **{boundary.step: boundary for boundary in (*noted, final)}}
         self.boundaries = {s: b for s, b in kept.items() if s >= next_start}
         self.ambients = {s: a for s, a in self.ambients.items() if s >= next_start}
+        self.calls = {call for call in self.calls if call[1] > next_start}
         self.carried = final
 
     def last_at_or_before(self, step: int) -> Boundary | None:

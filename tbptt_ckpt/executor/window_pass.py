@@ -80,6 +80,8 @@ class WindowPass:
     observer: Observer = UNOBSERVED
     new_start: int = 0  # first step that no earlier window ran
     executed_steps: int = 0  # module steps run so far
+    # Steps that were run in one call of a segment module, by earlier windows too.
+    calls: set[tuple[int, int]] = field(default_factory=set)
     _arrived: set[int] = field(default_factory=set)
 
     def run(
@@ -165,6 +167,8 @@ class WindowPass:
             self.ambient.restore(recorded)
         self.ambient.about_to_run()
         self.executed_steps += end - begin
+        if not self.runner.recurrence.per_step:
+            self.calls.add((begin, end))
 
     def _arrive(self, step: int, state: Tree) -> None:
         """Tell of a state the first time a run ends at `step`."""
