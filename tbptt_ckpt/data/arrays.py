@@ -11,7 +11,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from tbptt_ckpt.data.source import check_range, check_same_source
+from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
 from tbptt_ckpt.errors import ArgumentError
 
 Array = NDArray[Any]
@@ -173,4 +173,5 @@ def _check_array(name: str, array: object) -> None:
 
 def _owned(rows: Array) -> Tensor:
     """A copy in the machine's byte order; a view would tie a tensor to the whole map."""
+    check_mapped(rows)
     return torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("="), order="C"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -53,7 +54,27 @@ def as_tensors(tree: Tree) -> Tree:
     return tree if isinstance(tree, Tensor) else map_tensors(_from_numpy, tree, np.ndarray)
 
 
+def check_mapped(array: np.ndarray[Any, Any]) -> None:
+    """Raise `ArgumentError` if an array's file was cut short since it was mapped.
+
+    To touch what is missing would end the process. Where nothing is mapped, nothing is done.
+    """
+    whole: Any = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if not isinstance(whole.base, mmap.mmap):
+        return
+    mapped = getattr(whole, "offset", 0) + whole.nbytes
+    if whole.base.size() < mapped:  # of the file that is open, whatever has its name by now
+        raise ArgumentError(
+            f"{getattr(whole, 'filename', None) or 'a mapped file'} was cut short while it was "
+            f"read: {mapped} bytes of it were mapped, and it has {whole.base.size()}; map it again "
+            "when it is whole, and replace such a file by another one instead of writing into it"
+        )
+
+
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    check_mapped(array)
     with warnings.catch_warnings():  # read-only maps are fine: nothing writes to inputs
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         try:

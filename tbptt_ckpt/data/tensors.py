@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tbptt_ckpt.data.source import (
     as_tensors,
+    check_mapped,
     check_range,
     check_same_source,
     check_time_exists,
@@ -17,7 +19,7 @@ from tbptt_ckpt.data.source import (
 )
 from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.module.recurrence import Recurrence, following_time_dim
-from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, iterate_leaves, map_tensors, tensors_of
 
 
 class TensorSequence:
@@ -49,7 +51,9 @@ class TensorSequence:
         self.inputs, self.targets = as_tensors(inputs), as_tensors(targets)
         if time_dim is not None:
             check_dimension("time_dim", time_dim, "None")
-        self._given = time_dim, weight, resets
+        self._given = inputs, targets, time_dim, weight, resets
+        leaves = iterate_leaves((inputs, targets))
+        self._arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
         self.time_dim = time_dim or 0
         self._num_steps = self._check_lengths()
         self.weight = checked_weight(weight, self._num_steps)
@@ -63,7 +67,7 @@ class TensorSequence:
         Raises:
             ArgumentError: Neither is it said here, nor is the module such a layer.
         """
-        said, weight, resets = self._given
+        inputs, targets, said, weight, resets = self._given
         if said is not None or following_time_dim(recurrence.time_dim, self.inputs) == 0:
             return self
         if recurrence.layer is None:
@@ -74,7 +78,7 @@ class TensorSequence:
                 f"{recurrence.time_dim}), or time_dim=0 for data with time first"
             )
         return TensorSequence(
-            self.inputs, self.targets, time_dim=recurrence.time_dim, weight=weight, resets=resets
+            inputs, targets, time_dim=recurrence.time_dim, weight=weight, resets=resets
         )
 
     def __len__(self) -> int:
@@ -93,6 +97,8 @@ class TensorSequence:
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Views of the steps `[start, stop)`."""
         check_range(start, stop, self._num_steps)
+        for array in self._arrays:
+            check_mapped(array)
         inputs, targets = map_tensors(
             lambda tensor: tensor.narrow(self.time_dim, start, stop - start),
             (self.inputs, self.targets),

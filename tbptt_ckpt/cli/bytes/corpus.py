@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbptt_ckpt.data.arrays import map_file
-from tbptt_ckpt.data.source import check_range, check_same_source
+from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
 from tbptt_ckpt.errors import ArgumentError, check_positive_int
 
 ByteArray = NDArray[np.uint8]
@@ -72,6 +72,7 @@ class ByteLanes:
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Bytes and next bytes of the steps `[start, stop)`: two tensors [stop - start, lanes]."""
         check_range(start, stop, self._num_steps)
+        check_mapped(self.data)
         offsets = (lane * self._lane_steps for lane in range(self.lanes))
         rows = np.stack([self.data[o + start : o + stop + 1] for o in offsets])
         steps = torch.from_numpy(np.ascontiguousarray(rows.T, dtype=np.int64)).to(self.device)

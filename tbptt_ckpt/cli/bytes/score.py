@@ -15,6 +15,7 @@ from tbptt_ckpt import evaluate
 from tbptt_ckpt.cli.bytes.corpus import ByteArray, ByteLanes
 from tbptt_ckpt.cli.bytes.models import VOCAB_SIZE, initial_state, is_per_step
 from tbptt_ckpt.cli.devices import autocast_dtype
+from tbptt_ckpt.data.source import check_mapped
 from tbptt_ckpt.profiling.work import Work
 
 NATS_PER_BIT = math.log(2.0)
@@ -96,6 +97,7 @@ def pair_counts(data: ByteArray) -> NDArray[np.float64]:
     """How often each byte follows each other byte, [256, 256]."""
     counts = np.zeros(VOCAB_SIZE * VOCAB_SIZE, dtype=np.int64)
     for start in range(0, len(data) - 1, _CHUNK_BYTES):
+        check_mapped(data)
         part = data[start : start + _CHUNK_BYTES + 1].astype(np.int64)
         counts += np.bincount(part[:-1] * VOCAB_SIZE + part[1:], minlength=VOCAB_SIZE * VOCAB_SIZE)
     return counts.reshape(VOCAB_SIZE, VOCAB_SIZE).astype(np.float64)
