@@ -89,7 +89,9 @@ def results() -> dict[str, Any]:
     return {
         "WindowResult(index=0, start=0": next(iter(tbptt.windows(data, state))),
         "TrainResult(loss=": tbptt.train(data, state),
-        "WindowGradient(loss=": run_window(module, loss, inputs, targets, state),
+        "WindowResult(index=0, start=0, new_start=0, stop=13": run_window(
+            module, loss, inputs, targets, state
+        ),
         "Evaluation(loss=": evaluate(module, loss, data, state),
         "Verification(13 steps, strategy auto": verify(module, loss, inputs, targets, state),
         "Simulation(peak_bytes=": simulate(PLAN.schedule, COSTS),

@@ -25,7 +25,13 @@ from tbptt_ckpt.schedule.strategies import (
     Uniform,
     parse_strategy,
 )
-from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.schedule.windows import (
+    Window,
+    joint_steps,
+    noted_steps,
+    recorded_steps,
+    window_at,
+)
 
 _log = logging.getLogger("tbptt_ckpt")
 
@@ -62,21 +68,30 @@ class Shape:
         return max(self.num_steps, self.new_steps)
 
 
-def fullest_shape(
-    shape: Shape, window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
+def shape_of(
+    window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
 ) -> Shape:
-    """The shape of the largest window from this one on, as far as it can be known."""
+    """What a window of a run looks like, if no window before it was silent or skipped."""
+    joints = joint_steps(window, k1) if stale else ()
+    return Shape(
+        num_steps=window.stop - window.start,
+        new_steps=window.num_new_steps,
+        joints=tuple(joint - window.start for joint in joints),
+        recorded_states=len(recorded_steps(window, num_steps, k1, k2, stale=stale)),
+        coming_states=2 + len(noted_steps(window, num_steps, k1, k2, stale=stale)),
+    )
+
+
+def fullest_window(window: Window, num_steps: int | None, k1: int, k2: int | None) -> Window:
+    """One with the reach of the largest from this one on, as far as it can be known.
+
+    A last window that ends off the grid of update points may find one state more.
+    """
     if window.stop == num_steps:
-        return shape
+        return window
     reach = num_steps if k2 is None else k2 if num_steps is None else min(k2, num_steps)
-    steps = max(shape.num_steps, reach or 0)
-    overlap = max(0, steps - k1)
-    if not stale or not overlap:
-        return Shape(steps, k1, (), 1 + bool(overlap), 2 + bool(overlap))
-    first = steps % k1 or k1  # blocks are cut at update points, counted back from the end
-    joints = tuple(range(first, overlap + 1, k1))
-    starts = 0 if k2 is None or steps % k1 == 0 else -(-overlap // k1)
-    return Shape(steps, k1, joints, 1 + len(joints) + starts, 3)
+    steps = max(window.stop - window.start, reach or 0)
+    return window_at(-(-steps // k1), None, k1, steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from tbptt_ckpt.engine.evaluation import Evaluation, evaluate
 from tbptt_ckpt.engine.initial_state import SharedState
-from tbptt_ckpt.engine.results import TrainResult, WindowResult
-from tbptt_ckpt.engine.single_window import WindowGradient, run_window, unroll
+from tbptt_ckpt.engine.results import TrainResult, WindowFigures, WindowResult
+from tbptt_ckpt.engine.single_window import run_window, unroll
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.engine.verification import Verification, verify
 
@@ -13,7 +13,7 @@ __all__ = [
     "SharedState",
     "TrainResult",
     "Verification",
-    "WindowGradient",
+    "WindowFigures",
     "WindowResult",
     "evaluate",
     "run_window",

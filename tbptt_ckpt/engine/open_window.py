@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape, fullest_shape
+from tbptt_ckpt.budget.window_budget import (
+    PlannedWindow,
+    Request,
+    fullest_window,
+    shape_of,
+)
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
@@ -25,7 +31,7 @@ from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
-from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.schedule.windows import Window, joint_steps, recorded_steps
 
 
 class OpenWindow:
@@ -82,24 +88,23 @@ class OpenWindow:
         self, reader: WindowReader, held: tuple[object, ...], copies_weights: bool
     ) -> Request:
         """What a plan of the window has to know."""
-        window, options, records = self._window, self._options, self._records
-        shape = Shape(
-            num_steps=window.stop - window.start,
-            new_steps=window.num_new_steps,
-            joints=tuple(joint - window.start for joint in self.joints()),
-            recorded_states=len(records.boundaries),
-            coming_states=self.notes.num_coming_states(),
+        window, records, k1, k2 = self._window, self._records, self._options.k1, self._options.k2
+        shape = fullest = replace(
+            shape_of(window, self._num_steps, k1, k2, stale=self._options.is_stale),
+            recorded_states=len(records.boundaries),  # more after windows without a loss
         )
-        k1, k2 = options.k1, options.k2
-        fullest = fullest_shape(shape, window, self._num_steps, k1, k2, stale=options.is_stale)
-        noted = max(fullest.recorded_states, fullest.num_steps // k1)
+        passed = len(records.ambients)
+        if (most := fullest_window(window, self._num_steps, k1, k2)) != window:
+            reach = k2 if most.stop - most.start == k2 else None
+            fullest = shape_of(most, None, k1, reach, stale=self._options.is_stale)
+            passed = len(recorded_steps(most, None, k1, reach, stale=True))
         return Request(
             window=window,
             shape=shape,
             fullest=fullest,
             held=held,
             recorded=tuple(records.boundaries.values()),
-            coming_ambients=max(0, noted - len(records.ambients)),
+            coming_ambients=max(0, passed - len(records.ambients)),
             makes_first_state=not tensors_of(self._boundary_at(window.first).state),
             ahead_bytes=reader.ahead_bytes(window.stop),
             packing_bytes=reader.packing_bytes(),
@@ -265,11 +270,10 @@ class OpenWindow:
 
     def _joints(self) -> dict[int, Boundary]:
         """Under stale overlap, the recorded states from which blocks restart."""
-        window, boundaries, k1 = self._window, self._records.boundaries, self._options.k1
-        if not self._options.is_stale or window.start >= window.new_start:
+        if not self._options.is_stale:
             return {}
-        first_joint = (window.start // k1 + 1) * k1
-        return {step: boundaries[step] for step in range(first_joint, window.new_start + 1, k1)}
+        boundaries = self._records.boundaries
+        return {step: boundaries[step] for step in joint_steps(self._window, self._options.k1)}
 
     def _boundary_at(self, step: int) -> Boundary:
         records = self._records

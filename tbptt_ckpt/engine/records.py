@@ -137,13 +137,6 @@ class Notes(Observer):
         earliest = 0 if self._keeps_later_starts else self._window.new_start
         return [self.next_start, *(step for step in self._later_starts if step > earliest)]
 
-    def num_coming_states(self) -> int:
-        """States that the window leaves behind, and the gradient of one."""
-        window, is_stale = self._window, self._options.is_stale
-        noted = {self.next_start, *(self._later_starts if is_stale else ())}
-        earliest = window.new_start if is_stale else window.first
-        return 2 + len([step for step in noted if earliest < step < window.stop])
-
     def has_next_start(self) -> bool:
         """Whether the next window has a state to start from."""
         records = self._records

@@ -12,39 +12,52 @@ from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class WindowResult:
-    """One window, after its update.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowFigures(Window):
+    """The numbers of one window, after its update.
 
     Attributes:
-        index: Number of the window, from 0.
-        start: First step that the gradient reaches.
-        new_start: First step that no window before has run.
-        stop: End of the window.
-        loss: What was differentiated: a detached tensor without dimensions, or None where
-            no step has a target.
-        state: The detached state at `stop`.
         recomputed_steps: Module steps run beyond one run of each new step.
+        num_tokens: Valid new steps of all lanes.
         peak_bytes: Peak of tensor memory in bytes; None if it was not measured.
         drift: Relative change of recorded states when they are recomputed with today's
             weights; 0.0 where no step of an earlier window runs again.
         seconds: Wall-clock time.
-        plan: How it was run; None where nothing was differentiated.
         updated: Whether the weights were updated.
     """
 
-    index: int
-    start: int
-    new_start: int
-    stop: int
-    loss: Tensor | None
-    state: Any = field(repr=False)  # tensors would bury the rest
     recomputed_steps: int
+    num_tokens: int
     peak_bytes: int | None
     drift: float
     seconds: float
-    plan: Plan | None = field(repr=False)
     updated: bool
+
+    @property
+    def executed_steps(self) -> int:
+        """Module steps run."""
+        return self.recomputed_steps + self.num_new_steps
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class WindowResult(WindowFigures):
+    """One window, after its update; where there is no optimizer, gradients are in `.grad`.
+
+    Attributes not named here are those of `WindowFigures` and `Window`.
+
+    Attributes:
+        loss: What was differentiated: a detached tensor without dimensions, or None where
+            no step has a target.
+        state: The detached state at `stop`.
+        init_state_grad: Of `run_window`: nested like the initial state, with the gradient of each
+            of its tensors, or None where there is none.
+        plan: How it was run; None where nothing was differentiated.
+    """
+
+    loss: Tensor | None
+    state: Any = field(repr=False)  # tensors would bury the rest
+    init_state_grad: Any = field(default=None, repr=False)
+    plan: Plan | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -81,18 +94,15 @@ class Totals:
     num_tokens: int = 0
     peak_bytes: int | None = None
 
-    def plus(
-        self, window: Window, loss: WindowLoss, num_tokens: int, peak_bytes: int | None
-    ) -> Totals:
-        """The sums with one more window, whose peak may not have been measured."""
-        peaks = [peak for peak in (self.peak_bytes, peak_bytes) if peak is not None]
+    def plus(self, window: WindowFigures, loss: WindowLoss) -> Totals:
+        """The sums with one more window."""
         return Totals(
             loss_sum=self.loss_sum + (loss.loss_sum or 0.0),
             weight=self.weight + float(loss.weight),
             num_steps=window.stop,
             num_windows=window.index + 1,
-            num_tokens=self.num_tokens + num_tokens,
-            peak_bytes=max(peaks, default=None),
+            num_tokens=self.num_tokens + window.num_tokens,
+            peak_bytes=highest(self.peak_bytes, window.peak_bytes),
         )
 
     def skipping(self, window: Window) -> Totals:
@@ -110,3 +120,8 @@ class Totals:
             seconds=seconds,
             tokens_per_second=self.num_tokens / seconds,
         )
+
+
+def highest(*peaks: int | None) -> int | None:
+    """The highest of peaks that were measured; None where none was."""
+    return max((peak for peak in peaks if peak is not None), default=None)

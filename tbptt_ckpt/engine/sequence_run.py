@@ -130,14 +130,7 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes)
-        self._standing = Standing(
-            window.index + 1,
-            self._standing.records,
-            self.totals.plus(window, opened.loss, opened.num_tokens(), peak_bytes),
-            weights_before=guard.expected,
-            state_grads=state_grads,
-        )
-        return WindowResult(
+        result = WindowResult(
             index=window.index,
             start=window.start,
             new_start=window.new_start,
@@ -145,12 +138,17 @@ class SequenceRun:
             loss=loss,
             state=opened.notes.final.state,
             recomputed_steps=opened.executed_steps - window.num_new_steps,
+            num_tokens=opened.num_tokens(),
             peak_bytes=peak_bytes,
             drift=opened.notes.drift,
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
         )
+        before, totals = guard.expected, self.totals.plus(result, opened.loss)
+        records = self._standing.records
+        self._standing = Standing(window.index + 1, records, totals, before, state_grads)
+        return result
 
     def _open(self, window: Window) -> OpenWindow:
         """The window with its steps; what generators and buffers they find is recorded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import DeliverName, ExecutorName, Options, Reduction
 from tbptt_ckpt.engine.parts import make_parts
+from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
@@ -26,24 +27,6 @@ from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, ti
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class WindowGradient:
-    """What differentiating one window gave; weights have their gradients in `.grad`.
-
-    Attributes:
-        loss: The window's loss, detached; None if no step has a target.
-        state: The detached final state.
-        init_state_grad: Nested like the initial state, with the gradient of each of its
-            tensors, or None where there is none.
-        executed_steps: Module steps run.
-    """
-
-    loss: Tensor | None
-    state: Any = field(repr=False)
-    init_state_grad: Any = field(repr=False)
-    executed_steps: int
 
 
 def run_window(
@@ -64,7 +47,7 @@ def run_window(
     deliver: DeliverName = "auto",
     check_replays: bool = True,
     observer: Observer = UNOBSERVED,
-) -> WindowGradient:
+) -> WindowResult:
     """Differentiate one window over all the given steps; gradients accumulate in `.grad`.
 
     Args:
@@ -107,12 +90,7 @@ def run_window(
     run = SequenceRun(options, parts, sequence, init_state)
     (window,) = run
     grads = run.initial.over_lanes(run.state_grads) or [None] * len(tensors_of(init_state))
-    return WindowGradient(
-        loss=window.loss,
-        state=window.state,
-        init_state_grad=replace_tensors(init_state, list(grads)),
-        executed_steps=window.recomputed_steps + len(sequence),
-    )
+    return replace(window, init_state_grad=replace_tensors(init_state, list(grads)))
 
 
 def unroll(

@@ -89,8 +89,7 @@ class WindowBench:
         window, meter, before_bytes = self._metered_window()
         only_last = self._work.has_only_last_loss
         predicted = predict(window, costs, self._configuration, only_last=only_last)
-        first = min(window.start, window.new_start)
-        data = self._source.read(first, window.stop)  # read when the window begins
+        data = self._source.read(window.first, window.stop)  # read when the window begins
         return self._configuration.report(
             device=str(self._device),
             peak_bytes=before_bytes + meter.peak_bytes,
@@ -98,8 +97,8 @@ class WindowBench:
             predicted_peak_bytes=predicted.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             allocation_retries=meter.allocation_retries,
-            window_steps=window.stop - first,
-            executed_steps=window.recomputed_steps + window.stop - window.new_start,
+            window_steps=window.stop - window.first,
+            executed_steps=window.executed_steps,
             held_states=self._watch.held_states,
             longest_leaf=window.plan.longest_leaf if window.plan else None,
             trace=self._trace(meter, before_bytes, predicted) if trace else None,

@@ -23,6 +23,7 @@ from tbptt_ckpt.profiling.report import ActionSpan
 from tbptt_ckpt.profiling.work import EndlessSource, Work
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
+from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
 
 _SECONDS = 0.6
 
@@ -69,13 +70,12 @@ def predict(
 ) -> Simulation:
     """What a window was to take; `only_last` says that no other step had a loss."""
     assert window.plan is not None, "a measured window has a loss"
-    k1, joints, other = configuration.k1, range(0), costs.fixed.other
+    k1, k2, joints, other = configuration.k1, configuration.k2, range(0), costs.fixed.other
     if window.start < window.new_start:
-        # States are noted at the update points within reach.
-        num_noted = window.new_start // k1 - window.start // k1 + 1
-        other += num_noted * costs.ambient_bytes
-        if configuration.overlap == "stale":  # blocks restart from states recorded there
-            joints = range((window.start // k1 + 1) * k1, window.new_start + 1, k1)
+        noted = recorded_steps(window, None, k1, k2, stale=True)  # under either overlap
+        other += len(noted) * costs.ambient_bytes
+        if configuration.overlap == "stale":
+            joints = joint_steps(window, k1)
     return simulate(
         window.plan.schedule,
         replace(costs, fixed=replace(costs.fixed, other=other)),

@@ -116,17 +116,42 @@ def later_starts(window: Window, num_steps: int | None, k1: int, k2: int | None)
     Only a last, short window can start off the regular grid, and it is listed as
     soon as the length is known.
     """
-    starts: list[int] = []
-    last, index = -1, window.index + 1
-    while num_steps is None or index * k1 < num_steps:
-        start = window_at(index, num_steps, k1, k2).start
-        if start > window.stop or k2 is None:
-            break
-        if start > window.first and start != last:  # starts never go back
-            starts.append(start)
-            last = start
-        index += 1
+    if k2 is None:
+        return []
+    # Each is k2 steps before an update point, of which the last may be off the grid.
+    following, least = (window.index + 2) * k1, window.first + k2 + 1
+    least = max(following, least + (following - least) % k1)
+    most = window.stop + k2 if num_steps is None else min(window.stop + k2, num_steps - 1)
+    starts = [point - k2 for point in range(least, most + 1, k1)]
+    if num_steps is not None and window.first < num_steps - k2 <= window.stop < num_steps:
+        starts.append(num_steps - k2)
     return starts
+
+
+def joint_steps(window: Window, k1: int) -> range:
+    """Update points after a window's start, up to its new steps: stale blocks restart there."""
+    return range((window.start // k1 + 1) * k1, window.new_start + 1, k1)
+
+
+def recorded_steps(
+    window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
+) -> list[int]:
+    """Steps whose states earlier windows leave for it and later ones to start from; not step 0."""
+    found = {window.start, window.new_start}
+    if stale:
+        found |= {*joint_steps(window, k1), *later_starts(window, num_steps, k1, k2)}
+    return sorted(step for step in found if 0 < step <= window.new_start)
+
+
+def noted_steps(
+    window: Window, num_steps: int | None, k1: int, k2: int | None, *, stale: bool
+) -> list[int]:
+    """Steps inside a window, its end aside, whose states it leaves for later ones to start from."""
+    found = {window_at(window.index + 1, num_steps, k1, k2).start}
+    if stale:
+        found |= {*later_starts(window, num_steps, k1, k2)}
+    after = window.new_start if stale else window.first
+    return sorted(step for step in found if after < step < window.stop)
 
 
 def check_reach(k1: int, k2: int | None) -> None:

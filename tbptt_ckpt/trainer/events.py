@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.results import WindowFigures, WindowResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WindowEvent:
-    """One window has run.
+class WindowEvent(WindowFigures):
+    """One window has run; attributes not named here are those of its `WindowResult`.
 
     Attributes:
         steps: Steps trained in total, this window's included.
@@ -19,34 +19,24 @@ class WindowEvent:
         loss: What was differentiated; None where no step has a target.
         steps_per_second: New steps per second.
         executed_steps_per_step: Module steps run for every new step.
-        index, start, stop, drift, peak_bytes, seconds, updated: As in its `WindowResult`.
     """
 
     steps: int
     epoch: int
-    index: int
-    start: int
-    stop: int
     loss: float | None
-    drift: float
     steps_per_second: float
     executed_steps_per_step: float
-    peak_bytes: int | None
-    seconds: float
-    updated: bool
 
     @classmethod
     def of(cls, result: WindowResult, *, steps: int, epoch: int) -> WindowEvent:
         """What is told of a window; its tensors are not kept alive."""
-        new_steps = result.stop - result.new_start
-        names = ("index", "start", "stop", "drift", "peak_bytes", "seconds", "updated")
         return cls(
             steps=steps,
             epoch=epoch,
             loss=None if result.loss is None else float(result.loss),
-            steps_per_second=new_steps / result.seconds,
-            executed_steps_per_step=1 + result.recomputed_steps / new_steps,
-            **{name: getattr(result, name) for name in names},
+            steps_per_second=result.num_new_steps / result.seconds,
+            executed_steps_per_step=1 + result.recomputed_steps / result.num_new_steps,
+            **{each.name: getattr(result, each.name) for each in fields(WindowFigures)},
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
-from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.results import WindowResult, highest
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -12,7 +13,7 @@ class TrainerResult:
     """What a trainer did, all its processes together.
 
     Attributes:
-        loss: Loss of the last window that had one.
+        last_loss: Loss of the last window that had one.
         num_steps: Steps trained.
         num_windows: Windows run or skipped.
         num_updates: Updates of the weights.
@@ -20,17 +21,35 @@ class TrainerResult:
         recomputed_steps: Module steps run beyond one run of each new step.
         mean_drift: Mean over the windows of the relative change of recorded states when they are
             recomputed.
-        seconds: Time spent in this process.
+        peak_bytes: Largest peak of windows since `seconds` count, in bytes; None if not measured.
+        seconds: Time since training began or went on in this process.
+        tokens_per_second: Valid steps of all lanes per second of these.
     """
 
-    loss: float | None
+    last_loss: float | None
     num_steps: int
     num_windows: int
     num_updates: int
     num_epochs: int
     recomputed_steps: int
     mean_drift: float
+    peak_bytes: int | None
     seconds: float
+    tokens_per_second: float
+
+
+@dataclass(slots=True)
+class Session:
+    """What a process has done since it began to train; no part of snapshots."""
+
+    num_tokens: int = 0
+    peak_bytes: int | None = None
+    begun: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: WindowResult) -> None:
+        """Count a window."""
+        self.num_tokens += result.num_tokens
+        self.peak_bytes = highest(self.peak_bytes, result.peak_bytes)
 
 
 @dataclass(slots=True)
@@ -58,17 +77,20 @@ class Progress:
         """Count a pass, after which that many steps are trained in total."""
         self.epoch, self.steps_before = self.epoch + 1, steps
 
-    def result(self, steps: int, seconds: float) -> TrainerResult:
+    def result(self, steps: int, session: Session) -> TrainerResult:
         """The same for the user."""
+        seconds = time.perf_counter() - session.begun
         return TrainerResult(
-            loss=self.loss,
+            last_loss=self.loss,
             num_steps=steps,
             num_windows=self.windows,
             num_updates=self.updates,
             num_epochs=self.epoch,
             recomputed_steps=self.recomputed_steps,
             mean_drift=self.drift / max(1, self.windows),
+            peak_bytes=session.peak_bytes,
             seconds=seconds,
+            tokens_per_second=session.num_tokens / seconds,
         )
 
 

@@ -20,7 +20,7 @@ from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
 from tbptt_ckpt.trainer.passes import Passes, PlanObserver
-from tbptt_ckpt.trainer.progress import Progress, TrainerResult, out_of
+from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult, out_of
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.resuming import (
@@ -87,12 +87,8 @@ class Trainer:
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
         self._announcer = Announcer((*self._saving.sinks, *check_sinks(events)))
-        self._recovery = Recovery(
-            self._parts,
-            non_finite or NonFinite(),
-            out_of_memory or OutOfMemory(),
-            self._announcer,
-        )
+        policies = non_finite or NonFinite(), out_of_memory or OutOfMemory()
+        self._recovery = Recovery(self._parts, *policies, self._announcer)
         self._passes = Passes(
             self._options,
             self._parts,
@@ -103,7 +99,7 @@ class Trainer:
         )
         self._extra, self._identity = dict(extra or {}), dict(identity or {})
         self._asked = str(self._parts.budget.strategy)
-        self._progress, self._begun = Progress(), time.perf_counter()
+        self._progress, self._session = Progress(), Session()
         self._run: SequenceRun | None = None
         self._has_saved_costs = False
 
@@ -136,7 +132,7 @@ class Trainer:
 
     def result(self) -> TrainerResult:
         """What has been done so far; its seconds count from the last call of `windows`."""
-        return self._progress.result(self.num_steps, time.perf_counter() - self._begun)
+        return self._progress.result(self.num_steps, self._session)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for.
@@ -148,7 +144,7 @@ class Trainer:
                 yield result
 
     def _windows(self, signals: StopSignals) -> Iterator[WindowResult]:
-        self._begun = time.perf_counter()
+        self._session = Session()
         check_differentiable(self._parts.recurrence.module)
         self._saving.begin()
         with ExitStack() as stack:
@@ -241,7 +237,7 @@ class Trainer:
                     owner.load_state_dict(state["extra"][name])
             set_random_state(state["random"])
             messages = resume_plan(self._parts, self._asked, state["plan"])
-        self._progress, self._run = progress, run
+        self._progress, self._session, self._run = progress, Session(), run
         self._has_saved_costs = self._parts.budget.costs is not None
         for message in messages:
             self._announcer.notice("replanned", message)
@@ -266,6 +262,7 @@ class Trainer:
             self._progress.add(result)
             self._announcer.reach(self.num_steps)
             if result is not None:
+                self._session.add(result)
                 if result.updated:
                     self._announcer.update(self.num_updates, self._parts.updater.grad_norm, rate)
                 self._announcer.window(result, self._progress.epoch)

@@ -48,7 +48,28 @@ def test_the_result_counts_what_the_windows_did() -> None:
     assert (found.num_steps, found.num_windows, found.num_updates) == (STEPS, 4, 4)
     assert found.recomputed_steps == sum(result.recomputed_steps for result in results) > 0
     assert found.mean_drift == sum(result.drift for result in results) / 4 > 0
-    assert found.loss == float(results[-1].loss)
+    assert found.last_loss == float(results[-1].loss)
+    assert found.tokens_per_second == pytest.approx(STEPS * cases.LANES / found.seconds)
+    assert found.peak_bytes is None
+    resumed = trainer()
+    resumed.load_state_dict(one.state_dict())
+    assert resumed.result().tokens_per_second == 0.0
+    assert resumed.result().num_steps == STEPS
+
+
+def test_results_of_one_pass_and_of_a_trainer_name_the_same_things_alike() -> None:
+    module, data = cases.tanh_cell(), TensorSequence(*cases.random_data(STEPS))
+    engine = TBPTT(
+        module, nn.functional.mse_loss, K1, K2, strategy="uniform:2", measure_memory=True
+    )
+    one, many = engine.train(data), Trainer(engine, data).train()
+    assert (one.num_steps, one.num_windows) == (many.num_steps, many.num_windows) == (STEPS, 4)
+    assert one.peak_bytes > 0
+    assert many.peak_bytes > 0
+    shared = {f.name for f in fields(one)} & {f.name for f in fields(many)}
+    assert shared == {
+        *("num_steps", "num_windows", "peak_bytes", "seconds", "tokens_per_second"),
+    }
 
 
 def test_a_window_and_an_update_are_told_as_they_were(tmp_path: Path) -> None:
