@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cases import lstm, lstm_cell, random_data, tanh_cell
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, evaluate
 from tbptt_ckpt.executor.additivity import MeanCheck
@@ -93,3 +94,72 @@ def test_an_evaluation_cuts_what_couples_steps() -> None:
     data = TensorSequence(*random_data(12))
     losses = [evaluate(lstm(), rough, data, segment_steps=steps).loss for steps in (4, 12)]
     assert losses[0] != losses[1]
+
+
+class Running(nn.Module):
+    """A step whose buffer follows what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = 0.0 if h is None else h
+        h = torch.tanh(x.mean(-1, keepdim=True) * self.weight + self.mean + h)
+        self.mean = 0.5 * self.mean + 0.5 * h.detach().mean()
+        self.steps = self.steps + 1
+        return h, h
+
+
+def test_a_plain_function_hides_buffers() -> None:
+    seen, hidden = Running(), Running()
+    for module in (seen, lambda x, h: hidden(x, h)):
+        tbptt = TBPTT(module, half_a_mean, 6, 6, strategy="uniform:2", check_replays=False)
+        tbptt.train(TensorSequence(*one_output(6)))
+    assert seen.steps == 6
+    assert hidden.steps > 6
+
+
+def test_modules_in_a_long_plain_list() -> None:
+    class Listed(nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.inner = Running()
+            self.all = [self.inner] * length
+            self.weight = self._modules.pop("inner").weight
+
+        def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.all[0](x, h)
+
+    for length, is_found in ((10, True), (1001, False)):
+        module = Listed(length)
+        tbptt = TBPTT(module, half_a_mean, 6, 6, strategy="uniform:2", check_replays=False)
+        tbptt.train(TensorSequence(*one_output(6)))
+        assert bool(module.all[0].steps == 6) is is_found
+
+
+def test_the_short_last_window_of_a_stream_finds_later_buffers() -> None:
+    losses = {}
+    for kind in ("sequence", "stream"):
+        module, (inputs, targets) = Running(), one_output(7)
+        source = TensorSequence(inputs, targets) if kind == "sequence" else Steps(inputs, targets)
+        optimizer = torch.optim.SGD([module.weight], 3.0)
+        tbptt = TBPTT(module, half_a_mean, 2, 4, optimizer, strategy="uniform:2")
+        losses[kind] = [float(window.loss) for window in tbptt.windows(source)]
+    assert losses["sequence"][:3] == losses["stream"][:3]
+    assert losses["sequence"][3] != losses["stream"][3]
+
+
+class Steps:
+    def __init__(self, *data: Tensor) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*self._data, strict=True)
+
+
+def one_output(num_steps: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = random_data(num_steps)
+    return inputs, targets[..., :1]
