@@ -163,3 +163,24 @@ class Steps:
 def one_output(num_steps: int) -> tuple[Tensor, Tensor]:
     inputs, targets = random_data(num_steps)
     return inputs, targets[..., :1]
+
+
+def test_later_steps_that_take_more_exceed_a_budget() -> None:
+    class Heavier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.RNNCell(8, 64)
+
+        def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+            y = h = self.cell(x, h)
+            for _ in range(40 if x[0, 0] > 0 else 0):
+                y = torch.tanh(y)
+            return y, h
+
+    inputs, budget = -torch.rand(120, 8, 8), 400_000
+    inputs[80:] *= -1
+    data = TensorSequence(inputs, torch.zeros(120, 8, 64))
+    asked = {"memory_budget": budget, "measure_memory": True}
+    tbptt = TBPTT(Heavier(), torch.nn.functional.mse_loss, 40, 40, **asked)
+    peaks = [window.peak_bytes for window in tbptt.windows(data)]
+    assert max(peaks[:2]) <= budget < peaks[2]
