@@ -242,9 +242,15 @@ def test_a_model_from_a_file_of_ones_own(models, capfd):
     ("name", "message", "where"),
     [
         ("Signature", "it takes (symbols): too many", "_check_takes_state"),
-        ("NoState", "returned Tensor, not (logits, state)", "check_model"),
         ("Raising", "raised KeyError: 'a weight'", 'raise KeyError("a weight")'),
-        ("Missing", "cannot be found: AttributeError", "has no attribute 'Missing'"),
+        pytest.param(
+            *("NoState", "returned Tensor, not (logits, state)", "check_model"),
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            *("Missing", "cannot be found: AttributeError", "has no attribute 'Missing'"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_mistakes_of_a_model_are_one_line_and_a_traceback_on_request(

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def test_a_terminated_run_saves_and_goes_on_later(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not (folder / "step-0").exists():
             assert process.poll() is None
+            time.sleep(0.01)  # the other core may not be free
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     steps = SnapshotStore(folder).steps()[-1]

@@ -26,6 +26,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from grids import covering
 from models_for_tests import Seen, check_same_windows, flat, moving, observe
 from runs_of_data import NUM_STEPS, RECURRENT, make_module, run, steps_of
 from torch import Tensor, nn
@@ -316,10 +317,7 @@ def _deep(state: Any) -> tuple[Tensor, Tensor]:
     return first[0], second["m"]
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("form", STATES)
+@covering(form=STATES, overlap=OVERLAPS, executor=EXECUTORS, given=[False, True])
 def test_nested_states(form: str, overlap: str, executor: str, given: bool) -> None:
     data, options = random_data(NUM_STEPS), {"overlap": overlap, "executor": executor}
     pack, unpack = STATES["tuple"]
@@ -374,18 +372,17 @@ class OneState:
     h: Tensor
 
 
-@pytest.mark.parametrize("strategy", ["retain", "uniform:2", "revolve:2"])
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize(
-    ("container", "key"),
-    [(lambda h: {"h": h}, "h"), (lambda h: [h], 0), (OneState, None)],
-    ids=["dict", "list", "dataclass"],
+@covering(
+    form=[(lambda h: {"h": h}, "h"), (lambda h: [h], 0), (OneState, None)],
+    overlap=OVERLAPS,
+    executor=EXECUTORS,
+    strategy=["retain", "uniform:2", "revolve:2"],
 )
 def test_the_module_may_write_into_the_container_of_its_state(
-    container: Callable[[Tensor], Any], key: Any, overlap: str, executor: str, strategy: str
+    form: tuple[Callable[[Tensor], Any], Any], overlap: str, executor: str, strategy: str
 ) -> None:
     """The tensors stay as they are; kept states and the user's own must not see it."""
+    container, key = form
 
     def windows(fresh: bool, k2: int | None) -> list[Seen]:
         module, h = WritesIntoItsState(container, key, fresh), random_state().requires_grad_()

@@ -24,6 +24,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from grids import covering
 from models_for_tests import CountedCalls, moving
 from runs_of_data import (
     NUM_STEPS,
@@ -108,11 +109,13 @@ def test_forward_only_windows_run_whole_after_an_update(as_function: bool) -> No
     assert executed("stale") == [3, 3, 3, 6, 3, 3]
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
-@pytest.mark.parametrize("source", ["list", "generator", "weight"])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("present", [{2}, {0, 5, 6, 14}, {4, 12, 13}, set(range(1, 15, 2))])
+@covering(
+    present=[{2}, {0, 5, 6, 14}, {4, 12, 13}, set(range(1, 15, 2))],
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
+    source=["list", "generator", "weight"],
+    kind=RECURRENT,
+)
 def test_scattered_targets_equal_a_naive_loop(
     present: set[int], executor: str, overlap: str, source: str, kind: str
 ) -> None:

@@ -13,7 +13,7 @@ from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 
 MSE = nn.functional.mse_loss
-STRATEGIES = ("retain", "step", "uniform:5", "sqrt", "revolve:3")
+STRATEGIES = ("retain", "step", "uniform:5")
 
 
 def make(kind=nn.LSTM, width=8, num_steps=23, lanes=2):

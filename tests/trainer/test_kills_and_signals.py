@@ -35,14 +35,17 @@ KILLED = Job(num_steps=9, k1=2, k2=5, engine={"strategy": "uniform:2"})
 
 
 class TestKill:
+    @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.exhaustive)])
     @pytest.mark.parametrize("point", POINTS)
-    def test_at_every_call_of_a_named_point(
-        self, point: str, tmp_path: Path, injected: Injected
+    def test_at_calls_of_a_named_point(
+        self, point: str, stride: int, tmp_path: Path, injected: Injected
     ) -> None:
+        """At all of them where there are few."""
+        stride = stride if point in ("advance or replay", "module", "backward") else 1
         expected = KILLED.undisturbed()
-        count = 0
+        count = 1 - stride
         while True:
-            count += 1
+            count += stride
             folder = tmp_path / str(count)
 
             def work(folder: Path = folder, count: int = count) -> None:
@@ -64,12 +67,13 @@ class TestKill:
                 assert_equal(found[name], expected[name], EXACT, name)
         assert count > 4
 
-    def test_at_every_third_call_of_every_save(self, tmp_path: Path, injected: Injected) -> None:
+    @pytest.mark.parametrize("stride", [8, pytest.param(3, marks=pytest.mark.exhaustive)])
+    def test_at_calls_of_every_save(self, stride: int, tmp_path: Path, injected: Injected) -> None:
         job = Job(num_steps=4)
         expected = job.undisturbed()
         count = 0
         while True:
-            count += 3
+            count += stride
             folder = tmp_path / str(count)
 
             def work(folder: Path = folder, count: int = count) -> None:
