@@ -86,6 +86,12 @@ class TrainingConfig:
     ] = None
     keep: Annotated[int, "Snapshots that stay, the newest.", check_positive_int] = 3
     resume: Annotated[bool, "Go on from the newest valid snapshot, if there is one."] = False
+    accept: Annotated[
+        tuple[str, ...],
+        "What may differ from the run to resume, such as lr,data.",
+        options.read_list(lambda _, text: text),
+        options.Default("nothing"),
+    ] = ()
 
     def __post_init__(self) -> None:
         if not self.strategy:
@@ -101,17 +107,12 @@ class TrainingConfig:
         self._check_save()
         self._check_snapshots()
 
-    def identity(self) -> dict[str, object]:
-        """What a resumed run must have in common with the one that was saved."""
-        names = ("model", "hidden", "layers", "lanes", "lr", "seed", "dtype")
-        data = None if self.data is None else str(self.data.resolve())
-        return {"data": data, **{name: getattr(self, name) for name in names}}
-
     def _check_snapshots(self) -> None:
         needy = {
             "--snapshot-every": self.snapshot_every,
             "--snapshot-minutes": self.snapshot_minutes,
             "--resume": self.resume or None,
+            "--accept": self.accept or None,
         }
         for option, value in needy.items():
             if value is not None and self.snapshot_dir is None:

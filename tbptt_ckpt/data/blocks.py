@@ -105,9 +105,9 @@ class StepBlock:
         """Steps times lanes, without the lanes whose weight is zero."""
         if self.weight is not None and self.weight.dim() == 2:
             return int(torch.count_nonzero(self.weight))
-        return (self.stop - self.start) * self._num_lanes()
+        return (self.stop - self.start) * self.num_lanes()
 
-    def _num_lanes(self) -> int:
+    def num_lanes(self) -> int:
         """The first dimension of one step, where its inputs have one for lanes."""
         first = self.inputs.values[0] if isinstance(self.inputs, Column) else self.inputs
         tensors = tensors_of(first)

@@ -80,13 +80,13 @@ class WindowReader:
         held = [store_block(block) for block in self._held]
         return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+    def load_state_dict(self, state: dict[str, Any], *, changed: bool = False) -> None:
+        """Go on where `state_dict` was called; one with a length may have `changed`."""
         if isinstance(self._reader, StepIterable):
             self._reader.skip_to(state["first"])
             self._position = state["first"]
             return
-        if hasattr(self._reader.source, "load_state_dict"):
+        if hasattr(self._reader.source, "load_state_dict") and (self._in_order or not changed):
             self._reader.source.load_state_dict(state["source"])
         if self._in_order:
             self._held = [load_block(block) for block in state["held"]]

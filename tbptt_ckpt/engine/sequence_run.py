@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -262,17 +262,18 @@ class SequenceRun:
             "reader": self._reader.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], changed: Container[str] = ()) -> None:
         """Go on where `state_dict` was called, in a run that has not begun.
 
         The global generators, weights and buffers that are not part of a boundary state are
-        the caller's to restore.
+        the caller's to restore. What has `changed`, by name, goes on as it is.
         """
         assert self._ambient is None, "the run has not begun"
-        self._reader.load_state_dict(state["reader"])
+        self._reader.load_state_dict(state["reader"], changed="data" in changed)
         self.initial.set_collected(state["collected"])
         self._parts.updater.group.load_state_dict(state["group"])
-        self._parts.loss_function.load_state_dict(state["returns_pairs"])
+        if "loss_fn" not in changed:
+            self._parts.loss_function.load_state_dict(state["returns_pairs"])
         self._standing, self._present = load_standing(state, self._weights())
 
     def unkept_window(self, limit: int | None) -> Window | None:

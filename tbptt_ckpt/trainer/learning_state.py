@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 from tbptt_ckpt.updates.undo import copied
+from tbptt_ckpt.updates.updater import Updater
 
 
 def modules_of(parts: Parts) -> dict[str, nn.Module]:
@@ -39,33 +40,60 @@ def learning_state(parts: Parts) -> dict[str, Any]:
     return state
 
 
-def load_learning_state(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Put back what `learning_state` gave.
+def load_learning_state(
+    parts: Parts, state: Mapping[str, Any], accepted: Collection[str] = ()
+) -> None:
+    """Put back what `learning_state` gave, but for what was accepted to be another.
+
+    An optimizer begins anew then, with its schedule, and so does another schedule or scaler; a
+    hyper-parameter is this run's.
 
     Raises:
-        ArgumentError: It belongs to other modules or another optimizer.
+        ArgumentError: It belongs to other modules.
     """
     modules, loose = modules_of(parts), _loose_parameters(parts, modules_of(parts))
     for name, module in modules.items():
         _check_fits(name, module, state["modules"].get(name))
-    if [p.shape for p in loose] != [tensor.shape for tensor in state["loose"]]:
-        raise ArgumentError("the snapshot's optimizer has other parameters than this one")
-    owners = _stateful(parts)
-    for name, owner in owners.items():
-        if (owner is None) != (state[name] is None):
-            has, lacks = ("this run", "snapshot") if owner is not None else ("snapshot", "this run")
-            raise ArgumentError(f"the {has} has a {name}, the {lacks} has none")
     for name, module in modules.items():
         _load_module(module, state["modules"][name])
     with torch.no_grad():
         for parameter, tensor in zip(loose, state["loose"], strict=True):
             parameter.copy_(tensor)
-    for name, owner in owners.items():
-        if owner is not None:
-            _load_owner(name, owner, state[name])
+    updater = parts.updater
+    if updater.optimizer is not None and "optimizer" not in accepted:
+        kept = updater.optimizer.param_groups
+        if "scheduler" in accepted:
+            accepted = {*accepted, *(name for group in kept for name in group if name != "params")}
+        updater.optimizer.load_state_dict(state["optimizer"])
+        with_schedule = updater.scheduler is not None and "scheduler" not in accepted
+        if with_schedule:
+            schedule = state["scheduler"]
+            if "lr" in accepted and "base_lrs" in schedule:
+                schedule = {**schedule, "base_lrs": [group["initial_lr"] for group in kept]}
+            updater.scheduler.load_state_dict(schedule)
+        _take_own(updater, kept, accepted, with_schedule)
+    if updater.scaler is not None and "scaler" not in accepted:
+        updater.scaler.load_state_dict(state["scaler"])
     if state["grads"] is not None:
         for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
             parameter.grad = None if grad is None else grad.to(parameter.device)
+
+
+def _take_own(
+    updater: Updater, own: Sequence[Mapping[str, Any]], accepted: Collection[str], scheduled: bool
+) -> None:
+    """Let accepted hyper-parameters be this run's; a scheduled rate keeps its place there."""
+    for group, mine in zip(updater.optimizer.param_groups, own, strict=True):
+        for name in accepted:
+            if name != "lr" and name in mine:
+                group[name] = mine[name]
+        if "lr" in accepted and "lr" in mine:
+            first = group.get("initial_lr")
+            if scheduled and first:
+                group["lr"] = group["lr"] * (mine["initial_lr"] / first)
+                group["initial_lr"] = mine["initial_lr"]
+            else:
+                group["lr"] = mine["lr"]
 
 
 def copied_learning_state(parts: Parts) -> Callable[[], None]:
@@ -179,7 +207,9 @@ def _check_fits(name: str, module: nn.Module, stored: Mapping[str, Any] | None) 
 
 
 def _shape(value: Any) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
 def _load_module(module: nn.Module, stored: Mapping[str, Any]) -> None:
@@ -203,10 +233,3 @@ def _unset_buffers(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for name, tensor in owner._buffers.items()
         if tensor is None
     }
-
-
-def _load_owner(name: str, owner: Any, stored: Any) -> None:
-    try:
-        owner.load_state_dict(stored)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ArgumentError(f"the snapshot is of another {name}: {error}") from error

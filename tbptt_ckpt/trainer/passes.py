@@ -19,6 +19,7 @@ from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.learning_state import restored_state
+from tbptt_ckpt.trainer.sample import sampled
 
 
 class Passes:
@@ -50,6 +51,28 @@ class Passes:
         self._max_steps, self._observer = max_steps, observer
         self._source, self._init_state = source, init_state
         self.limit: int | None = None
+        self._last: tuple[int, Any] | None = None  # number and source of the last pass begun
+        self._sample: dict[str, Any] | None = None  # of its steps
+
+    def sample(self, epoch: int | None) -> dict[str, Any] | None:
+        """What its steps are known by, of a pass or of the last one; None before the first."""
+        if epoch is not None:
+            source = self._source_of(epoch)
+        elif self._last is not None:
+            epoch, source = self._last
+        else:
+            return None
+        if self._sample is None or self._sample["epoch"] != epoch:
+            self._sample = {"epoch": epoch, **sampled(source, self._parts.recurrence)}
+        return self._sample
+
+    def _source_of(self, epoch: int) -> Any:
+        source = self._source
+        if callable(source) and not isinstance(source, Source):
+            source = source(epoch)
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
+        return for_module(source, self._parts.recurrence)
 
     def begin(
         self, epoch: int, steps_before: int, saved: Sequence[Mapping[str, Any]] | None = None
@@ -58,13 +81,8 @@ class Passes:
 
         `saved` are the first state's tensors as a snapshot has them, to go on with.
         """
-        source = self._source
-        if callable(source) and not isinstance(source, Source):
-            source = source(epoch)
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(epoch)
-        source = for_module(source, self._parts.recurrence)
-        self.limit = None
+        source = self._source_of(epoch)
+        self._last, self.limit = (epoch, source), None
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
             is_longer = not isinstance(source, Sized) or len(source) > remaining
@@ -77,7 +95,7 @@ class Passes:
 
     def copied(self) -> Callable[[], None]:
         """Copy what `begin` changes of the user's; what is returned puts it back."""
-        source, limit = self._source, self.limit
+        source, limit, last, sample = self._source, self.limit, self._last, self._sample
         is_resumable = all(hasattr(source, name) for name in ("state_dict", "load_state_dict"))
         position = copy.deepcopy(source.state_dict()) if is_resumable else None
         given = () if callable(self._init_state) else tensors_of(self._init_state)
@@ -85,7 +103,7 @@ class Passes:
         values = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in learned]
 
         def put_back() -> None:
-            self.limit = limit
+            self.limit, self._last, self._sample = limit, last, sample
             with torch.no_grad():
                 for tensor, value, grad in values:
                     tensor.copy_(value)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
@@ -21,14 +20,17 @@ from tbptt_ckpt.trainer.schema import check_schema
 
 
 @contextmanager
-def all_or_nothing(parts: Parts, passes: Passes, owners: Iterable[Stateful]) -> Iterator[None]:
-    """While entered, what a run consists of is loaded; where that fails, all is as it was before.
+def all_or_nothing(
+    state: Any, parts: Parts, passes: Passes, owners: Iterable[Stateful]
+) -> Iterator[None]:
+    """While entered, a state is loaded; where that fails, all is as it was before.
 
     It is copied for that time. Plans are not: they are loaded last.
 
     Raises:
-        SnapshotError: What was loaded is no state of a run.
+        SnapshotError: It is no state of a run.
     """
+    check_schema(state)
     group, loss = parts.updater.group, parts.loss_function
     try:
         with ExitStack() as stack:
@@ -48,30 +50,13 @@ def all_or_nothing(parts: Parts, passes: Passes, owners: Iterable[Stateful]) -> 
         ) from error
 
 
-def fixed_settings(options: Options) -> dict[str, Any]:
-    """What fixes the gradient, and so must be the same."""
-    names = ("k1", "k2", "loss", "reduction", "overlap", "accumulate")
-    return {name: getattr(options, name) for name in names}
-
-
-def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """Raise `ArgumentError` unless this run and the saved one have the same values."""
-    for name in sorted({*here, *there}):
-        if here.get(name) != there.get(name):
-            raise ArgumentError(
-                f"{name}={here.get(name)!r} differs from the {there.get(name)!r} of the run that "
-                "was saved; resume with the same"
-            )
-
-
 def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) -> Progress:
     """How far a saved run had come.
 
     Raises:
         ArgumentError: That is too far to end at `max_steps`.
-        SnapshotError: It is no state of a run, or has numbers that no run has.
+        SnapshotError: Numbers that no run has.
     """
-    check_schema(state)
     progress, run = Progress(**state["progress"]), state["run"]
     index, trained = (0, 0) if run is None else (run["index"], run["totals"]["num_steps"])
     # Every pass and window has a step, and all windows but a last one have k1.
@@ -88,15 +73,22 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
     return progress
 
 
-def resume_run(run: SequenceRun, state: Mapping[str, Any], limit: int | None, k1: int) -> None:
+def resume_run(
+    run: SequenceRun,
+    state: Mapping[str, Any],
+    limit: int | None,
+    k1: int,
+    accepted: Container[str],
+) -> None:
     """Have a pass go on that `max_steps` ends at `limit`, which may be elsewhere than before.
 
     Raises:
         ArgumentError: What windows there are depends on that, and what they need was not kept.
     """
     reader = refitted(state["run"]["reader"], state["limit"], limit)
-    run.load_state_dict({**state["run"], "reader": reader})
-    if limit != state["limit"] and (window := run.unkept_window(limit)) is not None:
+    changed = "data" in accepted or "lanes" in accepted
+    run.load_state_dict({**state["run"], "reader": reader}, accepted)
+    if (changed or limit != state["limit"]) and (window := run.unkept_window(limit)) is not None:
         done = run.totals.num_steps
         problem = (
             f"window {window.start} to {window.stop} starts at a state that was not kept"

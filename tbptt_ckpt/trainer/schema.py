@@ -67,8 +67,11 @@ STATE = {
     "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},
-    "settings": dict,
-    "identity": dict,
+    "identity": {
+        "run": {str: object},
+        "hyper_parameters": {str: object},
+        "data": ({"epoch": int, "lanes": (int, None), "data": (str, None)}, None),
+    },
     "extra": {str: object},
     "random": {str: object},
 }

@@ -17,6 +17,7 @@ from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.trainer.announcer import Announcer, check_sinks
 from tbptt_ckpt.trainer.events import EventSink
+from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
 from tbptt_ckpt.trainer.passes import Passes, PlanObserver
@@ -25,8 +26,6 @@ from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.resuming import (
     all_or_nothing,
-    check_same,
-    fixed_settings,
     loaded_progress,
     plan_state,
     resume_plan,
@@ -57,7 +56,7 @@ class Trainer:
         non_finite: What to do about NaN and infinity.
         out_of_memory: What to do about missing memory.
         extra: Objects with `state_dict` and `load_state_dict`, saved and resumed as well.
-        identity: What must be equal in a resumed run; plain values.
+        identity: What else must be equal in a resumed run; plain values.
 
     Raises:
         ArgumentError: Arguments that cannot work.
@@ -97,7 +96,9 @@ class Trainer:
             max_steps,
             together(self._recovery, PlanObserver(self._save_costs)),
         )
-        self._extra, self._identity = dict(extra or {}), dict(identity or {})
+        self._extra = dict(extra or {})
+        others = {**(identity or {}), "extra": sorted(self._extra)}
+        self._identity = RunIdentity(self._options, self._parts, others, self._passes.sample)
         self._asked = str(self._parts.budget.strategy)
         self._progress, self._session = Progress(), Session()
         self._run: SequenceRun | None = None
@@ -147,6 +148,7 @@ class Trainer:
         self._session = Session()
         check_differentiable(self._parts.recurrence.module)
         self._saving.begin()
+        self._identity.begin()
         with ExitStack() as stack:
             stack.callback(self._close)
             stack.enter_context(signals)
@@ -159,15 +161,18 @@ class Trainer:
                 self._run.finish()
             self._save_unless_saved()
 
-    def resume(self) -> bool:
+    def resume(self, *, accept: Sequence[str] = ()) -> bool:
         """Load the newest valid snapshot; False where there is none, to start afresh.
+
+        Args:
+            accept: What may differ from the run that was saved, such as ("lr", "data").
 
         Raises:
             ArgumentError: No snapshots were asked for, or they are of another run.
             SnapshotError: None of the snapshots can be used. Either leaves all as it was.
         """
         self._saving.check("resume()")
-        loaded = self._saving.load(lambda loaded: self.load_state_dict(loaded.state))
+        loaded = self._saving.load(lambda each: self.load_state_dict(each.state, accept=accept))
         if loaded is None:
             return False
         self._announcer.resume_at(self.num_steps)
@@ -210,37 +215,36 @@ class Trainer:
             "limit": None if run is None else self._passes.limit,
             "init_state": [] if run is None else stored_state(run.initial.given),
             "plan": plan_state(self._parts, self._asked),
-            "settings": fixed_settings(self._options),
-            "identity": self._identity,
+            "identity": self._identity.state_dict(),
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
             "random": random_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called.
+    def load_state_dict(self, state: Mapping[str, Any], *, accept: Sequence[str] = ()) -> None:
+        """Go on where `state_dict` was called; `accept` as for `resume`.
 
         Raises:
             ArgumentError: It is of another run.
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
         run = None
-        with all_or_nothing(self._parts, self._passes, self._extra.values()):
+        with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
+            accepted = self._identity.differences(state, accept)
             progress = loaded_progress(state, self._options.k1, self._max_steps)
-            check_same(fixed_settings(self._options), state["settings"])
-            check_same(self._identity, state["identity"])
-            load_learning_state(self._parts, state["learning"])
+            load_learning_state(self._parts, state["learning"], accepted)
             if state["run"] is not None:
                 run = self._passes.begin(progress.epoch, progress.steps_before, state["init_state"])
-                resume_run(run, state, self._passes.limit, self._options.k1)
-            for name, owner in self._extra.items():
-                if name in state["extra"]:
-                    owner.load_state_dict(state["extra"][name])
+                resume_run(run, state, self._passes.limit, self._options.k1, accepted)
+            for name in self._extra.keys() & state["extra"].keys():
+                self._extra[name].load_state_dict(state["extra"][name])
             set_random_state(state["random"])
             messages = resume_plan(self._parts, self._asked, state["plan"])
         self._progress, self._session, self._run = progress, Session(), run
         self._has_saved_costs = self._parts.budget.costs is not None
         for message in messages:
             self._announcer.notice("replanned", message)
+        for name, difference in accepted.items():
+            self._announcer.notice("accepted", f"{name}={difference}")
 
     def _is_done(self) -> bool:
         bounds = ((self.num_steps, self._max_steps), (self._progress.epoch, self._epochs))
@@ -269,11 +273,7 @@ class Trainer:
                 yield result
 
     def _save_costs(self) -> None:
-        """Save measured costs before the first update that depends on them.
-
-        A run that is resumed must not measure them again: they would differ, and so would the
-        plan and the rounding.
-        """
+        """Save measured costs before the first update; measured again they would differ."""
         if not self._has_saved_costs and self._parts.budget.costs is not None:
             self._has_saved_costs = True
             self._save()

@@ -137,7 +137,7 @@ def test_another_run_is_neither_continued_nor_overwritten(
     capsys.readouterr()
     assert "resume from them, or name another" in refused(capsys, [*words, *options])
     changed = [*words, *options, "--resume", "--lr", "0.5"]
-    assert "lr=0.5 differs from the 0.004" in refused(capsys, changed)
+    assert "lr=0.5, which was 0.004" in refused(capsys, changed)
     (tmp_path / "file").touch()
     options = ["--snapshot-dir", str(tmp_path / "file")]
     assert "is a file" in refused(capsys, [*words, *options])

@@ -55,7 +55,7 @@ class TestOtherRuns:
         others = {
             "k2": Job(k2=5),
             "overlap": Job(engine={"overlap": "stale"}),
-            "another module": Job(module=cases.LSTMCellWithReadout),
+            "parameters": Job(module=cases.LSTMCellWithReadout),
             "optimizer": Job(optimizer=None),
             "speed": Job(trainer={"identity": {"speed": 3}}),
         }

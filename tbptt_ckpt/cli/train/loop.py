@@ -23,6 +23,7 @@ from tbptt_ckpt.profiling.sweep import Progress, Watch
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.schedule import Window
 
+_IDENTITY = ("model", "hidden", "layers", "seed", "dtype")  # what the trainer cannot tell
 _LOSS_MEMORY = 0.98  # of the running mean that is shown
 
 
@@ -100,12 +101,12 @@ class TrainingLoop:
             # The copy it takes may be what the memory of the run is judged by.
             out_of_memory=OutOfMemory(protect_update=config.snapshot_dir is not None),
             extra={"tally": self.scorecard},
-            identity=config.identity(),
+            identity={name: getattr(config, name) for name in _IDENTITY},
         )
 
     def resume(self) -> bool:
         """Go on from the newest valid snapshot; False where there is none."""
-        if not self._trainer.resume():
+        if not self._trainer.resume(accept=self._config.accept):
             return False
         if not self.scorecard.peak_bytes:  # the metered window is still to come, whichever it is
             self._metered = max(self._metered, self._trainer.result().num_windows)
