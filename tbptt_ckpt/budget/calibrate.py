@@ -62,7 +62,11 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     rest is filled in.
     """
     begun = time.perf_counter()
-    with untouched(tensors=probe.parameters, ambient=probe.ambient), older_garbage_kept():
+    with (
+        untouched(tensors=probe.parameters, ambient=probe.ambient),
+        older_garbage_kept(),
+        probe.runner.counters.paused(True),
+    ):
         probe.go_on()
         before = probe.go_on()
         probe = replace(probe, resets=probe.resets.of(()))

@@ -17,6 +17,7 @@ from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.weighted_steps import is_present
+from tbptt_ckpt.module.counters import Counters
 from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
@@ -49,6 +50,7 @@ class Runner:
         time_batching: TimeBatching,
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
+        self.counters = Counters(recurrence.module)
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,6 +83,7 @@ class WindowPass:
     executed_steps: int = 0  # module steps run so far
     # Steps that were run in one call of a segment module, by earlier windows too.
     calls: set[tuple[int, int]] = field(default_factory=set)
+    _reached: int = 0  # end of the steps that have run
     _arrived: set[int] = field(default_factory=set)
 
     def run(
@@ -95,8 +97,8 @@ class WindowPass:
             for begin, end in self._pieces(start, stop, longest):
                 if begin != start:
                     state = self.rejoin(begin, state)
-                self._enter(begin, end)
-                state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
+                with self._enter(begin, end):
+                    state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
                 sink.close(begin, end)
                 self._arrive(end, state)
         check_no_hidden_tensors(state)
@@ -160,7 +162,7 @@ class WindowPass:
             yield begin, end
             begin = end
 
-    def _enter(self, begin: int, end: int) -> None:
+    def _enter(self, begin: int, end: int) -> AbstractContextManager[None]:
         """The steps `[begin, end)` run next: find what they are to find, and count them."""
         recorded = self.ambients.get(begin)
         if recorded is not None:
@@ -169,6 +171,9 @@ class WindowPass:
         self.executed_steps += end - begin
         if not self.runner.recurrence.per_step:
             self.calls.add((begin, end))
+        is_again = begin < max(self._reached, self.new_start)
+        self._reached = max(self._reached, end)
+        return self.runner.counters.paused(is_again)
 
     def _arrive(self, step: int, state: Tree) -> None:
         """Tell of a state the first time a run ends at `step`."""

@@ -78,6 +78,14 @@ def _is_scripted(module: object, *names: str) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and kind_of(module) in names
 
 
+def is_a(module: object, package: str, *names: str) -> bool:
+    """Whether a class of such a name, and of that package, is among a module's."""
+    return any(
+        kind.__name__ in names and kind.__module__.partition(".")[0] == package
+        for kind in type(module).__mro__
+    )
+
+
 def kind_of(module: object) -> str:
     """The name of its class, before it was scripted."""
     return str(getattr(module, "original_name", type(module).__name__))

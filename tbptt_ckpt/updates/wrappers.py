@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.inside import modules_in
+from tbptt_ckpt.module.inside import is_a, modules_in
 
 # Modules that keep gradients in a backward of their own, and where they come from.
 _REFUSED = {"FullyShardedDataParallel": "torch", "DeepSpeedEngine": "deepspeed"}
@@ -41,7 +41,7 @@ class Wrappers:
         found = {id(module): module for owner in owners for _, module in modules_in(owner)}
         for module in found.values():
             _check(module)
-        self.is_sharded = any(_is_a("FSDPModule", module, "torch") for module in found.values())
+        self.is_sharded = any(is_a(module, "torch", "FSDPModule") for module in found.values())
         self._reducers = [m for m in found.values() if isinstance(m, DistributedDataParallel)]
         self.weights = {id(p): p for m in self._reducers for p in m.parameters() if p.requires_grad}
         # As large as what reducers gather gradients in, which nobody else can reach.
@@ -116,17 +116,9 @@ def _check_complete(reducer: DistributedDataParallel, tickets: Mapping[int, Tens
         )
 
 
-def _is_a(name: str, module: nn.Module, package: str) -> bool:
-    """Whether a class of that name, and of that package, is among a module's."""
-    return any(
-        kind.__name__ == name and kind.__module__.partition(".")[0] == package
-        for kind in type(module).__mro__
-    )
-
-
 def _check(module: nn.Module) -> None:
     for name, package in _REFUSED.items():
-        if _is_a(name, module, package):
+        if is_a(module, package, name):
             raise ArgumentError(
                 f"module contains a {name}, which takes gradients out of every backward, so that "
                 "a window's cannot be handed over at once; use DistributedDataParallel, or "

@@ -12,6 +12,7 @@ import torch
 from cases import (
     EXECUTORS,
     LANES,
+    OVERLAPS,
     WIDTH,
     WIDTH_IN,
     check_window,
@@ -290,3 +291,45 @@ def test_a_counter_in_a_module_counts_every_run_of_a_step() -> None:
         module = made(lambda: Counting(WIDTH_IN, WIDTH))
         found = run_window(module, mean_loss, *random_data(STEPS), strategy=strategy)
         assert module.calls == found.executed_steps
+
+
+class Metric(nn.Module):
+    """torchmetrics', as far as its attributes go: states are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self._update_count = list[Tensor](), 0
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    def update(self, value: Tensor) -> None:
+        self.total += value
+        self.values.append(value)
+        self._update_count += 1
+
+
+Metric.__module__ = "torchmetrics.metric"
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_a_metric_in_a_module_counts_each_step_once(overlap: str, executor: str) -> None:
+    class Measured(nn.GRUCell):
+        def __init__(self) -> None:
+            super().__init__(WIDTH_IN, WIDTH)
+            self.metric = Metric()
+
+        def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
+            self.metric.update(x.mean())
+            return super().forward(x, h)
+
+    inputs, targets = random_data(STEPS)
+    budgets = (None, "1GiB") if executor == "replay" else (None,)
+    for strategy, budget in itertools.product(STRATEGIES, budgets):
+        module = made(Measured)
+        how = {"strategy": strategy, "memory_budget": budget, "executor": executor}
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        tbptt = TBPTT(module, mean_loss, 3, 7, optimizer, overlap=overlap, **how)
+        tbptt.train(TensorSequence(inputs, targets))
+        assert module.metric._update_count == STEPS
+        assert torch.equal(torch.stack(module.metric.values), inputs.mean((1, 2)))
+        assert relative_error([module.metric.total], [inputs.mean((1, 2)).sum()]) <= 1e-12

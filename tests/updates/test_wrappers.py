@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -27,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tbptt_ckpt import TBPTT, TensorSequence, run_window
+from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer, run_window
 from tbptt_ckpt.errors import ArgumentError
 
 STEPS, K1, K2 = 11, 3, 7
@@ -179,6 +180,50 @@ def check_gradients(rank: int, count: int) -> None:
 
 def test_one_process_has_the_gradient_of_plain_bptt(alone: None) -> None:
     check_gradients(0, 1)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:3])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.LSTM, nn.GRU])
+def test_a_wrapped_module_is_what_it_was(alone: None, kind: Any, wrap: Any) -> None:
+    options = {"batch_first": True} if issubclass(kind, nn.RNNBase) else {}
+    inner = kind(WIDTH_IN, WIDTH, **options).double()
+    module, plain = wrap(inner), kind(WIDTH_IN, WIDTH, **options).double()
+    plain.load_state_dict(inner.state_dict())
+    inputs, targets = (each.transpose(0, 1) if options else each for each in random_data(STEPS))
+    losses = []
+    for each, owner in ((module, inner), (plain, plain)):  # the optimizer's may be the inner one's
+        optimizer = torch.optim.SGD(owner.parameters(), lr=0.5)
+        tbptt = TBPTT(each, mean_loss, K1, K2, optimizer, strategy="uniform:2")
+        windows = tbptt.windows(TensorSequence(inputs, targets))
+        losses.append([float(window.loss) for window in windows])
+        assert tbptt.parts.recurrence.per_step == (not options)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_a_run_of_a_wrapped_module_resumes(alone: None, tmp_path: Path) -> None:
+    def trained(name: str, *, max_steps: int | None = None) -> dict[str, Tensor]:
+        module = DistributedDataParallel(cell())
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        tbptt = TBPTT(module, mean_loss, K1, K2, optimizer, strategy="uniform:2")
+        snapshots = Snapshots(directory=tmp_path / name, every_steps=K1)
+        source = TensorSequence(*random_data(STEPS))
+        trainer = Trainer(
+            tbptt,
+            source,
+            init_state=random_state(),
+            epochs=2,
+            snapshots=snapshots,
+            max_steps=max_steps,
+        )
+        trainer.resume()
+        trainer.train()
+        return module.state_dict()
+
+    expected = trained("whole")
+    trained("cut", max_steps=2 * K1)
+    found = trained("cut")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def check_unused(rank: int, count: int) -> None:
