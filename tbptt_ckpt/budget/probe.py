@@ -292,6 +292,8 @@ def _ambient_bytes(later: Boundary, earlier: AmbientState) -> int:
     drawn = (ambient.cpu_random, *ambient.device_random)
     before = (earlier.cpu_random, *earlier.device_random)
     own = [new for new, old in zip(drawn, before, strict=True) if new is not old]
+    moved = zip(ambient.generators, earlier.generators, strict=True)
+    own += [tensor for new, old in moved if new is not old for tensor in tensors_of(new.values)]
     changed = zip(ambient.buffers, earlier.buffers, strict=True)
     # A value that is restored has a second tensor, to stand in the module.
     buffers = tensor_bytes([new.values for new, old in changed if new is not old])

@@ -18,7 +18,7 @@ from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.engine.records import Notes, Records, changes
+from tbptt_ckpt.engine.records import Notes, Records
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -225,7 +225,7 @@ class OpenWindow:
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:
         """Where every run ends, whatever the plan."""
-        return {self._window.new_start, *self.notes.stops(), *changes(ambients)}
+        return {self._window.new_start, *self.notes.stops(), *self._ambient.changes(ambients)}
 
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""

@@ -11,6 +11,7 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.buffers import BufferValue
+from tbptt_ckpt.module.generators import GeneratorState
 from tbptt_ckpt.module.trees import Tree, detach_state, relative_change
 from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
 
@@ -88,16 +89,6 @@ class Records:
     def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
         """What a run that begins at `first` restores, there and at update points, in order."""
         return {s: self.ambients[s] for s in sorted(self.ambients) if s == first or s % k1 == 0}
-
-
-def changes(ambients: dict[int, AmbientState]) -> list[int]:
-    """Steps whose generators or buffers are not those of the step before them in order."""
-    last, changed = None, []
-    for step, ambient in ambients.items():
-        if ambient is not last:
-            changed.append(step)
-        last = ambient
-    return changed
 
 
 class Notes(Observer):
@@ -179,14 +170,18 @@ def store_records(records: Records, present: AmbientState) -> dict[str, Any]:
     ambients = _Table([*records.ambients.values(), *found, present])
     random = _Table(r for a in ambients.items for r in (a.cpu_random, *a.device_random))
     values = _Table(value for a in ambients.items for value in a.buffers)
+    generators = _Table(state for a in ambients.items for state in a.generators)
     return {
         "random": random.items,
         "values": [value.values for value in values.items],
+        "generators": [state.values for state in generators.items],
         "ambients": [
             {
                 "cpu": random.index(a.cpu_random),
                 "devices": [random.index(r) for r in a.device_random],
                 "buffers": [values.index(value) for value in a.buffers],
+                "generators": [generators.index(state) for state in a.generators],
+                "drawn": list(a.drawn),
             }
             for a in ambients.items
         ],
@@ -208,11 +203,14 @@ def load_records(stored: dict[str, Any]) -> tuple[Records, AmbientState]:
     """What was given to `store_records`."""
     random = stored["random"]
     values = [BufferValue(tensor) for tensor in stored["values"]]
+    generators = [GeneratorState(None, found) for found in stored["generators"]]
     ambients = [
         AmbientState(
             random[a["cpu"]],
             tuple(random[index] for index in a["devices"]),
             tuple(values[index] for index in a["buffers"]),
+            tuple(generators[index] for index in a["generators"]),
+            tuple(a["drawn"]),
         )
         for a in stored["ambients"]
     ]

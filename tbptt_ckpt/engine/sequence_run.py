@@ -154,9 +154,8 @@ class SequenceRun:
         """The window with its steps; what generators and buffers they find is recorded."""
         blocks = self._reader.window(window.first, window.stop)
         ambient = self._ambient_for(blocks)
-        ambient.about_to_run()  # whoever got the window before may have run the module
         records, num_steps = self._standing.records, self._reader.num_steps
-        records.find_ambient(window.new_start, ambient.capture())
+        records.find_ambient(window.new_start, ambient.found())
         given = (self._options, self._parts, window, num_steps, blocks, ambient)
         return OpenWindow(*given, self.initial, records, self._observer)
 
@@ -224,7 +223,7 @@ class SequenceRun:
         return Mark(
             standing=self._standing.copy(),
             ambient=ambient,
-            random=torch.get_rng_state() if ambient is None else None,
+            random=Ambient((), ()).found() if ambient is None else None,
             rewind_updater=self._parts.updater.mark(self.initial.leaves(), self._parts.device),
             collected=self.initial.collected(),
         )
@@ -242,11 +241,11 @@ class SequenceRun:
         if self._ambient is not None and ambient is not None:
             self._ambient.restore(ambient)
         if mark.random is not None:
-            torch.set_rng_state(mark.random)
+            Ambient((), ()).restore(mark.random)
 
     def skip(self, window: Window) -> None:
         """Go on after `window`, which is next, from the state before it and without an update."""
-        ambient = self._ambient_for(self._reader.window(window.first, window.stop)).capture()
+        ambient = self._ambient_for(self._reader.window(window.first, window.stop)).found()
         self._standing = self._standing.skipping(window, ambient)
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,8 +286,7 @@ class SequenceRun:
         """Generators and buffers now; None before devices are known."""
         if self._ambient is None:
             return self._present
-        self._ambient.about_to_run()  # whoever got the last window may have run the module
-        return self._ambient.capture()
+        return self._ambient.found()
 
     def _weights(self) -> object:
         return self._parts.guard().fingerprint()

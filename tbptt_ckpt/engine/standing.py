@@ -86,6 +86,6 @@ class Mark:
 
     standing: Standing
     ambient: AmbientState | None
-    random: Tensor | None
+    random: AmbientState | None  # the global generators, where the run has not begun
     rewind_updater: Callable[[], None]
     collected: dict[int, Tensor]

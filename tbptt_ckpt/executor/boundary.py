@@ -13,6 +13,7 @@ from tbptt_ckpt.errors import ArgumentError, TbpttError
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.trees import (
     Tree,
+    copy_containers,
     is_differentiable,
     map_tensors,
     replace_tensors,
@@ -87,7 +88,7 @@ def rejoined(recorded_state: Tree, state: Tree) -> Tree:
         else recorded
         for recorded, recomputed in pairs
     ]
-    return replace_tensors(recorded_state, joined)
+    return replace_tensors(copy_containers(recorded_state), joined)
 
 
 def check_same_structure(state: Tree, expected: Tree) -> None:

@@ -17,7 +17,13 @@ from tbptt_ckpt.executor.spans import Span, parse_spans
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import (
+    Tree,
+    copy_containers,
+    map_tensors,
+    replace_tensors,
+    tensors_of,
+)
 from tbptt_ckpt.module.tripwires import KeptGraphs
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep
 
@@ -190,7 +196,7 @@ class _Region:
         self._num_collected, self._final_frame = 0, None
 
     def __call__(self, *state_tensors: Tensor) -> tuple[Tensor, ...]:
-        state = replace_tensors(self._frame, list(state_tensors))
+        state = replace_tensors(copy_containers(self._frame), list(state_tensors))
         ambient = self._spans.ambient
         if self._ambient is None:
             self._ambient = ambient.capture(state_tensors)
@@ -218,4 +224,4 @@ _NO_TENSOR = torch.empty(0)
 
 
 def _without_tensors(state: Tree) -> Tree:
-    return map_tensors(lambda _: _NO_TENSOR, state)
+    return copy_containers(map_tensors(lambda _: _NO_TENSOR, state))

@@ -2,11 +2,16 @@
 
 Both belong to a boundary state: a step that runs again must draw the numbers it drew when
 it was new and find the buffers it found then.
+
+NOTE [Whose numbers]
+Python's and numpy's global generators move between windows, as data is read and shuffled, for
+modules too that never draw from them. That is kept with the states, but cuts no segment of a later
+window until a run of the module has moved them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,9 +21,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
+from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.recurrence import parameters_of
-from tbptt_ckpt.module.trees import checksum
+from tbptt_ckpt.module.trees import bytes_of, checksum
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,18 +34,27 @@ class AmbientState:
     cpu_random: Tensor
     device_random: tuple[Tensor, ...]
     buffers: tuple[BufferValue, ...]
+    generators: tuple[GeneratorState, ...]  # Python's and numpy's global ones first
+    drawn: tuple[bool, ...]  # from which of these a run has, up to here
 
     def digest(self) -> int:
         """A number that tells where the generators stand."""
-        return _digest(self.cpu_random, *self.device_random)
+        own = (state.digest for state in self.generators)
+        return hash((*map(checksum, (self.cpu_random, *self.device_random)), *own))
 
 
 class Ambient:
-    """Captures and restores the CPU's generator, those of the tensors' devices, and buffers."""
+    """Captures and restores generators and buffers.
+
+    The generators are torch's on the CPU and on the tensors' devices, Python's and numpy's global
+    ones, and those that the modules hold.
+    """
 
     def __init__(self, modules: Iterable[object], tensors: Iterable[Tensor]) -> None:
         roots = list(modules)
         self._buffers, self._census = find_buffers(roots), BufferCensus(roots)
+        self._places = [*GLOBAL_PLACES, *generator_places(roots)]
+        self._drawn = (False,) * len(self._places)  # from which of them a run has
         # A tensor on each accelerator, to name those whose generators count.
         found = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
         self._examples = list(found.values())
@@ -51,29 +66,64 @@ class Ambient:
         for buffer in self._buffers:
             buffer.about_to_run()
 
+    def found(self) -> AmbientState:
+        """The present state between windows, where others have drawn, or run the module."""
+        self.about_to_run()
+        return self._capture((), is_run=False)
+
     def capture(self, state: Sequence[Tensor] = ()) -> AmbientState:
-        """The present state; the very object returned before where nothing has changed.
+        """The state after a run; the very object returned before where nothing has changed.
 
         Of `state`, the tensors that the module has just returned, a buffer may be a shadow.
         """
+        return self._capture(state, is_run=True)
+
+    def _capture(self, state: Sequence[Tensor], *, is_run: bool) -> AmbientState:
         cpu_random = torch.get_rng_state()
         device_random = tuple(get_device_states(*self._examples)[1]) if self._examples else ()
-        buffers = tuple(buffer.capture(state) for buffer in self._buffers)
+        buffers = tuple([buffer.capture(state) for buffer in self._buffers])
+        generators = tuple([place.capture() for place in self._places])
         last = self._last
         if last is not None:
-            cpu_random = _shared(cpu_random, last.cpu_random)
+            if bytes_of(cpu_random) == bytes_of(last.cpu_random):
+                cpu_random = last.cpu_random
             device_random = tuple(map(_shared, device_random, last.device_random))
+            moved = [new is not old for new, old in zip(generators, last.generators, strict=True)]
+            if is_run and any(moved):
+                self._drawn = tuple(map(max, moved, self._drawn))
             parts = (cpu_random, *device_random, *buffers)
             known = (last.cpu_random, *last.device_random, *last.buffers)
-            if all(new is old for new, old in zip(parts, known, strict=True)):
+            if not any(moved) and all(new is old for new, old in zip(parts, known, strict=True)):
                 return last
-        self._last = AmbientState(cpu_random, device_random, buffers)
+        self._last = AmbientState(cpu_random, device_random, buffers, generators, self._drawn)
         return self._last
 
     def digest(self) -> int:
         """A number that tells where the generators stand now."""
         devices = get_device_states(*self._examples)[1] if self._examples else ()
-        return _digest(torch.get_rng_state(), *devices)
+        own = [place.capture().digest for place in self._places]
+        return hash((*map(checksum, (torch.get_rng_state(), *devices)), *own))
+
+    def changes(self, ambients: Mapping[int, AmbientState]) -> list[int]:
+        """Steps, in order, that must find something else than the step before them."""
+        found, last = [], None
+        for step, ambient in ambients.items():
+            if last is None or (ambient is not last and self._differ(ambient, last)):
+                found.append(step)
+            last = ambient
+        return found
+
+    def _differ(self, ambient: AmbientState, other: AmbientState) -> bool:
+        parts, known = (
+            (
+                each.cpu_random,
+                *each.device_random,
+                *each.buffers,
+                *(g for g, is_drawn in zip(each.generators, self._drawn, strict=True) if is_drawn),
+            )
+            for each in (ambient, other)
+        )
+        return any(new is not old for new, old in zip(parts, known, strict=True))
 
     def restore(self, state: AmbientState) -> None:
         """Put generators and buffers back to `state`."""
@@ -81,6 +131,8 @@ class Ambient:
         if self._examples:
             kind = self._examples[0].device.type
             set_device_states(self._device_ids, list(state.device_random), device_type=kind)
+        for place, generator in zip(self._places, state.generators, strict=True):
+            place.restore(generator)
         self._restore_buffers(state)
 
     def adopt(self, state: AmbientState) -> None:
@@ -93,6 +145,15 @@ class Ambient:
                 f"the module has {len(self._buffers)} buffers, the saved one had "
                 f"{len(state.buffers)}; a saved run goes on with a module of the same buffers"
             )
+        if len(state.generators) != len(self._places):
+            raise ArgumentError(
+                f"the module holds {len(self._places) - len(GLOBAL_PLACES)} random generators, the "
+                f"saved one held {len(state.generators) - len(GLOBAL_PLACES)}; a saved run goes on "
+                "with a module of the same generators"
+            )
+        for place, generator in zip(self._places, state.generators, strict=True):
+            place.adopt(generator)
+        self._drawn = state.drawn
         self._restore_buffers(state)
 
     def check_complete(self, *, searches: bool = False) -> None:
@@ -112,10 +173,6 @@ class Ambient:
         for buffer, value in zip(self._buffers, state.buffers, strict=True):
             buffer.restore(value)
         self._last = state
-
-
-def _digest(*states: Tensor) -> int:
-    return hash(tuple(map(checksum, states)))
 
 
 def _shared(new: Tensor, old: Tensor) -> Tensor:

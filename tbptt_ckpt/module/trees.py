@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import random
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,9 @@ _SEARCHED = 10_000  # objects inside one that passes through
 Tree = Any  # a tensor, a container of trees, or anything else, which passes through
 
 
-def map_tensors(function: Callable[[Any], Any], tree: Tree, kind: type = Tensor) -> Tree:
+def map_tensors(
+    function: Callable[[Any], Any], tree: Tree, kind: type | tuple[type, ...] = Tensor
+) -> Tree:
     """The same tree with `function` applied to every tensor, or to every leaf of a `kind`."""
     if isinstance(tree, kind):
         return function(tree)
@@ -45,9 +50,35 @@ def map_tensors(function: Callable[[Any], Any], tree: Tree, kind: type = Tensor)
     return tree
 
 
-def copy_containers(tree: Tree) -> Tree:
+# What a step may write into, or draw from, in a state, besides tensors.
+_WRITTEN = (
+    *(np.ndarray, array, bytearray, deque, set, random.Random, torch.Generator),
+    *(np.random.Generator, np.random.RandomState, np.random.BitGenerator),
+)
+
+
+def _map_state(function: Callable[[Tensor], Tensor], state: Tree) -> Tree:
+    """`map_tensors` with copies of the arrays and generators of a state."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if type(state) is tuple and all(isinstance(item, Tensor) for item in state):
+        return tuple([function(item) for item in state])
+    memo: dict[int, Any] = {}  # one generator in two places is one in the copy
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        is_constant = isinstance(leaf, np.ndarray) and not leaf.flags.writeable
+        if is_constant or isinstance(leaf, random.SystemRandom):  # which has no state
+            return leaf
+        return copy.deepcopy(leaf, memo)
+
+    return map_tensors(mapped, state, (Tensor, *_WRITTEN))
+
+
+def copy_containers(state: Tree) -> Tree:
     """The same tensors in new containers, for a module that writes into its state."""
-    return map_tensors(lambda tensor: tensor, tree)
+    return _map_state(lambda tensor: tensor, state)
 
 
 def iterate_leaves(tree: Tree) -> Iterator[Any]:
@@ -130,14 +161,19 @@ def _leads_to_tensor(owner: object) -> bool:
         if isinstance(item, nn.Module | type | ModuleType) or id(item) in seen:
             continue
         seen.add(id(item))
-        slots = (vars(kind).get("__slots__", ()) for kind in type(item).__mro__)
-        names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
-        inside = [getattr(item, name, None) for name in names]
+        inside = slots_of(item)
         inside += getattr(item, "__dict__", {}).values()
         inside += item.values() if isinstance(item, dict) else ()
         inside += item if isinstance(item, deque | Set | list | tuple) else ()
         left += inside[: _SEARCHED - len(left)]
     return False
+
+
+def slots_of(owner: object) -> list[Any]:
+    """What stands in the slots of an object."""
+    slots = (vars(kind).get("__slots__", ()) for kind in type(owner).__mro__)
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    return [getattr(owner, name, None) for name in names]
 
 
 def is_differentiable(tensor: Tensor) -> bool:
@@ -153,7 +189,7 @@ def detach_state(state: Tree) -> Tree:
         # A state that is a slice of a segment's output would keep all of the output alive.
         return detached.clone() if keeps_more_than_its_values(detached) else detached
 
-    return map_tensors(compact, state)
+    return _map_state(compact, state)
 
 
 def keeps_more_than_its_values(tensor: Tensor) -> bool:
@@ -163,7 +199,7 @@ def keeps_more_than_its_values(tensor: Tensor) -> bool:
 
 def state_as_leaves(state: Tree) -> Tree:
     """The state as new autograd leaves that collect gradients."""
-    return map_tensors(
+    return _map_state(
         lambda t: t.detach().requires_grad_() if is_differentiable(t) else t.detach(), state
     )
 
@@ -191,6 +227,11 @@ def checksum(tensor: Tensor) -> int:
         tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     num_bytes = tensor.nbytes
     return zlib.crc32(_bytes_type(num_bytes).from_address(tensor.data_ptr())) if num_bytes else 0
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The memory of a contiguous tensor on the CPU."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 @lru_cache(maxsize=256)
