@@ -203,14 +203,14 @@ def load_records(stored: dict[str, Any]) -> tuple[Records, AmbientState]:
     """What was given to `store_records`."""
     random = stored["random"]
     values = [BufferValue(tensor) for tensor in stored["values"]]
-    generators = [GeneratorState(None, found) for found in stored["generators"]]
+    generators = [GeneratorState(None, found) for found in stored.get("generators", [])]
     ambients = [
         AmbientState(
             random[a["cpu"]],
             tuple(random[index] for index in a["devices"]),
             tuple(values[index] for index in a["buffers"]),
-            tuple(generators[index] for index in a["generators"]),
-            tuple(a["drawn"]),
+            tuple(generators[index] for index in a.get("generators", [])),
+            tuple(a.get("drawn", [])),
         )
         for a in stored["ambients"]
     ]

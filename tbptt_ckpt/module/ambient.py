@@ -88,12 +88,13 @@ class Ambient:
             if bytes_of(cpu_random) == bytes_of(last.cpu_random):
                 cpu_random = last.cpu_random
             device_random = tuple(map(_shared, device_random, last.device_random))
-            moved = [new is not old for new, old in zip(generators, last.generators, strict=True)]
+            moved = [new is not old for new, old in zip(generators, last.generators, strict=False)]
             if is_run and any(moved):
                 self._drawn = tuple(map(max, moved, self._drawn))
             parts = (cpu_random, *device_random, *buffers)
             known = (last.cpu_random, *last.device_random, *last.buffers)
-            if not any(moved) and all(new is old for new, old in zip(parts, known, strict=True)):
+            is_same = all(new is old for new, old in zip(parts, known, strict=True))
+            if is_same and moved and not any(moved):
                 return last
         self._last = AmbientState(cpu_random, device_random, buffers, generators, self._drawn)
         return self._last
@@ -119,11 +120,11 @@ class Ambient:
                 each.cpu_random,
                 *each.device_random,
                 *each.buffers,
-                *(g for g, is_drawn in zip(each.generators, self._drawn, strict=True) if is_drawn),
+                *(g for g, is_drawn in zip(each.generators, self._drawn, strict=False) if is_drawn),
             )
             for each in (ambient, other)
         )
-        return any(new is not old for new, old in zip(parts, known, strict=True))
+        return any(new is not old for new, old in zip(parts, known, strict=False))
 
     def restore(self, state: AmbientState) -> None:
         """Put generators and buffers back to `state`."""
@@ -131,7 +132,7 @@ class Ambient:
         if self._examples:
             kind = self._examples[0].device.type
             set_device_states(self._device_ids, list(state.device_random), device_type=kind)
-        for place, generator in zip(self._places, state.generators, strict=True):
+        for place, generator in zip(self._places, state.generators, strict=False):
             place.restore(generator)
         self._restore_buffers(state)
 
@@ -145,15 +146,15 @@ class Ambient:
                 f"the module has {len(self._buffers)} buffers, the saved one had "
                 f"{len(state.buffers)}; a saved run goes on with a module of the same buffers"
             )
-        if len(state.generators) != len(self._places):
+        if state.generators and len(state.generators) != len(self._places):
             raise ArgumentError(
                 f"the module holds {len(self._places) - len(GLOBAL_PLACES)} random generators, the "
                 f"saved one held {len(state.generators) - len(GLOBAL_PLACES)}; a saved run goes on "
                 "with a module of the same generators"
             )
-        for place, generator in zip(self._places, state.generators, strict=True):
+        for place, generator in zip(self._places, state.generators, strict=False):
             place.adopt(generator)
-        self._drawn = state.drawn
+        self._drawn = state.drawn or self._drawn  # older snapshots have none of both
         self._restore_buffers(state)
 
     def check_complete(self, *, searches: bool = False) -> None:
