@@ -39,9 +39,7 @@ ROUND = len(KINDS)
 # against, and TorchScript under the checkpoint executor, whose early stop its interpreter takes
 # for an error.
 OPEN = (
-    *("replay.python_random", "replay.numpy_random", "replay.torch_generator"),
-    *("replay.other_generators", "replay.counter", "replay.cached", "replay.hidden_generator"),
-    *("replay.numpy_state", "replay.generator_state", "replay.input_written"),
+    *("replay.counter", "replay.cached", "replay.hidden_generator", "replay.input_written"),
     *("replay.parametrize_cached", "modules.inner_through_history", "modules.scripted"),
     *("modules.attribute_state",),
 )
