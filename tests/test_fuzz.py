@@ -35,13 +35,13 @@ def _double() -> Any:
 
 
 ROUND = len(KINDS)
-# Not right yet: steps that keep or draw something outside of the state, which no replay is held
-# against, and TorchScript under the checkpoint executor, whose early stop its interpreter takes
-# for an error.
+# Not right yet: steps that keep something outside of the state where no replay is held against
+# them, and TorchScript under the checkpoint executor, whose early stop its interpreter takes for
+# an error.
 OPEN = (
-    *("replay.counter", "replay.cached", "replay.hidden_generator", "replay.input_written"),
-    *("replay.parametrize_cached", "modules.inner_through_history", "modules.scripted"),
-    *("modules.attribute_state",),
+    *("replay.counter", "replay.cached", "replay.hidden_generator", "replay.numpy_state"),
+    *("replay.generator_state", "replay.input_written"),
+    *("modules.inner_through_history", "modules.scripted", "modules.attribute_state"),
 )
 
 
