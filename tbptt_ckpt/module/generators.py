@@ -120,6 +120,38 @@ def generator_places(roots: Iterable[object]) -> list[GeneratorPlace]:
     return [GeneratorPlace(*place) for place in _found(roots, known)]
 
 
+def described(generator: Any) -> dict[str, Any] | None:
+    """A generator in numbers, bytes, arrays and tensors; None for what is none of a known class."""
+    bits = getattr(generator, "bit_generator", None)
+    name = type(generator if bits is None else bits).__name__
+    if not isinstance(generator, _KINDS):
+        return None
+    if type(_new(name, bits is not None)) is not type(generator):
+        return None
+    device = str(getattr(generator, "device", ""))
+    values = _read(generator)
+    return {"name": name, "is_wrapped": bits is not None, "device": device, "values": values}
+
+
+def from_description(found: dict[str, Any]) -> Any:
+    """The generator that `described` was given."""
+    made = _new(found["name"], found["is_wrapped"], found["device"])
+    _write(made, found["values"])
+    return made
+
+
+def _new(name: str, is_wrapped: bool, device: str = "") -> Any:
+    """A generator of a known class; None for a name that is none."""
+    if is_wrapped or name in _BITS:
+        bits = getattr(np.random, name)() if name in _BITS else None
+        return np.random.Generator(bits) if is_wrapped and bits is not None else bits
+    if name == "Generator":
+        return torch.Generator(device or "cpu")
+    known = {"Random": random.Random, "RandomState": np.random.RandomState}
+    return known[name]() if name in known else None
+
+
+_BITS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 _Item = tuple[Any, dict[Any, Any] | None, Any]  # something, the dict that holds it, its key there
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import SnapshotError
+from tbptt_ckpt.module.generators import described, from_description
 
 _TAG = "tbptt_ckpt.kind"
 
@@ -42,12 +43,15 @@ def to_plain(value: Any, name: str = "state") -> Any:
         }
     if isinstance(value, tuple(_KINDS.values())):
         return _plain_container(value, name)
+    if (generator := described(value)) is not None:
+        return {_TAG: "generator", **to_plain(generator, name)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _tagged("dataclass", value, to_plain(fields, name))
     raise SnapshotError(
         f"{name} holds a {type(value).__module__}.{type(value).__qualname__}, which a snapshot "
-        "cannot; it takes tensors, arrays of numbers, numbers, strings and containers of these"
+        "cannot; it takes tensors, arrays of numbers, random generators, numbers, strings and "
+        "containers of these"
     )
 
 
@@ -132,6 +136,8 @@ def from_plain(value: Any) -> Any:
     if kind == "array":
         flat = np.frombuffer(value["values"].numpy(), dtype=value["dtype"])
         return flat.reshape(value["shape"]).copy()
+    if kind == "generator":
+        return _generator({key: from_plain(item) for key, item in value.items()})
     if kind in _KINDS:
         owner, items = _KINDS[kind], [from_plain(item) for item in value["items"]]
         if owner is deque:
@@ -145,6 +151,13 @@ def _whole(tensor: Tensor) -> Tensor:
     if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
         raise SnapshotError(f"it holds a tensor {tuple(tensor.shape)} of fewer bytes than that")
     return tensor
+
+
+def _generator(described: dict[str, Any]) -> Any:
+    try:
+        return from_description(described)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SnapshotError(f"it holds a random generator that cannot be made: {error}") from error
 
 
 def _to_device(values: Tensor, device: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.generators import GeneratorPlace, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 from tbptt_ckpt.updates.undo import copied
@@ -34,6 +35,7 @@ def learning_state(parts: Parts) -> dict[str, Any]:
         "modules": {name: _module_state(module) for name, module in modules.items()},
         "loose": [parameter.detach() for parameter in _loose_parameters(parts, modules)],
         "grads": [p.grad for p in _parameters(parts)] if updater.accumulates else None,
+        "generators": [place.capture().values for place in _generators(parts)],
     }
     for name, owner in _stateful(parts).items():
         state[name] = None if owner is None else owner.state_dict()
@@ -54,6 +56,17 @@ def load_learning_state(
     modules, loose = modules_of(parts), _loose_parameters(parts, modules_of(parts))
     for name, module in modules.items():
         _check_fits(name, module, state["modules"].get(name))
+    places, stood = _generators(parts), state.get("generators")
+    if stood is not None and len(stood) != len(places):
+        raise ArgumentError(
+            f"the module and the loss hold {len(places)} random generators, those of the snapshot "
+            f"{len(stood)}; go on with ones of the same generators"
+        )
+    for place, values in zip(places, stood or (), strict=False):
+        try:
+            place.restore(GeneratorState(None, values))
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ArgumentError(f"the snapshot is of another random generator: {error}") from error
     for name, module in modules.items():
         _load_module(module, state["modules"][name])
     with torch.no_grad():
@@ -106,6 +119,7 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
         for name, tensor in owner._buffers.items()
     ]
     others = [_other_state(module) for module in modules]
+    generators = [(place, place.capture()) for place in _generators(parts)]
     grads = [(weight, weight.grad) for weight in parts.weights()]
     optimized = {id(weight) for weight in updater.optimized()}
     weights = [(w, w.detach().clone()) for w in parts.weights() if id(w) not in optimized]
@@ -117,6 +131,8 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
 
     def put_back() -> None:
         put_update_back()
+        for place, state in generators:
+            place.restore(state)
         with torch.no_grad():
             for weight, values in weights:
                 weight.copy_(values)
@@ -126,11 +142,16 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
                     tensor.copy_(held)
         for weight, grad in grads:
             weight.grad = grad
-        for module, state in zip(modules, others, strict=True):
-            if state:
-                module.load_state_dict(state, strict=False)
+        for module, held_state in zip(modules, others, strict=True):
+            if held_state:
+                module.load_state_dict(held_state, strict=False)
 
     return put_back
+
+
+def _generators(parts: Parts) -> list[GeneratorPlace]:
+    """Those that the module and the loss hold."""
+    return generator_places([parts.recurrence.module, owner_of(parts.loss_function.loss_fn)])
 
 
 def stored_state(state: Tree) -> list[dict[str, Tensor | None]]:

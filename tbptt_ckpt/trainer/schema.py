@@ -15,7 +15,13 @@ _LARGEST = 2**62
 _RECORDS = {
     "random": [Tensor],
     "values": [(Tensor, None)],
-    "ambients": [{"cpu": int, "devices": [int], "buffers": [int]}],
+    "generators": [object],
+    "ambients": [
+        {
+            **{"cpu": int, "devices": [int], "buffers": [int]},
+            **{"generators": [int], "drawn": [bool]},
+        }
+    ],
     "boundaries": [{"step": int, "state": object, "ambient": int}],
     "kept": {int: int},
     "recorded": {int: int},
@@ -59,7 +65,9 @@ _LEARNING = {
     "optimizer": (dict, None),
     "scheduler": (dict, None),
     "scaler": (dict, None),
+    "generators": [object],
 }
+_LATER = {"generators", "drawn"}  # which older snapshots lack
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
@@ -111,9 +119,9 @@ def _fits_dict(value: dict[Any, Any], schema: dict[Any, Any], name: str) -> bool
             _fits(key, first, name) and _checked(item, of_each, f"{name}[{key!r}]")
             for key, item in value.items()
         )
-    if lacking := schema.keys() ^ value.keys():
+    if lacking := (schema.keys() - value.keys() - _LATER) | (value.keys() - schema.keys()):
         raise SnapshotError(f"{name} lacks {sorted(map(str, lacking))}, or has more than a run's")
-    return all(_checked(value[key], each, f"{name}[{key!r}]") for key, each in schema.items())
+    return all(_checked(each, schema[key], f"{name}[{key!r}]") for key, each in value.items())
 
 
 def _checked(value: Any, schema: Any, name: str) -> bool:

@@ -89,6 +89,24 @@ class Nested(nn.Module):
         return h, Memory(Hidden(h, state.hidden.steps + 1), {"c": [c]})
 
 
+class Drawing(nn.Module):
+    """Draws from global generators, its own, and one in its state beside an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(cases.WIDTH_IN, cases.WIDTH)
+        self.rngs = [random.Random(1), np.random.default_rng(2), np.random.RandomState(3)]
+        self.torchs = torch.Generator().manual_seed(4)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, rng, count = (None, np.random.default_rng(5), np.zeros(1)) if state is None else state
+        count += rng.random()
+        draws = [random.random(), np.random.randn(), *(each.random() for each in self.rngs[:2])]  # noqa: NPY002
+        scale = 0.2 * (sum(draws) + self.rngs[2].randn() + float(count[0]))
+        h = self.cell(x * (scale + torch.rand((), generator=self.torchs)), h)
+        return h, (h, rng, count)
+
+
 class Stream:
     """A source of unknown length that gives its steps once, in order, and can be resumed."""
 
@@ -221,6 +239,9 @@ CASES = {
         FusedWithDropout, engine={"per_step": False, "overlap": "stale"}
     ),
     "nn.LSTM": Case(lambda: nn.LSTM(cases.WIDTH_IN, cases.WIDTH)),
+    "generators": Case(Drawing),
+    "generators, stale": Case(Drawing, engine={"overlap": "stale"}),
+    "generators, two passes": Case(Drawing, trainer={"epochs": 2}, k1=3, k2=3),
     "nested state": Case(Nested),
     "nested state, stale": Case(Nested, engine={"overlap": "stale"}),
     "last loss": Case(engine={"loss": "last"}),
@@ -282,6 +303,8 @@ def _bits(value: Any) -> Any:
     """Comparable by ==, tensors by their bytes."""
     if isinstance(value, Tensor):
         return (str(value.dtype), tuple(value.shape), value.detach().numpy().tobytes())
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, dict):
         return {key: _bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
