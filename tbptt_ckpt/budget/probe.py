@@ -201,7 +201,7 @@ class SegmentProbe:
         this = self._pass(start, start, self.stop, max(start, loss_start), observer)
         route = Route(actions, self.stop - start)
         try:
-            return ReplayExecutor(checks=False).run(this, route, self._boundary_at(start))
+            return ReplayExecutor().run(this, route, self._boundary_at(start))
         except RuntimeError:  # two leaves from one state differ where steps change its shape
             end = this.advance(self._boundary_at(start), self.stop, self.stop - start)
             _check_same_shapes(self.boundary, end)

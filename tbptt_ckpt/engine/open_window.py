@@ -198,8 +198,8 @@ class OpenWindow:
         grad_scale: float = 1.0,
     ) -> WindowPass:
         """A pass over `[first, stop)` that differentiates `[start, stop)`."""
-        window, records = self._window, self._records
-        ambients = records.ambients_for(first, self._options.k1)
+        window, records, options = self._window, self._records, self._options
+        ambients = records.ambients_for(first, options.k1)
         joints = self._joints() if start < stop else {}
         stops = {start, *self._stops(ambients), *joints}
         return WindowPass(
@@ -221,6 +221,8 @@ class OpenWindow:
             observer=together(self.notes, self._observer),
             new_start=window.new_start,
             calls=self._records.calls,
+            checks_replays=self._parts.checks_replays,
+            has_room=options.memory_budget is None,
         )
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:

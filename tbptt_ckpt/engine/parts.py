@@ -35,9 +35,9 @@ from tbptt_ckpt.schedule.strategies import Auto, Optimal
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.updater import Accumulation, Updater
 
-_EXECUTORS: dict[str, Callable[[bool], Executor]] = {
-    "replay": lambda checks: ReplayExecutor(checks=checks),
-    "checkpoint": lambda _: CheckpointExecutor(),
+_EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "replay": ReplayExecutor,
+    "checkpoint": CheckpointExecutor,
 }
 
 
@@ -53,6 +53,7 @@ class Parts:
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done
     cuts: CallCuts  # whether it matters where calls are cut
+    checks_replays: bool
 
     @property
     def recurrence(self) -> Recurrence:
@@ -80,8 +81,8 @@ class Parts:
         return device_of(self.parameters or self.updater.optimized())
 
 
-def make_executor(given: object, *, checks: bool) -> Executor:
-    """The executor of that name, which `checks` its replays or not, or the object that was given.
+def make_executor(given: object) -> Executor:
+    """The executor of that name, or the object that was given.
 
     Raises:
         ArgumentError: Neither.
@@ -89,7 +90,7 @@ def make_executor(given: object, *, checks: bool) -> Executor:
     if hasattr(given, "one_graph") and hasattr(given, "run"):
         return given
     check_choice("executor", given, tuple(_EXECUTORS))
-    return _EXECUTORS[str(given)](checks)
+    return _EXECUTORS[str(given)]()
 
 
 def make_parts(
@@ -122,9 +123,7 @@ def make_parts(
     deliveries = Deliveries(module, loss_fn, once=options.deliver == "once")
     updater = _make_updater(optimizer, parameters, options, deliveries)
     _check_optimized(updater, module, loss_fn)
-    # Where a check fails processes would run different steps, and each gathers weights from all.
-    checks = options.check_replays and not deliveries.wrappers.is_sharded
-    executor = make_executor(options.executor, checks=checks)
+    executor = make_executor(options.executor)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
@@ -134,6 +133,8 @@ def make_parts(
         parameters=parameters,
         observer=observer,
         cuts=CallCuts(),
+        # Where a check fails, processes would run different steps while weights are gathered.
+        checks_replays=options.check_replays and not deliveries.wrappers.is_sharded,
     )
 
 

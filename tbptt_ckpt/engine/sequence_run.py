@@ -111,8 +111,7 @@ class SequenceRun:
         opened = self._open(window)
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
-        checked = self._options.check_replays and not parts.executor.one_graph
-        put_back = parts.updater.set_aside(self.initial.leaves(), keeps=checked)
+        put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
         delivery = parts.updater.deliveries.of((*parts.weights(), *self.initial.leaves()))
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)

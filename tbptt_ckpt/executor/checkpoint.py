@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint, noop_context_fn
 
+from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.replay_check import UNCHECKED, ReplayCheck, WindowCheck
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.spans import Span, parse_spans
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
@@ -44,7 +47,7 @@ class CheckpointExecutor:
     one_graph = True
 
     def __init__(self, context_fn: ContextFn = noop_context_fn) -> None:
-        self._context_fn = context_fn
+        self._context_fn, self._checks = context_fn, ReplayCheck(in_graph=True)
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
@@ -67,12 +70,13 @@ class CheckpointExecutor:
             return sink
 
         in_backward = False
-        spans = CheckpointedSpans(window, new_sink, self._context_fn)
+        check = self._checks.of(window, boundary)
+        spans = CheckpointedSpans(window, new_sink, self._context_fn, check)
         if actions and actions[0] == Keep(window.start):
             spans.keep(window.start)
         state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        with differentiating(window.guard, window.stop):
+        with differentiating(window.guard, window.inputs, window.stop):
             totals, _ = spans.run(parse_spans(actions, window.start, window.stop), state)
             if window.loss.is_empty(waits=False):
                 return None
@@ -81,9 +85,11 @@ class CheckpointExecutor:
             parts = [losses_of[id(total)] for total in totals]
             in_backward = True
             first_run.clear()
-            differentiate(window.roots(parts))
+            _differentiate(window, parts)
         spans.finish()
         window.observer.ends()
+        with SilenceableHooks():
+            check.settle()
         for losses in parts:
             window.loss.add(losses)
         return [leaf.grad for leaf in leaves]
@@ -104,8 +110,13 @@ class CheckpointedSpans:
         window: WindowPass,
         new_sink: Callable[[], Sink],
         context_fn: ContextFn = noop_context_fn,
+        check: WindowCheck = UNCHECKED,
     ) -> None:
         self._window, self._new_sink, self._context_fn = window, new_sink, context_fn
+        self._check = check
+        module = window.runner.recurrence.module
+        modules = module.modules() if isinstance(module, nn.Module) else ()
+        self._is_scripted = any(isinstance(part, torch.jit.ScriptModule) for part in modules)
         self.ambient = window.ambient
         self.kept_graphs = KeptGraphs(window.runner.recurrence.module)
         self._kept: list[int] = []
@@ -138,7 +149,7 @@ class CheckpointedSpans:
             self._note(Differentiate(span.start, span.stop))
             try:
                 return self._run_plain(span, state)
-            finally:  # a recomputation ends in an exception as soon as it has what it needs
+            finally:
                 if not self._advancing:
                     self._window.observer.differentiates()
         collected: list[Tensor] = []
@@ -158,8 +169,18 @@ class CheckpointedSpans:
 
     def _run_plain(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
         sink = self._new_sink()
-        state = self._window.run(span.start, span.stop, state, sink)
+        with self._scripts_alike():
+            state = self._window.run(span.start, span.stop, state, sink)
+        told = self._check.ran if self._advancing else self._check.replayed
+        told(span.start, span.stop, state, sink.tensors())
         return sink.tensors(), state
+
+    def _scripts_alike(self) -> AbstractContextManager[Any]:
+        """TorchScript keeps other tensors in its first calls than in later ones, unless told."""
+        if not self._is_scripted:
+            return nullcontext()
+        plainly: AbstractContextManager[Any] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        return plainly
 
     def _run_checkpointed(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
         region = _Region(self, span, state)
@@ -169,6 +190,9 @@ class CheckpointedSpans:
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=self._context_fn,
+            # The end must be reached to be compared; and not every caller lets an exception pass
+            # that ends a recomputation in its middle, TorchScript's interpreter for one.
+            early_stop=False,
         )
         return region.split(results)
 
@@ -218,6 +242,22 @@ class _Region:
         """Collected tensors and final state of what a call returned."""
         collected, state = results[: self._num_collected], results[self._num_collected :]
         return list(collected), replace_tensors(self._final_frame, list(state))
+
+
+def _differentiate(window: WindowPass, parts: Sequence[LossSum]) -> None:
+    """Differentiate a window's loss; what torch finds in a recomputation is explained."""
+    try:
+        differentiate(window.roots(parts))
+    except CheckpointError as error:
+        window.inputs.check(window.first, window.stop)
+        raise ReplayMismatchError(
+            f"steps of [{window.start}, {window.stop}) ran again and made other tensors than at "
+            "first: the module keeps something outside of its state, such as a tensor on self, "
+            f"or acts otherwise from call to call ({str(error).splitlines()[0]})",
+            start=window.start,
+            stop=window.stop,
+            difference=0.0,
+        ) from error
 
 
 _NO_TENSOR = torch.empty(0)

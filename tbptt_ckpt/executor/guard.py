@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tbptt_ckpt.errors import StaleWeightsError, TbpttError
+from tbptt_ckpt.data.blocks import Column, StepBlock
+from tbptt_ckpt.errors import (
+    ReplayMismatchError,
+    StaleWeightsError,
+    TbpttError,
+    TbpttWarning,
+)
+from tbptt_ckpt.module.trees import Tree, tensors_of
 
 
 class WeightGuard:
@@ -22,6 +31,11 @@ class WeightGuard:
         self._parameters = parameters
         self.expected = self.fingerprint()
 
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What is watched."""
+        return self._parameters
+
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a weight is written to or replaced."""
         return tuple([(p._version, p.data_ptr()) for p in self._parameters])
@@ -33,6 +47,66 @@ class WeightGuard:
                 f"weights changed while the window up to step {window_stop} was being "
                 "differentiated, between its advance and its replay; call optimizer.step() only "
                 "between windows"
+            )
+
+
+class InputGuard:
+    """Notices steps that write into what a window is given."""
+
+    def __init__(self, blocks: Sequence[StepBlock]) -> None:
+        self._blocks, self._expected = blocks, _versions(blocks)
+
+    def written(self) -> str:
+        """What has been written into since this was made; empty if nothing."""
+        found = zip(("input", "target"), _versions(self._blocks), self._expected, strict=True)
+        return next((name for name, now, before in found if now != before), "")
+
+    def check(self, start: int, stop: int) -> None:
+        """Raise `ReplayMismatchError` if steps of `[start, stop)`, which ran again, wrote there."""
+        if written := self.written():
+            raise ReplayMismatchError(_written(written), start=start, stop=stop, difference=0.0)
+
+
+def _versions(blocks: Sequence[StepBlock]) -> tuple[list[int], list[int]]:
+    inputs, targets = [block.inputs for block in blocks], [block.targets for block in blocks]
+    return _versions_of(inputs), _versions_of(targets)
+
+
+def _versions_of(given: list[Tree]) -> list[int]:
+    values = [g.values if isinstance(g, Column) else g for g in given]
+    return [t._version for t in tensors_of(values) if not t.is_inference()]
+
+
+def _written(what: str) -> str:
+    return (
+        f"the module or the loss wrote into the {what} of a step, which is there for every run of "
+        f"the step; write into a copy, as in {what}.clone().mul_(2), or use an operation that is "
+        "not in place"
+    )
+
+
+class GradientWatch:
+    """Warns once of a weight that had a gradient in an earlier window, and has none in a replay."""
+
+    def __init__(self) -> None:
+        self._had: set[int] = set()
+        self._has_warned = False
+
+    def look(self, weights: Sequence[Tensor], owner: object, *, replays: bool) -> None:
+        """A window's gradient is complete; `replays` says whether steps of it ran again."""
+        lost = [w for w in weights if w.grad is None and w.requires_grad and id(w) in self._had]
+        self._had.update(id(w) for w in weights if w.grad is not None)
+        if not (lost and replays) or self._has_warned or not isinstance(owner, nn.Module):
+            return
+        named = ((name, w) for name, w in owner.named_parameters() for other in lost if w is other)
+        for name, _ in islice(named, 1):  # of others nobody knows when they have one
+            self._has_warned = True
+            warnings.warn(
+                f"weight {name!r} got no gradient in a window, and had one before: if the "
+                "module keeps something that is made of it, such as a product or a normalised "
+                "weight, an advance made that without a graph; make it anew in every step",
+                TbpttWarning,
+                stacklevel=2,
             )
 
 
@@ -53,19 +127,19 @@ def advancing() -> Iterator[None]:
 
 
 @contextmanager
-def differentiating(guard: WeightGuard, stop: int) -> Iterator[None]:
+def differentiating(guard: WeightGuard, inputs: InputGuard, stop: int) -> Iterator[None]:
     """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
     guard.check(stop)
     try:
         with torch.enable_grad():
             yield
     except RuntimeError as error:
-        _explain(error, guard, stop)
+        _explain(error, guard, inputs, stop)
         raise
     guard.check(stop)
 
 
-def _explain(error: RuntimeError, guard: WeightGuard, stop: int) -> None:
+def _explain(error: RuntimeError, guard: WeightGuard, inputs: InputGuard, stop: int) -> None:
     """Raise what a user can act on, where torch's error has a known cause."""
     if "backward through the graph a second time" in str(error):
         raise TbpttError(
@@ -75,6 +149,8 @@ def _explain(error: RuntimeError, guard: WeightGuard, stop: int) -> None:
     if "in-place operation" not in str(error) and "inplace operation" not in str(error):
         return
     guard.check(stop)
+    if written := inputs.written():
+        raise TbpttError(_written(written)) from error
     raise TbpttError(
         "a tensor that the gradient needs was modified in place; the module must return a "
         f"new state, or clone it before writing into it ({str(error).splitlines()[0]})"

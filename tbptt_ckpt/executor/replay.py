@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import differentiating
-from tbptt_ckpt.executor.replay_check import ReplayCheck, Unchecked, WindowCheck
+from tbptt_ckpt.executor.replay_check import ReplayCheck, WindowCheck
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
@@ -29,12 +29,12 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Ke
 
 
 class ReplayExecutor:
-    """Runs a schedule action by action; with `checks` replays are held against first runs."""
+    """Runs a schedule action by action."""
 
     one_graph = False
 
-    def __init__(self, *, checks: bool = True) -> None:
-        self._checks = ReplayCheck() if checks else Unchecked()
+    def __init__(self) -> None:
+        self._checks = ReplayCheck()
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
@@ -70,9 +70,10 @@ class _Replay:
         match action:
             case Advance(start, stop):
                 origin = self._state_at(start)
-                self._working = self._window.advance(origin, stop, longest)
+                sink = self._window.sink(graph=False, looks_at=self._check.looks_at(stop))
+                self._working = self._window.advance(origin, stop, longest, sink)
                 self._handed_on = self._working.handed_on(origin)
-                self._check.advanced(start, self._working, longest)
+                self._check.advanced(start, self._working, longest, sink.take_seen())
             case Keep(step):
                 self._kept[step] = self._working = self._state_at(step).copied(self._handed_on)
             case Differentiate(start, stop):
@@ -93,12 +94,12 @@ class _Replay:
         state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         window.ambient.restore(boundary.ambient)
-        sink = window.sink(graph=True)
-        with differentiating(window.guard, window.stop):
+        sink = window.sink(graph=True, looks_at=self._check.looks_at(stop))
+        with differentiating(window.guard, window.inputs, window.stop):
             state_out = window.run(boundary.step, stop, state, sink)
             if stop == window.stop and window.loss.is_empty(waits=False):
                 return False
-            self._check.replayed(boundary.step, stop, state_out)
+            self._check.replayed(boundary.step, stop, state_out, sink.take_seen())
             window.observer.differentiates()
             states = tensors_of(state_out)
             is_fresh = boundary.step == window.start or boundary.step in window.joints

@@ -119,10 +119,12 @@ class Runner:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
         if start < first_wanted:
-            with OutputsNeeded(False):
+            with OutputsNeeded(False) as outputs:
                 for block in narrow_blocks(blocks, start, first_wanted):
                     for inputs in self._step_inputs(block):
-                        _, state = self._call_step(inputs, state)
+                        output, state = self._call_step(inputs, state)
+                if outputs.are_whole():
+                    sink.passed(first_wanted, output)
         if first_wanted < stop:
             with OutputsNeeded(True):
                 for block in narrow_blocks(blocks, first_wanted, stop):
@@ -143,6 +145,7 @@ class Runner:
                 if not self._has_compared:
                     self._compare_first(sink, inputs, output, target)
                 sink.take_step(output, target, weight)
+        sink.passed(block.stop, output)
         return state
 
     def _step_inputs(self, block: StepBlock) -> Iterator[Any]:
@@ -162,9 +165,12 @@ class Runner:
     ) -> Tree:
         block = join_blocks(blocks)
         inputs, wants_outputs = self._segment_inputs(block), first_wanted < block.stop
-        with OutputsNeeded(wants_outputs):
+        with OutputsNeeded(wants_outputs) as needed:
             result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
+            is_whole = needed.are_whole()
         outputs, state = split_result(result, self.recurrence)
+        if is_whole:
+            sink.passed(block.stop, outputs, self._time_dim(block))
         if wants_outputs:
             num_steps, time_dim = block.stop - block.start, self._time_dim(block)
             check_segment_output(outputs, num_steps, time_dim, self.recurrence.module)

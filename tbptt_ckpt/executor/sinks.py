@@ -7,7 +7,7 @@ from torch import Tensor
 from tbptt_ckpt.data.blocks import StepWeight
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.window_loss import WindowLoss
-from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
 class Sink:
@@ -35,6 +35,9 @@ class Sink:
         """The outputs of consecutive steps."""
         self.outputs.append(outputs)
 
+    def passed(self, step: int, outputs: Tree, time_dim: int | None = None) -> None:
+        """What a run gave up to `step`, be it wanted or not: one step's outputs, or a segment's."""
+
     def close(self, begin: int, end: int) -> None:
         """The piece `[begin, end)` is done."""
 
@@ -52,13 +55,17 @@ class LossSink(Sink):
         loss_start: First step whose loss counts.
         graph: Whether the run is differentiated. An advance evaluates a loss only where it
             is constant or where its weight is not known otherwise.
+        looks_at: The output of the step before this one is set aside, to be looked at.
 
     Attributes:
         losses: Their sum, with its graph.
     """
 
-    def __init__(self, loss: WindowLoss, start: int, loss_start: int, *, graph: bool) -> None:
+    def __init__(
+        self, loss: WindowLoss, start: int, loss_start: int, *, graph: bool, looks_at: int = -1
+    ) -> None:
         self._loss, self._start, self._loss_start, self._graph = loss, start, loss_start, graph
+        self._looks_at, self._seen = looks_at, None
         self._piece = loss.new_sum()
         self.losses = LossSum()
 
@@ -83,6 +90,16 @@ class LossSink(Sink):
         """Add the losses of consecutive steps."""
         self._loss.function.add_segment(self._piece, outputs, targets, weights, num_steps, time_dim)
 
+    def passed(self, step: int, outputs: Tree, time_dim: int | None = None) -> None:
+        """Set the last output aside where it is to be looked at."""
+        if step == self._looks_at:
+            self._seen = map_tensors(lambda t: _last(t.detach(), time_dim), outputs)
+
+    def take_seen(self) -> Tree:
+        """The output that was set aside, once; None if there is none."""
+        seen, self._seen = self._seen, None
+        return seen
+
     def close(self, begin: int, end: int) -> None:
         """Fold the piece into the run, or into the window's constant part."""
         piece = self._piece
@@ -98,3 +115,8 @@ class LossSink(Sink):
     def tensors(self) -> list[Tensor]:
         """What is summed, if there is anything."""
         return [] if self.losses.total is None else [self.losses.total]
+
+
+def _last(tensor: Tensor, time_dim: int | None) -> Tensor:
+    """The last step of a segment; a step as it is."""
+    return tensor if time_dim is None or tensor.dim() <= time_dim else tensor.select(time_dim, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.boundary import Boundary, rejoined
-from tbptt_ckpt.executor.guard import WeightGuard, advancing
+from tbptt_ckpt.executor.guard import InputGuard, WeightGuard, advancing
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.resets import Resets
@@ -80,11 +80,17 @@ class WindowPass:
     # Told of each state in `stops_at`, or at `stop`, the first time a run ends there.
     observer: Observer = UNOBSERVED
     new_start: int = 0  # first step that no earlier window ran
+    checks_replays: bool = False  # whether replays are held against what they repeat
+    has_room: bool = False  # whether that may take the memory of a few steps
     executed_steps: int = 0  # module steps run so far
     # Steps that were run in one call of a segment module, by earlier windows too.
     calls: set[tuple[int, int]] = field(default_factory=set)
     _reached: int = 0  # end of the steps that have run
+    inputs: InputGuard = field(init=False)
     _arrived: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.inputs = InputGuard(self.blocks)
 
     def run(
         self, start: int, stop: int, state: Tree, sink: Sink, longest: int | None = None
@@ -104,30 +110,35 @@ class WindowPass:
         check_no_hidden_tensors(state)
         return state
 
-    def sink(self, *, graph: bool) -> LossSink:
+    def sink(self, *, graph: bool, looks_at: int = -1) -> LossSink:
         """A sink for the losses of a run, which is differentiated or not."""
-        return LossSink(self.loss, self.start, self.loss_start, graph=graph)
+        return LossSink(self.loss, self.start, self.loss_start, graph=graph, looks_at=looks_at)
 
-    def advance(self, boundary: Boundary, stop: int, longest: int) -> Boundary:
+    def advance(
+        self, boundary: Boundary, stop: int, longest: int, sink: Sink | None = None
+    ) -> Boundary:
         """Run from a boundary to `stop` without a graph, in calls of at most `longest` steps."""
+        state = self.reach(boundary, stop, longest, sink or self.sink(graph=False))
+        joint = self.joints.get(stop)
+        return self.boundary(stop, state) if joint is None else joint
+
+    def reach(self, boundary: Boundary, stop: int, longest: int, sink: Sink) -> Tree:
+        """What such a run gives at `stop`, also where a recorded state stands there."""
         boundary.check_untouched()
         self.ambient.restore(boundary.ambient)
         with advancing(), silent_hooks():
             state = copy_containers(boundary.state)
-            state = self.run(boundary.step, stop, state, self.sink(graph=False), longest)
+            state = self.run(boundary.step, stop, state, sink, longest)
         boundary.check_untouched()
-        return self._boundary(stop, state)
+        return state
 
     def rejoin(self, step: int, state: Tree) -> Tree:
         """The state from which `step` starts: the recorded one at a joint, else `state`."""
         joint = self.joints.get(step)
         return state if joint is None else rejoined(joint.state, state)
 
-    def _boundary(self, step: int, state: object) -> Boundary:
-        """The state at `step`: the recorded one at a joint, otherwise the one just reached."""
-        joint = self.joints.get(step)
-        if joint is not None:
-            return joint
+    def boundary(self, step: int, state: Tree) -> Boundary:
+        """The state that was just reached at `step`, with what else is found there."""
         return Boundary(step, detach_state(state), self.ambient.capture(tensors_of(state)))
 
     def first_state(self, boundary: Boundary) -> Tree:

@@ -7,12 +7,14 @@ out of it, which with a large vocabulary is most of what a step costs.
 from __future__ import annotations
 
 import threading
+from typing import Self
 
 import torch
 
 
 class _Thread(threading.local):
     needed = True
+    asked = False
 
 
 _thread = _Thread()
@@ -36,7 +38,10 @@ def outputs_needed() -> bool:
         True where no window of this package is running in this thread, and in compiled code,
         which is made once for both answers.
     """
-    return torch.compiler.is_compiling() or _thread.needed
+    if torch.compiler.is_compiling():
+        return True
+    _thread.asked = True
+    return _thread.needed
 
 
 class OutputsNeeded:
@@ -47,9 +52,14 @@ class OutputsNeeded:
     def __init__(self, needed: bool) -> None:
         self._needed = needed
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._before = _thread.needed
-        _thread.needed = self._needed
+        _thread.needed, _thread.asked = self._needed, False
+        return self
+
+    def are_whole(self) -> bool:
+        """Whether nobody was told to leave an output out."""
+        return self._needed or not _thread.asked
 
     def __exit__(self, *_: object) -> None:
         _thread.needed = self._before

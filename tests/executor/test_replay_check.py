@@ -6,7 +6,9 @@ rounding explains.
 
 from __future__ import annotations
 
+import copy
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from tbptt_ckpt import TBPTT, TensorSequence, run_window
-from tbptt_ckpt.errors import NonFiniteError, ReplayMismatchError
+from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed, run_window
+from tbptt_ckpt.errors import NonFiniteError, ReplayMismatchError, TbpttError, TbpttWarning
 from tbptt_ckpt.executor.fingerprint import fingerprint, read, step_difference
 
 NUM_STEPS, LANES, WIDTH = 40, 3, 4
@@ -119,6 +121,16 @@ class LowPrecision(Cell):
         return h * (1 + 5e-4 * self.noise())
 
 
+class CountedOutput(Cell):
+    """Its states are right."""
+
+    by = 0.1
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, h = super().forward(x, h)
+        return y + self.by * self.calls, h
+
+
 class BlowsUp(Cell):
     def disturbed(self, h: Tensor) -> Tensor:
         return h / (h - h)
@@ -134,35 +146,58 @@ def _tbptt(module: Any, k1: int, k2: int | None, strategy: str, **options: Any) 
     return TBPTT(module, mse_loss, k1, k2, optimizer, strategy=strategy, **options)
 
 
-FAULTS = (Counter, SlowCounter, Cache, HiddenDraws, OtherWithGraph)
+FAULTS = (Counter, SlowCounter, Cache, HiddenDraws, CountedOutput)
+EXECUTORS = ("replay", "checkpoint")
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_kept_outside_of_the_state_is_an_error(fault: type[Cell], strategy: str) -> None:
+def test_what_is_kept_outside_of_the_state_is_an_error(
+    fault: type[Cell], strategy: str, executor: str
+) -> None:
     with pytest.raises(ReplayMismatchError, match=r"steps \[\d+, \d+\) ran again") as caught:
-        _tbptt(fault(), 10, 17, strategy).train(_data())
+        _tbptt(fault(), 10, 17, strategy, executor=executor).train(_data())
     assert 0 <= caught.value.start < caught.value.stop <= NUM_STEPS
 
 
-def test_what_two_runs_in_a_row_do_not_show_is_an_error() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_acts_otherwise_with_a_graph_is_one_where_advances_have_none(strategy: str) -> None:
+    with pytest.raises(ReplayMismatchError, match="where a graph is recorded"):
+        _tbptt(OtherWithGraph(), 10, 17, strategy).train(_data())
+    _tbptt(OtherWithGraph(), 10, 17, strategy, executor="checkpoint").train(_data())
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_two_runs_in_a_row_do_not_show_is_an_error(executor: str) -> None:
     with pytest.raises(ReplayMismatchError):
-        _tbptt(ThresholdCounter(), 20, 20, "uniform:7").train(_data())
+        _tbptt(ThresholdCounter(), 20, 20, "uniform:7", executor=executor).train(_data())
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.parametrize("fault", [Counter, SlowCounter, Cache, HiddenDraws])
-def test_an_overlap_that_nothing_replays_is_run_twice(fault: type[Cell]) -> None:
-    _tbptt(fault(), 10, 10, "retain").train(_data())  # no step runs again: nothing is wrong
-    windows = _tbptt(fault(), 10, 20, "retain").windows(_data())
+def test_an_overlap_that_nothing_replays_is_run_twice(
+    fault: type[Cell], overlap: str, executor: str
+) -> None:
+    how: dict[str, Any] = {"overlap": overlap, "executor": executor}
+    _tbptt(fault(), 10, 10, "retain", **how).train(_data())  # no step runs again: nothing is wrong
+    windows = _tbptt(fault(), 10, 20, "retain", **how).windows(_data())
     next(windows)
     with pytest.raises(ReplayMismatchError):
         next(windows)
 
 
+def test_leaves_that_end_where_a_state_is_recorded_are_no_way_around() -> None:
+    with pytest.raises(ReplayMismatchError):
+        _tbptt(Counter(), 2, 8, "uniform:2", overlap="stale").train(_data())
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "retain"])
 @pytest.mark.parametrize("module", [Cell, Chaotic, Dropout, Counted, Atomics, LowPrecision])
-def test_what_is_right_is_no_error(module: type[Cell], strategy: str) -> None:
-    _tbptt(module(), 10, 17, strategy).train(_data(20))
+def test_what_is_right_is_no_error(module: type[Cell], strategy: str, executor: str) -> None:
+    _tbptt(module(), 10, 17, strategy, executor=executor).train(_data(20))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -185,7 +220,8 @@ def test_batched_leaves_and_plain_steps_are_no_error() -> None:
         _tbptt(Counter(), 20, 30, "revolve:3", time_batching=True).train(_data())
 
 
-def test_an_error_leaves_gradients_buffers_and_generators_as_they_were() -> None:
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_error_leaves_gradients_buffers_and_generators_as_they_were(executor: str) -> None:
     class Faulty(Counted):
         def disturbed(self, h: Tensor) -> Tensor:
             h = torch.dropout(super().disturbed(h), 0.1, train=True)
@@ -193,7 +229,8 @@ def test_an_error_leaves_gradients_buffers_and_generators_as_they_were() -> None
 
     module = Faulty()
     module.faulty = False
-    windows = TBPTT(module, mse_loss, 20, 30, strategy="uniform:7").windows(_data())
+    tbptt = TBPTT(module, mse_loss, 20, 30, strategy="uniform:7", executor=executor)
+    windows = tbptt.windows(_data())
     next(windows)
     grads = [p.grad.clone() for p in module.parameters()]
     steps, random = module.steps.clone(), torch.get_rng_state()
@@ -266,19 +303,166 @@ def _print(state: Any) -> Any:
     return read([fingerprint(state, sketched=True, in_half=False)])[0]
 
 
-class TestWhatIsNotSeen:
-    """The limits that `docs/semantics.md` names."""
+class TestInputs:
+    """Steps that write into what they are given."""
 
-    def test_what_changes_outputs_only(self) -> None:
-        class CountedOutput(Cell):
+    class Writes(Cell):
+        def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+            return super().forward(x.mul_(0.5), h)
+
+    @staticmethod
+    def _steps() -> Any:
+        """Steps that share no memory, so that plain BPTT can differentiate them too."""
+        data = _data(20)
+        return [(x.clone(), t.clone()) for x, t in zip(data.inputs, data.targets, strict=True)]
+
+    @pytest.mark.parametrize("executor", EXECUTORS)
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("in_one_tensor", [False, True])
+    def test_an_input_that_is_written_is_named(
+        self, in_one_tensor: bool, strategy: str, executor: str
+    ) -> None:
+        steps = _data(20) if in_one_tensor else self._steps()
+        tbptt = _tbptt(self.Writes(), 10, 10, strategy, executor=executor, per_step=True)
+        with pytest.raises(TbpttError, match="wrote into the input of a step"):
+            tbptt.train(steps)
+
+    def test_an_overlap_is_run_again_too(self) -> None:
+        windows = _tbptt(self.Writes(), 5, 10, "retain").windows(self._steps())
+        next(windows)
+        with pytest.raises(ReplayMismatchError, match="wrote into the input of a step"):
+            next(windows)
+
+    def test_a_target_that_a_loss_writes_is_named(self) -> None:
+        def halving(y: Tensor, target: Tensor) -> Tensor:
+            return mse_loss(y, target.mul_(0.5))
+
+        optimizer = torch.optim.SGD((cell := Cell()).parameters(), 0.1)
+        tbptt = TBPTT(cell, halving, 10, 10, optimizer, strategy="sqrt", executor="checkpoint")
+        with pytest.raises(TbpttError, match="wrote into the target of a step"):
+            tbptt.train(self._steps())
+
+    def test_where_no_step_runs_again_it_is_as_in_plain_bptt(self) -> None:
+        torch.manual_seed(1)
+        module = self.Writes()
+        other, h, losses = copy.deepcopy(module), None, []
+        for x, target in self._steps()[:10]:
+            y, h = other(x, h)
+            losses.append(mse_loss(y, target))
+        torch.stack(losses).mean().backward()
+        next(iter(TBPTT(module, mse_loss, 10, 10, strategy="retain").windows(self._steps())))
+        for mine, its in zip(module.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, its.grad)
+
+
+class Keeps(Cell):
+    """Makes something of its weight once per update, be it in an advance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.made: tuple[int, Tensor] = (-1, self.scale)
+        self.per_step = False
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        if self.per_step or self.made[0] != self.scale._version:
+            self.made = (self.scale._version, self.scale.exp())
+        return h * self.made[1]
+
+
+def test_a_weight_that_lost_its_gradient_is_one_warning() -> None:
+    windows = _tbptt(Keeps(), 5, 5, "uniform:3").windows(_data(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(windows)  # it never had one, as an unused weight has none
+    module = Keeps()
+    module.per_step = True
+    windows = _tbptt(module, 5, 5, "uniform:3").windows(_data())
+    next(windows)
+    module.per_step = False
+    with pytest.warns(TbpttWarning, match="'scale' got no gradient") as told:
+        list(windows)
+    assert len(told) == 1
+
+
+class InnerGradient(Cell):
+    """Takes a gradient within a step, through a state that is `detached` or not."""
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        self.detached, self.fast = detached, nn.Linear(WIDTH, WIDTH)
+
+    def disturbed(self, h: Tensor) -> Tensor:
+        with torch.enable_grad():
+            error = torch.tanh(self.fast(h.detach() if self.detached else h)).square().sum()
+            (grad,) = torch.autograd.grad(error, self.fast.weight, create_graph=True)
+        return h - nn.functional.linear(h, 0.1 * grad)
+
+
+@pytest.mark.parametrize("strategy", ["uniform:3", "step", "revolve:2"])
+@pytest.mark.parametrize("first", ["zeros", "random"])
+def test_a_state_that_depends_on_how_far_a_graph_reaches_is_an_error(
+    strategy: str, first: str
+) -> None:
+    state = torch.zeros(LANES, WIDTH) if first == "zeros" else torch.randn(LANES, WIDTH)
+    data = _data(5)  # each step differentiates all before, twice over
+    run = (mse_loss, data.inputs, data.targets, state)
+    run_window(InnerGradient(detached=True), *run, strategy=strategy)
+    run_window(InnerGradient(detached=False), *run, strategy="retain")
+    with pytest.raises(ReplayMismatchError, match="how far back the graph"):
+        run_window(InnerGradient(detached=False), *run, strategy=strategy)
+
+
+class TestWhatIsNotSeen:
+    """The limits that `docs/limitations.md` names."""
+
+    def test_outputs_of_other_steps(self) -> None:
+        """Of each window the first step is looked at that ends a leaf and was advanced to."""
+
+        class Other(Cell):
             def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
                 y, h = super().forward(x, h)
-                return y + 0.1 * self.calls, h
+                return (y + 0.1 * self.calls if x[0, 0] == changed else y), h
 
-        _tbptt(CountedOutput(), 20, 30, "uniform:7").train(_data())
+        data = _data()
+        changed = data.inputs[25, 0, 0]
+        _tbptt(Other(), 20, 20, "uniform:7").train(data)
+        changed = data.inputs[26, 0, 0]
+        with pytest.raises(ReplayMismatchError):
+            _tbptt(Other(), 20, 20, "uniform:7").train(data)
 
-    def test_nested_checkpoints(self) -> None:
-        _tbptt(Counter(), 20, 30, "uniform:7", executor="checkpoint").train(_data())
+    def test_outputs_that_are_left_out_of_advances(self) -> None:
+        class Asks(CountedOutput):
+            def forward(self, x: Tensor, h: Tensor | None) -> tuple[Any, Tensor]:
+                y, h = super().forward(x, h)
+                return (y if outputs_needed() else None), h
+
+        windows = _tbptt(module := Asks(), 20, 20, "uniform:7").windows(_data())
+        module.by = 0.0  # the first advance evaluates losses
+        next(windows)
+        module.by = 0.1
+        next(windows)
+
+    def test_a_short_leaf_between_two_that_are_compared(self) -> None:
+        class Spike(Cell):
+            """Another state at one step, which no later one remembers, where a graph is made."""
+
+            def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+                y, h = super().forward(x, None if bool(x[0, 0] == forgets) else h)
+                return y, h + (torch.is_grad_enabled() and bool(x[0, 0] == spikes))
+
+        data = _data(8)
+        spikes, forgets = data.inputs[4, 0, 0], data.inputs[5, 0, 0]
+        _tbptt(Spike(), 8, 8, "step").train(data)
+        spikes = data.inputs[0, 0, 0]
+        with pytest.raises(ReplayMismatchError):
+            _tbptt(Spike(), 8, 8, "step").train(data)
+
+    def test_a_graph_that_matters_after_the_first_steps(self) -> None:
+        windows = _tbptt(module := InnerGradient(detached=True), 20, 20, "step").windows(_data())
+        next(windows)
+        module.detached = False
+        next(windows)
 
 
 @pytest.mark.parametrize("time_batching", [False, True])

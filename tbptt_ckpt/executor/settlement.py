@@ -1,0 +1,295 @@
+"""Settles what a difference between two runs of the same steps means, by running them again.
+
+NOTE [A difference is a suspicion]
+Two right forms of a step, or two ways to cut a segment, may differ by rounding, which a chaotic
+state makes large. So the runs that differ are made once more: what is repeated bit by bit has
+found no other world than before, and is held step by step, from identical states, where nothing
+amplifies a difference, against one step's rounding. Kernels that are not deterministic differ
+from run to run by as much each time; a module that counts, by more and more.
+
+NOTE [How far back a graph reaches]
+A step that takes an inner gradient through the history of its state repeats bit by bit, and gives
+from a detached state in both forms the same. So two steps of one graph are held against the same
+two with a cut in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NoReturn
+
+from tbptt_ckpt.errors import ReplayMismatchError
+from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read, step_difference
+from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.observer import UNOBSERVED
+from tbptt_ckpt.executor.sinks import LossSink
+from tbptt_ckpt.executor.window_pass import WindowPass
+from tbptt_ckpt.module.trees import Tree, detach_state, structure, tensors_of
+
+_SETTLED_STEPS = 64
+_RUNS = 8  # of a step whose kernels may not be deterministic
+# How much more the first and the last of these may differ than two in a row, where they differ by
+# chance: of few numbers, and of many.
+_GROWTH = (12.0, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a run gave at its end, and where the generators stood then."""
+
+    seen: Fingerprint
+    generators: int
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A leaf, what was reached at its end before, and what it reached."""
+
+    start: int
+    stop: int
+    before: Reached
+    reached: Reached
+
+    def is_near(self) -> bool:
+        """Whether both are equal, or apart by what rounding explains."""
+        return self.reached.seen.is_near(self.before.seen)
+
+    def with_prints(self, before: Fingerprint, reached: Fingerprint) -> Suspect:
+        """The same with what was read of both."""
+        both = replace(self.before, seen=before), replace(self.reached, seen=reached)
+        return replace(self, before=both[0], reached=both[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run gave: the state at its end, also where a recorded one stands there, and more."""
+
+    end: Boundary
+    shown: Tree
+
+    @property
+    def seen(self) -> tuple[Tree, Tree]:
+        return self.end.state, self.shown
+
+
+class Settlement:
+    """Runs steps of a window again, from states that are `given`, as `links` say."""
+
+    def __init__(
+        self,
+        *,
+        window: WindowPass,
+        given: Mapping[int, Boundary],
+        links: Mapping[int, tuple[int, int]],
+        reached: Mapping[int, Reached],
+        print_seen: Callable[[int, tuple[Tree, Tree]], Fingerprint],
+        in_graph: bool,
+        in_half: bool,
+    ) -> None:
+        # What is run once more is neither told nor counted.
+        self._window = replace(window, observer=UNOBSERVED, calls=set())
+        self._given, self._links, self._reached = given, links, reached
+        self._print_seen, self._in_graph, self._in_half = print_seen, in_graph, in_half
+
+    def settle(self, suspect: Suspect) -> None:
+        """Find out what makes a leaf differ.
+
+        Raises:
+            ReplayMismatchError: It is not the run that it repeats.
+        """
+        self._run_again(suspect.stop, suspect)
+        boundary = self._run_again(suspect.start, suspect)
+        again = self._read(suspect.stop, self._run_leaf(boundary, suspect.stop))
+        repeated = again.equals(suspect.reached.seen)
+        self._judge(boundary, suspect.stop, suspect, repeated=repeated)
+
+    def repeat(self, start: int, stop: int) -> None:
+        """Run steps that were run in earlier windows too, twice."""
+        edges = [start, *sorted(step for step in self._given if start < step < stop), stop]
+        for begin, end in pairwise(edges):
+            boundary = self._given[begin]
+            both = [self._run(boundary, end, end - begin) for _ in range(2)]
+            if not _same(both[0].seen, both[1].seen):
+                prints = [self._read(end, run) for run in both]
+                digests = [run.end.ambient.digest() for run in both]
+                before, reached = map(Reached, prints, digests)
+                self._judge(boundary, end, Suspect(begin, end, before, reached), repeated=False)
+
+    def look_back(self, start: int, stop: int) -> None:
+        """Hold a few steps of one graph against the same with cuts in between."""
+        boundary = self._given[start]
+        whole = cut = self._run_leaf(boundary, stop, graph_of_loss=False)
+        state = boundary
+        for step in range(start + 1, stop + 1):
+            cut = self._run_leaf(self._given.get(state.step, state), step, graph_of_loss=False)
+            state = cut.end
+        if not _same(whole.seen, cut.seen):
+            both = Reached(self._read(stop, whole), whole.end.ambient.digest())
+            self._judge(boundary, stop, Suspect(start, stop, both, both), repeated=True)
+
+    def _run_again(self, step: int, suspect: Suspect) -> Boundary:
+        """The state at a step, reached as before; what is not as before is judged."""
+        path = [step]
+        while path[-1] not in self._given:
+            path.append(self._links[path[-1]][0])
+        boundary = self._given[path.pop()]
+        for stop in reversed(path):
+            again = self._run(boundary, stop, self._links[stop][1])
+            before = self._reached.get(stop)
+            if before is not None and not self._read(stop, again).equals(before.seen):
+                self._judge(boundary, stop, suspect, repeated=False)
+            boundary = again.end
+        return boundary
+
+    def _judge(self, boundary: Boundary, stop: int, suspect: Suspect, *, repeated: bool) -> None:
+        """Run steps from identical states until one shows that not only rounding differs."""
+        noise, largest, start = _Noise(), 0.0, boundary.step
+        for step in range(start, min(stop, start + _SETTLED_STEPS)):
+            runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
+            if not _same(runs[0].seen, runs[1].seen):
+                runs += [self._run(boundary, step + 1, 1) for _ in range(_RUNS - 2)]
+                noise.add([run.seen for run in runs])
+            leaf = self._run_leaf(boundary, step + 1)
+            pairs = [(runs[0].seen, runs[-1].seen, ""), (runs[0].end.state, leaf.end.state, _FORM)]
+            for one, other, cause in pairs:
+                difference, is_rounding = self._difference(one, other)
+                largest = max(largest, difference)
+                if not is_rounding:
+                    self._raise(step, step + 1, difference, suspect, runs, cause)
+            if step + 2 <= stop and not self._in_graph:
+                self._cut(boundary, leaf.end, suspect, runs)
+            boundary = self._given.get(step + 1, runs[0].end)
+        if noise.grows() or not (repeated or noise.is_there):
+            self._raise(start, stop, largest, suspect, runs)
+
+    def _cut(
+        self, boundary: Boundary, middle: Boundary, suspect: Suspect, runs: list[_Run]
+    ) -> None:
+        """Hold two steps of one graph against the same two with a cut between them."""
+        step = middle.step
+        cut = self._run_leaf(self._given.get(step, middle), step + 1)
+        whole, again = (self._run_leaf(boundary, step + 1) for _ in range(2))
+        difference, is_rounding = self._difference(cut.seen, whole.seen)
+        runner, ambients = self._window.runner, (boundary.ambient, whole.end.ambient)
+        if runner.promises_bits and _same(whole.seen, again.seen):
+            is_rounding = _same(cut.seen, whole.seen)  # no product is another one
+        elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
+            is_rounding = True  # what a segment draws may depend on its length
+        if not is_rounding:
+            self._raise(boundary.step, step + 1, difference, suspect, runs, _HISTORY)
+
+    def _difference(self, one: Tree, other: Tree) -> tuple[float, bool]:
+        if _form(one) != _form(other):
+            return float("inf"), False
+        return step_difference(one, other, in_half=self._in_half)
+
+    def _run(self, boundary: Boundary, stop: int, longest: int) -> _Run:
+        """A run in the form of first runs."""
+        if self._in_graph:
+            return self._run_leaf(boundary, stop)
+        sink = self._window.sink(graph=False, looks_at=stop)
+        return self._ended(stop, self._window.reach(boundary, stop, longest, sink), sink)
+
+    def _run_leaf(self, boundary: Boundary, stop: int, *, graph_of_loss: bool = True) -> _Run:
+        """A run with a graph."""
+        window = self._window
+        window.ambient.restore(boundary.ambient)
+        with differentiating(window.guard, window.inputs, window.stop):
+            sink = window.sink(graph=graph_of_loss, looks_at=stop)
+            state = window.run(boundary.step, stop, window.first_state(boundary), sink)
+            return self._ended(stop, state, sink)
+
+    def _ended(self, stop: int, state: Tree, sink: LossSink) -> _Run:
+        shown = sink.tensors() if self._in_graph else sink.take_seen()
+        return _Run(self._window.boundary(stop, state), detach_state(shown))
+
+    def _read(self, step: int, run: _Run) -> Fingerprint:
+        return read([self._print_seen(step, run.seen)])[0]
+
+    def _raise(
+        self,
+        start: int,
+        stop: int,
+        difference: float,
+        suspect: Suspect,
+        runs: list[_Run],
+        cause: str = "",
+    ) -> NoReturn:
+        self._window.ambient.check_complete()  # a new buffer is the better explanation
+        drawn = suspect.reached.generators != suspect.before.generators
+        ambients = [run.end.ambient for run in runs]
+        if drawn or ambients[0].digest() != ambients[-1].digest():
+            cause = _RANDOM
+        elif not _same(*([value.values for value in a.buffers] for a in ambients[:2])):
+            cause = _BUFFER
+        by = f"by {difference:.1e} of its size" if difference else "from what its first run gave"
+        raise ReplayMismatchError(
+            f"steps [{start}, {stop}) ran again and reached another state, which differs {by}: "
+            f"{cause or _OTHER}; check_replays=False leaves replays unchecked",
+            start=start,
+            stop=stop,
+            difference=difference,
+        )
+
+
+_RANDOM = (
+    "a random generator stood elsewhere; another thread that draws from torch's generator while "
+    "a window runs, or a module that draws depending on what is not in its state, must not"
+)
+_BUFFER = (
+    "a buffer was changed in another way; a step may depend on its input, state, weights, buffers "
+    "and torch's generators only"
+)
+_FORM = (
+    "the module acts otherwise where a graph is recorded, or where outputs are needed; its state "
+    "must depend on neither"
+)
+_HISTORY = (
+    "it depends on how far back the graph of the state reaches, as an inner gradient does that "
+    "passes through it; detach the state for what is differentiated within a step"
+)
+_OTHER = (
+    "the module keeps something outside of its state, such as a counter or a tensor on self, or "
+    "draws from a generator that is not found; put it into the state, or register it as a buffer"
+)
+
+
+@dataclass(slots=True)
+class _Noise:
+    """How much runs of one step differ, over the steps where they do."""
+
+    is_there: bool = False
+    _numbers: int = 0
+    _in_a_row: float = 0.0
+    _first_to_last: float = 0.0
+
+    def add(self, runs: list[tuple[Tree, Tree]]) -> None:
+        """Several runs of a step."""
+        self.is_there = True
+        self._numbers += sum(t.numel() for t in tensors_of(runs[0]))
+        in_a_row = [_squared_distance(a, b) for a, b in pairwise(runs)]
+        self._in_a_row += sum(in_a_row) / len(in_a_row)
+        self._first_to_last += _squared_distance(runs[0], runs[-1])
+
+    def grows(self) -> bool:
+        """Whether runs differ the more the longer they are apart, which chance does not do."""
+        return self._first_to_last > _GROWTH[self._numbers >= 64] * self._in_a_row
+
+
+def _squared_distance(one: Tree, other: Tree) -> float:
+    if _form(one) != _form(other):
+        return 0.0
+    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+    return sum(float((a.double() - b.double()).abs().square().sum()) for a, b in pairs)
+
+
+def _form(tree: Tree) -> object:
+    return structure(tree), [tensor.shape for tensor in tensors_of(tree)]
+
+
+def _same(one: Tree, other: Tree) -> bool:
+    mine, its = read([fingerprint(s, sketched=False, in_half=False) for s in (one, other)])
+    return mine.equals(its)
