@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
 from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe, kept_bytes
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
@@ -63,13 +64,12 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     """
     begun = time.perf_counter()
     with (
+        untouched(probe.loss.loss_fn),
         untouched(tensors=probe.parameters, ambient=probe.ambient),
         older_garbage_kept(),
         probe.runner.counters.paused(True),
     ):
-        probe.go_on()
-        before = probe.go_on()
-        probe = replace(probe, resets=probe.resets.of(()))
+        probe, before = begun_on_copies(probe)
         measuring = _Measuring(probe, limits, begun)
         measuring.run()
         costs = measuring.costs(kept_bytes(probe.boundary, before), update, fixed)

@@ -56,6 +56,11 @@ class StepBlock:
             None if self.resets is None else self.resets[low:high],
         )
 
+    def copied(self) -> StepBlock:
+        """The same with inputs and targets of their own."""
+        inputs, targets = map_tensors(torch.clone, (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets)
+
     def num_bytes(self) -> int:
         """Bytes of all that the steps come with, as far as they are these steps'."""
         found = tensors_of((self.inputs, self.targets, self.weight, self.resets))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from tbptt_ckpt import TBPTT, TensorSequence, evaluate
+from tbptt_ckpt.budget import measure_costs
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorPlace, generator_places
 
@@ -253,6 +254,37 @@ def test_measuring_and_evaluating_draw_nothing() -> None:
             evaluate(cell, mse_loss, TensorSequence(*data), start)
             ends.append([random.random(), float(np.random.randn()), cell.draw(cell)])
         assert ends[0] == ends[1]
+
+
+class Writing(nn.Module):
+    """Scales its own input in place, where no backward needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH).double()
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.linear(h) + x.mul_(0.5))
+        return h, h
+
+
+class CountedLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return mse_loss(output, target)
+
+
+def test_measuring_writes_into_no_input_and_no_buffer_of_the_loss() -> None:
+    x, y = map(torch.clone, data_of())  # else one memory
+    before, loss = x.clone(), CountedLoss()
+    start = torch.zeros(LANES, WIDTH).double()
+    measure_costs(Writing(), loss, x, y, start)
+    assert torch.equal(x, before)
+    assert int(loss.calls) == 0
 
 
 def test_a_generator_that_is_replaced_between_windows_is_followed() -> None:
