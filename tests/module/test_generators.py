@@ -21,6 +21,7 @@ from torch.nn.functional import mse_loss
 
 from tbptt_ckpt import TBPTT, TensorSequence, evaluate
 from tbptt_ckpt.budget import measure_costs
+from tbptt_ckpt.executor import Observer
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorPlace, generator_places
 
@@ -285,6 +286,24 @@ def test_measuring_writes_into_no_input_and_no_buffer_of_the_loss() -> None:
     measure_costs(Writing(), loss, x, y, start)
     assert torch.equal(x, before)
     assert int(loss.calls) == 0
+
+
+class Drawer(Observer):
+    """Draws as each action begins, as another thread may."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def begins(self, action: Any) -> None:
+        self.drawn.append(random.random())
+
+
+def test_what_others_draw_inside_a_window_may_come_again() -> None:
+    drawer = Drawer()
+    cell = Cell(lambda m: 0.5)
+    tbptt = TBPTT(cell, mse_loss, 6, 6, strategy="uniform:2", observer=drawer)
+    tbptt.train(TensorSequence(*data_of()), torch.zeros(LANES, WIDTH).double())
+    assert len(set(drawer.drawn)) < len(drawer.drawn)
 
 
 def test_a_generator_that_is_replaced_between_windows_is_followed() -> None:
