@@ -149,14 +149,9 @@ class NumpyState(nn.Module):
 
 
 def numpy_state(dice: Dice) -> Case:
-    """A numpy array in the state that is written in place."""
-    return _keeping(
-        dice,
-        NumpyState,
-        "an array in the state is written in place",
-        "numpy",
-        start=lambda: (torch.zeros(LANES, WIDTH), np.zeros(1)),
-    )
+    """A numpy array in the state that is written in place: a boundary has its own."""
+    start = lambda: (torch.zeros(LANES, WIDTH), np.zeros(1))  # noqa: E731
+    return carried(dice, NumpyState, segment=False, options=_known(dice), start=start)
 
 
 class WritesInput(nn.Module):
@@ -208,14 +203,9 @@ class GeneratorState(nn.Module):
 
 
 def generator_state(dice: Dice) -> Case:
-    """A generator in the state, which a step advances."""
-    return _keeping(
-        dice,
-        GeneratorState,
-        "a generator in the state is advanced in place",
-        "generator",
-        start=lambda: (torch.zeros(LANES, WIDTH), random.Random(4)),
-    )
+    """A generator in the state, which a step advances: a boundary has its own."""
+    start = lambda: (torch.zeros(LANES, WIDTH), random.Random(4))  # noqa: E731
+    return carried(dice, GeneratorState, segment=False, options=_known(dice), start=start)
 
 
 KINDS = {
