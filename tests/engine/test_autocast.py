@@ -21,6 +21,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from grids import covering
 from models_for_tests import check_same_windows, moving, observe
 from small_runs import K1, K2, NUM_STEPS, STRATEGIES
 from torch import Tensor, nn
@@ -123,10 +124,7 @@ def test_a_function_runs_under_the_autocast_of_what_it_is_given(
     assert seen == [(True, False)] * 4
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
+@covering(executor=EXECUTORS, overlap=OVERLAPS, strategy=STRATEGIES, dtype=[None, torch.bfloat16])
 def test_inside_the_callers_autocast_every_weight_has_a_gradient(
     executor: str, overlap: str, strategy: str, dtype: torch.dtype | None
 ) -> None:

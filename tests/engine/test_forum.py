@@ -12,6 +12,7 @@ import naive
 import pytest
 import torch
 from cases import EXECUTORS, OVERLAPS, clear_gradients, gradients, relative_error
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT
@@ -199,13 +200,16 @@ def test_its_gradients_are_wrong_for_overlapping_windows_until_state_gradients_a
 # Our class in their place.
 
 
-@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (1, 4), (2, 5), (5, 7), (5, 20), (10, 10)])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("kind", [FirstClass, SecondClass])
+@covering(
+    kind=[FirstClass, SecondClass],
+    executor=EXECUTORS,
+    overlap=OVERLAPS,
+    reach=[(1, 1), (1, 4), (2, 5), (5, 7), (5, 20), (10, 10)],
+)
 def test_at_frozen_weights_ours_equals_the_forums_class(
-    kind: type[FirstClass], executor: str, overlap: str, k1: int, k2: int
+    kind: type[FirstClass], executor: str, overlap: str, reach: tuple[int, int]
 ) -> None:
+    k1, k2 = reach
     expected = forum_gradients(kind, k1, k2, clear=True)
     how = {"loss": "last"} if kind is FirstClass else {"loss": "new", "reduction": "sum"}
     for learning_rate in (None, 0.0):

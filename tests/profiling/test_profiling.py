@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from grids import covering
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, profile_strategies, profile_window
@@ -81,9 +82,9 @@ def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
     assert report.fixed_bytes == pytest.approx(base + data, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
-@pytest.mark.parametrize(("k1", "k2"), [(8, 48), (24, 10)])
-def test_peaks_are_predicted_within_three_percent(kind, k1, k2):
+@covering(together=1, kind=[nn.LSTM, nn.GRUCell], reach=[(8, 48), (24, 10)])
+def test_peaks_are_predicted_within_three_percent(kind, reach):
+    k1, k2 = reach
     work = make(kind, width=64, num_steps=48, lanes=32)
     optimizer = torch.optim.Adam(work[0].parameters())
     for strategy in ("retain", "uniform:16"):
