@@ -125,7 +125,7 @@ def test_the_smallest_budget_is_true(costs: Costs, window: dict) -> None:
             plan(num_steps, costs, budget_bytes=least - 1, **window)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 2, 3, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_more_budget_never_costs_more_time_whatever_the_curves(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(3):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from grids import covering
 from planned_costs import check_prediction, line_costs, random_costs, random_window
 
 from tbptt_ckpt import Costs, InfeasibleBudgetError, plan, simulate
@@ -208,8 +209,7 @@ def test_calls_that_cost_make_leaves_longer() -> None:
     assert dear.predicted_seconds < redone.seconds
 
 
-@pytest.mark.parametrize("call_seconds", [0.0, 0.7, 20.0])
-@pytest.mark.parametrize("ratio", RATIOS)
+@covering(together=1, ratio=RATIOS, call_seconds=[0.0, 0.7, 20.0])
 def test_more_budget_never_costs_more_time(
     ratio: tuple[int, int, int], call_seconds: float
 ) -> None:
@@ -225,27 +225,34 @@ def test_more_budget_never_costs_more_time_where_leaves_are_slow() -> None:
         check_never_slower(230, costs, range(5, 480, 25))
 
 
-@pytest.mark.parametrize("call_seconds", [0.0, 2.0, 20.0])
-@pytest.mark.parametrize("ratio", [(1, 5, 0), (10, 1, 0), (100, 50, 4), (65_536, 230_000, 4 << 20)])
+@covering(
+    together=1,
+    ratio=[(1, 5, 0), (10, 1, 0), (100, 50, 4), (65_536, 230_000, 4 << 20)],
+    call_seconds=[0.0, 2.0, 20.0],
+    size=[(300, 1), (2000, 2), (20_000, 4)],
+)
 def test_more_budget_never_costs_more_time_in_long_windows(
-    ratio: tuple[int, int, int], call_seconds: float
+    ratio: tuple[int, int, int], call_seconds: float, size: tuple[int, int]
 ) -> None:
     """Not by a rounding error of leaves to whole steps either."""
-    costs = line_costs(*ratio, call_seconds)
-    for num_steps, least in ((300, 1), (2000, 2), (20_000, 4)):
-        check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
-        check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.002))
+    costs, (num_steps, least) = line_costs(*ratio, call_seconds), size
+    check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
+    check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.002))
 
 
-def test_more_budget_never_costs_more_time_in_long_windows_where_leaves_are_slow() -> None:
-    for call_seconds in (0.1, 5.0):
-        costs = slow_long_leaves(call_seconds)
-        for num_steps, least in ((300, 1), (5000, 5)):
-            check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
-            check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.004))
+@covering(together=1, call_seconds=[0.1, 5.0], size=[(300, 1), (5000, 5)])
+def test_more_budget_never_costs_more_time_in_long_windows_where_leaves_are_slow(
+    call_seconds: float, size: tuple[int, int]
+) -> None:
+    costs, (num_steps, least) = slow_long_leaves(call_seconds), size
+    check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 12)[least:])
+    check_never_slower(num_steps, costs, growing_budgets(num_steps, costs, 10, 1.004))
 
 
-@pytest.mark.parametrize("seed", range(6))
+SLOW_SEEDS = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (0, 4, 5)]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, *SLOW_SEEDS])
 def test_more_budget_never_costs_more_time_for_bent_curves_and_any_window(seed: int) -> None:
     """Where longer calls advance a step no slower than short ones."""
     rng = random.Random(seed)

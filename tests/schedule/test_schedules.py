@@ -22,6 +22,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import (
@@ -74,14 +75,15 @@ def joints_of(window: Any, k1: int) -> list[int]:
     return [t for t in range(k1, window.new_start + 1, k1) if window.start < t < window.stop]
 
 
-@pytest.mark.parametrize("make", [tanh_cell, lstm])
-@pytest.mark.parametrize(
-    ("executor", "overlap"), [("replay", "refresh"), ("checkpoint", "refresh"), ("replay", "stale")]
+@covering(
+    strategy=[*STRATEGIES, "auto", "uniform:100", "revolve:20"],
+    how=[("replay", "refresh"), ("checkpoint", "refresh"), ("replay", "stale")],
+    make=[tanh_cell, lstm],
 )
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto", "uniform:100", "revolve:20"])
 def test_recorded_actions_equal_the_schedule(
-    strategy: str, executor: str, overlap: str, make: Any
+    strategy: str, how: tuple[str, str], make: Any
 ) -> None:
+    executor, overlap = how
     inputs, targets = random_data(NUM_STEPS)
     for k1, k2 in REACHES:
         module = make()
@@ -166,8 +168,7 @@ def plain_gradients(num_steps: int) -> list[Tensor]:
     return gradients(list(module.parameters()))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("num_states", REVOLVE_COUNTS)
+@covering(together=1, num_states=REVOLVE_COUNTS, executor=EXECUTORS)
 def test_revolve_executes_the_published_number_of_steps(num_states: int, executor: str) -> None:
     module = counting_cell().double()
     inputs, targets = (data.double() for data in counting_data(1000))
