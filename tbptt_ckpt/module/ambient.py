@@ -11,6 +11,7 @@ window until a run of the module has moved them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,16 +70,13 @@ class Ambient:
     def found(self) -> AmbientState:
         """The present state between windows, where others have drawn, or run the module."""
         self.about_to_run()
-        return self._capture((), is_run=False)
+        return self.capture(is_run=False)
 
-    def capture(self, state: Sequence[Tensor] = ()) -> AmbientState:
+    def capture(self, state: Sequence[Tensor] = (), *, is_run: bool = True) -> AmbientState:
         """The state after a run; the very object returned before where nothing has changed.
 
         Of `state`, the tensors that the module has just returned, a buffer may be a shadow.
         """
-        return self._capture(state, is_run=True)
-
-    def _capture(self, state: Sequence[Tensor], *, is_run: bool) -> AmbientState:
         cpu_random = torch.get_rng_state()
         device_random = tuple(get_device_states(*self._examples)[1]) if self._examples else ()
         buffers = tuple([buffer.capture(state) for buffer in self._buffers])
@@ -87,14 +85,18 @@ class Ambient:
         if last is not None:
             if bytes_of(cpu_random) == bytes_of(last.cpu_random):
                 cpu_random = last.cpu_random
-            device_random = tuple(map(_shared, device_random, last.device_random))
-            moved = [new is not old for new, old in zip(generators, last.generators, strict=False)]
-            if is_run and any(moved):
-                self._drawn = tuple(map(max, moved, self._drawn))
-            parts = (cpu_random, *device_random, *buffers)
-            known = (last.cpu_random, *last.device_random, *last.buffers)
-            is_same = all(new is old for new, old in zip(parts, known, strict=True))
-            if is_same and moved and not any(moved):
+            if device_random:
+                device_random = tuple(map(_shared, device_random, last.device_random))
+            if is_run and last.generators and generators != last.generators:
+                pairs = zip(generators, last.generators, self._drawn, strict=False)
+                self._drawn = tuple([new is not old or known for new, old, known in pairs])
+            is_same = (  # tuples are of objects that equal themselves alone
+                cpu_random is last.cpu_random
+                and buffers == last.buffers
+                and generators == last.generators
+                and all(map(operator.is_, device_random, last.device_random))
+            )
+            if is_same:
                 return last
         self._last = AmbientState(cpu_random, device_random, buffers, generators, self._drawn)
         return self._last

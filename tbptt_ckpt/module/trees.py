@@ -61,8 +61,10 @@ def _map_state(function: Callable[[Tensor], Tensor], state: Tree) -> Tree:
     """`map_tensors` with copies of the arrays and generators of a state."""
     if isinstance(state, Tensor):
         return function(state)
-    if type(state) is tuple and len(tensors := _tensors_in(state)) == len(state):
-        return tuple([function(item) for item in tensors])
+    if type(state) is tuple:
+        tensors = [item for item in state if isinstance(item, Tensor)]
+        if len(tensors) == len(state):
+            return tuple([function(item) for item in tensors])
     memo: dict[int, Any] = {}  # one generator in two places is one in the copy
 
     def mapped(leaf: Any) -> Any:
@@ -112,14 +114,10 @@ def tensors_of(tree: Tree) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     if type(tree) is tuple:  # most states are, of tensors alone
-        found = _tensors_in(tree)
+        found = [item for item in tree if isinstance(item, Tensor)]
         if len(found) == len(tree):
             return found
     return list(iterate_tensors(tree))
-
-
-def _tensors_in(items: tuple[Tree, ...]) -> list[Tensor]:
-    return [item for item in items if isinstance(item, Tensor)]
 
 
 def replace_tensors(tree: Tree, tensors: list[Any]) -> Tree:
