@@ -211,13 +211,17 @@ class _Measuring:
     def _irregular_bytes(
         self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
     ) -> Curve | None:
-        """What irregular steps add to a leaf: the first of them most, since gradients then meet."""
+        """What they add, had a leaf as long a piece: the first most, since gradients then meet."""
         if not self.probe.may_be_irregular or samples[-1].steps < 2:
             return None
 
-        def more(sample: SegmentBytes | QuietSample, irregular: int) -> int:
+        is_loop = self.probe.runner.recurrence.per_step
+        beyond = {s.steps: 0 if is_loop else s.leaf - s.graph for s in samples}
+
+        def more(sample: SegmentBytes | QuietSample, irregular: int) -> float:
             taken = self.probe.irregular_leaf_bytes(sample.steps, irregular, has_losses=has_losses)
-            return max(0, taken - sample.leaf)
+            cut = min(1.0, irregular / (sample.steps - 1))
+            return max(0.0, taken - sample.leaf + cut * max(0, beyond[sample.steps] - beyond[1]))
 
         gradients = self.bytes[-1].gradients
         room = self.limits.room_bytes - 2 * gradients
@@ -231,7 +235,7 @@ class _Measuring:
         if several is shortest:
             return Curve.linear(0, first) if first else None
         last = first + max(0, more(several, several.steps) - all_cut)
-        points = ((0, 0), (1, first), (1 + several.steps - shortest.steps, last))
+        points = (0, 0), (1, first), (1 + several.steps - shortest.steps, last)
         return Curve.through(points) if last else None
 
     def _quiet_bytes(self) -> QuietBytes | None:

@@ -66,11 +66,13 @@ class WindowCosts:
 
     def take_irregular(self, request: Request) -> bool:
         """Count steps that take more; whether plans that were made before know too few."""
-        steps = [step for block in request.blocks for step in block.irregular_steps()]
+        blocks, window = request.blocks, (request.window.first, request.window.stop)
+        steps = [step for block in blocks for step in block.irregular_steps()]
+        resets = [step for block in blocks for step in block.reset_steps()]
         late = [cut for cut in request.cuts if cut > request.loss_start]
         is_denser = False
         for each, cuts in zip(self._irregular, ((), late, request.cuts), strict=True):
-            is_denser |= each.take(steps, cuts, request.shape.run_steps)
+            is_denser |= each.take(steps, cuts, window, resets)
         return is_denser
 
     def prepare(
@@ -145,11 +147,12 @@ class WindowCosts:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
         regular, late, all_cuts = self._irregular
         loud = late if which is Cuts.ALL else regular
-        added = partial(loud.added, more=costs.irregular_bytes)
+        spared = costs.quiet.beyond_graph if costs.quiet is not None else lambda _: 0.0
+        added = partial(loud.added, more=costs.irregular_bytes, spared=spared)
         if costs.quiet is None or which is Cuts.NONE:
             return costs.with_leaves(added, added)
         more = costs.quiet.irregular
-        quiet = costs.quiet.changed(partial(all_cuts.added, more=more))
+        quiet = costs.quiet.changed(partial(all_cuts.added, more=more, spared=spared))
 
         def raised(curve: Curve) -> Curve:
             return higher(added(curve), quiet.leaf)  # what planners take it for

@@ -80,6 +80,14 @@ class StepBlock:
             found[1:] |= (rows[1:] != rows[:-1]).any(1)
         return [self.start + row for row in found.nonzero().flatten().tolist()]
 
+    def reset_steps(self) -> list[int]:
+        """Steps at which a lane begins a sequence."""
+        if self.resets is None:
+            return []
+        flags = self.resets if self.resets.dim() == 1 else self.resets.any(1)
+        rows: list[int] = flags.nonzero().flatten().tolist()
+        return [self.start + row for row in rows]
+
     def made_irregular(self, start: int) -> StepBlock:
         """The same with a reset at every step from `start` on, and with a lane left out of each."""
         resets, weight = torch.arange(self.start, self.stop) >= start, self.weight

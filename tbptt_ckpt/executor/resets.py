@@ -96,8 +96,4 @@ class Resets:
 
 def _rows_with_resets(block: StepBlock) -> list[int]:
     """Rows of a block at which a lane resets; the first step of all has nothing to reset."""
-    if block.resets is None:
-        return []
-    flags = block.resets if block.resets.dim() == 1 else block.resets.any(1)
-    rows: list[int] = flags.nonzero().flatten().tolist()
-    return [row for row in rows if block.start + row > 0]
+    return [step - block.start for step in block.reset_steps() if step > 0]

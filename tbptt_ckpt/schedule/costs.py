@@ -71,6 +71,10 @@ class QuietBytes:
         held = 0 if makes_gradients else self.shared
         return max(self.graph(steps) + losses(num_losses), self.leaf(steps) + held)
 
+    def beyond_graph(self, steps: int) -> float:
+        """Of a leaf's bytes, what is there beside its graph; 0 where pieces are not told apart."""
+        return max(0.0, self.leaf(steps) - self.graph(steps)) if self.graph else 0.0
+
     def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
         """The same for leaves that take other bytes."""
         graph = self.graph and change(self.graph)
@@ -106,7 +110,7 @@ class Costs:
         quiet: What steps without a loss take; None where it is as much as with one.
         irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
             begin a sequence, are left out or weigh otherwise than before, or a segment is cut;
-            None where that is nothing.
+            beside as long a piece as before. None where that is nothing.
     """
 
     state_bytes: int

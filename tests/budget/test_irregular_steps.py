@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,43 +16,64 @@ from tbptt_ckpt.schedule.curves import Curve
 WINDOW = 40
 
 
-def most_by_hand(steps: set[int], cuts: set[int], length: int) -> int:
+def taken_by_hand(
+    steps: set[int], cuts: set[int], resets: set[int], length: int, more: Curve, spared: Curve
+) -> float:
     """In any leaf of a length: a cut counts where the leaf goes on across it."""
-    return max(
-        sum(start <= step < start + length for step in steps)
-        + sum(start < cut < start + length for cut in cuts)
-        for start in range(WINDOW - length + 1)
-    )
+    taken = []
+    for start in range(WINDOW - length + 1):
+        stop = start + length
+        count = sum(start <= step < stop for step in steps)
+        count += sum(start < cut < stop for cut in cuts)
+        edges = [start, *sorted(s for s in cuts | resets if start < s < stop), stop]
+        piece = max(after - before for before, after in pairwise(edges))
+        taken.append((more(count) if count else 0.0) - spared(length) + spared(piece))
+    return max(taken)
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_leaf_has_more_than_is_added(seed: int) -> None:
+def test_no_leaf_takes_more_than_is_said(seed: int) -> None:
     chosen, base = random.Random(seed), Curve(((1, 100.0), (7, 900.0), (21, 2000.0)))
+    spared, more = (
+        Curve(((1, 50.0), (9, 130.0), (30, 700.0))),
+        Curve(((0, 0.0), (1, 50.0), (5, 90))),
+    )
     irregular, windows = IrregularSteps(), []
     for _ in range(3):
         steps = set(chosen.sample(range(WINDOW), chosen.choice([0, 1, 3, 20])))
         cuts = set(chosen.sample(range(1, WINDOW), chosen.choice([0, 1, 2]))) - steps
-        is_denser = irregular.take(steps, cuts, WINDOW)
-        windows.append((steps, cuts))
-        assert not irregular.take(steps, cuts, WINDOW)
+        resets = steps if chosen.random() < 0.5 else set()
+        window = steps, cuts, (0, WINDOW), resets
+        is_denser = irregular.take(*window)
+        windows.append((steps, cuts, resets))
+        assert not irregular.take(*window)
         assert is_denser or not (steps or cuts) or len(windows) > 1
     again = IrregularSteps()
     again.load_state_dict(json.loads(json.dumps(irregular.state_dict())))
-    more = Curve(((0, 0.0), (1, 50.0), (5, 90.0)))
-    found = again.added(base, more)
+    found = again.added(base, more, spared)
     for length in range(1, WINDOW + 1):
-        needed = max(most_by_hand(*window, length) for window in windows)
-        assert found(length) >= base(length) + (more(needed) if needed else 0.0) - 1e-9
-    assert irregular.added(base, None) is base
+        needed = max(taken_by_hand(*window, length, more, spared) for window in windows)
+        assert found(length) >= base(length) + needed - 1e-9
+    assert irregular.added(base, None, spared) is base
+
+
+def test_segments_that_are_often_cut_spare_what_long_ones_take() -> None:
+    base, more, spared = Curve.linear(0, 30), Curve.linear(0, 1), Curve.linear(0, 20)
+    irregular, resets = IrregularSteps(), range(0, WINDOW, 4)
+    irregular.take(resets, (), (0, WINDOW), resets)
+    found = irregular.added(base, more, spared)
+    assert base(WINDOW) - 20 * 36 <= found(WINDOW) <= base(WINDOW) + 11 - 0.9 * 20 * 36
+    irregular.take((), (), (0, WINDOW))  # one without a reset takes all of it
+    assert irregular.added(base, more, spared)(WINDOW) >= base(WINDOW)
 
 
 def test_a_leaf_of_one_step_is_never_cut() -> None:
-    irregular, base = IrregularSteps(), Curve.linear(10, 1)
-    irregular.take((), [5, 9], WINDOW)
-    found = irregular.added(base, Curve(((0, 0.0), (1, 50.0))))
+    irregular, base, spared = IrregularSteps(), Curve.linear(10, 1), Curve.linear(0, 0)
+    irregular.take((), [5, 9], (0, WINDOW))
+    found = irregular.added(base, Curve(((0, 0.0), (1, 50.0))), spared)
     assert found(2) >= base(2) + 50
-    irregular.take([5], (), WINDOW)
-    assert irregular.added(base, Curve(((0, 0.0), (1, 50.0))))(1) >= base(1) + 50
+    irregular.take([5], (), (0, WINDOW))
+    assert irregular.added(base, Curve(((0, 0.0), (1, 50.0))), spared)(1) >= base(1) + 50
 
 
 def test_which_steps_of_a_block_are_irregular() -> None:
