@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
 from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe, kept_bytes
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
@@ -37,7 +38,6 @@ _LONGER = 4  # factor between lengths that are only timed
 _ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
 _NUM_BOUNDARIES = 32
-_SEVERAL = 5  # irregular steps, in a leaf of nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,37 +206,16 @@ class _Measuring:
             handed_on_bytes=kept[2],
             quiet=self._quiet_bytes(),
             irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
+            weighed_step_bytes=weighed_step_bytes(self.probe, self.bytes),
         )
 
     def _irregular_bytes(
         self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
     ) -> Curve | None:
-        """What they add, had a leaf as long a piece: the first most, since gradients then meet."""
-        if not self.probe.may_be_irregular or samples[-1].steps < 2:
-            return None
-
-        is_loop = self.probe.runner.recurrence.per_step
-        beyond = {s.steps: 0 if is_loop else s.leaf - s.graph for s in samples}
-
-        def more(sample: SegmentBytes | QuietSample, irregular: int) -> float:
-            taken = self.probe.irregular_leaf_bytes(sample.steps, irregular, has_losses=has_losses)
-            cut = min(1.0, irregular / (sample.steps - 1))
-            return max(0.0, taken - sample.leaf + cut * max(0, beyond[sample.steps] - beyond[1]))
-
         gradients = self.bytes[-1].gradients
         room = self.limits.room_bytes - 2 * gradients
         fitting = {sample.steps for sample in self.bytes if sample.peak <= room}
-        cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]
-        if not cut:
-            return Curve.linear(0, gradients)
-        shortest, several = cut[0], cut[-1]
-        all_cut = more(shortest, shortest.steps)
-        first = max(more(several, 1), all_cut)
-        if several is shortest:
-            return Curve.linear(0, first) if first else None
-        last = first + max(0, more(several, several.steps) - all_cut)
-        points = (0, 0), (1, first), (1 + several.steps - shortest.steps, last)
-        return Curve.through(points) if last else None
+        return more_bytes(self.probe, samples, fitting, gradients, has_losses=has_losses)
 
     def _quiet_bytes(self) -> QuietBytes | None:
         """What steps without a loss take, where there was more than one step to measure it."""

@@ -38,6 +38,7 @@ def at_least(given: Costs, measured: Costs, most_steps: int) -> Costs:
         advance_bytes=checked(given.advance_bytes, measured.advance_bytes),
         update_bytes=max(given.update_bytes, measured.update_bytes),
         irregular_bytes=_higher(given.irregular_bytes, measured.irregular_bytes),
+        weighed_step_bytes=max(given.weighed_step_bytes, measured.weighed_step_bytes),
         fixed=replace(
             fixed,
             gradients=max(fixed.gradients, found.gradients),
@@ -79,8 +80,7 @@ def with_host_bytes(costs: Costs) -> Costs:
     """The costs with what a leaf and a state take on the host besides tensors."""
 
     def added(curve: Curve) -> Curve:
-        per_step = costs.host_step_bytes
-        return Curve(tuple((steps, value + per_step * steps) for steps, value in curve.points))
+        return curve.plus(costs.host_step_bytes)
 
     return replace(
         costs.with_leaves(added, added),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe
 from tbptt_ckpt.budget.window_budget import Cuts, Request
+from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.schedule.actions import Differentiate
 from tbptt_ckpt.schedule.curves import Curve
 from tbptt_ckpt.schedule.plan import Plan
 
+_SEVERAL = 5  # cuts that are measured at once
 _SURELY = 0.9  # of what shorter pieces spare: no measured length was cut in every way
 
 
@@ -24,59 +29,72 @@ class IrregularSteps:
     """
 
     def __init__(self) -> None:
-        # By length: the most irregular steps of a leaf in a window, and the longest uncut piece of
-        # that window; windows that have no more of either are left out.
+        # By length: how many irregular steps leaves have, and the longest piece of those that have
+        # so many; leaves that another exceeds in both are left out.
         self._found: dict[int, dict[int, int]] = {}
         self._uncut = 0  # steps of the longest window that had none
+        self._weighs = False
 
     def take(
-        self,
-        steps: Iterable[int],
-        cuts: Iterable[int],
-        window: tuple[int, int],
-        resets: Iterable[int] = (),
+        self, resets: Iterable[int], cuts: Iterable[int], window: tuple[int, int], *, weighs: bool
     ) -> bool:
-        """Take in a window's irregular steps, and where else segments are cut.
+        """Take in where a window's lanes begin sequences, and where else segments are cut.
 
         Args:
-            steps: The irregular steps.
+            resets: The steps at which lanes begin; segments are cut there too.
             cuts: The other cuts.
             window: Its first step and its end.
-            resets: Of the irregular steps, those before which segments are cut as well.
+            weighs: Whether lanes are left out, or weigh otherwise from step to step.
 
         Returns:
-            Whether there is more of them, or less cut, than in any window before.
+            Whether some leaf may take more than any before.
         """
-        (first, stop), steps, cuts = window, {*steps}, {*cuts}
+        (first, stop), steps, cuts = window, {*resets}, {*cuts}
+        is_new = weighs and not self._weighs
+        self._weighs |= weighs
         if not steps and not cuts:
-            grows = stop - first > self._uncut and bool(self._found)
+            is_new |= stop - first > self._uncut and bool(self._found)
             self._uncut = max(self._uncut, stop - first)
-            return grows
-        edges = [first, *sorted({*cuts, *resets}), stop]
-        piece = max(after - before for before, after in pairwise(edges))
+            return is_new
         # A cut before a leaf's first step is none of its own: it lies between two steps.
-        at, is_new = np.array(sorted({*steps, *(cut - 0.5 for cut in cuts)})), False
-        begins = np.floor(at)
+        at = np.array(sorted({*steps, *(cut - 0.5 for cut in cuts)}))
+        pieces = _Pieces([first, *sorted((cuts | steps) - {first}), stop])
         for length in _lengths(stop - first):
-            ends = np.searchsorted(at, begins + length - 1, "right")
-            most = int((ends - np.searchsorted(at, begins, "left")).max())
-            known, longest = self._found.setdefault(length, {}), min(piece, length)
-            if any(more >= most and other >= longest for more, other in known.items()):
-                continue
-            is_new = True
-            for more in [n for n, other in known.items() if n <= most and other <= longest]:
-                del known[more]
-            known[most] = longest
+            steps_run = min(length, stop - first)
+            begins = np.arange(first, stop - steps_run + 1)
+            ends = np.searchsorted(at, begins + steps_run - 1, "right")
+            counts, longest = ends - np.searchsorted(at, begins), pieces.longest(begins, steps_run)
+            for count in np.unique(counts)[::-1]:
+                is_new |= self._note(length, int(count), int(longest[counts == count].max()))
         return is_new
 
-    def added(self, curve: Curve, more: Curve | None, spared: Callable[[int], float]) -> Curve:
+    def _note(self, length: int, count: int, piece: int) -> bool:
+        """A leaf has so many irregular steps and so long a piece; whether that is new."""
+        known = self._found.setdefault(length, {})
+        if any(more >= count and longer >= piece for more, longer in known.items()):
+            return False
+        for more in [n for n, longest in known.items() if n <= count and longest <= piece]:
+            del known[more]
+        known[count] = piece
+        return True
+
+    def added(
+        self,
+        curve: Curve,
+        more: Curve | None,
+        spared: Callable[[int], float],
+        weighed_step_bytes: float = 0.0,
+    ) -> Curve:
         """Bytes of leaves that hold what takes most of what was found.
 
         Args:
             curve: Bytes of leaves without irregular steps.
             more: What so many of them take; None for nothing.
             spared: Of a leaf's bytes, those that only its longest piece needs.
+            weighed_step_bytes: What each step takes more where lanes are left out.
         """
+        if self._weighs and weighed_step_bytes:
+            curve = curve.plus(weighed_step_bytes)
         lengths = sorted(self._found)
         if more is None or not lengths:
             return curve
@@ -95,18 +113,42 @@ class IrregularSteps:
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
         found = [[length, [*map(list, most.items())]] for length, most in self._found.items()]
-        return {"found": found, "uncut": self._uncut}
+        return {"found": found, "uncut": self._uncut, "weighs": self._weighs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with these."""
         self._found = {length: dict(most) for length, most in state["found"]}
-        self._uncut = state["uncut"]
+        self._uncut, self._weighs = state["uncut"], state["weighs"]
+
+
+class _Pieces:
+    """The uncut pieces of a window, between `edges`."""
+
+    def __init__(self, edges: list[int]) -> None:
+        self._edges = np.array(edges)
+        # The longest of 1, 2, 4, ... neighbours, by the first of them.
+        self._rows = [np.diff(self._edges)]
+        while (apart := 1 << (len(self._rows) - 1)) < len(self._rows[-1]):
+            last = self._rows[-1]
+            self._rows.append(np.maximum(last[:-apart], last[apart:]))
+
+    def longest(self, begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """The longest piece, or part of one, in leaves of a length that begin there."""
+        edges, ends = self._edges, begins + length
+        low, high = np.searchsorted(edges, begins), np.searchsorted(edges, ends, "right") - 1
+        found = np.where(low > high, length, np.maximum(edges[low] - begins, ends - edges[high]))
+        for power, row in enumerate(self._rows):  # whole pieces between the edges low and high
+            fits = (high - low >= 1 << power) & (high - low < 2 << power)
+            last = high[fits] - (1 << power)
+            found[fits] = np.maximum(found[fits], np.maximum(row[low[fits]], row[last]))
+        return found
 
 
 def _lengths(longest: int) -> list[int]:
-    """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... and the longest."""
-    found = {longest, *(n << power for n in range(4, 8) for power in range(longest.bit_length()))}
-    return sorted(length for length in {1, 2, 3, *found} if length <= longest)
+    """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... up to the first that is no less."""
+    powers = range(longest.bit_length())
+    grid = sorted({1, 2, 3, *(n << power for n in range(4, 8) for power in powers)})
+    return grid[: bisect_left(grid, longest) + 1]
 
 
 def cuts_within_leaves(plan: Plan, request: Request) -> Cuts:
@@ -121,3 +163,51 @@ def cuts_within_leaves(plan: Plan, request: Request) -> Cuts:
     if not crossed:
         return Cuts.NONE
     return Cuts.EARLY if max(crossed) <= request.loss_start else Cuts.ALL
+
+
+def more_bytes(
+    probe: SegmentProbe,
+    samples: Sequence[SegmentBytes | QuietSample],
+    fitting: Collection[int],
+    gradients: int,
+    *,
+    has_losses: bool,
+) -> Curve | None:
+    """What cuts add to a leaf that still has as long a piece: `Costs.irregular_bytes`.
+
+    The first one adds most, since gradients then meet. Leaves of the `fitting` lengths may be run.
+    """
+    if not probe.may_be_irregular or samples[-1].steps < 2:
+        return None
+    is_loop = probe.runner.recurrence.per_step
+    beyond = {s.steps: 0 if is_loop else s.leaf - s.graph for s in samples}
+
+    def more(sample: SegmentBytes | QuietSample, num_resets: int) -> float:
+        stop = probe.stop - (not has_losses)
+        blocks = narrow_blocks(probe.blocks, stop - sample.steps, probe.stop)
+        cut = [block.with_resets(stop - num_resets) for block in blocks]
+        such = replace(probe, blocks=cut, resets=probe.resets.of(cut))
+        taken = (such.bytes_of if has_losses else such.quiet_bytes_of)(sample.steps).leaf
+        share = min(1.0, num_resets / (sample.steps - 1))
+        return max(0.0, taken - sample.leaf + share * max(0, beyond[sample.steps] - beyond[1]))
+
+    cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]
+    if not cut:
+        return Curve.linear(0, gradients)
+    shortest, several = cut[0], cut[-1]
+    all_cut = more(shortest, shortest.steps)
+    first = max(more(several, 1), all_cut)
+    if several is shortest:
+        return Curve.linear(0, first) if first else None
+    last = first + max(0, more(several, several.steps) - all_cut)
+    return Curve.through([(0, 0), (1, first), (1 + several.steps - shortest.steps, last)])
+
+
+def weighed_step_bytes(probe: SegmentProbe, samples: Sequence[SegmentBytes]) -> float:
+    """What each step of a leaf takes more where lanes are left out, in which weights say so."""
+    if all(block.weight is None for block in probe.blocks):
+        return 0.0
+    sample = [s for s in samples if s.steps <= _SEVERAL][-1]
+    blocks = narrow_blocks(probe.blocks, probe.stop - sample.steps, probe.stop)
+    such = replace(probe, blocks=[block.leaving_out_lanes() for block in blocks])
+    return max(0, such.bytes_of(sample.steps).leaf - sample.leaf) / sample.steps

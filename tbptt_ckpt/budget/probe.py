@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
-from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -105,14 +105,6 @@ class SegmentProbe:
         """Whether steps ask for it, or segments may be cut."""
         asks = any(b.resets is not None or b.weight is not None for b in self.blocks)
         return asks or not self.runner.recurrence.per_step
-
-    def irregular_leaf_bytes(self, steps: int, irregular: int, *, has_losses: bool) -> int:
-        """Peak of a leaf whose last steps are cut by resets, and have lanes that are left out."""
-        stop = self.stop - (not has_losses)
-        blocks = narrow_blocks(self.blocks, stop - steps, self.stop)
-        cut = [block.made_irregular(stop - irregular) for block in blocks]
-        probe = replace(self, blocks=cut, resets=self.resets.of(cut))
-        return (probe.bytes_of(steps) if has_losses else probe.quiet_bytes_of(steps)).leaf
 
     def quiet_bytes_of(self, steps: int) -> QuietSample:
         """Measure an advance and a leaf of steps without a loss; one more step has it."""

@@ -67,12 +67,12 @@ class WindowCosts:
     def take_irregular(self, request: Request) -> bool:
         """Count steps that take more; whether plans that were made before know too few."""
         blocks, window = request.blocks, (request.window.first, request.window.stop)
-        steps = [step for block in blocks for step in block.irregular_steps()]
+        weighs = any(block.weighs() for block in blocks)
         resets = [step for block in blocks for step in block.reset_steps()]
         late = [cut for cut in request.cuts if cut > request.loss_start]
         is_denser = False
         for each, cuts in zip(self._irregular, ((), late, request.cuts), strict=True):
-            is_denser |= each.take(steps, cuts, window, resets)
+            is_denser |= each.take(resets, cuts, window, weighs=weighs)
         return is_denser
 
     def prepare(
@@ -148,7 +148,10 @@ class WindowCosts:
         regular, late, all_cuts = self._irregular
         loud = late if which is Cuts.ALL else regular
         spared = costs.quiet.beyond_graph if costs.quiet is not None else lambda _: 0.0
-        added = partial(loud.added, more=costs.irregular_bytes, spared=spared)
+        weighed = costs.weighed_step_bytes
+        added = partial(
+            loud.added, more=costs.irregular_bytes, spared=spared, weighed_step_bytes=weighed
+        )
         if costs.quiet is None or which is Cuts.NONE:
             return costs.with_leaves(added, added)
         more = costs.quiet.irregular

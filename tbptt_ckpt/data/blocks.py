@@ -66,19 +66,13 @@ class StepBlock:
         found = tensors_of((self.inputs, self.targets, self.weight, self.resets))
         return sum(tensor.nbytes for tensor in found)
 
-    def irregular_steps(self) -> list[int]:
-        """Steps at which a lane begins a sequence, or is left out, or weighs otherwise than before.
-
-        What runs over a segment is cut there, and lanes are chosen.
-        """
-        found = torch.zeros(self.stop - self.start, dtype=torch.bool)
-        if self.resets is not None:
-            found |= self.resets.reshape(len(found), -1).any(1)
-        if self.weight is not None:
-            rows = self.weight.reshape(len(found), -1)
-            found |= (rows == 0).any(1) & (rows != 0).any(1)
-            found[1:] |= (rows[1:] != rows[:-1]).any(1)
-        return [self.start + row for row in found.nonzero().flatten().tolist()]
+    def weighs(self) -> bool:
+        """Whether lanes are left out of a step, or weigh otherwise than in the one before."""
+        if self.weight is None:
+            return False
+        rows = self.weight.reshape(self.stop - self.start, -1)
+        leaves_out = ((rows == 0).any(1) & (rows != 0).any(1)).any()
+        return bool(leaves_out or (rows[1:] != rows[:-1]).any())
 
     def reset_steps(self) -> list[int]:
         """Steps at which a lane begins a sequence."""
@@ -88,15 +82,17 @@ class StepBlock:
         rows: list[int] = flags.nonzero().flatten().tolist()
         return [self.start + row for row in rows]
 
-    def made_irregular(self, start: int) -> StepBlock:
-        """The same with a reset at every step from `start` on, and with a lane left out of each."""
-        resets, weight = torch.arange(self.start, self.stop) >= start, self.weight
-        if weight is not None and weight.dim() == 2 and weight.shape[1] > 1:
-            rows = resets.nonzero().flatten()
-            weight = weight.clone()
-            weight[rows] = 1.0
-            weight[rows, rows % weight.shape[1]] = 0.0
-        return replace(self, resets=resets, weight=weight)
+    def with_resets(self, start: int) -> StepBlock:
+        """The same with a reset at every step from `start` on."""
+        return replace(self, resets=torch.arange(self.start, self.stop) >= start)
+
+    def leaving_out_lanes(self) -> StepBlock:
+        """The same with another lane left out of every step, where lanes have weights."""
+        if self.weight is None or self.weight.dim() != 2 or self.weight.shape[1] < 2:
+            return self
+        weight, rows = torch.ones_like(self.weight), torch.arange(len(self.weight))
+        weight[rows, rows % weight.shape[1]] = 0.0
+        return replace(self, weight=weight)
 
     def step_weights(self) -> list[StepWeight] | None:
         """The weight of each step; None where every step has a target and weight one."""

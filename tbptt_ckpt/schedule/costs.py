@@ -109,8 +109,9 @@ class Costs:
             is kept once, and no part of `state_bytes`.
         quiet: What steps without a loss take; None where it is as much as with one.
         irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
-            begin a sequence, are left out or weigh otherwise than before, or a segment is cut;
-            beside as long a piece as before. None where that is nothing.
+            begin a sequence, or a segment is cut; beside as long a piece as before. None where
+            that is nothing.
+        weighed_step_bytes: What each step of a leaf takes more where lanes are left out.
     """
 
     state_bytes: int
@@ -127,6 +128,7 @@ class Costs:
     handed_on_bytes: int = 0
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
+    weighed_step_bytes: float = 0.0
 
     def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
         """Peak of a leaf whose last steps have losses; `is_last`: the one that is last in time."""

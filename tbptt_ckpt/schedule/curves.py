@@ -66,6 +66,10 @@ class Curve:
         (x0, y0), (x1, y1) = self.points[-2:]
         return (y1 - y0) / (x1 - x0)
 
+    def plus(self, per_step: float) -> Curve:
+        """The curve with so much more for each step."""
+        return Curve(tuple((steps, value + per_step * steps) for steps, value in self.points))
+
     def bends(self, below: int) -> list[int]:
         """The numbers of steps of its points, below the given one."""
         return [steps for steps, _ in self.points if 0 < steps < below]
