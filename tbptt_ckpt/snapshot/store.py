@@ -16,6 +16,7 @@ from typing import Any
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttWarning
 from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.disk import Disk
+from tbptt_ckpt.snapshot.lock import DirectoryLock
 from tbptt_ckpt.snapshot.manifest import Manifest
 from tbptt_ckpt.snapshot.plain import to_plain
 from tbptt_ckpt.snapshot.reading import load_state, read_manifest, verify_files
@@ -69,10 +70,27 @@ class SnapshotStore:
 
     def __init__(self, directory: Path, keep: int = 3, disk: Disk | None = None) -> None:
         self.directory, self.keep, self._disk = directory, keep, disk or Disk()
+        self._lock = DirectoryLock(directory)
         self._removing: Thread | None = None
         self._removal_problem: str | None = None
         if directory.exists() and not directory.is_dir():
             raise ArgumentError(f"the snapshot directory {directory} is a file")
+
+    def lock(self, *, makes: bool) -> None:
+        """Be the only one to write until `close`; a directory that is not there is made, or left.
+
+        Raises:
+            SnapshotError: Another trainer writes it.
+        """
+        if makes:
+            with contextlib.suppress(OSError):  # the first save says so
+                self._make_directory()
+        self._lock.acquire()
+
+    def close(self) -> None:
+        """Wait until old snapshots are removed, and let others write."""
+        self.wait()
+        self._lock.release()
 
     def path(self, step: int) -> Path:
         """Where the snapshot of that step is, or would be."""
@@ -171,11 +189,14 @@ class SnapshotStore:
             else:
                 self._discard(path)
 
-    def _make_ready(self, part: Path) -> None:
+    def _make_directory(self) -> None:
         missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
         for directory in reversed(missing):
             self._disk.make_directory(directory)
             self._disk.sync_directory(directory.parent)
+
+    def _make_ready(self, part: Path) -> None:
+        self._make_directory()
         if part.exists():
             self._remove(part)
 

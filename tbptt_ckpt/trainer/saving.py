@@ -41,8 +41,13 @@ class Saving:
 
     def load(self, use: Callable[[Loaded], None]) -> Loaded | None:
         """The newest valid snapshot that can be used; None where there is none."""
-        self._store.clean()
-        loaded = self._store.newest_valid(use)
+        self._store.lock(makes=False)
+        try:
+            self._store.clean()
+            loaded = self._store.newest_valid(use)
+        except BaseException:
+            self._store.close()
+            raise
         self._continues = True
         if loaded is not None:
             self._note_saved(loaded.step)
@@ -53,10 +58,13 @@ class Saving:
 
         Raises:
             ArgumentError: There are snapshots of another run.
+            SnapshotError: Another trainer writes them.
         """
+        self._store.lock(makes=True)
         if self._continues:
             return
         if self._store.steps():
+            self._store.close()
             raise ArgumentError(
                 f"{self._store.directory} holds snapshots of another run; resume from them, or "
                 "name another directory"
@@ -109,9 +117,9 @@ class Saving:
         """None is taken after so many steps; the next one comes when it is due."""
         self._tried_steps, self._saved_at = steps, time.monotonic()
 
-    def wait(self) -> None:
-        """Wait until old snapshots are removed."""
-        self._store.wait()
+    def close(self) -> None:
+        """Nothing is written for now."""
+        self._store.close()
 
     def stop_message(self, word: str, steps: int) -> str:
         """What to tell who stopped the run."""
@@ -152,8 +160,8 @@ class NoSnapshots(Saving):
         """Save nothing."""
         return None
 
-    def wait(self) -> None:
-        """Nothing is removed."""
+    def close(self) -> None:
+        """Nothing is open."""
 
     def stop_message(self, word: str, steps: int) -> str:
         """What to tell who stopped the run."""

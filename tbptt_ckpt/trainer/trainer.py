@@ -147,8 +147,8 @@ class Trainer:
     def _windows(self, signals: StopSignals) -> Iterator[WindowResult]:
         self._session = Session()
         check_differentiable(self._parts.recurrence.module)
-        self._saving.begin()
         self._identity.begin()
+        self._saving.begin()
         with ExitStack() as stack:
             stack.callback(self._close)
             stack.enter_context(signals)
@@ -293,5 +293,5 @@ class Trainer:
             self._save()
 
     def _close(self) -> None:
-        self._saving.wait()
+        self._saving.close()
         self._announcer.close()
