@@ -106,8 +106,8 @@ class WindowPass:
                 with self._enter(begin, end):
                     state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
                 sink.close(begin, end)
+                check_no_hidden_tensors(state)
                 self._arrive(end, state)
-        check_no_hidden_tensors(state)
         return state
 
     def sink(self, *, graph: bool, looks_at: int = -1) -> LossSink:
