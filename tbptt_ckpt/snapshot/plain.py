@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import SnapshotError
+from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.module.generators import described, from_description
 
 _TAG = "tbptt_ckpt.kind"
@@ -119,7 +120,7 @@ def _tagged(kind: str, value: object, fields: Any) -> dict[str, Any]:
 
 
 def from_plain(value: Any) -> Any:
-    """What `to_plain` was given; tensors go back to the device they were on.
+    """What `to_plain` was given; tensors go back to the device they were on, if it is here.
 
     Raises:
         SnapshotError: A class that is not imported, or not there any more.
@@ -162,9 +163,17 @@ def _generator(described: dict[str, Any]) -> Any:
 
 def _to_device(values: Tensor, device: str) -> Tensor:
     try:
-        return values.to(device)
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise SnapshotError(f"it holds a tensor of device {device!r}: {error}") from error
+    if where.type == "meta":
+        raise SnapshotError("it holds a tensor on the meta device, which has no values")
+    try:
+        return values.to(where)
     except (RuntimeError, AssertionError) as error:
-        raise SnapshotError(f"it holds a tensor of device {device}: {error}") from error
+        if is_out_of_memory(error):
+            raise
+        return values  # there is no such device here
 
 
 def _from_fields(kind: object, value: dict[str, Any]) -> Any:

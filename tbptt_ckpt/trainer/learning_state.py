@@ -68,7 +68,7 @@ def load_learning_state(
         except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ArgumentError(f"the snapshot is of another random generator: {error}") from error
     for name, module in modules.items():
-        _load_module(module, state["modules"][name])
+        _load_module(module, state["modules"][name], parts.device)
     with torch.no_grad():
         for parameter, tensor in zip(loose, state["loose"], strict=True):
             parameter.copy_(tensor)
@@ -176,7 +176,7 @@ def restored_state(state: Tree, saved: Sequence[Mapping[str, Any]]) -> Tree:
         if tensor.requires_grad and tensor.is_leaf:
             with torch.no_grad():
                 tensor.copy_(item["value"])
-            tensor.grad = item["grad"]
+            tensor.grad = None if item["grad"] is None else item["grad"].to(tensor.device)
         restored.append(tensor if tensor.requires_grad else item["value"].to(tensor.device))
     return replace_tensors(state, restored)
 
@@ -233,13 +233,13 @@ def _shape(value: Any) -> object:
     return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
-def _load_module(module: nn.Module, stored: Mapping[str, Any]) -> None:
+def _load_module(module: nn.Module, stored: Mapping[str, Any], device: torch.device) -> None:
     state = OrderedDict(stored["state"])
     state._metadata = stored["metadata"]  # type: ignore[attr-defined]
     values = {**state, **stored["other_buffers"]}
     for path, (owner, name) in _unset_buffers(module).items():
         if path in values:
-            owner._buffers[name] = values[path].clone()
+            owner._buffers[name] = values[path].to(device, copy=True)
     module.load_state_dict(state)
     buffers = dict(module.named_buffers())
     for name, value in stored["other_buffers"].items():

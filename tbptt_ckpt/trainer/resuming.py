@@ -112,19 +112,29 @@ def plan_state(parts: Parts, asked: str) -> dict[str, Any]:
     }
 
 
-def resume_plan(parts: Parts, asked: str, plan: Mapping[str, Any]) -> list[str]:
-    """Go on with a saved plan, unless another was asked for; what is to be told of it."""
+def resume_plan(parts: Parts, asked: str, plan: Mapping[str, Any], device: str) -> list[str]:
+    """Go on with a saved plan, unless another was asked for; what is to be told of it.
+
+    What was measured on another device is measured anew.
+    """
     messages, choice = [], parts.runner.time_batching.choice
     if plan["time_batching"] != choice:
         messages.append(
             f"time_batching={choice!r} replaces {plan['time_batching']!r}; from here on the run "
             "equals the other to rounding"
         )
+    measured = plan["measured"]
+    if device != str(parts.device):
+        measured = {}
+        messages.append(
+            f"device {parts.device} replaces {device}; from here on the run equals the other to "
+            "rounding, and not where the device draws random numbers"
+        )
     if plan["asked"] == asked:
         shared = (parts.updater, parts.budget.strategy, *parts.parameters)
         rehearsing = copy.deepcopy(parts.budget, {id(each): each for each in shared})
         for budget in (rehearsing, parts.budget):  # where it fails, nothing has changed
-            budget.load_state_dict(plan["measured"], plan["used"])
+            budget.load_state_dict(measured, plan["used"])
     else:
         messages.append(
             f"strategy {asked} replaces {plan['used']}; from here on the run equals the other to "

@@ -72,6 +72,7 @@ STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
     "run": (_RUN, None),
+    "device": str,
     "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},

@@ -16,6 +16,7 @@ from tbptt_ckpt.errors import ArgumentError, check_positive_int
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.trainer.announcer import Announcer, check_sinks
+from tbptt_ckpt.trainer.devices import moved
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
@@ -212,6 +213,7 @@ class Trainer:
             "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
             "run": None if run is None else run.state_dict(),
+            "device": str(self._parts.device),
             "limit": None if run is None else self._passes.limit,
             "init_state": [] if run is None else stored_state(run.initial.given),
             "plan": plan_state(self._parts, self._asked),
@@ -234,11 +236,12 @@ class Trainer:
             load_learning_state(self._parts, state["learning"], accepted)
             if state["run"] is not None:
                 run = self._passes.begin(progress.epoch, progress.steps_before, state["init_state"])
-                resume_run(run, state, self._passes.limit, self._options.k1, accepted)
+                there = {**state, "run": moved(state["run"], state["device"], self._parts.device)}
+                resume_run(run, there, self._passes.limit, self._options.k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
                 self._extra[name].load_state_dict(state["extra"][name])
             set_random_state(state["random"])
-            messages = resume_plan(self._parts, self._asked, state["plan"])
+            messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
         self._progress, self._session, self._run = progress, Session(), run
         self._has_saved_costs = self._parts.budget.costs is not None
         for message in messages:

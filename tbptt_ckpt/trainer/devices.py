@@ -1,0 +1,49 @@
+"""A run that was saved on one device, for a module on another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.module.trees import Tree, map_tensors
+
+
+def moved(run: dict[str, Any], saved: str, here: torch.device) -> dict[str, Any]:
+    """The run with its states, buffers, gradients and held steps where the module is now.
+
+    Generators of the CPU stay; those of a device cannot be translated, and go on as they are here.
+    """
+    if saved == str(here):
+        return run
+
+    def move(tensor: Tensor) -> Tensor:
+        # Of a device that is not here tensors come as the CPU's.
+        return tensor.to(here) if str(tensor.device) in (saved, "cpu") else tensor
+
+    def all_moved(tree: Tree) -> Tree:
+        return map_tensors(move, tree)
+
+    names = ("collected", "group")
+    found = {**run, **{name: all_moved(run[name]) for name in names}}
+    if "held" in run["reader"]:
+        held = [
+            block | {name: all_moved(block[name]) for name in ("inputs", "targets")}
+            for block in run["reader"]["held"]
+        ]
+        found["reader"] = run["reader"] | {"held": held}
+    if (records := run["records"]) is not None:
+        own = [] if here.type in ("cpu", "meta") else [_generator(here)]
+        devices = [len(records["random"]) + index for index in range(len(own))]
+        found["records"] = records | {
+            "random": [*records["random"], *own],
+            "ambients": [each | {"devices": devices} for each in records["ambients"]],
+            **{name: all_moved(records[name]) for name in ("values", "boundaries", "origin_state")},
+        }
+    return found
+
+
+def _generator(device: torch.device) -> Tensor:
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
