@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 __all__ = [
@@ -30,6 +31,9 @@ class TbpttWarning(UserWarning):
 
 class ArgumentError(TbpttError, ValueError):
     """An argument that cannot work; the message names it, its value and what would work."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(message.split()))  # a value may be shown in many lines
 
 
 class InfeasibleBudgetError(TbpttError, ValueError):
@@ -101,9 +105,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def shown(value: object) -> str:
     """A value as one short line of a message: tensors and long ones by their kind."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"<{type(value).__name__} {value.dtype} {list(value.shape)}>"
     try:
+        if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, type):
+            return f"<{type(value).__name__} {value.dtype} {list(value.shape)}>"
         text = repr(value)
     except Exception:  # of a class of the user's
         text = f"<{type(value).__name__}>"
@@ -129,7 +133,8 @@ def check_dimension(name: str, value: object, alternative: str | None = None) ->
 
 
 def _check_int(name: str, value: object, least: int, alternative: str | None) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize:
         return
+    most = f" and at most {sys.maxsize}" if isinstance(value, int) and value > 1 else ""
     also = f", or {alternative}" if alternative else ""
-    raise ArgumentError(f"{name}={shown(value)} must be an integer of at least {least}{also}")
+    raise ArgumentError(f"{name}={shown(value)} must be an integer of at least {least}{most}{also}")

@@ -23,6 +23,7 @@ MODULE_LINES, FUNCTION_LINES, TEST_LINES, ROOT_NAMES = 300, 60, 600, 40
 # floors below its own only, so that rooms of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("arguments",),
     ("schedule", "memory", "module"),
     ("planner", "data", "updates", "snapshot", "time_batching"),
     ("executor",),
@@ -36,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Integers and floats in, plain data out.
-PURE = ("errors", "schedule", "planner")
+PURE = ("errors", "arguments", "schedule", "planner")
 # Gives an account of its own of what is planned; `fastest` alone knows both.
 SIMULATOR, BOTH = f"{NAME}.schedule.simulator", f"{NAME}.planner.fastest"
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc", "base"}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.arguments import AboveZero, checked
 from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
@@ -31,6 +32,7 @@ from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.updater import Updater
 
 
+@checked
 def measure_costs(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
@@ -46,7 +48,7 @@ def measure_costs(
     autocast_dtype: torch.dtype | None = None,
     time_batching: object = "auto",
     memory: int | str | None = None,
-    max_seconds: float = 1.6,
+    max_seconds: AboveZero = 1.6,
 ) -> Costs:
     """Measure what a module takes in bytes and seconds, for `plan`.
 

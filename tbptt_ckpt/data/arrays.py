@@ -11,8 +11,10 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from tbptt_ckpt.arguments import AnyPath, Dimension, checked
 from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.memory.available import Device
 
 Array = NDArray[Any]
 
@@ -37,15 +39,16 @@ class ArraySequence:
 
     time_dim = 0
 
+    @checked
     def __init__(
         self,
-        inputs: Array,
-        targets: Array | None = None,
+        inputs: Any,
+        targets: Any = None,
         *,
         next_step: bool = False,
         dtype: torch.dtype | None = None,
         target_dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> None:
         _check_array("inputs", inputs)
         if targets is not None:
@@ -105,8 +108,9 @@ class ArraySequence:
         return rows.to(device=self._device, dtype=dtype or rows.dtype)
 
 
+@checked
 def map_file(
-    path: str | Path, dtype: DTypeLike | None = None, *, step_shape: tuple[int, ...] = ()
+    path: AnyPath, dtype: DTypeLike | None = None, *, step_shape: tuple[Dimension, ...] = ()
 ) -> Array:
     """A file as a read-only array [T, ...] that stays on disk.
 
@@ -130,9 +134,18 @@ def map_file(
     try:
         if dtype is None:
             return _mapped_npy(path)
-        return _mapped_raw(path, num_bytes, np.dtype(dtype), step_shape)
+        return _mapped_raw(path, num_bytes, _number_type(dtype), step_shape)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _number_type(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        return np.dtype(dtype)
+    except Exception as error:  # whatever numpy makes of it
+        raise ArgumentError(
+            f"dtype={shown(dtype)} must be a type of numpy's, such as 'uint16' or '>f4', or None"
+        ) from error
 
 
 def _mapped_npy(path: Path) -> Array:

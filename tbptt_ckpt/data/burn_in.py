@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.source import Source, check_range, check_same_source, for_module, rows_of
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree
 
@@ -29,13 +30,13 @@ class BurnIn:
         ArgumentError: A source without a length, whose earlier resets could not be asked for.
     """
 
-    def __init__(self, source: Source, num_steps: int) -> None:
+    @checked
+    def __init__(self, source: Any, num_steps: PositiveInt) -> None:
         if not isinstance(source, Source) or not isinstance(source, Sized):
             raise ArgumentError(
-                f"source={source!r} must be a source with a length; in a stream, give the first "
-                "targets as None or weight zero"
+                f"source={shown(source)} must be a source with a length; in a stream, give "
+                "the first targets as None or weight zero"
             )
-        check_positive_int("num_steps", num_steps)
         self.source, self.num_burn_in_steps = source, num_steps
         self.time_dim: int = getattr(source, "time_dim", 0)
 

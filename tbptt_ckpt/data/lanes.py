@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
 from tbptt_ckpt.data.source import Source, as_tensors, check_range, check_same_source, rows_of
-from tbptt_ckpt.errors import ArgumentError, check_dimension, check_positive_int
+from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.memory.available import Device
 from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
 
 
@@ -42,18 +44,16 @@ class LaneSource:
 
     time_dim = 0
 
+    @checked
     def __init__(
         self,
-        sequences: Source | Sequence[Source],
-        lanes: int,
+        sequences: Any,
+        lanes: PositiveInt,
         *,
         lengths: Iterable[int] | None = None,
         seed: int | None = None,
-        device: torch.device | str | None = None,
+        device: Device | None = None,
     ) -> None:
-        check_positive_int("lanes", lanes)
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise ArgumentError(f"seed={seed!r} must be an integer, or None to keep the order")
         if isinstance(sequences, Source):
             self._lengths = _stretch_lengths(sequences, lanes, lengths)
             self._starts = np.cumsum(self._lengths) - self._lengths

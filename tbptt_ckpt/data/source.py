@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
@@ -118,8 +118,11 @@ def checked_resets(resets: Tensor | None, num_steps: int) -> Tensor | None:
 
 def _checked_rows(name: str, rows: object, num_steps: int) -> Tensor:
     if not isinstance(rows, Tensor | np.ndarray | list):
-        raise ArgumentError(f"{name}={rows!r} must be a tensor [{num_steps}] or with lanes")
-    tensor = torch.as_tensor(rows).detach().cpu()
+        raise ArgumentError(f"{name}={shown(rows)} must be a tensor [{num_steps}] or with lanes")
+    try:
+        tensor = torch.as_tensor(rows).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name}={shown(rows)} cannot be read: {error}") from error
     if tensor.dim() not in (1, 2) or tensor.shape[0] != num_steps:
         raise ArgumentError(
             f"{name} of shape {tuple(tensor.shape)} must be [{num_steps}] or [{num_steps}, lanes]"

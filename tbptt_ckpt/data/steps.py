@@ -25,7 +25,7 @@ from tbptt_ckpt.data.source import (
     rows_of,
 )
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence, following_time_dim
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
 
@@ -38,7 +38,7 @@ class StepIterable:
     def __init__(self, steps: Iterable[Any]) -> None:
         self._iterator: Iterator[Any] = iter(steps)
         self.position = 0
-        self.num_steps = _length_of(steps)
+        self.num_steps = length_of(steps)
 
     def read_block(self, start: int, stop: int) -> StepBlock | None:
         """The next steps, packed; fewer than asked at the end, None if there are none."""
@@ -72,7 +72,7 @@ class SourceReader:
         follows = recurrence.layer is not None and not hasattr(self.source, "time_dim")
         self._followed = recurrence.time_dim if follows else 0  # until a first read
         self.time_dim: int = getattr(self.source, "time_dim", self._followed)
-        self.num_steps = _length_of(self.source)
+        self.num_steps = length_of(self.source)
 
     def read_block(self, start: int, stop: int) -> StepBlock | None:
         """The steps `[start, stop)`; fewer only where the source ends and has no length."""
@@ -136,7 +136,7 @@ def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | Sourc
     """The reader of a user's sequence for a module."""
     if isinstance(sequence, io.IOBase):
         raise ArgumentError(
-            f"sequence={sequence!r} is an open file; pass steps, a TensorSequence or a source"
+            f"sequence={shown(sequence)} is an open file; pass steps, a TensorSequence or a source"
         )
     if isinstance(sequence, mmap.mmap):  # has a read(), but of bytes
         raise ArgumentError(
@@ -163,7 +163,7 @@ def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | Sourc
     if isinstance(sequence, Iterable):
         return StepIterable(sequence)
     raise ArgumentError(
-        f"sequence={sequence!r} is neither an iterable of (input, target) steps, nor a "
+        f"sequence={shown(sequence)} is neither an iterable of (input, target) steps, nor a "
         "TensorSequence, nor a source with read(start, stop)"
     )
 
@@ -194,7 +194,8 @@ def _check_usable(inputs: Tree, targets: Tree) -> None:
                 )
 
 
-def _length_of(sequence: object) -> int | None:
+def length_of(sequence: object) -> int | None:
+    """Its steps; None where it does not know."""
     if not isinstance(sequence, Sized):
         return None
     try:

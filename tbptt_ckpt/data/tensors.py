@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tbptt_ckpt.arguments import Dimension, checked
 from tbptt_ckpt.data.source import (
     as_tensors,
     check_mapped,
@@ -17,7 +18,7 @@ from tbptt_ckpt.data.source import (
     checked_weight,
     described,
 )
-from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence, following_time_dim
 from tbptt_ckpt.module.trees import Tree, iterate_leaves, map_tensors, tensors_of
 
@@ -39,18 +40,17 @@ class TensorSequence:
         ArgumentError: Lengths that differ, an empty sequence, weights that do not fit.
     """
 
+    @checked
     def __init__(
         self,
         inputs: Tree,
         targets: Tree = None,
         *,
-        time_dim: int | None = None,
+        time_dim: Dimension | None = None,
         weight: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> None:
         self.inputs, self.targets = as_tensors(inputs), as_tensors(targets)
-        if time_dim is not None:
-            check_dimension("time_dim", time_dim, "None")
         self._given = inputs, targets, time_dim, weight, resets
         leaves = iterate_leaves((inputs, targets))
         self._arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
@@ -128,7 +128,12 @@ class TensorSequence:
     def _check_lengths(self) -> int:
         named = [("inputs", t) for t in tensors_of(self.inputs)]
         if not named:
-            raise ArgumentError(f"inputs={self.inputs!r} holds no tensor")
+            raise ArgumentError(f"inputs={shown(self.inputs)} holds no tensor")
+        if self.targets is not None and not tensors_of(self.targets):
+            raise ArgumentError(
+                f"targets={shown(self.targets)} holds no tensor; None says "
+                "that no step has a target"
+            )
         named += [("targets", t) for t in tensors_of(self.targets)]
         for name, tensor in named:
             check_time_exists(name, tensor, self.time_dim)

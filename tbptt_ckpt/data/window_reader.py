@@ -6,7 +6,7 @@ from typing import Any
 
 from tbptt_ckpt.data.blocks import StepBlock, load_block, store_block
 from tbptt_ckpt.data.steps import StepIterable, reader_for
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 
 
@@ -74,8 +74,8 @@ class WindowReader:
             return state
         if not hasattr(source, "load_state_dict"):
             raise ArgumentError(
-                f"source={source!r} has neither a length nor state_dict and load_state_dict, so "
-                "where it stands cannot be saved; add one or the other"
+                f"source={shown(source)} has neither a length nor state_dict and load_state_dict, "
+                "so where it stands cannot be saved; add one or the other"
             )
         held = [store_block(block) for block in self._held]
         return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}

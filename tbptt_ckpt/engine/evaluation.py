@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.errors import check_positive_int
@@ -40,6 +41,7 @@ class Evaluation:
     state: Any = field(repr=False)
 
 
+@checked
 def evaluate(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],

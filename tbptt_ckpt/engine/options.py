@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, check_fields
 from tbptt_ckpt.budget.amount import Amount, parse_budget
-from tbptt_ckpt.errors import ArgumentError, check_choice, check_type
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import Strategy, parse_strategy
@@ -29,7 +29,7 @@ class Options:
         ArgumentError: One that cannot work.
     """
 
-    k1: int
+    k1: PositiveInt
     k2: int | None
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
@@ -39,13 +39,13 @@ class Options:
     executor: ExecutorName | Executor = "replay"
     time_batching: object = "auto"
     per_step: bool | None = None
-    time_dim: int | None = None
-    clip_grad_norm: float | None = None
+    time_dim: Dimension | None = None
+    clip_grad_norm: AboveZero | None = None
     autocast_dtype: torch.dtype | None = None
     scaler: Any = None
     scheduler: Any = None
-    lane_dim: int | None = None
-    accumulate: int = 1
+    lane_dim: Dimension | None = None
+    accumulate: PositiveInt = 1
     deliver: DeliverName = "auto"
     costs: Costs | None = None
     measure_memory: bool = False
@@ -54,14 +54,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_reach(self.k1, self.k2)
-        check_choice("loss", self.loss, ("new", "last"))
-        check_choice("reduction", self.reduction, ("mean", "sum"))
-        check_choice("overlap", self.overlap, ("refresh", "stale"))
-        check_choice("deliver", self.deliver, ("auto", "once"))
-        for name in ("measure_memory", "check_finite"):
-            check_type(name, getattr(self, name), bool, "True or False")
-        if self.costs is not None and not isinstance(self.costs, Costs):
-            raise ArgumentError(f"costs={self.costs!r} must be Costs, as measure_costs gives them")
+        check_fields(self)
 
     @property
     def is_stale(self) -> bool:

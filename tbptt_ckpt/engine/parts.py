@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice, check_type
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -117,6 +117,7 @@ def make_parts(
         options.lane_dim,
         options.time_batching,
     )
+    check_type("observer", observer, Observer, "an Observer, see tbptt_ckpt.executor")
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)

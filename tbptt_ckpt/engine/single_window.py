@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import noop_context_fn
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import DeliverName, ExecutorName, Options, Reduction
@@ -29,6 +30,7 @@ from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
 
+@checked
 def run_window(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
@@ -93,6 +95,7 @@ def run_window(
     return replace(window, init_state_grad=replace_tensors(init_state, list(grads)))
 
 
+@checked
 def unroll(
     module: Callable[..., Any],
     inputs: Any,

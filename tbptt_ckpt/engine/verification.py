@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.arguments import AboveZero, checked
 from tbptt_ckpt.data.blocks import StepBlock, to_time_dim
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import ExecutorName
 from tbptt_ckpt.engine.single_window import run_window
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.window_pass import Executor
@@ -73,6 +75,7 @@ class Verification:
         return f"{self.description}: {verdict} (tolerance {self.tolerance:.1e})"
 
 
+@checked
 def verify(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
@@ -84,7 +87,7 @@ def verify(
     executor: ExecutorName | Executor = "replay",
     per_step: bool | None = None,
     time_dim: int | None = None,
-    tolerance: float | None = None,
+    tolerance: AboveZero | None = None,
 ) -> Verification:
     """Compare a module under a plan with a plain loop that retains the whole graph.
 
@@ -108,6 +111,8 @@ def verify(
     Raises:
         ArgumentError: An argument that cannot work.
     """
+    if targets is None:
+        raise ArgumentError("targets=None leaves no loss to compare; give a target for every step")
     time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
     recurrence = recognise(module, per_step, module_dim)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, noop_context_fn
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import differentiating
@@ -46,6 +47,7 @@ class CheckpointExecutor:
 
     one_graph = True
 
+    @checked
     def __init__(self, context_fn: ContextFn = noop_context_fn) -> None:
         self._context_fn, self._checks = context_fn, ReplayCheck(in_graph=True)
 

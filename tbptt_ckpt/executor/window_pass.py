@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -201,6 +201,7 @@ def differentiate(roots: Sequence[Root]) -> None:
         backward(tensors, grads)
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs schedules.
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import psutil
 import torch
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.arguments import AnyPath, checked
+from tbptt_ckpt.errors import ArgumentError, shown
 
 
-def free_memory(device: torch.device | str | None = None, *, root: str | Path = "/") -> int:
+@checked
+def free_memory(device: Device | None = None, *, root: AnyPath = "/") -> int:
     """Bytes that can still be allocated on a device.
 
     On an accelerator: what the driver reports as free, and what torch's allocator has
@@ -34,6 +37,21 @@ def free_memory(device: torch.device | str | None = None, *, root: str | Path = 
         return free + idle
     left = [limit - used for limit, used in _group_memory(Path(root))]
     return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def check_device(name: str, value: Any, alternative: str | None = None) -> None:
+    """Raise `ArgumentError` unless `value` is a device that this machine has, or "meta"."""
+    try:
+        where = torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        also = f", or {alternative}" if alternative else ""
+        text = f"{name}={shown(value)} must be a device such as 'cpu' or 'cuda:0'{also}"
+        raise ArgumentError(text) from None
+    if where.type != "meta":
+        accelerator_or_cpu(where)
+
+
+Device = Annotated[torch.device | str, check_device]
 
 
 def accelerator_or_cpu(device: torch.device | str | None) -> torch.device:

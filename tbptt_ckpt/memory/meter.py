@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.memory.allocators import Source, accelerator_source, cpu_source
-from tbptt_ckpt.memory.available import accelerator_or_cpu
+from tbptt_ckpt.memory.available import Device, accelerator_or_cpu
 from tbptt_ckpt.memory.recorders import Events, profiler_is_active
 from tbptt_ckpt.memory.resident import RssSampler
 
 _KEPT_POINTS = 4096
 
 
+@checked
 def peak_memory(
-    device: torch.device | str | None = None, *, held: object = None, rss: bool = True
+    device: Device | None = None, *, held: object = None, rss: bool = True
 ) -> PeakMeter:
     """Measure the peak of tensor memory over a region.
 
@@ -60,7 +61,8 @@ def peak_memory(
     return PeakMeter(source, held, RssSampler() if rss else None)
 
 
-def can_measure(device: torch.device | str | None = None) -> bool:
+@checked
+def can_measure(device: Device | None = None) -> bool:
     """Whether `peak_memory(device)` could start here: no other profiler is in its way."""
     if accelerator_or_cpu(device).type != "cpu":
         return True

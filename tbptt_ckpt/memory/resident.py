@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, Self
 
 import psutil
 
+from tbptt_ckpt.arguments import AboveZero, checked
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -56,7 +58,8 @@ class RssSampler:
         source: "VmHWM" if `peak_bytes` is the kernel's exact mark, else "sampled".
     """
 
-    def __init__(self, interval_seconds: float = 0.005) -> None:
+    @checked
+    def __init__(self, interval_seconds: AboveZero = 0.005) -> None:
         self.interval_seconds = interval_seconds
         self.peak_bytes = 0
         self.peak_anonymous_bytes = 0

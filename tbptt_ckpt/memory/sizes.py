@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from tbptt_ckpt.arguments import Finite, checked
 from tbptt_ckpt.errors import ArgumentError
 
 _UNITS = {
@@ -15,7 +16,8 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 
 
-def format_bytes(num_bytes: float) -> str:
+@checked
+def format_bytes(num_bytes: Finite) -> str:
     """Bytes for people: '512 B', '12.3 MiB', '-1.0 GiB'; units are powers of two."""
     sign, size = ("-", -num_bytes) if num_bytes < 0 else ("", num_bytes)
     if round(size) < 1024:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import is_compiled, modules_in, name_of
 from tbptt_ckpt.module.recurrence import Recurrence
+from tbptt_ckpt.module.trees import tensors_of
 
 
 def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
@@ -30,12 +31,12 @@ def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
     try:
         with _watched(recurrence, inputs, returned):
             result = recurrence.call(inputs, state)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        if state is not None or "NoneType" not in str(error):
+    except (TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
+        if tensors_of(state) or (state is None and "NoneType" not in str(error)):
             raise
         raise ArgumentError(
-            f"init_state=None, and module={name_of(recurrence.module)} cannot begin from None: "
-            f"{error}; pass the state at the first step, such as init_state=torch.zeros(lanes, "
+            f"init_state={shown(state)}, and module={name_of(recurrence.module)} cannot begin from "
+            f"it: {error}; pass the state at the first step, such as init_state=torch.zeros(lanes, "
             "width), or have the module make it where it gets None"
         ) from error
     if isinstance(result, tuple) and len(result) == 2:

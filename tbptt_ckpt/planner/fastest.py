@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, check_positive_int
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
 from tbptt_ckpt.planner.bounds import SecondsBound
 from tbptt_ckpt.planner.feasibility import (
     Demand,
@@ -36,16 +37,17 @@ OPTIMAL = "optimal"
 _MOST_MADE = 32  # plans for one window; two to eight are usual
 
 
+@checked
 def plan(
-    num_steps: int,
+    num_steps: PositiveInt,
     costs: Costs,
     *,
-    budget_bytes: int | None = None,
+    budget_bytes: PositiveInt | None = None,
     strategy: object = OPTIMAL,
-    new_steps: int | None = None,
+    new_steps: Dimension | None = None,
     joints: Sequence[int] = (),
-    recorded_states: int = 0,
-    first: int = 0,
+    recorded_states: Dimension = 0,
+    first: Dimension = 0,
 ) -> PredictedPlan:
     """The plan of one window that takes the least predicted seconds within a byte budget.
 
@@ -74,10 +76,10 @@ def plan(
         Griewank & Walther (2000), doi:10.1145/347837.347846, whose recursion is the case of
         one-step leaves.
     """
-    _check(num_steps, budget_bytes, new_steps, joints, recorded_states)
+    _check_joints(num_steps, new_steps, joints)
     lengths = tuple(b - a for a, b in pairwise([0, *joints, num_steps]))
     demand = Demand(lengths, new_steps, recorded_states)
-    if strategy == OPTIMAL:
+    if isinstance(strategy, str) and strategy == OPTIMAL:
         return _fastest(demand, costs, budget_bytes).at(first)
     start = first + demand.lead_steps
     placed = [start + joint for joint in joints]
@@ -86,19 +88,7 @@ def plan(
     return _within(fixed, demand, costs, budget_bytes, placed)
 
 
-def _check(
-    num_steps: int,
-    budget_bytes: int | None,
-    new_steps: int | None,
-    joints: Sequence[int],
-    recorded_states: int,
-) -> None:
-    check_positive_int("num_steps", num_steps)
-    for name, number in (("new_steps", new_steps), ("recorded_states", recorded_states)):
-        if number not in (0, None):
-            check_positive_int(name, number, "0")
-    if budget_bytes is not None:
-        check_positive_int("budget_bytes", budget_bytes, "None (no limit)")
+def _check_joints(num_steps: int, new_steps: int | None, joints: Sequence[int]) -> None:
     if any(b <= a for a, b in pairwise([0, *joints, num_steps])):
         raise ArgumentError(f"joints={list(joints)} must be in order within 1..{num_steps - 1}")
     if joints and (new_steps or 0) > num_steps:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, TbpttError, check_positive_int
+from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, TbpttError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET, MemoryReport
@@ -59,20 +60,19 @@ class Configuration:
     """
 
     strategy: Any
-    k1: int
-    k2: int
+    k1: PositiveInt
+    k2: PositiveInt
     overlap: Any = "refresh"
     executor: Any = "replay"
     time_batching: bool | str = "auto"
-    budget_bytes: int | None = None
+    budget_bytes: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.strategy, Sequence) and not isinstance(self.strategy, str):
             object.__setattr__(self, "strategy", tuple(self.strategy))  # so that it has a hash
-        check_positive_int("k1", self.k1)
         if self.k2 is None:
             raise ArgumentError("k2=None has no end; a profile measures one window: give a number")
-        check_positive_int("k2", self.k2)
+        check_fields(self)
         parse_strategy(self.strategy)
 
     @property

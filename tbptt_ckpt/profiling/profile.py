@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.recurrence import time_dims_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
@@ -22,6 +23,7 @@ DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
 
 
+@checked
 def profile_window(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
@@ -39,7 +41,7 @@ def profile_window(
     time_batching: bool | str = "auto",
     per_step: bool | None = None,
     time_dim: int | None = None,
-    repeats: int = 3,
+    repeats: PositiveInt = 3,
     trace: bool = True,
     **options: Any,
 ) -> MemoryReport:
@@ -68,7 +70,6 @@ def profile_window(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    check_positive_int("repeats", repeats)
     (configuration,) = combinations(
         (k1,),
         (k2,),
@@ -89,6 +90,7 @@ def profile_window(
         return configuration.report(status=error.status, message=error.message)
 
 
+@checked
 def profile_strategies(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
@@ -106,7 +108,7 @@ def profile_strategies(
     time_batching: bool | str = "auto",
     per_step: bool | None = None,
     time_dim: int | None = None,
-    repeats: int = 3,
+    repeats: PositiveInt = 3,
     traces: bool = False,
     fresh_processes: bool = False,
     watch: Watch = unwatched,
@@ -131,7 +133,6 @@ def profile_strategies(
     Raises:
         ArgumentError: An argument that cannot work; a module that fails in plain BPTT.
     """
-    check_positive_int("repeats", repeats)
     configurations = combinations(
         _several(k1),
         _several(k2),

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ArgumentError
 
 OK = "ok"
@@ -244,7 +245,8 @@ class StrategyReport:
         return file.getvalue()
 
 
-def pareto_front(rows: Iterable[MemoryReport]) -> tuple[MemoryReport, ...]:
+@checked
+def pareto_front(rows: Sequence[MemoryReport]) -> tuple[MemoryReport, ...]:
     """Rows that no other row beats in both peak and time, the smallest peak first."""
     measured = [row for row in rows if row.peak_bytes is not None and row.seconds is not None]
     timed = zip(comparable_times(measured), measured, strict=True)

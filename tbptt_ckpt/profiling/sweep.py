@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol, TypeVar
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, ProfileError
@@ -58,17 +59,19 @@ def unwatched(progress: Progress) -> None:
 OpenBench = Callable[[Configuration], AbstractContextManager[Bench]]
 
 
+@checked
 def with_baselines(configurations: Sequence[Configuration]) -> list[Configuration]:
     """The configurations, each once, plain BPTT of the same windows before the first of them."""
     pairs = ((c.baseline(), c.baseline() if c.is_baseline else c) for c in configurations)
     return list(dict.fromkeys(chain.from_iterable(pairs)))
 
 
+@checked
 def sweep(
     configurations: Sequence[Configuration],
     open_bench: OpenBench,
     *,
-    repeats: int,
+    repeats: PositiveInt,
     traces: bool = False,
     history: Callable[[Configuration], Path | None] = lambda _: None,
     watch: Watch = unwatched,

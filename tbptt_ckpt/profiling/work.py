@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.arguments import check_fields
 from tbptt_ckpt.data.source import as_tensors
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
@@ -40,6 +41,9 @@ class Work:
     init_state: Any = None
     optimizer: Any = None
     options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +117,7 @@ class EndlessSource:
 
     def __init__(self, source: Any, silent_steps: int) -> None:
         if not hasattr(source, "__len__") or not len(source):
-            raise ArgumentError(f"source={source!r} must have a length of at least one step")
+            raise ArgumentError(f"source={shown(source)} must have a length of at least one step")
         self._source, self._silent_steps = source, silent_steps
         self.time_dim: int = getattr(source, "time_dim", 0)
 

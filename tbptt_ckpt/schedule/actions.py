@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate, islice
 from typing import NamedTuple, overload
 
+from tbptt_ckpt.arguments import Dimension, checked
 from tbptt_ckpt.errors import ScheduleError
 
 # Most steps of one call in an advance, unless a leaf is longer: outputs of a call exist at
@@ -85,8 +86,9 @@ class Schedule(Sequence[Action]):
         length: Their number, where it is known; otherwise it is counted when asked for.
     """
 
+    @checked
     def __init__(
-        self, make_actions: Callable[[], Iterator[Action]], length: int | None = None
+        self, make_actions: Callable[[], Iterator[Action]], length: Dimension | None = None
     ) -> None:
         self._make_actions = make_actions
         self._length = length

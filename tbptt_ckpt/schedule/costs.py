@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tbptt_ckpt.arguments import Dimension, Size, check_fields
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -25,12 +26,15 @@ class FixedBytes:
         other: Anything else that is live.
     """
 
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    states: int = 0
-    step_inputs: float = 0.0
-    other: int = 0
+    weights: Dimension = 0
+    gradients: Dimension = 0
+    optimizer: Dimension = 0
+    states: Dimension = 0
+    step_inputs: Size = 0.0
+    other: Dimension = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def total(self, window_steps: int) -> int:
         """All of it for a window of that many steps."""
@@ -114,21 +118,24 @@ class Costs:
         weighed_step_bytes: What each step of a leaf takes more where lanes are left out.
     """
 
-    state_bytes: int
+    state_bytes: Dimension
     leaf_bytes: Curve
     leaf_seconds: Curve
     advance_bytes: Curve
     advance_seconds: Curve
     last_leaf_bytes: Curve | None = None
-    update_bytes: int = 0
+    update_bytes: Dimension = 0
     fixed: FixedBytes = FixedBytes()
-    host_step_bytes: float = 0.0
-    host_state_bytes: float = 0.0
-    ambient_bytes: int = 0
-    handed_on_bytes: int = 0
+    host_step_bytes: Size = 0.0
+    host_state_bytes: Size = 0.0
+    ambient_bytes: Dimension = 0
+    handed_on_bytes: Dimension = 0
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
     weighed_step_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
         """Peak of a leaf whose last steps have losses; `is_last`: the one that is last in time."""

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.arguments import checked
+from tbptt_ckpt.errors import ArgumentError, shown
 
 _STRAIGHT_FROM = 3  # steps
 _WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
@@ -35,7 +36,7 @@ class Curve:
     points: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        points = tuple((int(steps), float(value)) for steps, value in self.points)
+        points = tuple(_pairs(self.points))
         object.__setattr__(self, "points", points)
         steps, values = [p[0] for p in points], [p[1] for p in points]
         if not points or steps[0] < 0 or any(b <= a for a, b in pairwise(steps)):
@@ -45,6 +46,7 @@ class Curve:
             raise ArgumentError(f"points={points!r} must have finite values that do not fall")
 
     @classmethod
+    @checked
     def linear(cls, fixed: float, per_step: float) -> Curve:
         """`fixed + per_step * steps`."""
         return cls(((0, fixed), (1, fixed + per_step)))
@@ -53,7 +55,7 @@ class Curve:
     def through(cls, points: Iterable[tuple[int, float]]) -> Curve:
         """Through measured points, each raised to the highest before it."""
         highest, rising = 0.0, []
-        for steps, value in sorted(points):
+        for steps, value in sorted(_pairs(points)):
             highest = max(highest, value)
             rising.append((steps, highest))
         return cls(tuple(rising))
@@ -108,6 +110,13 @@ class Curve:
         while self(guess + 1) <= limit:
             guess += 1
         return guess
+
+
+def _pairs(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    try:
+        return [(int(steps), float(value)) for steps, value in points]
+    except Exception as error:
+        raise ArgumentError(f"points={shown(points)} must be pairs (steps, value)") from error
 
 
 def scaled(curve: Curve, factor: float) -> Curve:

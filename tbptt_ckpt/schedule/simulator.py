@@ -9,7 +9,8 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from tbptt_ckpt.errors import ScheduleError, check_positive_int
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.errors import ScheduleError
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Keep, check_schedule
 from tbptt_ckpt.schedule.costs import Costs
 
@@ -44,13 +45,14 @@ class Simulation:
     timeline: tuple[tuple[float, int], ...] = field(repr=False)
 
 
+@checked
 def simulate(
     schedule: Iterable[Action],
     costs: Costs,
     *,
     given: Collection[int] = (),
-    recorded_states: int = 0,
-    advance_steps: int | None = None,
+    recorded_states: Dimension = 0,
+    advance_steps: PositiveInt | None = None,
     loss_start: int | None = None,
 ) -> Simulation:
     """Replay a schedule without running a module; takes time in proportion to its actions.
@@ -72,7 +74,6 @@ def simulate(
     check_schedule(actions, first, start, stop, given)
     if advance_steps is None:
         advance_steps = max(_CALL_STEPS, longest)
-    check_positive_int("advance_steps", advance_steps)
     base_bytes = costs.fixed.total(stop - first) + recorded_states * costs.state_bytes
     loss_start = first if loss_start is None else min(loss_start, stop)
     replay = _Replay(costs, stop, {first, *given}, base_bytes, advance_steps, loss_start)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from tbptt_ckpt.errors import ArgumentError, ScheduleError, check_positive_int
+from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.errors import ArgumentError, ScheduleError, shown
 from tbptt_ckpt.schedule.actions import Action, Differentiate, check_schedule, moved
 from tbptt_ckpt.schedule.nesting import Nesting, NestingBuilder
 
@@ -56,10 +57,10 @@ class Retain(NestedStrategy):
 class Uniform(NestedStrategy):
     """Leaves of a fixed number of steps; every step but those of the last leaf runs twice."""
 
-    leaf_steps: int
+    leaf_steps: PositiveInt
 
     def __post_init__(self) -> None:
-        check_positive_int("leaf_steps", self.leaf_steps)
+        check_fields(self)
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Advance leaf by leaf, keep each leaf's first state, then differentiate backwards."""
@@ -143,10 +144,10 @@ class Revolve(NestedStrategy):
         Griewank & Walther (2000), doi:10.1145/347837.347846.
     """
 
-    num_states: int
+    num_states: PositiveInt
 
     def __post_init__(self) -> None:
-        check_positive_int("num_states", self.num_states)
+        check_fields(self)
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """The binomial schedule; its tree is walked with a stack."""
@@ -256,14 +257,14 @@ def parse_strategy(strategy: object) -> Strategy:
     if isinstance(strategy, str):
         return _parse_name(strategy)
     if isinstance(strategy, type):
-        raise ArgumentError(f"strategy={strategy!r} is a class, not {_WHAT_WORKS}")
+        raise ArgumentError(f"strategy={shown(strategy)} is a class, not {_WHAT_WORKS}")
     if isinstance(strategy, Strategy):
         return strategy
     if isinstance(strategy, Sequence):
         return UserSchedule(tuple(strategy))
     if callable(strategy):
         return UserFunction(strategy)
-    raise ArgumentError(f"strategy={strategy!r} is not {_WHAT_WORKS}")
+    raise ArgumentError(f"strategy={shown(strategy)} is not {_WHAT_WORKS}")
 
 
 _WHAT_WORKS = (

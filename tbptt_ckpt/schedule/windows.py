@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.errors import check_positive_int
 
 
@@ -69,7 +70,8 @@ class WindowSequence(Sequence[Window]):
         return f"WindowSequence(num_steps={self.num_steps}, k1={self.k1}, k2={self.k2})"
 
 
-def tbptt_windows(num_steps: int, k1: int, k2: int | None) -> WindowSequence:
+@checked
+def tbptt_windows(num_steps: PositiveInt, k1: PositiveInt, k2: int | None) -> WindowSequence:
     """Windows of truncated BPTT over a sequence.
 
     Updates happen at `t_n = min(n * k1, num_steps)`; window n has the new steps
@@ -88,7 +90,6 @@ def tbptt_windows(num_steps: int, k1: int, k2: int | None) -> WindowSequence:
         Williams & Peng (1990), doi:10.1162/neco.1990.2.4.490: BPTT(h; h') with
         h = k2 and h' = k1. Sutskever (2013), PhD thesis, section 2.8.6.
     """
-    check_positive_int("num_steps", num_steps)
     check_reach(k1, k2)
     return WindowSequence(num_steps, k1, k2)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from tbptt_ckpt.arguments import AnyPath, PositiveInt, checked
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttWarning
 from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.disk import Disk
@@ -68,7 +69,9 @@ class SnapshotStore:
         disk: The system calls.
     """
 
-    def __init__(self, directory: Path, keep: int = 3, disk: Disk | None = None) -> None:
+    @checked
+    def __init__(self, directory: AnyPath, keep: PositiveInt = 3, disk: Disk | None = None) -> None:
+        directory = Path(directory)
         self.directory, self.keep, self._disk = directory, keep, disk or Disk()
         self._lock = DirectoryLock(directory)
         self._removing: Thread | None = None

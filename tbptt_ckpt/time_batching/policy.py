@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.time_batching.candidates import Tally
@@ -61,8 +61,8 @@ class TimeBatching:
     """
 
     def __init__(self, choice: object = False, module: object = None) -> None:
-        if choice is not True and choice is not False and choice != "auto":
-            raise ArgumentError(f"time_batching={choice!r} must be 'auto', True or False")
+        if not (isinstance(choice, bool) or (isinstance(choice, str) and choice == "auto")):
+            raise ArgumentError(f"time_batching={shown(choice)} must be 'auto', True or False")
         self.choice, self.pays_off = choice, True
         sizes = [parameter.numel() for parameter in parameters_of(module)]
         # Where no weight is large a region would cost time and gain none. Of a function the

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from tbptt_ckpt.errors import ArgumentError, check_choice, check_positive_int
+from tbptt_ckpt.arguments import AboveZero, AnyPath, Dimension, PositiveInt, check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,19 +22,14 @@ class Snapshots:
         on_failure: "stop" raises `SnapshotError` where one cannot be written; "go on" warns.
     """
 
-    directory: Path | str
-    every_steps: int | None = None
-    every_minutes: float | None = None
-    keep: int = 3
-    on_failure: str = "stop"
+    directory: AnyPath
+    every_steps: PositiveInt | None = None
+    every_minutes: AboveZero | None = None
+    keep: PositiveInt = 3
+    on_failure: Literal["stop", "go on"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None:
-            check_positive_int("every_steps", self.every_steps, "None")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise ArgumentError(f"every_minutes={self.every_minutes!r} must be above 0, or None")
-        check_positive_int("keep", self.keep)
-        check_choice("on_failure", self.on_failure, ("stop", "go on"))
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +46,11 @@ class NonFinite:
         most_in_a_row: With "skip", windows that may be skipped one after the other.
     """
 
-    policy: str = "stop"
-    most_in_a_row: int = 10
+    policy: Literal["stop", "skip", "go on"] = "stop"
+    most_in_a_row: PositiveInt = 10
 
     def __post_init__(self) -> None:
-        check_choice("policy", self.policy, ("stop", "skip", "go on"))
-        check_positive_int("most_in_a_row", self.most_in_a_row)
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +66,11 @@ class OutOfMemory:
             too. False saves that memory; an update cut short then raises.
     """
 
-    retries: int = 8
+    retries: Dimension = 8
     protect_update: bool = True
 
     def __post_init__(self) -> None:
-        if self.retries != 0:
-            check_positive_int("retries", self.retries, "0 (no retry)")
+        check_fields(self)
 
 
 class Stateful(Protocol):

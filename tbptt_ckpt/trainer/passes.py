@@ -12,6 +12,7 @@ import torch
 
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, for_module
+from tbptt_ckpt.data.steps import length_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
@@ -85,7 +86,8 @@ class Passes:
         self._last, self.limit = (epoch, source), None
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
-            is_longer = not isinstance(source, Sized) or len(source) > remaining
+            length = length_of(source)
+            is_longer = length is None or length > remaining
             if is_longer and remaining % self._options.k1 != 0:
                 self.limit, source = remaining, limited(source, remaining)
         state = self._init_state() if callable(self._init_state) else self._init_state

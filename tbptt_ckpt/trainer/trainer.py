@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.trainer.announcer import Announcer, check_sinks
@@ -63,14 +64,15 @@ class Trainer:
         ArgumentError: Arguments that cannot work.
     """
 
+    @checked
     def __init__(
         self,
         tbptt: TBPTT,
         source: Any,
         *,
         init_state: Any = None,
-        epochs: int | None = 1,
-        max_steps: int | None = None,
+        epochs: PositiveInt | None = 1,
+        max_steps: PositiveInt | None = None,
         snapshots: Snapshots | None = None,
         events: Sequence[EventSink] = (),
         non_finite: NonFinite | None = None,
@@ -80,9 +82,6 @@ class Trainer:
     ) -> None:
         if epochs is None and max_steps is None:
             raise ArgumentError("epochs=None needs max_steps, or training would never end")
-        for name, value in (("epochs", epochs), ("max_steps", max_steps)):
-            if value is not None:
-                check_positive_int(name, value, "None")
         self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)

@@ -387,7 +387,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "fractional lengths": (
         lambda _: LaneSource(several((5,))[0], 1, lengths=[2.5, 2.5]),
-        "lengths must be integers",
+        "must be a list of integers",
     ),
     "other shapes": (
         lambda _: LaneSource([TensorSequence(torch.ones(2, k)) for k in (1, 2)], 2).read(0, 2),

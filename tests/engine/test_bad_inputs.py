@@ -151,7 +151,7 @@ TABLE: dict[str, Bad] = {
         memory_budget="512MiB",
         executor="checkpoint",
     ),
-    "costs_of_another_type": argument(r"^costs=3 must be Costs.*measure_costs", costs=3),
+    "costs_of_another_type": argument(r"^costs=3 must be Costs, or None", costs=3),
     # modules
     "module_not_callable": argument(
         r"^module=3 is not callable; pass an nn\.Module or a function", module=3
@@ -174,7 +174,7 @@ TABLE: dict[str, Bad] = {
     "loss_lazy": argument(
         r"^loss_fn: 'weight' belongs to a lazy layer .* run one step", loss_fn=nn.LazyLinear(1)
     ),
-    "per_step_string": argument(r"^per_step='yes' must be True, False or None", per_step="yes"),
+    "per_step_string": argument(r"^per_step='yes' must be True or False, or None", per_step="yes"),
     "bidirectional": Bad(
         lambda bench: bench.make(module=nn.LSTM(2, 3, bidirectional=True)),
         r"bidirectional=True\) reads the future, .*use bidirectional=False",
@@ -308,7 +308,7 @@ TABLE: dict[str, Bad] = {
         r"^autocast_dtype=torch\.int32 must be a floating dtype such as", autocast_dtype=torch.int32
     ),
     "autocast_string": argument(
-        r"^autocast_dtype='bfloat16' must be a floating dtype such as", autocast_dtype="bfloat16"
+        r"^autocast_dtype='bfloat16' must be a torch.dtype", autocast_dtype="bfloat16"
     ),
     "time_dim_negative": argument(r"^time_dim=-1 must be an integer of at least 0", time_dim=-1),
     "time_dim_float": argument(r"^time_dim=1\.0 must be an integer of at least 0", time_dim=1.0),

@@ -190,7 +190,7 @@ def test_memory_that_does_not_suffice_is_a_report_that_says_so():
     ("options", "message"),
     [
         ({"k1": 0}, "k1=0 must be"),
-        ({"k2": None}, "k2=None has no end"),
+        ({"k2": None}, "k2=None must be an integer"),
         ({"strategy": "quick"}, "strategy='quick' is not"),
         ({"executor": "fast"}, "executor='fast' must be"),
         ({"memory_budget": "lots"}, "memory_budget='lots' is not a size"),

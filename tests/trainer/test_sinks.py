@@ -75,8 +75,8 @@ class HalfASink:
         ([JsonLines("log"), print], r"events\[1\]=.*no EventSink: it lacks on_window, on_update"),
         ([JsonLines], r"events\[0\]=.*it is a class; pass an instance"),
         ([HalfASink()], r"lacks on_update, on_notice, resume_at, flush, close"),
-        (JsonLines("log"), "events=.*must be a list of sinks"),
-        ("log.jsonl", "events='log.jsonl' must be a list of sinks"),
+        (JsonLines("log"), "events=.*must be a list of EventSinks"),
+        ("log.jsonl", "events='log.jsonl' must be a list of EventSinks"),
         (None, "events=None must be"),
     ],
 )

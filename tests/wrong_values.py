@@ -1,0 +1,255 @@
+"""Public callables with arguments that work, and values that do not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tbptt_ckpt import (
+    TBPTT,
+    ArraySequence,
+    BurnIn,
+    Costs,
+    LaneSource,
+    NonFinite,
+    OutOfMemory,
+    Revolve,
+    SharedState,
+    Snapshots,
+    TensorSequence,
+    Trainer,
+    Uniform,
+    evaluate,
+    measure_costs,
+    peak_memory,
+    plan,
+    profile_strategies,
+    profile_window,
+    run_window,
+    simulate,
+    tbptt_windows,
+    unroll,
+    verify,
+)
+from tbptt_ckpt.data import map_file
+from tbptt_ckpt.executor import CheckpointExecutor, ReplayExecutor
+from tbptt_ckpt.memory import (
+    RssSampler,
+    can_measure,
+    format_bytes,
+    free_memory,
+    parse_bytes,
+    tensor_bytes,
+)
+from tbptt_ckpt.profiling import Configuration, Work, pareto_front, with_baselines
+from tbptt_ckpt.schedule import Curve, Differentiate, FixedBytes, Schedule
+from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.time_batching import TimeBatching
+from tbptt_ckpt.trainer import JsonLines
+
+STEPS, LANES, WIDTH = 4, 2, 3
+
+
+class Hostile:
+    """Whatever is asked of it is an error."""
+
+    def _raise(self, *_: object) -> Any:
+        raise ZeroDivisionError("asked")
+
+    __repr__ = __len__ = __iter__ = __eq__ = __bool__ = __float__ = __index__ = _raise
+    __hash__ = object.__hash__
+
+
+# Each text makes a new value.
+VALUES = (
+    *("None", "True", "False", "0", "1", "-1", "3", "10**30", "-10**30", "0.0", "0.5"),
+    *("-0.5", "1.0", "float('inf')", "float('-inf')", "float('nan')", "1j", "''", "'x'", "'auto'"),
+    *("'5'", "'\\0'", "'\\ud800'", "'512MiB'", "'cuda:99'", "b''", "b'x'", "[]", "[1]", "[None]"),
+    *("['x']", "()", "(1,)", "(0, -1)", "{}", "{'a': 1}", "{1: 2}", "set()", "{1}", "range(3)"),
+    *("range(0)", "iter([])", "iter([1])", "object()", "object", "int", "len", "lambda: None"),
+    *("lambda *_: None", "torch.zeros(())", "torch.zeros(3)", "torch.zeros(0)", "torch.ones(2, 3)"),
+    *("torch.tensor([True, False])", "torch.ones(3, dtype=torch.int64)", "torch.Tensor"),
+    *("torch.ones(3, dtype=torch.complex64)", "torch.ones(3, device='meta')", "nn.Linear(2, 2)"),
+    *("torch.eye(3).to_sparse()", "nn.Module", "nn.Parameter(torch.ones(3))", "torch.float32"),
+    *("torch.int64", "torch.device('meta')", "np.float32(1)", "np.int64(3)", "np.zeros(3)"),
+    *("np.array([])", "np.array('x')", "np.array([None])", "Path('x')", "Path('/proc/nowhere')"),
+    *("io.BytesIO()", "...", "NotImplemented", "ValueError('x')", "Fraction(1, 2)", "Decimal(1)"),
+    *("timedelta(1)", "type('Own', (), {})()", "Hostile()"),
+)
+
+
+def value_of(text: str) -> Any:
+    """A new one."""
+    known = {"Path": Path, "io": io, "np": np, "torch": torch, "nn": nn, "Hostile": Hostile}
+    known |= {"Fraction": Fraction, "Decimal": Decimal, "timedelta": timedelta}
+    return eval(text, known)
+
+
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.GRUCell(WIDTH, WIDTH)
+
+
+def work() -> dict[str, Any]:
+    inputs = torch.ones(STEPS, LANES, WIDTH)
+    return {
+        "module": module(),
+        "loss_fn": F.mse_loss,
+        "inputs": inputs,
+        "targets": inputs + 1,
+        "init_state": torch.zeros(LANES, WIDTH),
+    }
+
+
+def sequence() -> TensorSequence:
+    return TensorSequence(torch.ones(STEPS, LANES, WIDTH), torch.ones(STEPS, LANES, WIDTH))
+
+
+def alone() -> TensorSequence:
+    return TensorSequence(torch.ones(STEPS, WIDTH), torch.ones(STEPS, WIDTH))
+
+
+def curve() -> Curve:
+    return Curve(((1, 10.0), (2, 20.0)))
+
+
+def costs(**further: Any) -> Costs:
+    known = {name: curve() for name in ("leaf_bytes", "leaf_seconds", "advance_bytes")}
+    return Costs(**{"state_bytes": 8, "advance_seconds": curve(), **known, **further})
+
+
+def engine(**further: Any) -> TBPTT:
+    cell = further.pop("module", None) or module()
+    learns = isinstance(cell, nn.GRUCell) and "optimizer" not in further
+    known = {"loss_fn": F.mse_loss, "k1": 2, "k2": 4, "strategy": "sqrt"}
+    known["optimizer"] = torch.optim.SGD(cell.parameters(), 0.1) if learns else None
+    return TBPTT(cell, **{**known, **further})
+
+
+def use(made: TBPTT) -> Any:
+    return made.train(sequence(), torch.zeros(LANES, WIDTH))
+
+
+def read(made: Any) -> Any:
+    return made.read(0, 2)
+
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def _on(make: Callable[..., Any], use: Callable[[Any], Any], **given: Any) -> Call:
+    """What is made with the arguments is used too."""
+
+    def call(**arguments: Any) -> Any:
+        return use(make(**arguments))
+
+    call.__wrapped__ = make
+    return call, given
+
+
+def written(folder: Path, rows: Any) -> Path:
+    rows.tofile(folder / "rows")
+    return folder / "rows"
+
+
+def calls(folder: Path) -> dict[str, Callable[[], Call]]:
+    """Public callables by name, made with arguments that work."""
+    rows = np.ones((STEPS, WIDTH))
+    return {
+        "TBPTT": lambda: _on(
+            TBPTT, use, module=module(), loss_fn=F.mse_loss, k1=2, k2=4, strategy="sqrt"
+        ),
+        "TBPTT.train": lambda: (engine().train, {"sequence": sequence(), "init_state": None}),
+        "TBPTT.evaluate": lambda: (engine().evaluate, {"sequence": sequence(), "segment_steps": 2}),
+        "run_window": lambda: (run_window, {**work(), "strategy": "sqrt"}),
+        "unroll": lambda: (
+            unroll,
+            {k: v for k, v in work().items() if k not in ("loss_fn", "targets")},
+        ),
+        "verify": lambda: (verify, {**work(), "strategy": "sqrt"}),
+        "evaluate": lambda: (
+            evaluate,
+            {"module": module(), "loss_fn": F.mse_loss, "sequence": sequence()},
+        ),
+        "measure_costs": lambda: (measure_costs, {**work(), "max_seconds": 0.01}),
+        "SharedState": lambda: _on(
+            SharedState,
+            lambda made: engine().train(sequence(), made),
+            state=torch.zeros(1, WIDTH),
+            lanes=LANES,
+        ),
+        "profile_window": lambda: (profile_window, {**work(), "k1": 2, "k2": 4, "repeats": 1}),
+        "profile_strategies": lambda: (
+            profile_strategies,
+            {**work(), "k1": 2, "k2": 4, "repeats": 1, "strategies": ["sqrt"]},
+        ),
+        "Configuration": lambda: (Configuration, {"strategy": "sqrt", "k1": 2, "k2": 4}),
+        "with_baselines": lambda: (
+            with_baselines,
+            {"configurations": [Configuration(strategy="sqrt", k1=2, k2=4)]},
+        ),
+        "pareto_front": lambda: (pareto_front, {"rows": ()}),
+        "Work": lambda: (
+            Work,
+            {"module": module(), "loss_fn": F.mse_loss, "source": sequence(), "options": {}},
+        ),
+        "ArraySequence": lambda: _on(ArraySequence, read, inputs=rows, targets=rows),
+        "TensorSequence": lambda: _on(TensorSequence, read, inputs=rows, targets=rows),
+        "LaneSource": lambda: _on(LaneSource, read, sequences=[alone(), alone()], lanes=2),
+        "BurnIn": lambda: _on(BurnIn, read, source=sequence(), num_steps=1),
+        "map_file": lambda: (
+            map_file,
+            {"path": written(folder, rows), "dtype": "f8", "step_shape": (WIDTH,)},
+        ),
+        "Costs": lambda: _on(Costs, lambda made: plan(4, made), **vars_of(costs())),
+        "FixedBytes": lambda: _on(FixedBytes, lambda made: plan(4, costs(fixed=made))),
+        "Curve": lambda: (Curve, {"points": ((1, 10.0), (2, 20.0))}),
+        "Curve.linear": lambda: (Curve.linear, {"fixed": 1.0, "per_step": 2.0}),
+        "Curve.through": lambda: (Curve.through, {"points": [(1, 1.0)]}),
+        "Uniform": lambda: (Uniform, {"leaf_steps": 2}),
+        "Revolve": lambda: (Revolve, {"num_states": 2}),
+        "Schedule": lambda: _on(Schedule, list, make_actions=lambda: iter(()), length=0),
+        "simulate": lambda: (simulate, {"schedule": [Differentiate(0, 4)], "costs": costs()}),
+        "tbptt_windows": lambda: (tbptt_windows, {"num_steps": 4, "k1": 2, "k2": 4}),
+        "plan": lambda: (plan, {"num_steps": 4, "costs": costs()}),
+        "CheckpointExecutor": lambda: _on(
+            CheckpointExecutor, lambda made: use(engine(executor=made))
+        ),
+        "ReplayExecutor": lambda: _on(ReplayExecutor, lambda made: use(engine(executor=made))),
+        "TimeBatching": lambda: (TimeBatching, {}),
+        "peak_memory": lambda: _on(
+            peak_memory, lambda made: made.__enter__().__exit__(None, None, None)
+        ),
+        "can_measure": lambda: (can_measure, {}),
+        "format_bytes": lambda: (format_bytes, {"num_bytes": 1.0}),
+        "free_memory": lambda: (free_memory, {}),
+        "parse_bytes": lambda: (parse_bytes, {"value": "1MiB"}),
+        "tensor_bytes": lambda: (lambda tree: tensor_bytes(tree), {"tree": torch.ones(3)}),
+        "RssSampler": lambda: (RssSampler, {}),
+        "SnapshotStore": lambda: (SnapshotStore, {"directory": folder / "store"}),
+        "Trainer": lambda: _on(
+            Trainer, lambda made: made.train(), tbptt=engine(), source=sequence(), max_steps=STEPS
+        ),
+        "Snapshots": lambda: _on(
+            Snapshots,
+            lambda made: Trainer(engine(), sequence(), snapshots=made),
+            directory=folder / "run",
+        ),
+        "NonFinite": lambda: (NonFinite, {}),
+        "OutOfMemory": lambda: (OutOfMemory, {}),
+        "JsonLines": lambda: (JsonLines, {"path": folder / "log"}),
+    }
+
+
+def vars_of(instance: Any) -> dict[str, Any]:
+    return {name: getattr(instance, name) for name in instance.__dataclass_fields__}
