@@ -25,7 +25,7 @@ from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
-from tbptt_ckpt.module.recurrence import only_updated
+from tbptt_ckpt.module.recurrence import renormalised_in
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
 
@@ -211,7 +211,7 @@ class SegmentProbe:
             ambient=self.ambient,
             runner=self.runner,
             loss=_UndividedLoss(self.loss, (), start, start, "sum"),
-            guard=WeightGuard(only_updated(self.parameters, self.runner.recurrence.module)),
+            guard=WeightGuard(self.parameters, renormalised_in(self.runner.recurrence.module)),
             resets=self.resets,
             observer=observer,
         )

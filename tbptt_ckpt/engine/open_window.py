@@ -22,7 +22,7 @@ from tbptt_ckpt.engine.records import Notes, Records
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
-from tbptt_ckpt.executor.observer import Observer, together
+from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, has_loss
@@ -218,7 +218,8 @@ class OpenWindow:
             joints=joints,
             resets=self._resets,
             wants_state_grads=self._wants_state_grads,
-            observer=together(self.notes, self._observer),
+            observer=self._observer,
+            note=self.notes.arrives,
             new_start=window.new_start,
             calls=self._records.calls,
             checks_replays=self._parts.checks_replays,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,8 @@ from tbptt_ckpt.module.recurrence import (
     check_differentiable,
     check_initialised,
     device_of,
-    only_updated,
     parameters_of,
+    renormalised_in,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
 from tbptt_ckpt.updates.delivery import Deliveries
@@ -53,6 +53,7 @@ class Parts:
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done
     cuts: CallCuts  # whether it matters where calls are cut
+    renormalised: frozenset[int]  # weights that a forward writes to, by their identity
     checks_replays: bool
 
     @property
@@ -65,10 +66,9 @@ class Parts:
         found = {id(p): p for p in (*self.parameters, *self.updater.optimized())}
         return list(found.values())
 
-    def guard(self) -> WeightGuard:
-        """Watches them from now on."""
-        owners = (self.recurrence.module, self.loss_function.loss_fn)
-        return WeightGuard(only_updated(self.weights(), *owners))
+    def guard(self, weights: Sequence[Tensor]) -> WeightGuard:
+        """Watches those that only an update writes to, from now on."""
+        return WeightGuard(weights, self.renormalised)
 
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""
@@ -134,6 +134,7 @@ def make_parts(
         parameters=parameters,
         observer=observer,
         cuts=CallCuts(),
+        renormalised=renormalised_in(module, loss_fn),
         # Where a check fails, processes would run different steps while weights are gathered.
         checks_replays=options.check_replays and not deliveries.wrappers.is_sharded,
     )

@@ -8,7 +8,6 @@ from typing import Any
 
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.buffers import BufferValue
 from tbptt_ckpt.module.generators import GeneratorState
@@ -91,7 +90,7 @@ class Records:
         return {s: self.ambients[s] for s in sorted(self.ambients) if s == first or s % k1 == 0}
 
 
-class Notes(Observer):
+class Notes:
     """What one window notes in passing: states that later windows start from, and their drift."""
 
     def __init__(

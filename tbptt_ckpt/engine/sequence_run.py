@@ -107,12 +107,13 @@ class SequenceRun:
         """Run the next window and update the weights."""
         begun, parts = time.perf_counter(), self._parts
         parts.updater.deliveries.wrappers.begin()
-        guard = parts.guard()
+        weights = parts.weights()
+        guard = parts.guard(weights)
         opened = self._open(window)
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
-        delivery = parts.updater.deliveries.of((*parts.weights(), *self.initial.leaves()))
+        delivery = parts.updater.deliveries.of((*weights, *self.initial.leaves()))
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             loss = opened.loss.value
@@ -288,4 +289,4 @@ class SequenceRun:
         return self._ambient.found()
 
     def _weights(self) -> object:
-        return self._parts.guard().fingerprint()
+        return self._parts.guard(self._parts.weights()).fingerprint()

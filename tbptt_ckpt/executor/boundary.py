@@ -29,9 +29,11 @@ class Boundary:
     step: int
     state: Tree
     ambient: AmbientState
-    _versions: tuple[int, ...] = field(init=False)
+    _tensors: list[Tensor] = field(init=False)
+    _versions: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_tensors", tensors_of(self.state))
         object.__setattr__(self, "_versions", self._state_versions())
 
     def copied(self, handed_on: Container[int] = ()) -> Boundary:
@@ -44,8 +46,8 @@ class Boundary:
 
     def handed_on(self, origin: Boundary) -> dict[int, int]:
         """Addresses of what a run from `origin` handed on unchanged, each with its bytes."""
-        held = {_address(tensor) for tensor in tensors_of(origin.state)} - {0}
-        found = {_address(tensor): tensor.nbytes for tensor in tensors_of(self.state)}
+        held = {_address(tensor) for tensor in origin._tensors} - {0}
+        found = {_address(tensor): tensor.nbytes for tensor in self._tensors}
         return {address: size for address, size in found.items() if address in held}
 
     def check_untouched(self) -> None:
@@ -56,8 +58,8 @@ class Boundary:
                 "whoever got it from a window; clone a state before writing into it"
             )
 
-    def _state_versions(self) -> tuple[int, ...]:
-        return tuple(tensor._version for tensor in tensors_of(self.state))
+    def _state_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
 
 
 def _address(tensor: Tensor) -> int:

@@ -75,7 +75,15 @@ def _crossing(calls: Iterable[Call]) -> Iterator[tuple[Call, Call]]:
 
 def _largest_difference(window: WindowPass, first: Boundary) -> float:
     """How much steps differ when they run in one call and in two, from the same state; 0 if not."""
-    window = replace(window, observer=UNOBSERVED, calls=set(), stops_at=(), joints={}, ambients={})
+    window = replace(
+        window,
+        observer=UNOBSERVED,
+        note=UNOBSERVED.arrives,
+        calls=set(),
+        stops_at=(),
+        joints={},
+        ambients={},
+    )
     in_half, largest = window.runner.is_in_half(first.state), 0.0
     for step in range(first.step, min(window.stop - 1, first.step + 2 * _PAIRS), 2):
         whole, parts = (

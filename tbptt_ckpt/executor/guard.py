@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -23,12 +23,16 @@ from tbptt_ckpt.module.trees import Tree, tensors_of
 class WeightGuard:
     """Notices weights that change between a window's advance and its replay.
 
+    Those that are `renormalised`, by their identity, may.
+
     Attributes:
         expected: The fingerprint of the weights with which the window runs.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, parameters: Sequence[Tensor], renormalised: Container[int] = frozenset()
+    ) -> None:
+        self._parameters = [p for p in parameters if id(p) not in renormalised]
         self.expected = self.fingerprint()
 
     @property
@@ -54,12 +58,19 @@ class InputGuard:
     """Notices steps that write into what a window is given."""
 
     def __init__(self, blocks: Sequence[StepBlock]) -> None:
-        self._blocks, self._expected = blocks, _versions(blocks)
+        self._given = {
+            "input": _watchable([block.inputs for block in blocks]),
+            "target": _watchable([block.targets for block in blocks]),
+        }
+        self._expected = self._versions()
 
     def written(self) -> str:
         """What has been written into since this was made; empty if nothing."""
-        found = zip(("input", "target"), _versions(self._blocks), self._expected, strict=True)
+        found = zip(self._given, self._versions(), self._expected, strict=True)
         return next((name for name, now, before in found if now != before), "")
+
+    def _versions(self) -> list[list[int]]:
+        return [[tensor._version for tensor in tensors] for tensors in self._given.values()]
 
     def check(self, start: int, stop: int) -> None:
         """Raise `ReplayMismatchError` if steps of `[start, stop)`, which ran again, wrote there."""
@@ -67,14 +78,9 @@ class InputGuard:
             raise ReplayMismatchError(_written(written), start=start, stop=stop, difference=0.0)
 
 
-def _versions(blocks: Sequence[StepBlock]) -> tuple[list[int], list[int]]:
-    inputs, targets = [block.inputs for block in blocks], [block.targets for block in blocks]
-    return _versions_of(inputs), _versions_of(targets)
-
-
-def _versions_of(given: list[Tree]) -> list[int]:
+def _watchable(given: list[Tree]) -> list[Tensor]:
     values = [g.values if isinstance(g, Column) else g for g in given]
-    return [t._version for t in tensors_of(values) if not t.is_inference()]
+    return [t for t in tensors_of(values) if not t.is_inference()]
 
 
 def _written(what: str) -> str:

@@ -118,10 +118,12 @@ class _Replay:
 
         There all of its gradient is known: it may be an output too, which has a loss.
         """
+        if not self._hooks and not any(leaf._backward_hooks for leaf in leaves):
+            return
         for end, hooks in zip(states, self._hooks, strict=False):
             for hook in hooks if end.requires_grad else ():
                 end.register_hook(hook)  # type: ignore[no-untyped-call]
         found = [leaf._backward_hooks or {} for leaf in leaves]
-        self._hooks = [list(hooks.values()) for hooks in found]
+        self._hooks = [list(hooks.values()) for hooks in found] if any(found) else []
         for moved in found:
             moved.clear()

@@ -6,6 +6,7 @@ Differences are suspicions: `settlement` finds out what they mean, once all leav
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 from tbptt_ckpt.executor.boundary import Boundary
@@ -81,11 +82,11 @@ class WindowCheck:
         self._window, self._first, self._checks = window, first, checks
         self._exact, self._in_graph = exact, in_graph
         self._given = {**window.joints, first.step: first}
-        self._in_half = window.runner.is_in_half(first.state)
         # How each state was reached first, and what it was where that is to be compared.
         self._links: dict[int, tuple[int, int]] = {}
         self._reached: dict[int, Reached] = {}
-        self._ambient, self._digest = first.ambient, first.ambient.digest()
+        self._ambient: AmbientState | None = None  # what `_digest` is of
+        self._digest = 0
         self._checked: set[int] = set()
         self._leaf_lengths: set[int] = set()
         self._replays = False  # whether steps run again within the window
@@ -166,11 +167,17 @@ class WindowCheck:
             self._ambient, self._digest = ambient, ambient.digest()
         return self._digest
 
+    @cached_property
+    def _in_half(self) -> bool:
+        return self._window.runner.is_in_half(self._first.state)
+
     def _print(self, step: int, seen: tuple[Tree, Tree]) -> Fingerprint:
         """The fingerprint of a state, with what was shown at the same step if that counts."""
         state, shown = seen
         tree = (state, shown) if self._in_graph or step == self._shown_at else state
-        return fingerprint(tree, sketched=not self._exact, in_half=self._in_half)
+        if self._exact:
+            return fingerprint(tree, sketched=False, in_half=False)
+        return fingerprint(tree, sketched=True, in_half=self._in_half)
 
     def _read_suspects(self) -> list[Suspect]:
         pairs = [p for each in self._suspects for p in (each.before.seen, each.reached.seen)]

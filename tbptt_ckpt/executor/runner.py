@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
@@ -81,16 +81,19 @@ class Runner:
             self._device_type(example)
         )
 
-    @contextmanager
-    def region(self, num_steps: int, example: Tree) -> Iterator[None]:
+    def region(self, num_steps: int, example: Tree) -> AbstractContextManager[object]:
         """While entered, one run of so many steps is under way: autocast and time batching.
 
         `example` are its state and inputs, for where they are.
         """
         batched = self.time_batching.region(num_steps, self.recurrence.per_step)
-        uncached = _without_cached_weights() if parametrize._cache_enabled else nullcontext()
-        with self._autocast(example), batched, uncached:
-            yield
+        autocast = self._autocast(example)
+        if autocast is None and not parametrize._cache_enabled:
+            return batched  # most are, and a stack of managers takes as long as a small step
+        with ExitStack() as stack:
+            for manager in (autocast or nullcontext(), batched, _without_cached_weights()):
+                stack.enter_context(manager)
+            return stack.pop_all()
 
     def run(
         self,
@@ -208,13 +211,12 @@ class Runner:
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
         sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
 
-    def _autocast(self, example: Tree) -> AbstractContextManager[None]:
-        """Autocast as the user wants it, whoever turned it on."""
+    def _autocast(self, example: Tree) -> AbstractContextManager[None] | None:
+        """Autocast as the user wants it, whoever turned it on; None where nobody did."""
         device_type = self._device_type(example)
         if self._autocast_dtype is not None:
             return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
-        nested = torch.is_autocast_enabled(device_type)
-        return _uncached(nullcontext()) if nested else nullcontext()
+        return _uncached(nullcontext()) if torch.is_autocast_enabled(device_type) else None
 
     def _device_type(self, example: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""

@@ -90,7 +90,7 @@ class Settlement:
         in_half: bool,
     ) -> None:
         # What is run once more is neither told nor counted.
-        self._window = replace(window, observer=UNOBSERVED, calls=set())
+        self._window = replace(window, observer=UNOBSERVED, note=UNOBSERVED.arrives, calls=set())
         self._given, self._links, self._reached = given, links, reached
         self._print_seen, self._in_graph, self._in_half = print_seen, in_graph, in_half
 

@@ -104,9 +104,9 @@ class LossSink(Sink):
         """Fold the piece into the run, or into the window's constant part."""
         piece = self._piece
         first_run = self._loss.weigh(begin, end, piece)
-        self._piece = self._loss.new_sum()
-        if piece.total is None:
+        if piece.total is None:  # nothing was added, or nothing that counts
             return
+        self._piece = self._loss.new_sum()
         if self._graph:
             self.losses.add(piece.total, 0.0, piece.factor)
         elif first_run and end <= self._start:

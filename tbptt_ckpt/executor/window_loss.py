@@ -39,7 +39,7 @@ class WindowLoss:
         self._foretold = None if function.counting is None else self._foretell()
         self._summed: float | Tensor = 0.0
         self._first_run_until = 0
-        self._has_looked = False
+        self._has_looked = self._all_count = False
         self._losses = LossSum()
         self.has_graph = self.lacks_graph = False
 
@@ -62,10 +62,12 @@ class WindowLoss:
     def all_count(self) -> bool:
         """Whether the targets are known to be counted whole, each position once."""
         counting = self.function.counting
-        if counting is None or counting.class_weight is not None or not counting.foretold:
-            return False
-        known = self._what_counts()
-        return isinstance(known, float) and known == self._counted
+        if self._all_count or counting is None:
+            return self._all_count
+        if counting.class_weight is None and counting.foretold:
+            known = self._what_counts()
+            self._all_count = isinstance(known, float) and known == self._counted
+        return self._all_count
 
     def _what_counts(self) -> float | Tensor:
         if self.function.weighs_itself:

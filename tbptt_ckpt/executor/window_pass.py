@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -77,8 +77,10 @@ class WindowPass:
     joints: Mapping[int, Boundary] = field(default_factory=dict)
     resets: Resets = field(default_factory=Resets)  # lanes that begin a new sequence
     wants_state_grads: bool = True  # whether the gradient of the state at `start` is asked for
-    # Told of each state in `stops_at`, or at `stop`, the first time a run ends there.
     observer: Observer = UNOBSERVED
+    # Told of each state in `stops_at`, or at `stop`, the first time a run ends there; the observer
+    # hears of it after that.
+    note: Callable[[int, Tree, AmbientState], None] = UNOBSERVED.arrives
     new_start: int = 0  # first step that no earlier window ran
     checks_replays: bool = False  # whether replays are held against what they repeat
     has_room: bool = False  # whether that may take the memory of a few steps
@@ -191,7 +193,9 @@ class WindowPass:
         if step in self._arrived or (step != self.stop and step not in self.stops_at):
             return
         self._arrived.add(step)
-        self.observer.arrives(step, state, self.ambient.capture(tensors_of(state)))
+        ambient = self.ambient.capture(tensors_of(state))
+        self.note(step, state, ambient)
+        self.observer.arrives(step, state, ambient)
 
 
 def differentiate(roots: Sequence[Root]) -> None:

@@ -205,19 +205,18 @@ def parameters_of(*owners: object) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
 
-def only_updated(weights: Iterable[Tensor], *owners: object) -> list[Tensor]:
-    """Those of `weights` that only an update writes to.
+def renormalised_in(*owners: object) -> frozenset[int]:
+    """Weights that a forward writes to, by their identity.
 
     An embedding with `max_norm` renormalises what it reads, which a second time changes nothing.
     """
     modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
-    layers = [layer for module in modules for layer in module.modules()]
-    renormalised = {
+    return frozenset(
         id(layer.weight)
-        for layer in layers
+        for module in modules
+        for layer in module.modules()
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None
-    }
-    return [weight for weight in weights if id(weight) not in renormalised]
+    )
 
 
 def device_of(weights: Sequence[Tensor]) -> torch.device:
