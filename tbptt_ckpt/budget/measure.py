@@ -24,7 +24,8 @@ from tbptt_ckpt.module.recurrence import (
     check_differentiable,
     device_of,
     parameters_of,
-    time_dims_of,
+    recognise,
+    time_of,
 )
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
@@ -80,9 +81,9 @@ def measure_costs(
         ArgumentError: An argument that cannot work.
         TbpttError: Another profiler is active on this thread.
     """
-    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
+    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
-    runner = make_runner(module, per_step, module_dim, autocast_dtype, time_batching=time_batching)
+    runner = make_runner(recurrence, autocast_dtype, time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     num_steps = len(sequence)

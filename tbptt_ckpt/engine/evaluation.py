@@ -19,7 +19,7 @@ from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
-from tbptt_ckpt.module.recurrence import check_time_dim, parameters_of
+from tbptt_ckpt.module.recurrence import check_time_dim, parameters_of, recognise
 from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state
 
 
@@ -74,8 +74,9 @@ def evaluate(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    runner = make_runner(module, per_step, time_dim, autocast_dtype, lane_dim)
-    check_time_dim(runner.recurrence, time_dim)
+    recurrence = recognise(module, per_step, time_dim, lane_dim)
+    check_time_dim(recurrence, time_dim)
+    runner = make_runner(recurrence, autocast_dtype)
     return run_evaluation(runner, LossFunction(loss_fn), sequence, init_state, segment_steps)
 
 

@@ -94,7 +94,7 @@ def make_executor(given: object) -> Executor:
 
 
 def make_parts(
-    module: object,
+    recurrence: Recurrence,
     loss_fn: Callable[[Any, Any], Any],
     optimizer: Any,
     options: Options,
@@ -109,14 +109,8 @@ def make_parts(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    runner = make_runner(
-        module,
-        options.per_step,
-        options.time_dim,
-        options.autocast_dtype,
-        options.lane_dim,
-        options.time_batching,
-    )
+    module = recurrence.module
+    runner = make_runner(recurrence, options.autocast_dtype, options.time_batching)
     check_type("observer", observer, Observer, "an Observer, see tbptt_ckpt.executor")
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)

@@ -24,7 +24,7 @@ from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import Executor, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
-from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, time_dims_of
+from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
@@ -73,7 +73,7 @@ def run_window(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
+    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
     options = Options(
         k1=len(sequence),
@@ -81,14 +81,12 @@ def run_window(
         reduction=reduction,
         strategy=strategy,
         executor=executor,
-        per_step=per_step,
-        time_dim=module_dim,
         autocast_dtype=autocast_dtype,
         time_batching=time_batching,
         deliver=deliver,
         check_replays=check_replays,
     )
-    parts = make_parts(module, loss_fn, None, options, observer=observer, measured=False)
+    parts = make_parts(recurrence, loss_fn, None, options, observer=observer, measured=False)
     run = SequenceRun(options, parts, sequence, init_state)
     (window,) = run
     grads = run.initial.over_lanes(run.state_grads) or [None] * len(tensors_of(init_state))
@@ -129,9 +127,9 @@ def unroll(
     Raises:
         ArgumentError: An argument that cannot work.
     """
-    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
+    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     check_differentiable(module)
-    runner = make_runner(module, per_step, module_dim, autocast_dtype)
+    runner = make_runner(recurrence, autocast_dtype)
     sequence = TensorSequence(inputs, time_dim=time_dim)
     inputs, num_steps = sequence.inputs, len(sequence)
     plan = plan_window(parse_strategy(strategy), 0, 0, num_steps)

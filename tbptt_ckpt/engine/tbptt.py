@@ -24,7 +24,7 @@ from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.window_pass import Executor
-from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim
+from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim, recognise
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.time_batching.policy import BatchedOperation
 
@@ -136,8 +136,9 @@ class TBPTT:
     ) -> None:
         arguments = locals()
         self._options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
-        self._parts = make_parts(module, loss_fn, optimizer, self._options, observer=observer)
-        check_time_dim(self._parts.recurrence, time_dim)
+        recurrence = recognise(module, per_step, time_dim, lane_dim)
+        check_time_dim(recurrence, time_dim)
+        self._parts = make_parts(recurrence, loss_fn, optimizer, self._options, observer=observer)
 
     def __repr__(self) -> str:
         options, name = self._options, type(self._parts.recurrence.module).__name__

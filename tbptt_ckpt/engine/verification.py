@@ -26,7 +26,7 @@ from tbptt_ckpt.module.recurrence import (
     Recurrence,
     following_time_dim,
     recognise,
-    time_dims_of,
+    time_of,
 )
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
 
@@ -113,8 +113,7 @@ def verify(
     """
     if targets is None:
         raise ArgumentError("targets=None leaves no loss to compare; give a target for every step")
-    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
-    recurrence = recognise(module, per_step, module_dim)
+    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim)
     init_state = state_as_leaves(init_state)  # both runs differentiate it
     named = _named_parameters(module, loss_fn)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
-from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.weighted_steps import is_present
@@ -27,7 +27,6 @@ from tbptt_ckpt.module.recurrence import (
     check_segment_output,
     device_of,
     following_time_dim,
-    recognise,
     split_result,
 )
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
@@ -248,18 +247,10 @@ def _without_cached_weights() -> Iterator[None]:
 
 
 def make_runner(
-    module: object,
-    per_step: bool | None,
-    time_dim: int | None,
-    autocast_dtype: torch.dtype | None,
-    lane_dim: int | None = None,
-    time_batching: object = False,
+    recurrence: Recurrence, autocast_dtype: torch.dtype | None, time_batching: object = False
 ) -> Runner:
     """A runner for the user's module."""
-    if time_dim is not None:
-        check_dimension("time_dim", time_dim, "None")
-    if lane_dim is not None:
-        check_dimension("lane_dim", lane_dim, "None")
+    module = recurrence.module
     if autocast_dtype is not None and not (
         isinstance(autocast_dtype, torch.dtype) and autocast_dtype.is_floating_point
     ):
@@ -268,5 +259,4 @@ def make_runner(
         )
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
-    recurrence = recognise(module, per_step, time_dim, lane_dim)
     return Runner(recurrence, autocast_dtype, TimeBatching(time_batching, module))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, check_dimension
 from tbptt_ckpt.module.inside import (
     is_cell,
     is_layer,
@@ -61,6 +61,9 @@ def recognise(
     """
     if not callable(module) or isinstance(module, type):
         raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
+    for name, dim in (("time_dim", time_dim), ("lane_dim", lane_dim)):
+        if dim is not None:
+            check_dimension(name, dim, "None")
     if not (per_step is None or isinstance(per_step, bool)):
         raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     inner, layers = unwrapped(module), recurrent_layers(module)
@@ -146,17 +149,14 @@ def check_time_dim(recurrence: Recurrence, given: int | None) -> None:
         )
 
 
-def time_dims_of(
-    module: object, per_step: bool | None, given: int | None, inputs: object
-) -> tuple[int, int | None]:
-    """Where `inputs` for `module` have time, and where the module is to be told that it wants it.
+def time_of(recurrence: Recurrence, given: int | None, inputs: object) -> tuple[int, Recurrence]:
+    """Where `inputs` have time, and the module as one that wants it there, if it is the user's.
 
     Unless it is given, the inputs follow the module; an unbatched sequence has it first.
     """
-    recurrence = recognise(module, per_step, given)
-    is_own = not recurrence.per_step and recurrence.layer is None
     dim = following_time_dim(recurrence.time_dim, inputs) if given is None else given
-    return dim, dim if is_own else None
+    is_own = not recurrence.per_step and recurrence.layer is None
+    return dim, replace(recurrence, time_dim=dim) if is_own else recurrence
 
 
 def following_time_dim(time_dim: int, inputs: object) -> int:

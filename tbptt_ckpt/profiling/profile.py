@@ -9,7 +9,7 @@ from typing import Any
 from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.module.recurrence import time_dims_of
+from tbptt_ckpt.module.recurrence import recognise, time_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
 from tbptt_ckpt.profiling.process import ProcessBench
@@ -169,7 +169,7 @@ def make_work(
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise ArgumentError(f"{unknown[0]}={options[unknown[0]]!r} is not an argument of a profile")
-    time_dim, module_dim = time_dims_of(module, per_step, time_dim, inputs)
+    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     if targets is None:
         raise ArgumentError("targets=None leaves nothing to differentiate")
     return Work(
@@ -178,7 +178,7 @@ def make_work(
         source=TensorSequence(inputs, targets, time_dim=time_dim),
         init_state=init_state,
         optimizer=optimizer,
-        options={**options, "per_step": per_step, "time_dim": module_dim},
+        options={**options, "per_step": per_step, "time_dim": recurrence.time_dim},
     )
 
 

@@ -33,6 +33,7 @@ from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.recurrence import recognise
 
 # Autocast
 
@@ -118,7 +119,7 @@ def test_a_function_runs_under_the_autocast_of_what_it_is_given(
     with FakeTensorMode():
         x = torch.empty(4, LANES, WIDTH, device=inputs)
         h = None if state is None else torch.empty(LANES, WIDTH, device=state)
-        runner = make_runner(step, None, 0, torch.bfloat16)
+        runner = make_runner(recognise(step, None), torch.bfloat16)
         whole = WindowPass([StepBlock(0, 4, x, x, None, 0)], 0, 0, 4, 0, Ambient([], []), runner)
         whole.run(0, 4, h, Sink())
     assert seen == [(True, False)] * 4
