@@ -26,13 +26,7 @@ from typing import (
     get_type_hints,
 )
 
-from tbptt_ckpt.errors import (
-    ArgumentError,
-    check_dimension,
-    check_positive_int,
-    check_type,
-    shown,
-)
+from tbptt_ckpt.errors import ArgumentError, check_dimension, check_positive_int, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,14 +60,15 @@ def _check_number(
 
 def check_path(name: str, value: Any, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is a path that a file system can have."""
-    also = f", or {alternative}" if alternative else ""
-    check_type(name, value, str | Path, f"a path{also}")
     try:
-        usable = b"\0" not in os.fsencode(value)
+        usable = isinstance(value, str | Path) and b"\0" not in os.fsencode(value)
     except UnicodeError:
         usable = False
     if not usable:
-        raise ArgumentError(f"{name}={shown(value)} must be a path that a file system can have")
+        also = f", or {alternative}" if alternative else ""
+        raise ArgumentError(
+            f"{name}={shown(value)} must be a path that a file system can have{also}"
+        )
 
 
 # Kinds of arguments: a type, and what raises for values that the type alone does not tell.
@@ -215,7 +210,7 @@ def _words(hint: Any) -> str:
         each = _words(items[0]).removeprefix("a ").removeprefix("an ") if items else "item"
         return f"a list of {each}s"
     if origin is not None:
-        return "a function"
+        return "callable, such as a function or a module"
     known = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
     known |= {Path: "a path"}
     if hint in known:

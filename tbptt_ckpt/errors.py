@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -96,13 +95,6 @@ class OutOfMemoryError(TbpttError, MemoryError):
     """A window that did not fit into memory under any plan that was tried."""
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise `ArgumentError` unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        options = " or ".join(repr(choice) for choice in choices)
-        raise ArgumentError(f"{name}={shown(value)} must be {options}")
-
-
 def shown(value: object) -> str:
     """A value as one short line of a message: tensors and long ones by their kind."""
     try:
@@ -113,13 +105,6 @@ def shown(value: object) -> str:
         text = f"<{type(value).__name__}>"
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST_SHOWN else line[: _LONGEST_SHOWN - 3] + "..."
-
-
-def check_type(name: str, value: Any, kinds: Any, words: str) -> Any:
-    """The value, or `ArgumentError` unless it is of one of `kinds`, which `words` describe."""
-    if isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool):
-        return value
-    raise ArgumentError(f"{name}={shown(value)} must be {words}")
 
 
 def check_positive_int(name: str, value: object, alternative: str | None = None) -> None:

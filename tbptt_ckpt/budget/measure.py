@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.arguments import AboveZero, checked
+from tbptt_ckpt.arguments import AboveZero, Dimension, checked
 from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
@@ -29,6 +29,7 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
+from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.updater import Updater
 
@@ -43,11 +44,11 @@ def measure_costs(
     *,
     optimizer: Any = None,
     weight: Tensor | None = None,
-    clip_grad_norm: float | None = None,
+    clip_grad_norm: AboveZero | None = None,
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
-    time_batching: object = "auto",
+    time_batching: TimeBatchingChoice = "auto",
     memory: int | str | None = None,
     max_seconds: AboveZero = 1.6,
 ) -> Costs:

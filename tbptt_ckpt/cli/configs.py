@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from tbptt_ckpt.arguments import check_above_zero, check_size
 from tbptt_ckpt.budget.amount import parse_budget
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.devices import find_device
@@ -82,7 +83,7 @@ class TrainingConfig:
         int | None, "Time steps between snapshots.", check_positive_int, options.Default("none")
     ] = None
     snapshot_minutes: Annotated[
-        float | None, "Minutes between snapshots.", options.Default("none")
+        float | None, "Minutes between snapshots.", check_above_zero, options.Default("none")
     ] = None
     keep: Annotated[int, "Snapshots that stay, the newest.", check_positive_int] = 3
     resume: Annotated[bool, "Go on from the newest valid snapshot, if there is one."] = False
@@ -117,8 +118,6 @@ class TrainingConfig:
         for option, value in needy.items():
             if value is not None and self.snapshot_dir is None:
                 raise ArgumentError(f"{option} needs --snapshot-dir")
-        if self.snapshot_minutes is not None and not self.snapshot_minutes > 0:
-            raise ArgumentError(f"--snapshot-minutes {self.snapshot_minutes} must be above 0")
 
     def _check_save(self) -> None:
         if self.save is None:
@@ -127,11 +126,6 @@ class TrainingConfig:
         replaced = self.save if self.save.exists() else None
         if replaced and self.data and self.data.exists() and replaced.samefile(self.data):
             raise ArgumentError(f"--save {self.save} would replace the text of --data")
-
-
-def _refuse_below_zero(option: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ArgumentError(f"{option} {value} must be a finite number of at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,12 +163,10 @@ class PlanningConfig:
     fixed_bytes: Annotated[
         int, "Weights, gradients and all else that is there, by hand.", options.SIZE
     ] = 0
-    step_seconds: Annotated[
-        float, "Running one step without a graph, by hand.", _refuse_below_zero
-    ] = 1e-3
-    call_seconds: Annotated[float, "Each call in addition, by hand.", _refuse_below_zero] = 0.0
+    step_seconds: Annotated[float, "Running one step without a graph, by hand.", check_size] = 1e-3
+    call_seconds: Annotated[float, "Each call in addition, by hand.", check_size] = 0.0
     backward_ratio: Annotated[
-        float, "Differentiating a step over running it, by hand.", _refuse_below_zero
+        float, "Differentiating a step over running it, by hand.", check_size
     ] = 2.0
 
     def check(self) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from tbptt_ckpt.arguments import checked
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
-from tbptt_ckpt.errors import check_positive_int
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner, make_runner
@@ -48,10 +47,10 @@ def evaluate(
     sequence: object,
     init_state: Any = None,
     *,
-    segment_steps: int = 64,
+    segment_steps: PositiveInt = 64,
     per_step: bool | None = None,
-    time_dim: int | None = None,
-    lane_dim: int | None = None,
+    time_dim: Dimension | None = None,
+    lane_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Mean loss over a whole sequence, with the state carried through it.
@@ -88,7 +87,6 @@ def run_evaluation(
     segment_steps: int,
 ) -> Evaluation:
     """`evaluate` for what is made and checked already."""
-    check_positive_int("segment_steps", segment_steps)
     reader = WindowReader(sequence, segment_steps, segment_steps, runner.recurrence)
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.trees import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates.updater import Updater
@@ -27,7 +28,10 @@ class SharedState:
     """
 
     state: Tree
-    lanes: int
+    lanes: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def for_lanes(state: Tree, lane_dim: int) -> Tree:
@@ -38,7 +42,6 @@ def for_lanes(state: Tree, lane_dim: int) -> Tree:
     """
     if not isinstance(state, SharedState):
         return state
-    check_positive_int("lanes", state.lanes)
 
     def repeated(tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)

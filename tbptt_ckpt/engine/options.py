@@ -12,7 +12,8 @@ from tbptt_ckpt.budget.amount import Amount, parse_budget
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import Strategy, parse_strategy
-from tbptt_ckpt.schedule.windows import Window, check_reach
+from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
 LossSteps = Literal["new", "last"]
 Reduction = Literal["mean", "sum"]
@@ -30,14 +31,14 @@ class Options:
     """
 
     k1: PositiveInt
-    k2: int | None
+    k2: PositiveInt | None
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
     overlap: Overlap = "refresh"
     strategy: object = "auto"
     memory_budget: object = None
     executor: ExecutorName | Executor = "replay"
-    time_batching: object = "auto"
+    time_batching: TimeBatchingChoice = "auto"
     per_step: bool | None = None
     time_dim: Dimension | None = None
     clip_grad_norm: AboveZero | None = None
@@ -53,7 +54,6 @@ class Options:
     check_finite: bool = True
 
     def __post_init__(self) -> None:
-        check_reach(self.k1, self.k2)
         check_fields(self)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning, check_choice, check_type
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -81,18 +81,6 @@ class Parts:
         return device_of(self.parameters or self.updater.optimized())
 
 
-def make_executor(given: object) -> Executor:
-    """The executor of that name, or the object that was given.
-
-    Raises:
-        ArgumentError: Neither.
-    """
-    if hasattr(given, "one_graph") and hasattr(given, "run"):
-        return given
-    check_choice("executor", given, tuple(_EXECUTORS))
-    return _EXECUTORS[str(given)]()
-
-
 def make_parts(
     recurrence: Recurrence,
     loss_fn: Callable[[Any, Any], Any],
@@ -111,14 +99,14 @@ def make_parts(
     """
     module = recurrence.module
     runner = make_runner(recurrence, options.autocast_dtype, options.time_batching)
-    check_type("observer", observer, Observer, "an Observer, see tbptt_ckpt.executor")
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
     deliveries = Deliveries(module, loss_fn, once=options.deliver == "once")
     updater = _make_updater(optimizer, parameters, options, deliveries)
     _check_optimized(updater, module, loss_fn)
-    executor = make_executor(options.executor)
+    given = options.executor
+    executor: Executor = _EXECUTORS[given]() if isinstance(given, str) else given
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
@@ -183,7 +171,7 @@ def _check_optimized(updater: Updater, module: object, loss_fn: object) -> None:
         f"optimizer={kind} misses parameters that get gradients, and never updates them: "
         f"{shown}{more}; add them, or freeze them with requires_grad_(False)",
         TbpttWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

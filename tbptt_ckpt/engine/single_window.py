@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import noop_context_fn
 
-from tbptt_ckpt.arguments import checked
+from tbptt_ckpt.arguments import Dimension, checked
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import DeliverName, ExecutorName, Options, Reduction
@@ -28,6 +28,7 @@ from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, re
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
+from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
 
 @checked
@@ -41,10 +42,10 @@ def run_window(
     weight: Tensor | None = None,
     strategy: object = "auto",
     executor: ExecutorName | Executor = "replay",
-    time_batching: object = "auto",
+    time_batching: TimeBatchingChoice = "auto",
     reduction: Reduction = "mean",
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
     deliver: DeliverName = "auto",
     check_replays: bool = True,
@@ -101,7 +102,7 @@ def unroll(
     *,
     strategy: object = "auto",
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
     context_fn: ContextFn = noop_context_fn,
 ) -> tuple[Any, Any]:

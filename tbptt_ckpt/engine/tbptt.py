@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, checked
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
 from tbptt_ckpt.engine.options import (
@@ -26,7 +27,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim, recognise
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.time_batching.policy import BatchedOperation
+from tbptt_ckpt.time_batching.policy import BatchedOperation, TimeBatchingChoice
 
 
 class TBPTT:
@@ -104,12 +105,13 @@ class TBPTT:
         section 2.8.6.
     """
 
+    @checked
     def __init__(
         self,
         module: Callable[..., Any],
         loss_fn: Callable[[Any, Any], Any],
-        k1: int,
-        k2: int | None,
+        k1: PositiveInt,
+        k2: PositiveInt | None,
         optimizer: Any = None,
         *,
         loss: LossSteps = "new",
@@ -118,15 +120,15 @@ class TBPTT:
         strategy: object = "auto",
         memory_budget: object = None,
         executor: ExecutorName | Executor = "replay",
-        time_batching: object = "auto",
+        time_batching: TimeBatchingChoice = "auto",
         per_step: bool | None = None,
-        time_dim: int | None = None,
-        clip_grad_norm: float | None = None,
+        time_dim: Dimension | None = None,
+        clip_grad_norm: AboveZero | None = None,
         autocast_dtype: torch.dtype | None = None,
         scaler: Any = None,
         scheduler: Any = None,
-        lane_dim: int | None = None,
-        accumulate: int = 1,
+        lane_dim: Dimension | None = None,
+        accumulate: PositiveInt = 1,
         deliver: DeliverName = "auto",
         costs: Costs | None = None,
         measure_memory: bool = False,
@@ -195,8 +197,9 @@ class TBPTT:
         """
         return iter(self._start(sequence, init_state))
 
+    @checked
     def evaluate(
-        self, sequence: object, init_state: Any = None, *, segment_steps: int = 64
+        self, sequence: object, init_state: Any = None, *, segment_steps: PositiveInt = 64
     ) -> Evaluation:
         """Mean loss of a sequence, as the function `evaluate` gives it.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.arguments import AboveZero, checked
+from tbptt_ckpt.arguments import AboveZero, Dimension, checked
 from tbptt_ckpt.data.blocks import StepBlock, to_time_dim
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import ExecutorName
@@ -86,7 +86,7 @@ def verify(
     strategy: object = "auto",
     executor: ExecutorName | Executor = "replay",
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     tolerance: AboveZero | None = None,
 ) -> Verification:
     """Compare a module under a plan with a plain loop that retains the whole graph.

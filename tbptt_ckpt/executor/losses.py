@@ -37,10 +37,6 @@ class LossFunction:
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]) -> None:
-        if not callable(loss_fn):
-            raise ArgumentError(
-                f"loss_fn={loss_fn!r} is not callable; pass a function of (y, target)"
-            )
         self.loss_fn = loss_fn
         self.counting: Counting | None = None
         self._returns_pairs: bool | None = None  # unknown before the first call

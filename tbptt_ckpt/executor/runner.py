@@ -30,7 +30,7 @@ from tbptt_ckpt.module.recurrence import (
     split_result,
 )
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
-from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.time_batching.policy import TimeBatching, TimeBatchingChoice
 
 
 class Runner:
@@ -247,16 +247,12 @@ def _without_cached_weights() -> Iterator[None]:
 
 
 def make_runner(
-    recurrence: Recurrence, autocast_dtype: torch.dtype | None, time_batching: object = False
+    recurrence: Recurrence,
+    autocast_dtype: torch.dtype | None,
+    time_batching: TimeBatchingChoice = False,
 ) -> Runner:
     """A runner for the user's module."""
     module = recurrence.module
-    if autocast_dtype is not None and not (
-        isinstance(autocast_dtype, torch.dtype) and autocast_dtype.is_floating_point
-    ):
-        raise ArgumentError(
-            f"autocast_dtype={autocast_dtype!r} must be a floating dtype such as torch.bfloat16"
-        )
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
     return Runner(recurrence, autocast_dtype, TimeBatching(time_batching, module))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import (
     is_cell,
     is_layer,
@@ -61,11 +61,6 @@ def recognise(
     """
     if not callable(module) or isinstance(module, type):
         raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
-    for name, dim in (("time_dim", time_dim), ("lane_dim", lane_dim)):
-        if dim is not None:
-            check_dimension(name, dim, "None")
-    if not (per_step is None or isinstance(per_step, bool)):
-        raise ArgumentError(f"per_step={per_step!r} must be True, False or None")
     inner, layers = unwrapped(module), recurrent_layers(module)
     _check_takes_state(module, inner)
     layer = inner if is_layer(inner) else None
@@ -242,12 +237,18 @@ def check_differentiable(module: object, device_types: Iterable[str] | None = No
 
 
 def check_autocast(module: object, dtype: torch.dtype | None) -> None:
-    """Raise `ArgumentError` for an `nn.LSTM` that this CPU cannot run under autocast.
+    """Raise `ArgumentError` for no floating dtype, or an `nn.LSTM` that this CPU cannot run in it.
 
     torch hands it to oneDNN then, which has it in bfloat16 for AVX-512 and newer only, and
     whose error names neither.
     """
-    for name, layer in recurrent_layers(module) if dtype is not None else ():
+    if dtype is None:
+        return
+    if not dtype.is_floating_point:
+        raise ArgumentError(
+            f"autocast_dtype={dtype} must be a floating dtype such as torch.bfloat16"
+        )
+    for name, layer in recurrent_layers(module):
         on_cpu = any(parameter.device.type == "cpu" for parameter in layer.parameters())
         if isinstance(layer, nn.LSTM) and on_cpu and not _cpu_runs_lstm(dtype):
             raise ArgumentError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tbptt_ckpt.errors import check_positive_int
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.planner.fastest import plan
 from tbptt_ckpt.planner.feasibility import Demand, smallest_budget
 from tbptt_ckpt.schedule.costs import Costs
@@ -19,7 +19,8 @@ class Rung:
     plan: PredictedPlan
 
 
-def budget_ladder(num_steps: int, costs: Costs, *, count: int = 10) -> list[Rung]:
+@checked
+def budget_ladder(num_steps: PositiveInt, costs: Costs, *, count: PositiveInt = 10) -> list[Rung]:
     """The fastest plans at `count` budgets, each larger than the last by the same factor.
 
     The factor applies to what is above the fixed part. Near the smallest budget a long window
@@ -30,7 +31,6 @@ def budget_ladder(num_steps: int, costs: Costs, *, count: int = 10) -> list[Rung
         costs: What steps and states take.
         count: Budgets, the smallest and the one that keeps everything included.
     """
-    check_positive_int("count", count)
     demand = Demand((num_steps,))
     least = smallest_budget(demand, costs)
     most = plan(num_steps, costs, strategy="retain").predicted_peak_bytes

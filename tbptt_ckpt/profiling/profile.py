@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from tbptt_ckpt.arguments import PositiveInt, checked
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.recurrence import recognise, time_of
@@ -40,7 +40,7 @@ def profile_window(
     executor: str = "replay",
     time_batching: bool | str = "auto",
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     repeats: PositiveInt = 3,
     trace: bool = True,
     **options: Any,
@@ -107,7 +107,7 @@ def profile_strategies(
     executor: str = "replay",
     time_batching: bool | str = "auto",
     per_step: bool | None = None,
-    time_dim: int | None = None,
+    time_dim: Dimension | None = None,
     repeats: PositiveInt = 3,
     traces: bool = False,
     fresh_processes: bool = False,

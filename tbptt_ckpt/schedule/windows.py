@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import overload
 
 from tbptt_ckpt.arguments import PositiveInt, checked
-from tbptt_ckpt.errors import check_positive_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,9 @@ class WindowSequence(Sequence[Window]):
 
 
 @checked
-def tbptt_windows(num_steps: PositiveInt, k1: PositiveInt, k2: int | None) -> WindowSequence:
+def tbptt_windows(
+    num_steps: PositiveInt, k1: PositiveInt, k2: PositiveInt | None
+) -> WindowSequence:
     """Windows of truncated BPTT over a sequence.
 
     Updates happen at `t_n = min(n * k1, num_steps)`; window n has the new steps
@@ -90,7 +91,6 @@ def tbptt_windows(num_steps: PositiveInt, k1: PositiveInt, k2: int | None) -> Wi
         Williams & Peng (1990), doi:10.1162/neco.1990.2.4.490: BPTT(h; h') with
         h = k2 and h' = k1. Sutskever (2013), PhD thesis, section 2.8.6.
     """
-    check_reach(k1, k2)
     return WindowSequence(num_steps, k1, k2)
 
 
@@ -153,10 +153,3 @@ def noted_steps(
         found |= {*later_starts(window, num_steps, k1, k2)}
     after = window.new_start if stale else window.first
     return sorted(step for step in found if after < step < window.stop)
-
-
-def check_reach(k1: int, k2: int | None) -> None:
-    """Raise `ArgumentError` unless `k1` is a positive int and `k2` one too, or None."""
-    check_positive_int("k1", k1)
-    if k2 is not None:
-        check_positive_int("k2", k2, "None (reach back to the start)")

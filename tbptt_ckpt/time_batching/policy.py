@@ -6,17 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.time_batching.candidates import Tally
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
+
+TimeBatchingChoice = bool | Literal["auto"]
 
 SLOWER = "plans without time batching are faster by measurement"
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
@@ -60,9 +62,8 @@ class TimeBatching:
         pays_off: Whether "auto" batches anything; see `decide`.
     """
 
-    def __init__(self, choice: object = False, module: object = None) -> None:
-        if not (isinstance(choice, bool) or (isinstance(choice, str) and choice == "auto")):
-            raise ArgumentError(f"time_batching={shown(choice)} must be 'auto', True or False")
+    @checked
+    def __init__(self, choice: TimeBatchingChoice = False, module: object = None) -> None:
         self.choice, self.pays_off = choice, True
         sizes = [parameter.numel() for parameter in parameters_of(module)]
         # Where no weight is large a region would cost time and gain none. Of a function the

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.errors import ArgumentError, check_type, shown
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.trainer.learning_state import modules_of
 
 _OPTIONS = ("k1", "k2", "loss", "reduction", "overlap", "accumulate", "clip_grad_norm")
@@ -59,7 +59,6 @@ class RunIdentity:
         Raises:
             ArgumentError: There are differences that were not, or cannot be; all are named.
         """
-        accept = check_type("accept", accept, tuple | list, "a tuple of names such as ('lr',)")
         saved = state["identity"]
         here, there = self._flat(self.begin(), saved), self._flat(saved, self.begin())
         data = saved["data"]

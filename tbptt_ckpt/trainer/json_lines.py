@@ -13,7 +13,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from tbptt_ckpt.errors import TbpttWarning, check_type
+from tbptt_ckpt.arguments import AnyPath, checked
+from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.snapshot.disk import whole_file
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
@@ -32,8 +33,9 @@ class JsonLines:
         ArgumentError: Neither a path nor a text.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(check_type("path", path, str | Path, "the path of a file"))
+    @checked
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path)
         self._file: TextIOWrapper | None = None
         self._flushed = time.monotonic()
 

@@ -161,6 +161,7 @@ class Trainer:
                 self._run.finish()
             self._save_unless_saved()
 
+    @checked
     def resume(self, *, accept: Sequence[str] = ()) -> bool:
         """Load the newest valid snapshot; False where there is none, to start afresh.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
 
@@ -37,7 +37,6 @@ class Accumulation:
     """
 
     def __init__(self, num_windows: int, averages: bool) -> None:
-        check_positive_int("accumulate", num_windows)
         self.num_windows, self._averages = num_windows, averages
         self.pending = 0
         self._loss_sum: Tensor | None = None
@@ -269,10 +268,6 @@ class Updater:
                 "optimizer=LBFGS evaluates the loss several times per step, which a window "
                 "cannot; use a first-order optimizer"
             )
-        if clip is not None and (
-            isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0
-        ):
-            raise ArgumentError(f"clip_grad_norm={clip!r} must be a positive number, or None")
         if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "unscale_")):
             raise ArgumentError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
         if scheduler is not None and not hasattr(scheduler, "step"):
