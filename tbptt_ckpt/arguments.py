@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
@@ -26,49 +27,54 @@ from typing import (
     get_type_hints,
 )
 
-from tbptt_ckpt.errors import ArgumentError, check_dimension, check_positive_int, shown
+from tbptt_ckpt.errors import ArgumentError, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Check = Callable[[str, Any], None]
 Test = Callable[[Any], bool]
+Refuse = Callable[..., None]  # of a name, a value, and what may stand in for it
 
 
-def check_above_zero(name: str, value: object, alternative: str | None = None) -> None:
-    """Raise `ArgumentError` unless `value` is a number above 0."""
-    _check_number(name, value, lambda number: number > 0, "a positive number", alternative)
+def refused(name: str, value: object, words: str, alternative: str | None) -> ArgumentError:
+    """The error for a value, where these words say what works."""
+    also = f", or {alternative}" if alternative else ""
+    return ArgumentError(f"{name}={shown(value)} must be {words}{also}")
 
 
-def check_size(name: str, value: object, alternative: str | None = None) -> None:
-    """Raise `ArgumentError` unless `value` is finite and not negative."""
-    words = "a finite number of at least 0"
-    _check_number(name, value, lambda number: 0 <= number < math.inf, words, alternative)
+def _of_ints(least: int) -> Refuse:
+    def check(name: str, value: Any, alternative: str | None = None) -> None:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_int and least <= value <= sys.maxsize):
+            most = f" and at most {sys.maxsize}" if is_int and value > 1 else ""
+            raise refused(name, value, f"an integer of at least {least}{most}", alternative)
+
+    return check
 
 
-def check_finite(name: str, value: object, alternative: str | None = None) -> None:
-    """Raise `ArgumentError` unless `value` is a finite number."""
-    _check_number(name, value, math.isfinite, "a finite number", alternative)
+def _of_numbers(works: Callable[[float], bool], words: str) -> Refuse:
+    def check(name: str, value: Any, alternative: str | None = None) -> None:
+        if not (_is_number(value) and works(value)):
+            raise refused(name, value, words, alternative)
+
+    return check
 
 
-def _check_number(
-    name: str, value: Any, works: Callable[[float], bool], words: str, alternative: str | None
-) -> None:
-    if not (_is_number(value) and works(value)):
-        also = f", or {alternative}" if alternative else ""
-        raise ArgumentError(f"{name}={shown(value)} must be {words}{also}")
+# Each raises `ArgumentError` unless a value fits, which `alternative` may stand in for.
+check_positive_int, check_dimension = _of_ints(1), _of_ints(0)
+check_above_zero = _of_numbers(lambda number: number > 0, "a positive number")
+check_finite = _of_numbers(lambda number: abs(number) < math.inf, "a finite number")
+check_size = _of_numbers(lambda n: 0 <= n < math.inf, "a finite number of at least 0")
 
 
-def check_path(name: str, value: Any, alternative: str | None = None) -> None:
+def check_path(name: str, value: object, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is a path that a file system can have."""
     try:
         usable = isinstance(value, str | Path) and b"\0" not in os.fsencode(value)
     except UnicodeError:
         usable = False
     if not usable:
-        also = f", or {alternative}" if alternative else ""
-        raise ArgumentError(
-            f"{name}={shown(value)} must be a path that a file system can have{also}"
-        )
+        raise refused(name, value, "a path that a file system can have", alternative)
 
 
 # Kinds of arguments: a type, and what raises for values that the type alone does not tell.
@@ -178,8 +184,9 @@ def _test_of_any(hint: Any) -> Test:
 
 
 def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, float | int) and not isinstance(value, bool)
-    return is_number and value == value
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return False
+    return value == value and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
 def _items_fit(value: Any, each: Iterable[Test]) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 __all__ = [
     "ArgumentError",
     "InfeasibleBudgetError",
@@ -105,21 +103,3 @@ def shown(value: object) -> str:
         text = f"<{type(value).__name__}>"
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST_SHOWN else line[: _LONGEST_SHOWN - 3] + "..."
-
-
-def check_positive_int(name: str, value: object, alternative: str | None = None) -> None:
-    """Raise `ArgumentError` unless `value` is an int of at least 1."""
-    _check_int(name, value, 1, alternative)
-
-
-def check_dimension(name: str, value: object, alternative: str | None = None) -> None:
-    """Raise `ArgumentError` unless `value` is an int of at least 0."""
-    _check_int(name, value, 0, alternative)
-
-
-def _check_int(name: str, value: object, least: int, alternative: str | None) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize:
-        return
-    most = f" and at most {sys.maxsize}" if isinstance(value, int) and value > 1 else ""
-    also = f", or {alternative}" if alternative else ""
-    raise ArgumentError(f"{name}={shown(value)} must be an integer of at least {least}{most}{also}")

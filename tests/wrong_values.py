@@ -8,6 +8,7 @@ from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Hostile:
 
 # Each text makes a new value.
 VALUES = (
-    *("None", "True", "False", "0", "1", "-1", "3", "10**30", "-10**30", "0.0", "0.5"),
+    *("None", "True", "False", "0", "1", "-1", "3", "10**30", "-10**30", "10**5000", "0.0", "0.5"),
     *("-0.5", "1.0", "float('inf')", "float('-inf')", "float('nan')", "1j", "''", "'x'", "'auto'"),
     *("'5'", "'\\0'", "'\\ud800'", "'512MiB'", "'cuda:99'", "b''", "b'x'", "[]", "[1]", "[None]"),
     *("['x']", "()", "(1,)", "(0, -1)", "{}", "{'a': 1}", "{1: 2}", "set()", "{1}", "range(3)"),
@@ -157,6 +158,13 @@ def _on(make: Callable[..., Any], use: Callable[[Any], Any], **given: Any) -> Ca
     return call, given
 
 
+def saved(folder: Path) -> Trainer:
+    snapshots = Snapshots(directory=mkdtemp(dir=folder))
+    made = Trainer(engine(), sequence(), snapshots=snapshots)
+    made.train()
+    return made
+
+
 def written(folder: Path, rows: Any) -> Path:
     rows.tofile(folder / "rows")
     return folder / "rows"
@@ -239,6 +247,11 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "SnapshotStore": lambda: (SnapshotStore, {"directory": folder / "store"}),
         "Trainer": lambda: _on(
             Trainer, lambda made: made.train(), tbptt=engine(), source=sequence(), max_steps=STEPS
+        ),
+        "Trainer.resume": lambda: (saved(folder).resume, {}),
+        "Trainer.load_state_dict": lambda: (
+            Trainer(engine(), sequence()).load_state_dict,
+            {"state": Trainer(engine(), sequence()).state_dict()},
         ),
         "Snapshots": lambda: _on(
             Snapshots,

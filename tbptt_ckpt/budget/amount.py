@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
 
@@ -59,16 +59,16 @@ def parse_budget(given: object) -> Amount | None:
     if isinstance(given, float):
         if not 0 < given <= 1:
             raise ArgumentError(
-                f"memory_budget={given!r} must be above 0 and at most 1, a fraction of the free "
-                'memory; write bytes as an integer, or text such as "512MiB"'
+                f"memory_budget={shown(given)} must be above 0 and at most 1, a fraction of the "
+                'free memory; write bytes as an integer, or text such as "512MiB"'
             )
         return Amount(given, None, given)
     if not isinstance(given, int | str):
         raise ArgumentError(
-            f"memory_budget={given!r} must be bytes as an integer, text such as "
+            f"memory_budget={shown(given)} must be bytes as an integer, text such as "
             '"512MiB", or a fraction of the free memory such as 0.5'
         )
     num_bytes = parse_bytes(given, "memory_budget")
     if num_bytes < 1:
-        raise ArgumentError(f"memory_budget={given!r} must be at least one byte")
+        raise ArgumentError(f"memory_budget={shown(given)} must be at least one byte")
     return Amount(given, num_bytes, 1.0)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tbptt_ckpt.arguments import check_above_zero, check_size
+from tbptt_ckpt.arguments import check_above_zero, check_positive_int, check_size
 from tbptt_ckpt.budget.amount import parse_budget
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.files import check_target
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.configuration import Configuration, combinations
 from tbptt_ckpt.profiling.plots import pyplot
 from tbptt_ckpt.profiling.profile import DEFAULT_STRATEGIES

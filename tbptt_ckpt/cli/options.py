@@ -15,8 +15,9 @@ from typing import Annotated, Any, Concatenate, Generic, TypeVar, get_args, get_
 
 import typer
 
+from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.cli.devices import DTYPES
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.schedule.strategies import parse_strategy
 

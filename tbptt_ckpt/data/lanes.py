@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.arguments import PositiveInt, checked
+from tbptt_ckpt.arguments import PositiveInt, check_dimension, checked
 from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
 from tbptt_ckpt.data.source import Source, as_tensors, check_range, check_same_source, rows_of
-from tbptt_ckpt.errors import ArgumentError, check_dimension
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import Device
 from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
 
@@ -157,7 +157,7 @@ class LaneSource:
 def _lengths_of(sources: Sequence[Source]) -> Integers:
     if not isinstance(sources, Sequence):
         raise ArgumentError(
-            f"sequences={sources!r} must be a source, or a list of sources with a length"
+            f"sequences={shown(sources)} must be a source, or a list of sources with a length"
         )
     for number, source in enumerate(sources):
         if not isinstance(source, Source):

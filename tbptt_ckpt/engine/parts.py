@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning
+from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -160,16 +160,16 @@ def _check_optimized(updater: Updater, module: object, loss_fn: object) -> None:
     missed = [name for key, name in learning.items() if key not in optimized]
     if updater.optimizer is None or not missed:
         return
-    kind, shown = type(updater.optimizer).__name__, ", ".join(missed[:3])
+    kind, some = type(updater.optimizer).__name__, ", ".join(missed[:3])
     if len(missed) == len(learning):
         raise ArgumentError(
-            f"optimizer={kind} holds none of the parameters that learn, such as {shown}; make it "
+            f"optimizer={kind} holds none of the parameters that learn, such as {some}; make it "
             "of module.parameters(), or freeze the module with requires_grad_(False)"
         )
     more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
     warnings.warn(
         f"optimizer={kind} misses parameters that get gradients, and never updates them: "
-        f"{shown}{more}; add them, or freeze them with requires_grad_(False)",
+        f"{some}{more}; add them, or freeze them with requires_grad_(False)",
         TbpttWarning,
         stacklevel=5,
     )
@@ -200,7 +200,9 @@ def _make_budget(
             )
     elif finds_fastest or amount is not None:
         if updater.deliveries.wrappers.is_sharded:
-            given = f"strategy={options.strategy!r}, memory_budget={options.memory_budget!r}"
+            given = (
+                f"strategy={shown(options.strategy)}, memory_budget={shown(options.memory_budget)}"
+            )
             raise ArgumentError(
                 f"{given}: every run of a step of module gathers weights from all processes "
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import psutil
 import torch
 
-from tbptt_ckpt.arguments import AnyPath, checked
-from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.arguments import AnyPath, checked, refused
+from tbptt_ckpt.errors import ArgumentError
 
 
 @checked
@@ -44,9 +44,8 @@ def check_device(name: str, value: Any, alternative: str | None = None) -> None:
     try:
         where = torch.device(value)
     except (RuntimeError, TypeError, ValueError):
-        also = f", or {alternative}" if alternative else ""
-        text = f"{name}={shown(value)} must be a device such as 'cpu' or 'cuda:0'{also}"
-        raise ArgumentError(text) from None
+        words = "a device such as 'cpu' or 'cuda:0'"
+        raise refused(name, value, words, alternative) from None
     if where.type != "meta":
         accelerator_or_cpu(where)
 

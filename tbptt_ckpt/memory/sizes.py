@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 
 from tbptt_ckpt.arguments import Finite, checked
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 
 _UNITS = {
     "b": 1,
@@ -49,8 +49,8 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     factor = _UNITS.get(match[2].lower() or "b") if match else None
     if match is None or factor is None:
         raise ArgumentError(
-            f"{name}={value!r} is not a size: write bytes as an integer of at least 0, or text "
-            f'with a unit such as "512MiB", "1.5GiB" or "200MB" '
+            f"{name}={shown(value)} is not a size: write bytes as an integer of at least 0, or "
+            f'text with a unit such as "512MiB", "1.5GiB" or "200MB" '
             f"(B, KiB, MiB, GiB, TiB, or KB, MB, GB, TB)"
         )
     return int(Decimal(match[1]) * factor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import (
     is_cell,
     is_layer,
@@ -60,7 +60,9 @@ def recognise(
             that it cannot be.
     """
     if not callable(module) or isinstance(module, type):
-        raise ArgumentError(f"module={module!r} is not callable; pass an nn.Module or a function")
+        raise ArgumentError(
+            f"module={shown(module)} is not callable; pass an nn.Module or a function"
+        )
     inner, layers = unwrapped(module), recurrent_layers(module)
     _check_takes_state(module, inner)
     layer = inner if is_layer(inner) else None

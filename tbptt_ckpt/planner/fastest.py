@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, shown
 from tbptt_ckpt.planner.bounds import SecondsBound
 from tbptt_ckpt.planner.feasibility import (
     Demand,
@@ -229,9 +229,9 @@ def _strategy_misses(
 ) -> InfeasibleBudgetError:
     smallest = smallest_budget(demand, costs)
     return InfeasibleBudgetError(
-        f"strategy={strategy!r} needs {needed_bytes:,} bytes for {demand.num_steps:,} steps, above "
-        f"budget_bytes={budget_bytes:,}; raise it, or use strategy='optimal', which works from "
-        f"{smallest:,} bytes",
+        f"strategy={shown(strategy)} needs {needed_bytes:,} bytes for {demand.num_steps:,} steps, "
+        f"above budget_bytes={budget_bytes:,}; raise it, or use strategy='optimal', which works "
+        f"from {smallest:,} bytes",
         smallest_budget_bytes=needed_bytes,
         optimal_budget_bytes=smallest,
         largest_steps=largest_steps(demand, budget_bytes, costs),

@@ -8,7 +8,7 @@ from typing import Any
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import recognise, time_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
@@ -168,7 +168,9 @@ def make_work(
     """The work that these arguments describe."""
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise ArgumentError(f"{unknown[0]}={options[unknown[0]]!r} is not an argument of a profile")
+        raise ArgumentError(
+            f"{unknown[0]}={shown(options[unknown[0]])} is not an argument of a profile"
+        )
     time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     if targets is None:
         raise ArgumentError("targets=None leaves nothing to differentiate")

@@ -40,10 +40,10 @@ class Curve:
         object.__setattr__(self, "points", points)
         steps, values = [p[0] for p in points], [p[1] for p in points]
         if not points or steps[0] < 0 or any(b <= a for a, b in pairwise(steps)):
-            raise ArgumentError(f"points={points!r} must be (steps, value) with growing steps")
+            raise ArgumentError(f"points={shown(points)} must be (steps, value) with growing steps")
         falls = any(b < a for a, b in pairwise(values))
         if falls or not all(0 <= value < math.inf for value in values):
-            raise ArgumentError(f"points={points!r} must have finite values that do not fall")
+            raise ArgumentError(f"points={shown(points)} must have finite values that do not fall")
 
     @classmethod
     @checked

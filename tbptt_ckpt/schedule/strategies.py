@@ -279,4 +279,4 @@ def _parse_name(text: str) -> Strategy:
         return _NAMED[name]()
     if name in _NUMBERED and number.isascii() and number.isdigit() and int(number) >= 1:
         return _NUMBERED[name](int(number))
-    raise ArgumentError(f"strategy={text!r} is not {_WHAT_WORKS}")
+    raise ArgumentError(f"strategy={shown(text)} is not {_WHAT_WORKS}")

@@ -222,6 +222,7 @@ class Trainer:
             "random": random_state(),
         }
 
+    @checked
     def load_state_dict(self, state: Mapping[str, Any], *, accept: Sequence[str] = ()) -> None:
         """Go on where `state_dict` was called; `accept` as for `resume`.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
 
@@ -261,7 +261,7 @@ class Updater:
                     )
         elif not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
             raise ArgumentError(
-                f"optimizer={optimizer!r} is not a torch.optim.Optimizer; pass one, or None"
+                f"optimizer={shown(optimizer)} is not a torch.optim.Optimizer; pass one, or None"
             )
         elif isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError(
@@ -269,6 +269,6 @@ class Updater:
                 "cannot; use a first-order optimizer"
             )
         if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "unscale_")):
-            raise ArgumentError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
+            raise ArgumentError(f"scaler={shown(scaler)} is not a torch.amp.GradScaler")
         if scheduler is not None and not hasattr(scheduler, "step"):
-            raise ArgumentError(f"scheduler={scheduler!r} has no step(); pass a LRScheduler")
+            raise ArgumentError(f"scheduler={shown(scheduler)} has no step(); pass a LRScheduler")

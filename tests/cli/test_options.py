@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import pytest
 import typer
 
+from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
 from tbptt_ckpt.cli.options import SIZE, Command, Default, check_options, read_list
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,7 @@ def test_all_differences_are_in_one_error() -> None:
     assert "--accept clip_grad_norm,data,loss_fn,lr" in str(caught.value)
     with pytest.raises(ArgumentError, match=r"accept=\['speed'\] must be among .*'lr'"):
         other.load_state_dict(saved(), accept=("speed",))
-    with pytest.raises(ArgumentError, match="accept='lr' must be a tuple"):
+    with pytest.raises(ArgumentError, match="accept='lr' must be a list of texts"):
         other.load_state_dict(saved(), accept="lr")
 
 

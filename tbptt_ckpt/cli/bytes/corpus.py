@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.arrays import map_file
 from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
-from tbptt_ckpt.errors import ArgumentError, check_positive_int
+from tbptt_ckpt.errors import ArgumentError
 
 ByteArray = NDArray[np.uint8]
 
@@ -47,23 +48,21 @@ class ByteLanes:
 
     time_dim = 0
 
+    @checked
     def __init__(
         self,
         data: ByteArray,
-        lanes: int,
+        lanes: PositiveInt,
         *,
         device: torch.device | str = "cpu",
-        max_steps: int | None = None,
+        max_steps: PositiveInt | None = None,
     ) -> None:
-        check_positive_int("lanes", lanes)
         self._lane_steps = (len(data) - 1) // lanes
         if self._lane_steps < 1:
             raise ArgumentError(
                 f"{len(data)} bytes are too short for lanes={lanes}, which need {lanes + 1}"
             )
         self.data, self.lanes, self.device = data, lanes, torch.device(device)
-        if max_steps is not None:
-            check_positive_int("max_steps", max_steps)
         self._num_steps = min(self._lane_steps, max_steps or self._lane_steps)
 
     def __len__(self) -> int:
