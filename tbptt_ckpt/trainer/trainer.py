@@ -99,10 +99,9 @@ class Trainer:
         self._extra = dict(extra or {})
         others = {**(identity or {}), "extra": sorted(self._extra)}
         self._identity = RunIdentity(self._options, self._parts, others, self._passes.sample)
-        self._asked = str(self._parts.budget.strategy)
+        self._asked, self._has_saved_costs = str(self._parts.budget.strategy), False
         self._progress, self._session = Progress(), Session()
         self._run: SequenceRun | None = None
-        self._has_saved_costs = False
 
     def __repr__(self) -> str:
         epochs = out_of(self._progress.epoch, self._epochs, "epochs")
