@@ -6,6 +6,7 @@ does not fit is one `ArgumentError` that names the argument, the value and what 
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import math
@@ -69,10 +70,13 @@ check_size = _of_numbers(lambda n: 0 <= n < math.inf, "a finite number of at lea
 
 def check_path(name: str, value: object, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is a path that a file system can have."""
+    usable = isinstance(value, str | Path)
     try:
-        usable = isinstance(value, str | Path) and b"\0" not in os.fsencode(value)
-    except UnicodeError:
+        os.lstat(value if isinstance(value, str | Path) else "")
+    except ValueError:  # what no name can hold
         usable = False
+    except OSError as error:  # it need not exist
+        usable = usable and error.errno != errno.ENAMETOOLONG
     if not usable:
         raise refused(name, value, "a path that a file system can have", alternative)
 

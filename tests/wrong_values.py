@@ -52,8 +52,15 @@ from tbptt_ckpt.memory import (
     parse_bytes,
     tensor_bytes,
 )
-from tbptt_ckpt.profiling import Configuration, Work, pareto_front, with_baselines
-from tbptt_ckpt.schedule import Curve, Differentiate, FixedBytes, Schedule
+from tbptt_ckpt.profiling import (
+    Configuration,
+    MemoryReport,
+    StrategyReport,
+    Work,
+    pareto_front,
+    with_baselines,
+)
+from tbptt_ckpt.schedule import Curve, Differentiate, FixedBytes, Plan, Schedule
 from tbptt_ckpt.snapshot import SnapshotStore
 from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.trainer import JsonLines
@@ -85,7 +92,13 @@ VALUES = (
     *("torch.int64", "torch.device('meta')", "np.float32(1)", "np.int64(3)", "np.zeros(3)"),
     *("np.array([])", "np.array('x')", "np.array([None])", "Path('x')", "Path('/proc/nowhere')"),
     *("io.BytesIO()", "...", "NotImplemented", "ValueError('x')", "Fraction(1, 2)", "Decimal(1)"),
-    *("timedelta(1)", "type('Own', (), {})()", "Hostile()"),
+    *(
+        "'uniform:' + '9' * 5000",
+        "'9' * 5000",
+        "timedelta(1)",
+        "type('Own', (), {})()",
+        "Hostile()",
+    ),
 )
 
 
@@ -158,6 +171,10 @@ def _on(make: Callable[..., Any], use: Callable[[Any], Any], **given: Any) -> Ca
     return call, given
 
 
+def report() -> MemoryReport:
+    return Configuration(strategy="sqrt", k1=2, k2=4).report(status="failed")
+
+
 def saved(folder: Path) -> Trainer:
     snapshots = Snapshots(directory=mkdtemp(dir=folder))
     made = Trainer(engine(), sequence(), snapshots=snapshots)
@@ -220,6 +237,12 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             {"path": written(folder, rows), "dtype": "f8", "step_shape": (WIDTH,)},
         ),
         "Costs": lambda: _on(Costs, lambda made: plan(4, made), **vars_of(costs())),
+        "Costs.from_dict": lambda: (Costs.from_dict, {"plain": costs().to_dict()}),
+        "Plan.from_dict": lambda: (Plan.from_dict, {"plain": plan(4, costs()).to_dict()}),
+        "MemoryReport.from_dict": lambda: (MemoryReport.from_dict, {"plain": report().to_dict()}),
+        "MemoryReport.from_json": lambda: (MemoryReport.from_json, {"text": report().to_json()}),
+        "StrategyReport.from_dict": lambda: (StrategyReport.from_dict, {"plain": {"rows": []}}),
+        "StrategyReport.from_json": lambda: (StrategyReport.from_json, {"text": '{"rows": []}'}),
         "FixedBytes": lambda: _on(FixedBytes, lambda made: plan(4, costs(fixed=made))),
         "Curve": lambda: (Curve, {"points": ((1, 10.0), (2, 20.0))}),
         "Curve.linear": lambda: (Curve.linear, {"fixed": 1.0, "per_step": 2.0}),

@@ -161,6 +161,7 @@ class MemoryReport:
         return plain
 
     @classmethod
+    @checked
     def from_dict(cls, plain: Mapping[str, Any]) -> MemoryReport:
         """The report that `to_dict` wrote.
 
@@ -180,6 +181,7 @@ class MemoryReport:
         return json.dumps(self.to_dict(trace=trace), allow_nan=False)
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> MemoryReport:
         """The report that `to_json` wrote."""
         return cls.from_dict(_json_object(text))
@@ -214,6 +216,7 @@ class StrategyReport:
         return {"rows": rows, "environment": dict(self.environment)}
 
     @classmethod
+    @checked
     def from_dict(cls, plain: Mapping[str, Any]) -> StrategyReport:
         """The report that `to_dict` wrote.
 
@@ -230,6 +233,7 @@ class StrategyReport:
         return json.dumps(self.to_dict(traces=traces), allow_nan=False)
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> StrategyReport:
         """The report that `to_json` wrote."""
         return cls.from_dict(_json_object(text))
@@ -284,7 +288,7 @@ def _trace_from(plain: Mapping[str, Any]) -> WindowTrace:
 def _json_object(text: str) -> Mapping[str, Any]:
     try:
         plain = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"this is no JSON: {error}") from error
     if not isinstance(plain, dict):
         raise ArgumentError(f"a report is a JSON object, not {type(plain).__name__}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from tbptt_ckpt.arguments import Dimension, Size, check_fields
+from tbptt_ckpt.arguments import Dimension, Size, check_fields, checked
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -215,6 +215,7 @@ class Costs:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
+    @checked
     def from_dict(cls, plain: Mapping[str, Any]) -> Costs:
         """The costs that `to_dict` wrote, also before steps without a loss were told apart.
 
@@ -222,12 +223,12 @@ class Costs:
             ArgumentError: Names that costs do not have, or that are missing.
         """
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(plain) - known)
+        unknown = sorted(map(str, set(plain) - known))
         if unknown:
             raise ArgumentError(f"costs have no {', '.join(unknown)}; known: {sorted(known)}")
         try:
             return cls(**{name: _parsed(name, value) for name, value in plain.items()})
-        except TypeError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ArgumentError(f"costs cannot be read: {error}") from error
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Self
 
+from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ScheduleError
 from tbptt_ckpt.schedule.actions import (
     Action,
@@ -147,6 +148,7 @@ class Plan:
         return {**plain, "blocks": [block.to_dict() for block in self.blocks]}
 
     @classmethod
+    @checked
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The plan that `to_dict` wrote.
 

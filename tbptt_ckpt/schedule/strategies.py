@@ -7,6 +7,7 @@ in how many states they keep, how long a leaf is, and how often a step runs agai
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -267,6 +268,7 @@ def parse_strategy(strategy: object) -> Strategy:
     raise ArgumentError(f"strategy={shown(strategy)} is not {_WHAT_WORKS}")
 
 
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
 _WHAT_WORKS = (
     "one of 'auto', 'optimal', 'retain', 'sqrt', 'step', 'uniform:LENGTH', 'revolve:STATES', "
     "an object such as Uniform(32), a list of actions, or a function of (start, stop)"
@@ -277,6 +279,6 @@ def _parse_name(text: str) -> Strategy:
     name, colon, number = text.partition(":")
     if not colon and name in _NAMED:
         return _NAMED[name]()
-    if name in _NUMBERED and number.isascii() and number.isdigit() and int(number) >= 1:
+    if name in _NUMBERED and _NUMBER.fullmatch(number):
         return _NUMBERED[name](int(number))
     raise ArgumentError(f"strategy={shown(text)} is not {_WHAT_WORKS}")
