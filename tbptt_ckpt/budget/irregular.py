@@ -24,13 +24,16 @@ _SURELY = 0.9  # of what shorter pieces spare: no measured length was cut in eve
 class IrregularSteps:
     """How many irregular steps leaves of some length have, and how long their pieces are.
 
-    Every irregular step takes more; but a segment that is cut is differentiated piece by piece,
-    so that what the backward of a longer one would take is never needed.
+    Every irregular step takes more, and most where it cuts a leaf in two; but a segment that is
+    cut is differentiated piece by piece, so that what the backward of a longer one would take is
+    never needed. A leaf's first step cuts nothing, even where lanes begin: leaves of one step
+    take no more in the most irregular window than the first one knew, and a budget that was
+    accepted stays so.
     """
 
     def __init__(self) -> None:
-        # By length: how many irregular steps leaves have, and the longest piece of those that have
-        # so many; leaves that another exceeds in both are left out.
+        # By length: how often leaves are cut, and the longest piece of those that are cut so
+        # often; leaves that another exceeds in both are left out.
         self._found: dict[int, dict[int, int]] = {}
         self._uncut = 0  # steps of the longest window that had none
         self._weighs = False
@@ -49,27 +52,27 @@ class IrregularSteps:
         Returns:
             Whether some leaf may take more than any before.
         """
-        (first, stop), steps, cuts = window, {*resets}, {*cuts}
+        (first, stop), inner = window, {*resets, *cuts}
         is_new = weighs and not self._weighs
         self._weighs |= weighs
-        if not steps and not cuts:
+        if not inner:
             is_new |= stop - first > self._uncut and bool(self._found)
             self._uncut = max(self._uncut, stop - first)
             return is_new
-        # A cut before a leaf's first step is none of its own: it lies between two steps.
-        at = np.array(sorted({*steps, *(cut - 0.5 for cut in cuts)}))
-        pieces = _Pieces([first, *sorted((cuts | steps) - {first}), stop])
+        at = np.array(sorted(inner))
+        pieces = _Pieces([first, *sorted(inner - {first}), stop])
         for length in _lengths(stop - first):
             steps_run = min(length, stop - first)
             begins = np.arange(first, stop - steps_run + 1)
             ends = np.searchsorted(at, begins + steps_run - 1, "right")
-            counts, longest = ends - np.searchsorted(at, begins), pieces.longest(begins, steps_run)
+            counts = ends - np.searchsorted(at, begins, "right")  # its first step cuts no leaf
+            longest = pieces.longest(begins, steps_run)
             for count in np.unique(counts)[::-1]:
                 is_new |= self._note(length, int(count), int(longest[counts == count].max()))
         return is_new
 
     def _note(self, length: int, count: int, piece: int) -> bool:
-        """A leaf has so many irregular steps and so long a piece; whether that is new."""
+        """A leaf is cut so often and has so long a piece; whether that is new."""
         known = self._found.setdefault(length, {})
         if any(more >= count and longer >= piece for more, longer in known.items()):
             return False
@@ -89,25 +92,31 @@ class IrregularSteps:
 
         Args:
             curve: Bytes of leaves without irregular steps.
-            more: What so many of them take; None for nothing.
+            more: What so many cuts take, and a first step at which lanes begin; None for nothing.
             spared: Of a leaf's bytes, those that only its longest piece needs.
             weighed_step_bytes: What each step takes more where lanes are left out.
         """
-        if self._weighs and weighed_step_bytes:
-            curve = curve.plus(weighed_step_bytes)
-        lengths = sorted(self._found)
-        if more is None or not lengths:
+        if more is None and not weighed_step_bytes:
             return curve
+        lengths = sorted(self._found)
+        begins = more(0) if more is not None else 0.0  # what any leaf's first step may take
+        alone = (1, curve(1) + begins + weighed_step_bytes)
+        if self._weighs:
+            curve = curve.plus(weighed_step_bytes)
+        if more is None or not lengths:
+            longer = {2, 3, *(steps for steps, _ in curve.points if steps > 1)}
+            return Curve.through([alone, *((n, curve(n) + begins) for n in longer)])
         pieces = {piece for found in self._found.values() for piece in found.values()}
         after = {length + 1 for length in lengths[:-1]}  # up to the next one as much as there
-        points = []
+        points = [alone]
         for steps in sorted({*lengths, *after, *pieces, *(steps for steps, _ in curve.points)}):
             found = self._found[next((n for n in lengths if n >= steps), lengths[-1])]
-            taken = [0.0] if steps <= self._uncut else []
+            taken = [begins] if steps <= self._uncut else []
             for most, piece in found.items():
                 less = _SURELY * max(0.0, spared(steps) - spared(min(steps, piece)))
-                taken.append((more(most) if most else 0.0) - less)
-            points.append((steps, curve(steps) + max(taken)))
+                taken.append(more(most) - less)
+            if steps > 1:
+                points.append((steps, curve(steps) + max(taken)))
         return Curve.through(points)
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,9 +184,10 @@ def more_bytes(
 ) -> Curve | None:
     """What cuts add to a leaf that still has as long a piece: `Costs.irregular_bytes`.
 
-    The first one adds most, since gradients then meet. Leaves of the `fitting` lengths may be run.
+    The first one adds most, since gradients then meet. Leaves of the `fitting` lengths may be run,
+    and those of one step, in which lanes begin and nothing is cut.
     """
-    if not probe.may_be_irregular or samples[-1].steps < 2:
+    if not probe.may_be_irregular:
         return None
     is_loop = probe.runner.recurrence.per_step
     beyond = {s.steps: 0 if is_loop else s.leaf - s.graph for s in samples}
@@ -188,19 +198,22 @@ def more_bytes(
         cut = [block.with_resets(stop - num_resets) for block in blocks]
         such = replace(probe, blocks=cut, resets=probe.resets.of(cut))
         taken = (such.bytes_of if has_losses else such.quiet_bytes_of)(sample.steps).leaf
-        share = min(1.0, num_resets / (sample.steps - 1))
+        share = min(1.0, num_resets / max(1, sample.steps - 1))
         return max(0.0, taken - sample.leaf + share * max(0, beyond[sample.steps] - beyond[1]))
 
+    begins = more(samples[0], 1) if any(b.resets is not None for b in probe.blocks) else 0.0
+    if samples[-1].steps < 2:
+        return Curve(((0, begins),))
     cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]
     if not cut:
-        return Curve.linear(0, gradients)
+        return Curve.linear(begins, gradients)
     shortest, several = cut[0], cut[-1]
     all_cut = more(shortest, shortest.steps)
     first = max(more(several, 1), all_cut)
     if several is shortest:
-        return Curve.linear(0, first) if first else None
+        return Curve.linear(begins, max(0, first - begins))
     last = first + max(0, more(several, several.steps) - all_cut)
-    return Curve.through([(0, 0), (1, first), (1 + several.steps - shortest.steps, last)])
+    return Curve.through([(0, begins), (1, first), (1 + several.steps - shortest.steps, last)])
 
 
 def weighed_step_bytes(probe: SegmentProbe, samples: Sequence[SegmentBytes]) -> float:

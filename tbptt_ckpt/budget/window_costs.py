@@ -26,7 +26,7 @@ from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
-from tbptt_ckpt.schedule.curves import Curve, higher
+from tbptt_ckpt.schedule.curves import Curve, higher, lowered
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
@@ -147,21 +147,26 @@ class WindowCosts:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
         regular, late, all_cuts = self._irregular
         loud = late if which is Cuts.ALL else regular
-        spared = costs.quiet.beyond_graph if costs.quiet is not None else lambda _: 0.0
+        quiet, more = costs.quiet, costs.irregular_bytes
+        spared = quiet.beyond_graph if quiet is not None else lambda _: 0.0
         weighed = costs.weighed_step_bytes
-        added = partial(
-            loud.added, more=costs.irregular_bytes, spared=spared, weighed_step_bytes=weighed
+        added = partial(loud.added, more=more, spared=spared, weighed_step_bytes=weighed)
+        # In the last leaf in time what is held of a gradient becomes it, which is a fixed byte.
+        held = quiet.shared if quiet is not None and quiet.graph is not None else 0
+        last = partial(
+            (regular if which is Cuts.NONE else all_cuts).added,
+            more=more and lowered(more, held),
+            spared=spared,
+            weighed_step_bytes=weighed,
         )
-        if costs.quiet is None or which is Cuts.NONE:
-            return costs.with_leaves(added, added)
-        more = costs.quiet.irregular
-        quiet = costs.quiet.changed(partial(all_cuts.added, more=more, spared=spared))
+        if quiet is None or which is Cuts.NONE:
+            return costs.with_leaves(added, last)
+        quiet = quiet.changed(partial(all_cuts.added, more=quiet.irregular, spared=spared))
 
         def raised(curve: Curve) -> Curve:
             return higher(added(curve), quiet.leaf)  # what planners take it for
 
-        # In the last leaf in time what is held of a gradient becomes it, which is a fixed byte.
-        return replace(costs.with_leaves(raised, added), quiet=quiet)
+        return replace(costs.with_leaves(raised, last), quiet=quiet)
 
     def corrected(self, window: WatchedWindow, costs: Costs) -> Costs:
         """Costs that would have predicted a window, and no less than was measured at first.

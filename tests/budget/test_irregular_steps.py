@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import TBPTT, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, LaneSource, TensorSequence
 from tbptt_ckpt.budget.irregular import IrregularSteps
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.schedule.curves import Curve
@@ -21,15 +21,14 @@ WINDOW = 40
 def taken_by_hand(
     steps: set[int], cuts: set[int], length: int, more: Curve, spared: Curve
 ) -> float:
-    """In any leaf of a length: a cut counts where the leaf goes on across it."""
+    """In any leaf of a length: what cuts counts where the leaf goes on across it."""
     taken = []
     for start in range(WINDOW - length + 1):
         stop = start + length
-        count = sum(start <= step < stop for step in steps)
-        count += sum(start < cut < stop for cut in cuts)
+        count = sum(start < cut < stop for cut in steps | cuts)
         edges = [start, *sorted(s for s in cuts | steps if start < s < stop), stop]
         piece = max(after - before for before, after in pairwise(edges))
-        taken.append((more(count) if count else 0.0) - spared(length) + spared(piece))
+        taken.append(more(count) - spared(length) + spared(piece))
     return max(taken)
 
 
@@ -38,7 +37,7 @@ def test_no_leaf_takes_more_than_is_said(seed: int) -> None:
     chosen, base = random.Random(seed), Curve(((1, 100.0), (7, 900.0), (21, 2000.0)))
     spared, more = (
         Curve(((1, 50.0), (9, 130.0), (30, 700.0))),
-        Curve(((0, 0.0), (1, 50.0), (5, 90))),
+        Curve(((0, 20.0), (1, 50.0), (5, 90))),
     )
     irregular, windows = IrregularSteps(), []
     for _ in range(3):
@@ -68,20 +67,22 @@ def test_segments_that_are_often_cut_spare_what_long_ones_take() -> None:
     assert irregular.added(base, more, spared)(WINDOW) >= base(WINDOW)
 
 
-def test_a_leaf_of_one_step_is_never_cut() -> None:
+def test_a_leaf_of_one_step_takes_the_same_in_every_window() -> None:
     irregular, base, spared = IrregularSteps(), Curve.linear(10, 1), Curve.linear(0, 0)
-    irregular.take((), [5, 9], (0, WINDOW), weighs=False)
-    found = irregular.added(base, Curve(((0, 0.0), (1, 50.0))), spared)
-    assert found(2) >= base(2) + 50
-    irregular.take([5], (), (0, WINDOW), weighs=False)
-    assert irregular.added(base, Curve(((0, 0.0), (1, 50.0))), spared)(1) >= base(1) + 50
+    more = Curve(((0, 3.0), (1, 50.0)))
+    assert irregular.added(base, more, spared, 2.0)(1) == base(1) + 3 + 2
+    irregular.take([5], [9], (0, WINDOW), weighs=True)
+    found = irregular.added(base, more, spared, 2.0)
+    assert found(1) == base(1) + 3 + 2
+    assert found(2) >= base(2) + 50 + 2 * 2
 
 
 def test_lanes_that_are_left_out_cut_nothing() -> None:
     irregular, base, spared = IrregularSteps(), Curve.linear(10, 1), Curve.linear(0, 0)
     assert irregular.take((), (), (0, WINDOW), weighs=True)
-    assert irregular.added(base, Curve.linear(0, 50), spared, 0.0) == base
+    assert irregular.added(base, Curve.linear(0, 50), spared, 0.0)(9) == base(9)
     assert irregular.added(base, Curve.linear(0, 50), spared, 2.0)(9) == base(9) + 18
+    assert irregular.added(base, None, spared, 2.0)(9) == base(9) + 18
 
 
 def test_what_a_block_does_to_its_lanes() -> None:
@@ -116,3 +117,20 @@ def test_lanes_that_end_and_begin_leave_little_of_a_budget_unused() -> None:
     assert max(window.peak_bytes for window in windows) <= 1_900_000
     for window in windows[3:]:
         assert window.plan.predicted_peak_bytes <= 1.13 * window.peak_bytes, window
+
+
+def test_the_smallest_budget_stays_enough_where_lanes_begin_late() -> None:
+    """A leaf of one step takes more where lanes begin, which no first window has."""
+
+    def run(budget: int) -> list[int]:
+        torch.manual_seed(0)
+        module, lengths = nn.LSTM(48, 48), (60, 53, 47, 41, 30, 20, 9, 5, 2)
+        data = [TensorSequence(torch.randn(n, 48), torch.randn(n, 48)) for n in lengths]
+        optimizer, loss = torch.optim.Adam(module.parameters()), nn.functional.mse_loss
+        tbptt = TBPTT(module, loss, 10, 30, optimizer, memory_budget=budget, measure_memory=True)
+        return [w.peak_bytes or 0 for w in tbptt.windows(LaneSource(data, lanes=8))]
+
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        run(1)
+    budget = refused.value.smallest_budget_bytes or 0
+    assert max(run(budget)) <= budget
