@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from tbptt_ckpt.errors import NonFiniteError
@@ -16,7 +17,7 @@ class FiniteLoss(Observer):
 
     def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
         """Look at the loss."""
-        if loss is not None and not bool(torch.isfinite(loss)):
+        if loss is not None and not math.isfinite(loss):
             raise NonFiniteError(
                 f"window {window.index}, steps {window.new_start} to {window.stop}: the loss is "
                 f"{float(loss)}, and the weights were not updated; check_finite=False makes such "

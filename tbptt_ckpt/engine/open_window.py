@@ -138,7 +138,7 @@ class OpenWindow:
         grads = parts.executor.run(this_pass, route, first)
         parts.cuts.check(this_pass, first, found, self.notes.left)
         self.executed_steps = this_pass.executed_steps
-        if grads is None or loss.is_empty() or loss.loss_sum is None:
+        if grads is None or loss.is_empty() or not loss.has_losses:
             put_back()  # a device's count shows only now that nothing counted
             return None
         self._check_graph(loss)

@@ -83,7 +83,7 @@ class Records:
         foreseen = start == self.origin or start >= window.new_start
         if must_be_recorded and not foreseen:
             start = min(step for step in self.boundaries if step >= start)
-        return replace(window, start=start)
+        return window if start == window.start else replace(window, start=start)
 
     def ambients_for(self, first: int, k1: int) -> dict[int, AmbientState]:
         """What a run that begins at `first` restores, there and at update points, in order."""

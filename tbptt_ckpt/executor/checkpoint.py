@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint, noop_context_fn
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.replay_check import UNCHECKED, ReplayCheck, WindowCheck
 from tbptt_ckpt.executor.sinks import LossSink, Sink
@@ -78,7 +78,7 @@ class CheckpointExecutor:
             spans.keep(window.start)
         state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        with differentiating(window.guard, window.inputs, window.stop):
+        with Differentiating(window.guard, window.inputs, window.stop):
             totals, _ = spans.run(parse_spans(actions, window.start, window.stop), state)
             if window.loss.is_empty(waits=False):
                 return None

@@ -132,17 +132,23 @@ def advancing() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def differentiating(guard: WeightGuard, inputs: InputGuard, stop: int) -> Iterator[None]:
+class Differentiating:
     """While entered, a graph is recorded, weights are watched, and torch's errors explained."""
-    guard.check(stop)
-    try:
-        with torch.enable_grad():
-            yield
-    except RuntimeError as error:
-        _explain(error, guard, inputs, stop)
-        raise
-    guard.check(stop)
+
+    def __init__(self, guard: WeightGuard, inputs: InputGuard, stop: int) -> None:
+        self._guard, self._inputs, self._stop = guard, inputs, stop
+        self._grad_mode = torch.enable_grad()
+
+    def __enter__(self) -> None:
+        self._guard.check(self._stop)
+        self._grad_mode.__enter__()
+
+    def __exit__(self, _: object, error: object, traceback: object) -> None:
+        self._grad_mode.__exit__(type(error), error, traceback)
+        if isinstance(error, RuntimeError):
+            _explain(error, self._guard, self._inputs, self._stop)
+        elif error is None:
+            self._guard.check(self._stop)
 
 
 def _explain(error: RuntimeError, guard: WeightGuard, inputs: InputGuard, stop: int) -> None:

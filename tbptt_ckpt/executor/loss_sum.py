@@ -18,10 +18,10 @@ class LossSum:
     torch's is called serves for all of a window: looking takes longer than a small step.
     """
 
-    __slots__ = ("_all_count", "factor", "has_looked", "total", "weight")
+    __slots__ = ("all_count", "factor", "has_looked", "total", "weight")
 
     def __init__(self, *, all_count: bool = False, has_looked: bool = False) -> None:
-        self._all_count, self.has_looked = all_count, has_looked
+        self.all_count, self.has_looked = all_count, has_looked
         self.total: Tensor | None = None
         self.factor = 1.0
         self.weight: float | Tensor = 0.0
@@ -29,7 +29,7 @@ class LossSum:
     def looks(self) -> bool:
         """Whether the next call is to be watched; the first one always is."""
         before, self.has_looked = self.has_looked, True
-        return not (self._all_count and before)
+        return not (self.all_count and before)
 
     def add(self, total: Tensor | None, weight: float | Tensor, factor: float = 1.0) -> None:
         """Add one more loss, `total * factor`; None of nothing."""

@@ -143,7 +143,7 @@ class LossFunction:
         if self.counting is None or call is None:
             total, steps, factor = _mean(value, float(count))
             return total, steps if self._returns_pairs is False else 0.0, factor
-        hits = call.hits()
+        hits = float(call.counted.numel()) if losses.all_count else call.hits()
         weight = self.counting.steps_of(hits, count)
         if call.reduction == "sum":
             return value, weight, share

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.replay_check import ReplayCheck, WindowCheck
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
@@ -93,10 +93,9 @@ class _Replay:
         boundary.check_untouched()
         state = window.first_state(boundary)
         leaves = tensors_of(state)  # before the run: a module may write into the containers
-        window.ambient.restore(boundary.ambient)
         sink = window.sink(graph=True, looks_at=self._check.looks_at(stop))
-        with differentiating(window.guard, window.inputs, window.stop):
-            state_out = window.run(boundary.step, stop, state, sink)
+        with Differentiating(window.guard, window.inputs, window.stop):
+            state_out = window.run(boundary.step, stop, state, sink, found=boundary.ambient)
             if stop == window.stop and window.loss.is_empty(waits=False):
                 return False
             self._check.replayed(boundary.step, stop, state_out, sink.take_seen())

@@ -166,30 +166,30 @@ class Runner:
         self, blocks: Sequence[StepBlock], state: Tree, first_wanted: int, sink: Sink
     ) -> Tree:
         block = join_blocks(blocks)
-        inputs, wants_outputs = self._segment_inputs(block), first_wanted < block.stop
+        time_dim, wants_outputs = self._time_dim(block), first_wanted < block.stop
+        inputs = self._segment_inputs(block, time_dim)
         with OutputsNeeded(wants_outputs) as needed:
             result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
             is_whole = needed.are_whole()
         outputs, state = split_result(result, self.recurrence)
         if is_whole:
-            sink.passed(block.stop, outputs, self._time_dim(block))
+            sink.passed(block.stop, outputs, time_dim)
         if wants_outputs:
-            num_steps, time_dim = block.stop - block.start, self._time_dim(block)
+            num_steps = block.stop - block.start
             check_segment_output(outputs, num_steps, time_dim, self.recurrence.module)
             if not self._has_compared:
                 targets = to_time_dim(block.targets, block.time_dim, time_dim)
                 self._compare_first(sink, inputs, outputs, targets)
             block = block.part(max(block.start, first_wanted), block.stop)
-            self._give_segment(block, outputs, num_steps, sink)
+            self._give_segment(block, outputs, num_steps, time_dim, sink)
         return state
 
-    def _segment_inputs(self, block: StepBlock) -> Tree:
+    def _segment_inputs(self, block: StepBlock, time_dim: int) -> Tree:
         if isinstance(block.inputs, Column):
             raise ArgumentError(
                 "the inputs of a segment module must be tensors of one shape and dtype at every "
                 "step; use per_step=True for others"
             )
-        time_dim = self._time_dim(block)
         check_time_exists("inputs", tensors_of(block.inputs)[0], time_dim)
         return to_time_dim(block.inputs, block.time_dim, time_dim)
 
@@ -202,8 +202,10 @@ class Runner:
             else following_time_dim(time_dim, block.inputs)
         )
 
-    def _give_segment(self, block: StepBlock, outputs: Tree, num_steps: int, sink: Sink) -> None:
-        time_dim, wanted = self._time_dim(block), block.stop - block.start
+    def _give_segment(
+        self, block: StepBlock, outputs: Tree, num_steps: int, time_dim: int, sink: Sink
+    ) -> None:
+        wanted = block.stop - block.start
         if wanted < num_steps:
             first = num_steps - wanted
             outputs = map_tensors(lambda t: t.narrow(time_dim, first, wanted), outputs)

@@ -23,7 +23,7 @@ from typing import NoReturn
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read, step_difference
-from tbptt_ckpt.executor.guard import differentiating
+from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.observer import UNOBSERVED
 from tbptt_ckpt.executor.sinks import LossSink
 from tbptt_ckpt.executor.window_pass import WindowPass
@@ -197,7 +197,7 @@ class Settlement:
         """A run with a graph."""
         window = self._window
         window.ambient.restore(boundary.ambient)
-        with differentiating(window.guard, window.inputs, window.stop):
+        with Differentiating(window.guard, window.inputs, window.stop):
             sink = window.sink(graph=graph_of_loss, looks_at=stop)
             state = window.run(boundary.step, stop, window.first_state(boundary), sink)
             return self._ended(stop, state, sink)

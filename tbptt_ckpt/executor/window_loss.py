@@ -90,6 +90,11 @@ class WindowLoss:
         return None if total is None else total / divisor
 
     @property
+    def has_losses(self) -> bool:
+        """Whether any loss was added."""
+        return self._losses.total is not None
+
+    @property
     def loss_sum(self) -> float | None:
         """The summed loss, not divided."""
         losses = self._losses

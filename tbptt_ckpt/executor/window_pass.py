@@ -95,21 +95,29 @@ class WindowPass:
         self.inputs = InputGuard(self.blocks)
 
     def run(
-        self, start: int, stop: int, state: Tree, sink: Sink, longest: int | None = None
+        self,
+        start: int,
+        stop: int,
+        state: Tree,
+        sink: Sink,
+        longest: int | None = None,
+        found: AmbientState | None = None,
     ) -> Tree:
         """Run `[start, stop)` from `state` and return the state at `stop`.
 
-        No call of a segment module has more than `longest` steps; None sets no bound.
+        No call of a segment module has more than `longest` steps; None sets no bound. The first
+        step is to find what was recorded there, or else `found`, or else what is there.
         """
         with self.runner.region(stop - start, (state, self.blocks[0].inputs)):
             for begin, end in self._pieces(start, stop, longest):
                 if begin != start:
                     state = self.rejoin(begin, state)
-                with self._enter(begin, end):
+                with self._enter(begin, end, found):
                     state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
                 sink.close(begin, end)
                 check_no_hidden_tensors(state)
                 self._arrive(end, state)
+                found = None
         return state
 
     def sink(self, *, graph: bool, looks_at: int = -1) -> LossSink:
@@ -127,10 +135,9 @@ class WindowPass:
     def reach(self, boundary: Boundary, stop: int, longest: int, sink: Sink) -> Tree:
         """What such a run gives at `stop`, also where a recorded state stands there."""
         boundary.check_untouched()
-        self.ambient.restore(boundary.ambient)
         with advancing(), silent_hooks():
             state = copy_containers(boundary.state)
-            state = self.run(boundary.step, stop, state, sink, longest)
+            state = self.run(boundary.step, stop, state, sink, longest, boundary.ambient)
         boundary.check_untouched()
         return state
 
@@ -175,11 +182,13 @@ class WindowPass:
             yield begin, end
             begin = end
 
-    def _enter(self, begin: int, end: int) -> AbstractContextManager[None]:
+    def _enter(
+        self, begin: int, end: int, found: AmbientState | None
+    ) -> AbstractContextManager[None]:
         """The steps `[begin, end)` run next: find what they are to find, and count them."""
-        recorded = self.ambients.get(begin)
-        if recorded is not None:
-            self.ambient.restore(recorded)
+        found = self.ambients.get(begin, found)
+        if found is not None:
+            self.ambient.restore(found)
         self.ambient.about_to_run()
         self.executed_steps += end - begin
         if not self.runner.recurrence.per_step:

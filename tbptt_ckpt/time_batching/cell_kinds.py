@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run, own
+from tbptt_ckpt.time_batching.cells import Call, CallGradients, Cell, CellWeights, Run
 from tbptt_ckpt.time_batching.products import add_product, multiply, multiply_back
 
 _sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
@@ -89,8 +89,7 @@ class GRU(Cell):
     def gradients(self, grads: Sequence[Any], call: Call) -> CallGradients:
         """That of h."""
         (grad,) = grads
-        slot, (h,), kept, hidden, needs = call
-        reset = own(kept)
+        slot, (h,), reset, hidden, needs = call
         width = h.shape[1]
         r, z, n = slot.chunk(3, 1)
         grad_h = torch.mul(grad, z)

@@ -152,7 +152,7 @@ class CellNode(torch.autograd.Function):
     ) -> Any:
         """The new states."""
         ctx.set_materialize_grads(False)
-        ctx.record, ctx.call = record, call
+        ctx.record, ctx.call, ctx.is_seen = record, call, _is_seen()
         slot = record.slots[call]
         if not record.of_rows:
             write_product(slot, x, record.weights.input, record.input_bias)
@@ -173,7 +173,10 @@ class CellNode(torch.autograd.Function):
         record: CellRecord = ctx.record
         begin_backward(record.versions)
         slot, x, kept, *states = ctx.saved_tensors
-        slot, weights, needs = own(slot), record.weights, ctx.needs_input_grad
+        # Another backward may need them.
+        if ctx.is_seen or torch._C._autograd._get_current_graph_task_keep_graph():
+            slot, kept = slot.clone(), None if kept is None else kept.clone()
+        weights, needs = record.weights, ctx.needs_input_grad
         call = slot, states, kept, weights.hidden, needs[4:]
         reset_slot, state_grads = record.cell.gradients(grads, call)
         record.leave(ctx.call, Note(slot, reset_slot, x, states[0]))
@@ -182,7 +185,6 @@ class CellNode(torch.autograd.Function):
         return None, None, None, x_grad, *state_grads
 
 
-def own(slot: Tensor) -> Tensor:
-    """The slot to write gradients into."""
-    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward
-    return slot.clone() if is_kept else slot
+def _is_seen() -> bool:
+    """Whether hooks see what is saved: those of a checkpoint hand one memory to two graphs."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -56,6 +56,8 @@ class Deliveries:
         """The delivery of one window's gradient to those of `weights`, and their own, that wait."""
         distinct = {id(weight): weight for weight in weights} | self.wrappers.weights
         waiting = [weight for weight in distinct.values() if self.waits(weight)]
+        if not (waiting or self._once or self.wrappers.is_any):
+            return NOTHING_WAITS
         return Delivery(waiting, self.wrappers, collects=self._once)
 
 
@@ -96,6 +98,23 @@ class Delivery:
             del tickets
         if roots:
             torch.autograd.backward(roots)
+
+
+class _NothingWaits(Delivery):
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def deliver(self) -> None:
+        pass
+
+
+NOTHING_WAITS = _NothingWaits()
 
 
 class _Waiting:

@@ -47,6 +47,11 @@ class Wrappers:
         # As large as what reducers gather gradients in, which nobody else can reach.
         self.buckets = [torch.empty_like(p, device="meta") for p in self.weights.values()]
 
+    @property
+    def is_any(self) -> bool:
+        """Whether one reduces gradients."""
+        return bool(self._reducers)
+
     def begin(self) -> None:
         """A window begins: processes agree on buffers, as in a forward."""
         for reducer in self._reducers:

@@ -145,6 +145,13 @@ def test_some_situations(
     check(operation, source, situation, torch.float64, strategy="uniform:4")
 
 
+@pytest.mark.parametrize("operation", ["lstm", "gru"])
+def test_checkpoints_hand_one_memory_to_two_graphs(operation: str) -> None:
+    """What an inner backward would write its gradients into, the other one still needs."""
+    how = {"strategy": "uniform:4", "executor": "checkpoint"}
+    check(operation, "input", "inner gradient", torch.float64, **how)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("dtype", "strategy", "executor", "rows_at_once"),
