@@ -167,7 +167,7 @@ def _test_of(hint: Any) -> Test:
     if hint is float:
         return _is_number
     if origin is Callable:
-        return callable
+        return lambda value: callable(value) and not isinstance(value, type)
     kind = origin or hint
     try:
         isinstance(None, kind)
@@ -221,7 +221,7 @@ def _words(hint: Any) -> str:
         each = _words(items[0]).removeprefix("a ").removeprefix("an ") if items else "item"
         return f"a list of {each}s"
     if origin is not None:
-        return "callable, such as a function or a module"
+        return "callable: a function or a module, and no class"
     known = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
     known |= {Path: "a path"}
     if hint in known:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, noop_context_fn
 
 from tbptt_ckpt.arguments import checked
-from tbptt_ckpt.errors import ReplayMismatchError
+from tbptt_ckpt.errors import ArgumentError, ReplayMismatchError, shown
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.loss_sum import LossSum
@@ -191,12 +191,18 @@ class CheckpointedSpans:
             *tensors_of(state),
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=self._context_fn,
+            context_fn=self._contexts,
             # The end must be reached to be compared; and not every caller lets an exception pass
             # that ends a recomputation in its middle, TorchScript's interpreter for one.
             early_stop=False,
         )
         return region.split(results)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        made = self._context_fn()
+        if not (isinstance(made, tuple | list) and len(made) == 2):
+            raise ArgumentError(f"context_fn returned {shown(made)}, not two context managers")
+        return made
 
     def _note(self, action: Action) -> None:
         if not self._advancing:

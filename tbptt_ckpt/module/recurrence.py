@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import (
     is_cell,
     is_layer,
@@ -39,7 +39,7 @@ class Recurrence:
 
 
 def recognise(
-    module: object,
+    module: Callable[..., Any],
     per_step: bool | None,
     time_dim: int | None = None,
     lane_dim: int | None = None,
@@ -59,10 +59,6 @@ def recognise(
         ArgumentError: Not callable with an input and a state, bidirectional, or called in a way
             that it cannot be.
     """
-    if not callable(module) or isinstance(module, type):
-        raise ArgumentError(
-            f"module={shown(module)} is not callable; pass an nn.Module or a function"
-        )
     inner, layers = unwrapped(module), recurrent_layers(module)
     _check_takes_state(module, inner)
     layer = inner if is_layer(inner) else None

@@ -16,7 +16,7 @@ from itertools import accumulate, islice
 from typing import NamedTuple, overload
 
 from tbptt_ckpt.arguments import Dimension, checked
-from tbptt_ckpt.errors import ScheduleError
+from tbptt_ckpt.errors import ScheduleError, shown
 
 # Most steps of one call in an advance, unless a leaf is longer: outputs of a call exist at
 # once, and calls of this length are no slower per step than longer ones.
@@ -94,7 +94,10 @@ class Schedule(Sequence[Action]):
         self._length = length
 
     def __iter__(self) -> Iterator[Action]:
-        return self._make_actions()
+        made = self._make_actions()
+        if not isinstance(made, Iterator):
+            raise ScheduleError(f"make_actions returned {shown(made)}, which is no iterator")
+        return made
 
     def __len__(self) -> int:
         if self._length is None:

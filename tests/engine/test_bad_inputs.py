@@ -154,7 +154,7 @@ TABLE: dict[str, Bad] = {
     "costs_of_another_type": argument(r"^costs=3 must be Costs, or None", costs=3),
     # modules
     "module_not_callable": argument(
-        r"^module=3 must be callable, such as a function or a module", module=3
+        r"^module=3 must be callable: a function or a module", module=3
     ),
     "lstm_per_step": Bad(
         lambda bench: bench.make(module=lstm(), per_step=True),
@@ -238,7 +238,7 @@ TABLE: dict[str, Bad] = {
     ),
     "init_state_of_inference_mode": Bad(with_inference_state, r"^init_state.*inference.*clone"),
     # losses
-    "loss_fn_not_callable": argument(r"^loss_fn=None must be callable, such as", loss_fn=None),
+    "loss_fn_not_callable": argument(r"^loss_fn=None must be callable", loss_fn=None),
     "loss_not_scalar": loss(
         lambda y, target: (y - target).square(),
         r"^loss_fn returned a loss of shape \(2, 3\); return a scalar .*\(loss_sum, weight\)",
