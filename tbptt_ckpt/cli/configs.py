@@ -122,7 +122,8 @@ class TrainingConfig:
     def _check_save(self) -> None:
         if self.save is None:
             return
-        check_target("--save", self.save, force=self.force)
+        # Whether a file that is there is of the run to resume is known once that is loaded.
+        check_target("--save", self.save, force=self.force or self.resume)
         replaced = self.save if self.save.exists() else None
         if replaced and self.data and self.data.exists() and replaced.samefile(self.data):
             raise ArgumentError(f"--save {self.save} would replace the text of --data")

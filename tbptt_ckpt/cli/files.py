@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -35,10 +36,40 @@ def write_text(option: str, path: Path, text: str, *, force: bool) -> None:
 
 def save_weights(option: str, path: Path, module: nn.Module, *, force: bool) -> None:
     """Write the module's `state_dict`, from the CPU; equal weights give equal bytes."""
+    with _written(option, path, force=force) as file:
+        _write_weights(module, file)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 of the file that `save_weights` would write."""
+    hashed = _Hashed()
+    _write_weights(module, hashed)
+    return hashed.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a regular file; an empty text where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Hashed:
+    """A file of which only the digest is wanted."""
+
+    def __init__(self) -> None:
+        sha = hashlib.sha256()
+        self.write, self.hexdigest = sha.update, sha.hexdigest
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _write_weights(module: nn.Module, file: Any) -> None:
     weights = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     # Given a path, torch.save would write the temporary's name into the archive.
-    with _written(option, path, force=force) as file:
-        torch.save(weights, file)
+    torch.save(weights, file)
 
 
 @contextmanager

@@ -176,8 +176,8 @@ class Trainer:
         if loaded is None:
             return False
         self._announcer.resume_at(self.num_steps)
-        versions = loaded.manifest.versions
-        self._announcer.notice("resumed", f"from {loaded.path}", versions=versions)
+        self._announcer.notice("resumed", f"from {loaded.path}", versions=loaded.manifest.versions)
+        self._announcer.close()  # until training begins, if it does
         return True
 
     def save(self) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -182,3 +184,67 @@ def test_a_terminated_run_saves_and_goes_on_later(
     assert steps < 1600
     injected("SIGTERM, SIGINT")
     assert weights(capsys, [*words, *options], tmp_path / "weights")[0] == expected
+
+
+def saving(text: Path, folder: Path, steps: int = 128, *options: str) -> list[str]:
+    """A command as a supervisor starts it, over and over: always the same, never --force."""
+    words = (
+        f"train --data {text} --device cpu --hidden 12 --lanes 4 --k1 8 --k2 16 "
+        f"--strategy uniform:4 --snapshot-dir {folder} --snapshot-every 24 --resume "
+        f"--save {folder}.pt"
+    )
+    return [*words.split(), "--max-steps", str(steps), *options]
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_command_that_saves_is_run_again_after_a_kill_and_when_done(
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    text: Path,
+    tmp_path: Path,
+    injected: Callable[..., None],
+) -> None:
+    expected, _ = weights(capsys, words, tmp_path / "weights")
+    folder, saved = tmp_path / "s", tmp_path / "s.pt"
+    command = saving(text, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("tbptt_ckpt.cli.train.job.retained_peak", killed)
+        child = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    injected("kill -9 in mid-sequence")
+    assert saved.read_bytes() == expected  # it had been written, and the run was not over
+    for _ in range(2):
+        assert main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["work"]["num_steps"] == 128
+        assert saved.read_bytes() == expected
+
+
+def test_a_run_that_goes_on_replaces_its_own_weights_and_no_others(
+    capsys: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, saved = tmp_path / "s", tmp_path / "s.pt"
+    assert main(saving(text, folder, 64)) == 0
+    with monkeypatch.context() as patch:  # stopped when it has trained on, before it saves
+        patch.setattr("tbptt_ckpt.cli.train.job.save_weights", interrupted)
+        assert main(saving(text, folder, 96)) == 130
+    first = saved.read_bytes()
+    assert main(saving(text, folder, 96)) == 0
+    second = saved.read_bytes()
+    assert second != first
+    capsys.readouterr()
+    for stranger in (b"", b"mine", second[:-1]):
+        saved.write_bytes(stranger)
+        assert "exists; add --force" in refused(capsys, saving(text, folder, 128))
+        assert saved.read_bytes() == stranger
+    assert main(saving(text, folder, 128, "--force")) == 0
+    assert saved.read_bytes() not in (first, second)
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

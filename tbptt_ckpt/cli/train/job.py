@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from tbptt_ckpt.cli.bytes.models import build_model, check_model, initial_state
 from tbptt_ckpt.cli.bytes.score import bigram_bits, bits_per_byte, byte_work
 from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device, repeatable
-from tbptt_ckpt.cli.files import save_weights
+from tbptt_ckpt.cli.files import check_target, file_digest, save_weights, weights_digest
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
@@ -65,12 +66,14 @@ class _Job:
             check_model(config.model, self.module, inputs, config.lanes)
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
-            if not (config.resume and self.loop.resume()):
+            resumed = config.resume and self.loop.resume()
+            self._check_save()
+            if not resumed:
                 scorecard.score(self._score("scoring the untrained model"))
             work = self.loop.run(self.watch)
             after = self._score("scoring the trained model")
         if config.save is not None:
-            save_weights("--save", config.save, self.module, force=config.force)
+            save_weights("--save", config.save, self.module, force=self._may_replace(config.save))
         return TrainingOutcome(
             config=config,
             corpus=self.corpus.name,
@@ -86,6 +89,20 @@ class _Job:
             work=work,
             memory=self._memory_use(rss_before_bytes, rss.peak_bytes),
         )
+
+    def _check_save(self) -> None:
+        """A file at --save is replaced by the run that wrote it, begun anew or gone on with.
+
+        It holds the weights that are loaded now, or is one that was noted when it did.
+        """
+        path, scorecard = self.config.save, self.loop.scorecard
+        if self.config.resume and path is not None and path.exists():
+            if file_digest(path) == (digest := weights_digest(self.module)):
+                scorecard.own(digest)
+            check_target("--save", path, force=self._may_replace(path))
+
+    def _may_replace(self, path: Path) -> bool:
+        return self.config.force or file_digest(path) == self.loop.scorecard.weights_file
 
     def _held_out_lanes(self, max_steps: int) -> ByteLanes:
         lanes = self.config.lanes

@@ -36,6 +36,7 @@ class Scorecard:
     seconds: float = 0.0  # spent training, in all processes
     peak_bytes: int = 0  # of the metered window; 0 before it has run
     metered: tuple[int, ...] = ()  # its index, start, new_start and stop
+    weights_file: str = ""  # digest of a file of --save that this run has written
 
     @property
     def metered_window(self) -> Window:
@@ -51,6 +52,10 @@ class Scorecard:
         self.peak_bytes = peak_bytes
         self.metered = (window.index, window.start, window.new_start, window.stop)
 
+    def own(self, weights_file: str) -> None:
+        """Note a file of weights that is this run's, and may be replaced by it."""
+        self.weights_file = weights_file
+
     def add(self, window: WindowResult, seconds: float) -> None:
         """Note the loss of one more window, and the time up to its end."""
         assert window.loss is not None, "every byte has a next byte"
@@ -65,8 +70,8 @@ class Scorecard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        for name in self.__slots__:  # there were more once, which the trainer counts now
-            setattr(self, name, state[name])
+        for name in self.__slots__:  # there were others once
+            setattr(self, name, state.get(name, getattr(self, name)))
 
 
 class TrainingLoop:
