@@ -10,6 +10,7 @@ import torch
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import live_storages
 from tbptt_ckpt.module.ambient import untouched
@@ -53,14 +54,24 @@ def retained_peak(work: Work, window: Window) -> tuple[int | None, bool]:
     """Peak bytes of a window, its loss and update with everything retained, and if measured.
 
     It is run on copies, from the first state. The peak is None where the module cannot be
-    copied, as with tensors that have a graph among its attributes; where running it was not
-    safe, two shorter windows were extrapolated instead.
+    copied, as with tensors that have a graph among its attributes, and where there is no memory
+    for it; where running it was not safe, two shorter windows were extrapolated instead.
     """
-    steps = window.stop - window.first
     try:
         work.copied()
     except ArgumentError:
         return None, False
+    try:
+        return _retained_peak(work, window)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return None, False
+
+
+def _retained_peak(work: Work, window: Window) -> tuple[int, bool]:
+    steps = window.stop - window.first
     if steps > _PROBE_STEPS[1]:
         short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
         per_step = (longer - short) / (_PROBE_STEPS[1] - _PROBE_STEPS[0])

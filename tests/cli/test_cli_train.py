@@ -24,6 +24,7 @@ from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.loop import figures
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.profiling.peaks import fullest_window
 from tbptt_ckpt.profiling.sweep import Progress
 
@@ -207,6 +208,31 @@ class TestReport:
         assert extrapolated["retained_peak_bytes"] == pytest.approx(
             measured["retained_peak_bytes"], rel=0.05
         )
+
+    def test_what_had_no_memory_is_not_run_retained(self, capsys, small, monkeypatch):
+        def exhausted(*_):
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tbptt_ckpt.profiling.peaks._measure", exhausted)
+            outcome = outcome_of(capsys, small)
+        assert outcome["memory"]["retained_peak_bytes"] is None
+        assert outcome["work"]["num_steps"] == 64
+
+        run, measured = Runner.run, []
+
+        def run_up_to_two_steps(self, blocks, resets, begin, end, *others):
+            if torch.is_grad_enabled() and end - begin > 2:
+                raise MemoryError
+            return run(self, blocks, resets, begin, end, *others)
+
+        monkeypatch.setattr(Runner, "run", run_up_to_two_steps)
+        monkeypatch.setattr("tbptt_ckpt.cli.train.job.retained_peak", measured.append)
+        assert main(small) == 0
+        printed = capsys.readouterr()
+        assert "did not fit" in printed.err
+        assert "not measured: memory is missing" in printed.out
+        assert measured == []
 
     def test_the_table_has_a_line_for_every_figure(self, capsys, small):
         assert main(small) == 0

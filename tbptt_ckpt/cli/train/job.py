@@ -131,8 +131,10 @@ class _Job:
         scorecard, window = self.loop.scorecard, self.loop.scorecard.metered_window
         piece = self._held_out_lanes(2 * self.evaluation_steps)
         _, scoring_bytes = metered(self.work, lambda: self._bits_per_byte(piece))
-        state = initial_state(self.module, self.config.lanes)
-        retained, is_measured = retained_peak(replace(self.work, init_state=state), window)
+        retained, is_measured = None, False
+        if not scorecard.ran_out:  # what did not fit does not fit now
+            state = initial_state(self.module, self.config.lanes)
+            retained, is_measured = retained_peak(replace(self.work, init_state=state), window)
         return MemoryUse(
             window_steps=window.stop - window.first,
             peak_bytes=max(scorecard.peak_bytes, scoring_bytes),

@@ -22,6 +22,7 @@ from tbptt_ckpt.profiling.peaks import fullest_window, metered
 from tbptt_ckpt.profiling.sweep import Progress, Watch
 from tbptt_ckpt.profiling.work import Work
 from tbptt_ckpt.schedule import Window
+from tbptt_ckpt.trainer.events import Notice
 
 _IDENTITY = ("model", "hidden", "layers", "seed", "dtype")  # what the trainer cannot tell
 _LOSS_MEMORY = 0.98  # of the running mean that is shown
@@ -42,6 +43,17 @@ class Scorecard:
     def metered_window(self) -> Window:
         """The window whose memory was measured."""
         return Window(*self.metered)
+
+    ran_out: bool = False  # of memory, now and then, and trained on with less
+
+    def on_notice(self, event: Notice) -> None:
+        """Note that memory was missing."""
+        self.ran_out |= event.kind == "out_of_memory"
+
+    def ignore(self, *_: object, **__: object) -> None:
+        """Take an event that is counted elsewhere."""
+
+    on_window = on_update = resume_at = flush = close = ignore
 
     def score(self, untrained_bits: float) -> None:
         """Note how well the model predicts before it is trained."""
@@ -105,6 +117,7 @@ class TrainingLoop:
             snapshots=snapshots,
             # The copy it takes may be what the memory of the run is judged by.
             out_of_memory=OutOfMemory(protect_update=config.snapshot_dir is not None),
+            events=[self.scorecard],
             extra={"tally": self.scorecard},
             identity={name: getattr(config, name) for name in _IDENTITY},
         )

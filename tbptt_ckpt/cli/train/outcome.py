@@ -44,7 +44,7 @@ class MemoryUse:
 
     window_steps: int  # of the metered window, the longest kind there was
     peak_bytes: int  # weights, gradients, optimizer state and window
-    retained_peak_bytes: int | None  # with everything kept; None: the model cannot be copied
+    retained_peak_bytes: int | None  # with everything kept; None: not measured
     retained_is_measured: bool  # or else extrapolated, where running that was not safe
     rss_before_bytes: int  # anything was trained
     rss_peak_bytes: int  # until training was over
@@ -81,7 +81,7 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     scores, work, memory = outcome.bits_per_byte, outcome.work, outcome.memory
     retained = f"the same window of {memory.window_steps:,} steps retained"
     if memory.retained_peak_bytes is None:
-        how, peak = "", "model cannot be copied"
+        how, peak = "", "not measured: memory is missing, or the model cannot be copied"
     else:
         how = "" if memory.retained_is_measured else ", extrapolated"
         peak = format_bytes(memory.retained_peak_bytes)
