@@ -13,7 +13,8 @@ above that, since they count the most resets and cuts that a leaf can have, but 
 
 The smallest budget holds one state and a leaf of one step, if nothing else takes more; then a
 step runs again for each step after it. Beyond some hundred steps that takes hours, so there the
-first budget has room for some more states; the smallest itself only has to be accepted.
+first budget has room for some more states; the smallest itself only has to be accepted. There are
+fewer budgets then: half of them up to a thousand steps, and three beyond.
 
     python -m benchmarks.budget_accuracy --json benchmarks/results/DATE-budget-accuracy.json
 """
@@ -45,7 +46,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.profiling.environment import describe_environment
 
 LANES, WIDTH, CLASSES, READOUT = 8, 64, 32, 2048
-SMALLEST_RUN, MORE_STATES = 100, 12
+SMALLEST_RUN, MORE_STATES, FEWEST = 100, 12, 3
 TOLERANCE, ROUNDING_BYTES = 0.03, 64 * 1024
 DTYPES = {"float32": None, "bfloat16 autocast": torch.bfloat16}
 
@@ -293,6 +294,13 @@ def rows_of(setting: Setting, count: int) -> Iterator[Row]:
             )
 
 
+def num_budgets(most: int, k2: int) -> int:
+    """Budgets of a reach: the longest windows take minutes each."""
+    if k2 <= SMALLEST_RUN:
+        return most
+    return max(FEWEST, most // 2 if k2 <= 10 * SMALLEST_RUN else 0)
+
+
 def summary(rows: list[Row]) -> str:
     """A line for each setting, in Markdown."""
     lines = [
@@ -362,7 +370,7 @@ def main() -> None:
         if source != TENSORS and module in arguments.modules
     ]
     for setting in settings:
-        found = list(rows_of(setting, arguments.budgets))
+        found = list(rows_of(setting, num_budgets(arguments.budgets, setting.k2)))
         rows += found
         print(summary(found).splitlines()[2], flush=True)
         if arguments.json is not None:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -26,7 +25,7 @@ from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
-from tbptt_ckpt.schedule.curves import Curve, higher, lowered
+from tbptt_ckpt.schedule.curves import Curve, higher
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
@@ -147,26 +146,31 @@ class WindowCosts:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
         regular, late, all_cuts = self._irregular
         loud = late if which is Cuts.ALL else regular
-        quiet, more = costs.quiet, costs.irregular_bytes
-        spared = quiet.beyond_graph if quiet is not None else lambda _: 0.0
-        weighed = costs.weighed_step_bytes
-        added = partial(loud.added, more=more, spared=spared, weighed_step_bytes=weighed)
-        # In the last leaf in time what is held of a gradient becomes it, which is a fixed byte.
-        held = quiet.shared if quiet is not None and quiet.graph is not None else 0
-        last = partial(
-            (regular if which is Cuts.NONE else all_cuts).added,
-            more=more and lowered(more, held),
-            spared=spared,
-            weighed_step_bytes=weighed,
-        )
-        if quiet is None or which is Cuts.NONE:
+        cut = regular if which is Cuts.NONE else all_cuts
+        quiet, weighed = costs.quiet, costs.weighed_step_bytes
+        spared = quiet.beyond_graph if quiet is not None else _nothing
+
+        def added(curve: Curve) -> Curve:
+            return loud.added(curve, costs.irregular_bytes, spared, weighed)
+
+        def last(curve: Curve) -> Curve:
+            # What is held of a gradient becomes it, a fixed byte; the next part comes beside.
+            return cut.added(curve, costs.irregular_bytes, spared, weighed)
+
+        if quiet is None:
             return costs.with_leaves(added, last)
-        quiet = quiet.changed(partial(all_cuts.added, more=quiet.irregular, spared=spared))
+        more, graph = quiet.irregular, quiet.graph
+        quiet = replace(
+            quiet,
+            leaf=cut.added(quiet.leaf, more, spared),
+            graph=graph and cut.added(graph, more, _nothing),
+        )
 
         def raised(curve: Curve) -> Curve:
             return higher(added(curve), quiet.leaf)  # what planners take it for
 
-        return replace(costs.with_leaves(raised, last), quiet=quiet)
+        loud_leaves = added if which is Cuts.NONE else raised
+        return replace(costs.with_leaves(loud_leaves, last), quiet=quiet)
 
     def corrected(self, window: WatchedWindow, costs: Costs) -> Costs:
         """Costs that would have predicted a window, and no less than was measured at first.
@@ -234,6 +238,11 @@ class WindowCosts:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             return calibrate(request.make_probe(), limits, update, FixedBytes())
+
+
+def _nothing(steps: int) -> float:
+    """What shorter pieces spare of a graph."""
+    return 0.0
 
 
 def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:

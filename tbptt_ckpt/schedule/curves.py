@@ -126,12 +126,6 @@ def scaled(curve: Curve, factor: float) -> Curve:
     return Curve(tuple((steps, factor * value) for steps, value in curve.points))
 
 
-def lowered(curve: Curve, by: float) -> Curve:
-    """A curve less a number, but nowhere below its first point."""
-    least = curve.points[0][1]
-    return Curve.through((n, max(least, y - by)) for n, y in curve.points)
-
-
 def raised(curve: Curve, samples: Mapping[int, int]) -> Curve:
     """A curve that also goes through samples above it."""
     if not samples:

@@ -134,3 +134,21 @@ def test_the_smallest_budget_stays_enough_where_lanes_begin_late() -> None:
         run(1)
     budget = refused.value.smallest_budget_bytes or 0
     assert max(run(budget)) <= budget
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [306_624, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (294_624, 370_624))],
+)
+def test_update_points_cut_the_last_leaf_too(budget: int) -> None:
+    """Each piece has its part of a gradient; what short pieces spare is none of a graph's."""
+    torch.manual_seed(0)
+    module = nn.LSTM(24, 24)
+    optimizer = torch.optim.SGD(module.parameters(), 0.01)
+    loss, data = (
+        nn.functional.mse_loss,
+        TensorSequence(torch.randn(60, 4, 24), torch.randn(60, 4, 24)),
+    )
+    tbptt = TBPTT(module, loss, 8, 24, optimizer, memory_budget=budget, measure_memory=True)
+    for window in tbptt.windows(data):
+        assert (window.peak_bytes or 0) <= budget
