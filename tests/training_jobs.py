@@ -27,6 +27,28 @@ Injected = Callable[..., None]
 EXACT, ROUNDING = 0.0, 1e-12
 
 
+class Stream:
+    """A source of unknown length that gives its steps once, in order, and can be resumed."""
+
+    time_dim = 0
+
+    def __init__(self, num_steps: int) -> None:
+        self.data = cases.random_data(num_steps)
+        self.position = 0
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert start == self.position, "a stream gives each step once"
+        inputs, targets = (tensor[start:stop] for tensor in self.data)
+        self.position += len(inputs)
+        return inputs, targets
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
 class Listener:
     """Remembers events."""
 

@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepWeight
+from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import step_difference
@@ -110,13 +110,6 @@ def _run(window: WindowPass, boundary: Boundary, *cuts: int) -> Tree:
 class _Steps(Sink):
     """Keeps the outputs of each step."""
 
-    def take_segment(
-        self,
-        outputs: Tree,
-        targets: Tree,
-        weights: list[StepWeight] | None,
-        num_steps: int,
-        time_dim: int,
-    ) -> None:
+    def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
         steps: list[tuple[Tensor, ...]] = [t.unbind(time_dim) for t in tensors_of(outputs)]
         self.outputs += chain.from_iterable(zip(*steps, strict=True))

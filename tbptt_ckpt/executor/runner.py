@@ -210,7 +210,7 @@ class Runner:
             first = num_steps - wanted
             outputs = map_tensors(lambda t: t.narrow(time_dim, first, wanted), outputs)
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
-        sink.take_segment(outputs, targets, block.step_weights(), wanted, time_dim)
+        sink.take_segment(outputs, targets, block, time_dim)
 
     def _autocast(self, example: Tree) -> AbstractContextManager[None] | None:
         """Autocast as the user wants it, whoever turned it on; None where nobody did."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepWeight
+from tbptt_ckpt.data.blocks import StepBlock, StepWeight
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
@@ -24,15 +24,8 @@ class Sink:
         """The output of one step."""
         self.outputs.append(output)
 
-    def take_segment(
-        self,
-        outputs: Tree,
-        targets: Tree,
-        weights: list[StepWeight] | None,
-        num_steps: int,
-        time_dim: int,
-    ) -> None:
-        """The outputs of consecutive steps."""
+    def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
+        """The outputs of the steps of a block, and their targets, with time on `time_dim`."""
         self.outputs.append(outputs)
 
     def passed(self, step: int, outputs: Tree, time_dim: int | None = None) -> None:
@@ -79,15 +72,9 @@ class LossSink(Sink):
         """Add the loss of one step."""
         self._loss.function.add_step(self._piece, output, target, weight)
 
-    def take_segment(
-        self,
-        outputs: Tree,
-        targets: Tree,
-        weights: list[StepWeight] | None,
-        num_steps: int,
-        time_dim: int,
-    ) -> None:
+    def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
         """Add the losses of consecutive steps."""
+        weights, num_steps = block.step_weights(), block.stop - block.start
         self._loss.function.add_segment(self._piece, outputs, targets, weights, num_steps, time_dim)
 
     def passed(self, step: int, outputs: Tree, time_dim: int | None = None) -> None:

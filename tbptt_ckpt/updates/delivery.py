@@ -18,6 +18,7 @@ import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -92,7 +93,7 @@ class Delivery:
         self._unseen.close()
         with torch.enable_grad():
             # What is made last autograd reaches first.
-            last_first = sorted(self._waiting, key=_Waiting.last_seen, reverse=True)
+            last_first = sorted(self._waiting, key=attrgetter("last_seen"), reverse=True)
             tickets = {id(each.weight): each.ticket() for each in last_first}
             roots = self._wrappers.hand_through(tickets)
             del tickets
@@ -122,13 +123,10 @@ class _Waiting:
 
     def __init__(self, weight: Tensor, order: itertools.count[int]) -> None:
         self.weight = weight
-        self._order, self._last_seen = order, -1
+        self.last_seen = -1  # where its last part came among those of all weights
+        self._order = order
         self._is_waiting, self._before = False, weight.grad
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
-
-    def last_seen(self) -> int:
-        """Where the weight's last part came among those of all weights."""
-        return self._last_seen
 
     def begin(self) -> None:
         """Take the hooks off, and what is in `.grad`."""
@@ -159,7 +157,7 @@ class _Waiting:
         return None if total is None else _Ticket.apply(self.weight, [total])  # type: ignore[no-untyped-call]
 
     def _sees(self, _: Tensor) -> None:
-        self._last_seen = next(self._order)
+        self.last_seen = next(self._order)
 
 
 class _Ticket(torch.autograd.Function):

@@ -16,6 +16,7 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from training_jobs import Stream
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, Trainer
 
@@ -23,31 +24,9 @@ STEPS = 13
 REACHES = [(3, 5), (3, 2), (2, 7), (3, None), (4, 6), (1, 3), (3, 3)]
 
 
-class Stream:
-    """Steps of unknown number, once and in order."""
-
-    time_dim = 0
-
-    def __init__(self) -> None:
-        self.data = cases.random_data(STEPS)
-        self.position = 0
-
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        assert start == self.position, "a stream gives each step once"
-        inputs, targets = (tensor[start:stop] for tensor in self.data)
-        self.position += len(inputs)
-        return inputs, targets
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
 SOURCES: dict[str, Callable[[], Any]] = {
     "tensors": lambda: TensorSequence(*cases.random_data(STEPS)),
-    "stream": Stream,
+    "stream": lambda: Stream(STEPS),
     "list": lambda: list(zip(*cases.random_data(STEPS), strict=True)),
 }
 

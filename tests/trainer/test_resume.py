@@ -13,6 +13,7 @@ import pytest
 import torch
 from grids import parts
 from torch import Tensor, nn
+from training_jobs import Stream
 
 from tbptt_ckpt import TBPTT, ArgumentError, BurnIn, LaneSource, SharedState, TensorSequence
 from tbptt_ckpt.snapshot.disk import Disk
@@ -107,28 +108,6 @@ class Drawing(nn.Module):
         return h, (h, rng, count)
 
 
-class Stream:
-    """A source of unknown length that gives its steps once, in order, and can be resumed."""
-
-    time_dim = 0
-
-    def __init__(self) -> None:
-        self.data = cases.random_data(STEPS)
-        self.position = 0
-
-    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        assert start == self.position, "a stream gives each step once"
-        inputs, targets = (tensor[start:stop] for tensor in self.data)
-        self.position += len(inputs)
-        return inputs, targets
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(5)
     return make().double()
@@ -218,7 +197,7 @@ class Case:
             weight[2:7] = 0
             return TensorSequence(inputs, targets, weight=weight)
         if self.source == "stream":
-            return Stream()
+            return Stream(STEPS)
         if self.source == "lanes":
             steps = TensorSequence(*(torch.cat([t[:, 0], t[:, 1]]) for t in (inputs, targets)))
             lengths = (5, 2, 7, 1, 6, 5)
