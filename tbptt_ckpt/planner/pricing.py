@@ -223,15 +223,13 @@ class PriceBuilder:
             most_left = self._high[advances + 1][depth]
             least_left = self._low[advances + 1][depth]
             least_right = self._low[advances][depth + 1]
+            reaches = steps - least_right >= least_left
             if steps - most_left >= least_right:
                 known.append((self._full_node(False, advances + 1, depth), True))
                 steps, depth = steps - most_left, depth + 1
-            elif steps - least_right >= least_left:
-                known.append((self._full_node(True, advances, depth + 1), False))
-                steps, advances = steps - least_right, advances + 1
-            elif (row := self._row_of_leaves(steps, advances, depth)) is not None:
+            elif not reaches and (row := self._row_of_leaves(steps, advances, depth)) is not None:
                 break
-            elif steps - self._leaves[depth] <= self._high[advances][depth + 1]:
+            elif not reaches and steps - self._leaves[depth] <= self._high[advances][depth + 1]:
                 known.append((self._builder.leaf(self._leaves[depth]), True))
                 steps, depth = steps - self._leaves[depth], depth + 1
             else:
