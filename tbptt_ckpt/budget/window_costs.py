@@ -103,6 +103,8 @@ class WindowCosts:
     def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
         """Costs with the fixed part as it is in a window of some shape."""
         fixed, costs = costs.fixed, self._with_irregular(costs, shape.cuts)
+        if shape.new_steps < shape.num_steps:
+            costs = _cut_at_first_loss(costs, shape.new_steps)
         if not self._promised and request.device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self.optimizer_bytes()
@@ -238,6 +240,19 @@ class WindowCosts:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             return calibrate(request.make_probe(), limits, update, FixedBytes())
+
+
+def _cut_at_first_loss(costs: Costs, num_losses: int) -> Costs:
+    """Costs whose last leaf in time is a segment of so many losses and one before it."""
+    quiet, last = costs.quiet, costs.last_leaf_bytes
+    if quiet is None or quiet.graph is None or last is None:
+        return costs
+    bends = {steps for curve in (quiet.leaf, quiet.graph) for steps, _ in curve.points if steps}
+    whole = {n: last(n) for n in (num_losses, *(steps for steps, _ in last.points))}
+    for steps in {n + num_losses for n in bends} | {n for n in whole if n > num_losses}:
+        parts = quiet.before_losses(steps - num_losses, num_losses, last, makes_gradients=True)
+        whole[steps] = max(last(steps), parts)
+    return replace(costs, last_leaf_bytes=Curve.through(whole.items()))
 
 
 def _nothing(steps: int) -> float:
