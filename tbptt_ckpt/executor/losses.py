@@ -130,14 +130,12 @@ class LossFunction:
                 "module returned None as the output of a step whose loss counts; it may leave "
                 "outputs out only where outputs_needed() is False"
             )
-        looks = losses.looks() or not self._is_usual(targets, count)
-        value, call = self._call(outputs, targets, count, looks=looks)
+        if not losses.looks() and self._is_usual(targets, count):
+            return self._unwatched(outputs, targets, count, share)
+        value, call = self._call(outputs, targets, count)
         if not isinstance(value, Tensor):
             return *_checked_pair(value), 1.0
         _check_scalar(value, "a loss")
-        if self.counting is not None and not looks:
-            is_sum = self.counting.reduction == "sum"
-            return (value, float(count), share) if is_sum else _mean(value, float(count))
         if self.counting is not None and call is None:
             return self._guarded(value, self.counting)
         if self.counting is None or call is None:
@@ -156,16 +154,26 @@ class LossFunction:
         counting = self.counting
         if counting is None or counting.leaf is None:
             return False
-        return tensors_of(targets)[counting.leaf].numel() == counting.unit * count
+        found = targets if isinstance(targets, Tensor) else tensors_of(targets)[counting.leaf]
+        return found.numel() == counting.unit * count
 
-    def _call(
-        self, outputs: Tree, targets: Tree, count: int, *, looks: bool
-    ) -> tuple[Any, TorchCall | None]:
-        """What the loss returns, and, if somebody looks, the call of torch's that made it."""
+    def _unwatched(
+        self, outputs: Tree, targets: Tree, count: int, share: float
+    ) -> tuple[Tensor, float, float]:
+        """`_evaluate` for a call of torch's loss that counts as the one that was looked at."""
+        value = self._checked_kind(self.loss_fn(outputs, targets))
+        _check_scalar(value, "a loss")
+        assert self.counting is not None, "a call was looked at"
+        if self.counting.reduction == "sum":
+            return value, float(count), share
+        return _mean(value, float(count))
+
+    def _call(self, outputs: Tree, targets: Tree, count: int) -> tuple[Any, TorchCall | None]:
+        """What the loss returns, and the call of torch's that made it."""
         if self._returns_pairs is None:
             value, call = self._first_call(outputs, targets)
             self._learn(value, call, count)
-        elif self.counting is not None and looks:
+        elif self.counting is not None:
             with LossCalls(outputs, targets) as calls:
                 value = self.loss_fn(outputs, targets)
             call = calls.made(value)
@@ -173,12 +181,15 @@ class LossFunction:
                 _check_same(self.counting, counting_of(call, count))
         else:
             value, call = self.loss_fn(outputs, targets), None
+        return self._checked_kind(value), call
+
+    def _checked_kind(self, value: Any) -> Any:
         if self._returns_pairs is not None and isinstance(value, Tensor) is self._returns_pairs:
             raise ArgumentError(
                 "loss_fn returned a scalar once and a pair (loss_sum, weight) another time; "
                 "it must always return the same"
             )
-        return value, call
+        return value
 
     def _first_call(self, outputs: Tree, targets: Tree) -> tuple[Any, TorchCall | None]:
         before = torch.get_rng_state()
