@@ -18,7 +18,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
 from tbptt_ckpt.engine.standing import Mark, Standing, load_standing
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, ReplayMismatchError
+from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, ReplayMismatchError, TbpttError
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
@@ -105,6 +105,14 @@ class SequenceRun:
 
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
+        try:
+            return self._run(window)
+        except StopIteration as error:  # it would be taken for the end of the windows
+            raise TbpttError(
+                "module, loss_fn, a hook or the optimizer raised StopIteration; raise another error"
+            ) from error
+
+    def _run(self, window: Window) -> WindowResult:
         begun, parts = time.perf_counter(), self._parts
         parts.updater.deliveries.wrappers.begin()
         weights = parts.weights()

@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
+from tbptt_ckpt.errors import shown
 from tbptt_ckpt.executor.boundary import Boundary, rejoined
 from tbptt_ckpt.executor.guard import InputGuard, WeightGuard, advancing
 from tbptt_ckpt.executor.loss_sum import LossSum
@@ -113,7 +114,11 @@ class WindowPass:
                 if begin != start:
                     state = self.rejoin(begin, state)
                 with self._enter(begin, end, found):
-                    state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
+                    try:
+                        state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)
+                    except Exception as error:
+                        error.add_note(self._described(begin, end))
+                        raise
                 sink.close(begin, end)
                 check_no_hidden_tensors(state)
                 self._arrive(end, state)
@@ -196,6 +201,16 @@ class WindowPass:
         is_again = begin < max(self._reached, self.new_start)
         self._reached = max(self._reached, end)
         return self.runner.counters.paused(is_again)
+
+    def _described(self, begin: int, end: int) -> str:
+        """What ran, for whoever reads an error of the user's module that names no step."""
+        parts = list(narrow_blocks(self.blocks, begin, end))
+        given = ([part.inputs for part in parts], [part.targets for part in parts])
+        inputs, targets = (
+            ", ".join(list(dict.fromkeys(map(shown, tensors_of(tree))))[:4]) or "none"
+            for tree in given
+        )
+        return f"steps [{begin}, {end}) of the sequence ran: inputs {inputs}; targets {targets}"
 
     def _arrive(self, step: int, state: Tree) -> None:
         """Tell of a state the first time a run ends at `step`."""

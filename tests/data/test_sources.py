@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numbered_data import LENGTHS, numbers, several
-from torch import Tensor
+from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, ArraySequence, BurnIn, LaneSource, TensorSequence
+from tbptt_ckpt import (
+    TBPTT,
+    ArgumentError,
+    ArraySequence,
+    BurnIn,
+    LaneSource,
+    TbpttError,
+    TensorSequence,
+)
 from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.data import map_file
 from tbptt_ckpt.data.window_reader import WindowReader
@@ -451,3 +460,42 @@ def test_bad_input_is_named(name: str, tmp_path: Path) -> None:
     act, message = BAD_INPUTS[name]
     with pytest.raises(ArgumentError, match=message):
         act(tmp_path)
+
+
+class Exhausted(nn.Module):
+    """A cell that runs out of something after a few steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.left = nn.RNNCell(3, 4), 9
+
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.left -= 1
+        if not self.left:
+            raise StopIteration
+        h = self.cell(x, h)
+        return h, h
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5)])
+@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+def test_steps_that_do_not_fit_are_named(executor: str, shape: tuple[int, int]) -> None:
+    """In a note to the error, which is torch's own and names none."""
+    steps = [(torch.zeros(2, 3), torch.zeros(2, 4)) for _ in range(12)]
+    steps[9] = (torch.zeros(shape), steps[9][1])
+    module = nn.RNNCell(3, 4)
+    tbptt = TBPTT(module, F.mse_loss, 4, 8, None, strategy="uniform:2", executor=executor)
+    with pytest.raises(RuntimeError) as caught:
+        tbptt.train(iter(steps))
+    (note, *_) = caught.value.__notes__
+    assert note.startswith("steps [8, ")
+    assert str(list(shape)) in note
+
+
+@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+def test_stop_iteration_of_a_module_ends_no_loop(executor: str) -> None:
+    """Whoever iterates over windows would take it for their end."""
+    steps = [(torch.zeros(2, 3), torch.zeros(2, 4)) for _ in range(12)]
+    tbptt = TBPTT(Exhausted(), F.mse_loss, 4, 8, None, executor=executor)
+    with pytest.raises(TbpttError, match="StopIteration"):
+        list(tbptt.windows(steps))
