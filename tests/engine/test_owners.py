@@ -92,8 +92,9 @@ def test_errors_of_the_module_itself_are_its_own() -> None:
         raise RuntimeError("mine")
 
     x, y = data()
-    with pytest.raises(RuntimeError, match=r"^mine$"):
+    with pytest.raises(RuntimeError) as caught:
         TBPTT(step, mse_loss, 4, 8).train(TensorSequence(x, y))
+    assert str(caught.value) == "mine"
 
 
 @pytest.mark.parametrize("module", [nn.Linear(F, H), nn.Sequential(nn.GRU(F, H)), lambda x: x])

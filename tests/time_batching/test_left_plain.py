@@ -169,7 +169,7 @@ def test_auto_leaves_small_operations_alone_bit_for_bit() -> None:
 @pytest.mark.parametrize("value", ["yes", None, 1, 0, "True"])
 def test_a_choice_that_is_none_is_refused(value: object) -> None:
     module, (inputs, targets) = make_cell("gru"), make_data()
-    with pytest.raises(ArgumentError, match=r"time_batching=.*'auto', True or False"):
+    with pytest.raises(ArgumentError, match=r"time_batching=.*True or False or 'auto'"):
         run_window(module, F.mse_loss, inputs, targets, make_state(module), time_batching=value)
 
 
