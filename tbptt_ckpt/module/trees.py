@@ -227,8 +227,12 @@ def checksum(tensor: Tensor) -> int:
     """
     if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    num_bytes = tensor.nbytes
-    return zlib.crc32(_bytes_type(num_bytes).from_address(tensor.data_ptr())) if num_bytes else 0
+    return zlib.crc32(memory_of(tensor)) if tensor.nbytes else 0
+
+
+def memory_of(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a contiguous tensor on the CPU, in place."""
+    return _bytes_type(tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def bytes_of(tensor: Tensor) -> bytes:
