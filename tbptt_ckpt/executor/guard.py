@@ -101,8 +101,9 @@ class GradientWatch:
     def look(self, weights: Sequence[Tensor], owner: object, *, replays: bool) -> None:
         """A window's gradient is complete; `replays` says whether steps of it ran again."""
         lost = [w for w in weights if w.grad is None and w.requires_grad and id(w) in self._had]
-        self._had.update(id(w) for w in weights if w.grad is not None)
-        if not (lost and replays) or self._has_warned or not isinstance(owner, nn.Module):
+        given = [id(w) for w in weights if w.grad is not None]  # none where all losses are constant
+        self._had.update(given)
+        if not (lost and given and replays) or self._has_warned or not isinstance(owner, nn.Module):
             return
         named = ((name, w) for name, w in owner.named_parameters() for other in lost if w is other)
         for name, _ in islice(named, 1):  # of others nobody knows when they have one

@@ -10,7 +10,8 @@ from cases import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from tbptt_ckpt import TBPTT, TensorSequence, run_window
+from tbptt_ckpt import TBPTT, TbpttWarning, TensorSequence, run_window
+from tbptt_ckpt.executor.guard import GradientWatch
 
 NUM_STEPS, LANES, WIDTH = 12, 2, 5
 
@@ -71,3 +72,17 @@ def test_windows_that_update_see_their_own_weights() -> None:
     with parametrize.cached():
         train(module, "uniform:2")
     assert relative_error(list(module.parameters()), list(plain.parameters())) <= 1e-12
+
+
+def test_a_window_of_constant_losses_has_lost_no_gradient() -> None:
+    """Such as one whose targets all come before the steps that it differentiates."""
+    module, watch = cell("gru"), GradientWatch()
+    weights = list(module.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    watch.look(weights, module, replays=True)
+    module.zero_grad()
+    watch.look(weights, module, replays=True)
+    weights[0].grad = torch.ones_like(weights[0])
+    with pytest.warns(TbpttWarning, match="got no gradient in a window, and had one before"):
+        watch.look(weights, module, replays=True)
