@@ -85,7 +85,7 @@ def fingerprint(state: Tree, *, sketched: bool, in_half: bool) -> Fingerprint:
     if not sketched:
         return Fingerprint([_bits(t) for t in tensors], [0.0] * len(tensors), _rest(state, tensors))
     near = [_tolerances(t, in_half)[0] for t in tensors]
-    return Fingerprint([_sketch(t) for t in tensors], near, _rest(state, tensors))
+    return Fingerprint(_sketches(tensors), near, _rest(state, tensors))
 
 
 def read(prints: Sequence[Fingerprint]) -> list[Fingerprint]:
@@ -147,6 +147,11 @@ def _bits(tensor: Tensor) -> Any:
     return words.view(wide).sum(dtype=torch.int64) % (1 << 52)
 
 
+@np.errstate(invalid="ignore", over="ignore")
+def _sketches(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_sketch(tensor) for tensor in tensors]
+
+
 def _sketch(tensor: Tensor) -> Any:
     """Random projections of a tensor; the bits of one that is not of floating numbers."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or not tensor.numel():
@@ -157,13 +162,12 @@ def _sketch(tensor: Tensor) -> Any:
     return _projections(tensor.detach()) if is_differentiable(tensor) else _bits(tensor)
 
 
-@np.errstate(invalid="ignore", over="ignore")
 def _projections_in_place(tensor: Tensor) -> list[float]:
     """`_projections` where the values lie: cold, an operation of torch's takes 40 us."""
     values = np.frombuffer(memoryview(memory_of(tensor)), _NUMPYS[tensor.dtype])
     height, width, rows, columns = _directions_of(values.size, tensor.dtype)
     grid = values[: height * width].reshape(height, width)
-    projections = (grid @ columns * rows).sum(0)
+    projections = np.add.reduce(grid @ columns * rows)
     if left := values.size - height * width:
         projections += values[-left:] @ columns[:left]
     found: list[float] = projections.tolist()
