@@ -38,13 +38,12 @@ class Scorecard:
     peak_bytes: int = 0  # of the metered window; 0 before it has run
     metered: tuple[int, ...] = ()  # its index, start, new_start and stop
     weights_file: str = ""  # digest of a file of --save that this run has written
+    ran_out: bool = False  # of memory, now and then, and trained on with less
 
     @property
     def metered_window(self) -> Window:
         """The window whose memory was measured."""
         return Window(*self.metered)
-
-    ran_out: bool = False  # of memory, now and then, and trained on with less
 
     def on_notice(self, event: Notice) -> None:
         """Note that memory was missing."""
