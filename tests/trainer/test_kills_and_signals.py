@@ -254,10 +254,11 @@ class TestSignals:
     def test_a_second_one_ends_the_process_at_once(
         self, tmp_path: Path, injected: Injected
     ) -> None:
-        with Child(tmp_path, 0.5) as child:  # a window takes seconds
+        with Child(tmp_path, 1.0) as child:  # a window takes seconds
             child.wait_for_steps(1)
             child.send(signal.SIGTERM)
-            time.sleep(0.2)
+            # Seen by the next step: of two that wait Python takes the smaller number first.
+            child.wait_for_steps(1)
             assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
             child.send(signal.SIGINT)
             assert child.code() == 130
