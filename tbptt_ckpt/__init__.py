@@ -37,17 +37,7 @@ if TYPE_CHECKING:
     from tbptt_ckpt.module import outputs_needed
     from tbptt_ckpt.planner import plan
     from tbptt_ckpt.profiling import profile_strategies, profile_window
-    from tbptt_ckpt.schedule import (
-        Costs,
-        Plan,
-        Retain,
-        Revolve,
-        Sqrt,
-        Step,
-        Uniform,
-        simulate,
-        tbptt_windows,
-    )
+    from tbptt_ckpt.schedule import Costs, Plan, Revolve, Uniform, simulate, tbptt_windows
     from tbptt_ckpt.trainer import NonFinite, OutOfMemory, Snapshots, Trainer
 
 __all__ = [
@@ -63,15 +53,12 @@ __all__ = [
     "OutOfMemory",
     "OutOfMemoryError",
     "Plan",
-    "Retain",
     "Revolve",
     "ScheduleError",
     "SharedState",
     "SnapshotError",
     "Snapshots",
-    "Sqrt",
     "StaleWeightsError",
-    "Step",
     "TbpttError",
     "TbpttWarning",
     "TensorSequence",

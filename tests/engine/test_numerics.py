@@ -39,7 +39,8 @@ from cases import (
 from grids import covering
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, Revolve, Sqrt, Step, TensorSequence, Uniform, run_window, unroll
+from tbptt_ckpt import TBPTT, Revolve, TensorSequence, Uniform, run_window, unroll
+from tbptt_ckpt.schedule import Sqrt, Step
 
 NUM_STEPS, K1, K2 = 13, 3, 8
 EVERY_STRATEGY = (*STRATEGIES, "auto", "uniform:5", "uniform:100", "revolve:7")
