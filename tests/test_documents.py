@@ -1,0 +1,98 @@
+"""README and the pages under `docs/`: their code runs as it is written, their links lead somewhere.
+
+A page is one program: its blocks run in their order, in an empty folder. What a reader need not see
+stands before them in a comment that begins with `<!-- python`. Sections of `STAND_ALONE` pages are
+programs of their own, since readers copy one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md")
+)
+STAND_ALONE = {Path("docs/recipes.md")}
+_BLOCK = re.compile(r"^(?:<!-- python|```python)\n(.*?)\n(?:-->|```)$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[(?:[^]\[]|\[[^]]*\])*\]\(([^)\s]+)\)")
+
+
+def programs() -> Iterator[pytest.ParameterSet]:
+    """Every page with code, or every section of it, line numbers as in the page."""
+    for page in PAGES:
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        heads = [n for n, line in enumerate(lines) if line.startswith("## ")]
+        starts = [0, *heads] if page in STAND_ALONE else [0]
+        for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
+            if code := program("\n".join(lines[start:stop]), start):
+                yield pytest.param(page, code, id=f"{page}:{start + 1}")
+
+
+def program(text: str, start: int = 0) -> str:
+    """The code of a text that begins after `start` lines, every line of it where it stands."""
+    code = [""] * (start + text.count("\n") + 1)
+    for block in _BLOCK.finditer(text):
+        first = start + text[: block.start(1)].count("\n")
+        found = block[1].split("\n")
+        code[first : first + len(found)] = found
+    return "\n".join(code).rstrip()
+
+
+@pytest.mark.parametrize(("page", "code"), list(programs()))
+def test_code_runs_as_written(
+    page: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, str(ROOT / page), "exec"), {"__name__": "__main__"})
+
+
+def test_hidden_and_shown_code_is_found_and_other_code_is_not() -> None:
+    text = "a\n<!-- python\nx = 1\n-->\n\n```sh\nls\n```\n```python\ny = x\n```\n<!-- b -->"
+    assert program(text, 2) == "\n" * 4 + "x = 1" + "\n" * 7 + "y = x"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert not dead_links(page, (ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_a_dead_link_is_found() -> None:
+    text = (
+        "[a](README.md) [b](docs/no.md) [c](#none) [![d](docs/no.png)](docs/planning.md#references)"
+    )
+    found = ["docs/no.md", "#none", "docs/no.png"]
+    assert sorted(dead_links(Path("README.md"), text)) == sorted(found)
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """Relative links of a page to a file, or to a heading of it, that is not there."""
+    found = []
+    for link in _links(text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        names = anchors(target.read_text("utf-8")) if anchor and target.is_file() else {""}
+        if not target.exists() or anchor not in names:
+            found.append(link)
+    return found
+
+
+def _links(text: str) -> Iterator[str]:
+    without_code = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    for picture in (r"!\[[^]]*\]\(([^)\s]+)\)", _LINK):
+        for link in re.findall(picture, without_code):
+            if not link.startswith(("http://", "https://", "mailto:")):
+                yield link
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which the headings of a page are linked to."""
+    heads = re.findall(r"^#{1,6} +(.*?) *$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
