@@ -81,6 +81,10 @@ def check_path(name: str, value: object, alternative: str | None = None) -> None
         raise refused(name, value, "a path that a file system can have", alternative)
 
 
+def checked_where_used(name: str, value: object, alternative: str | None = None) -> None:
+    """Nothing is raised here: what uses the value has more to say about it."""
+
+
 # Kinds of arguments: a type, and what raises for values that the type alone does not tell.
 PositiveInt = Annotated[int, check_positive_int]
 Dimension = Annotated[int, check_dimension]

@@ -60,7 +60,14 @@ from tbptt_ckpt.profiling import (
     pareto_front,
     with_baselines,
 )
-from tbptt_ckpt.schedule import Curve, Differentiate, FixedBytes, Plan, Schedule
+from tbptt_ckpt.schedule import (
+    Curve,
+    Differentiate,
+    FixedBytes,
+    Plan,
+    Schedule,
+    parse_strategy,
+)
 from tbptt_ckpt.snapshot import SnapshotStore
 from tbptt_ckpt.time_batching import TimeBatching
 from tbptt_ckpt.trainer import JsonLines
@@ -250,6 +257,7 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "Uniform": lambda: (Uniform, {"leaf_steps": 2}),
         "Revolve": lambda: (Revolve, {"num_states": 2}),
         "Schedule": lambda: _on(Schedule, list, make_actions=lambda: iter(()), length=0),
+        "parse_strategy": lambda: (parse_strategy, {"strategy": "sqrt"}),
         "simulate": lambda: (simulate, {"schedule": [Differentiate(0, 4)], "costs": costs()}),
         "tbptt_windows": lambda: (tbptt_windows, {"num_steps": 4, "k1": 2, "k2": 4}),
         "plan": lambda: (plan, {"num_steps": 4, "costs": costs()}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -72,3 +73,11 @@ def parse_budget(given: object) -> Amount | None:
     if num_bytes < 1:
         raise ArgumentError(f"memory_budget={shown(given)} must be at least one byte")
     return Amount(given, num_bytes, 1.0)
+
+
+def check_budget(name: str, value: object, alternative: str | None = None) -> None:
+    """Raise `ArgumentError` unless `value` can be read as a budget."""
+    parse_budget(value)
+
+
+MemoryBudget = Annotated[int | float | str | None, check_budget]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from tbptt_ckpt.arguments import checked_where_used
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
@@ -37,6 +38,10 @@ class Source(Protocol):
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Inputs and targets (or None) of the steps `[start, stop)`."""
         ...
+
+
+# What is trained on.
+Steps = Annotated[Source | Iterable[tuple[Any, Any]], checked_where_used]
 
 
 def for_module(source: Any, recurrence: Recurrence) -> Any:

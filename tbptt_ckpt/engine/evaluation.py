@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.executor.losses import LossFunction
@@ -44,7 +45,7 @@ class Evaluation:
 def evaluate(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
-    sequence: object,
+    sequence: Steps,
     init_state: Any = None,
     *,
     segment_steps: PositiveInt = 64,

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, check_fields
-from tbptt_ckpt.budget.amount import Amount, parse_budget
+from tbptt_ckpt.budget.amount import Amount, MemoryBudget, parse_budget
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.strategies import Strategy, parse_strategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, Strategy, parse_strategy
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
@@ -35,8 +35,8 @@ class Options:
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
     overlap: Overlap = "refresh"
-    strategy: object = "auto"
-    memory_budget: object = None
+    strategy: AnyStrategy = "auto"
+    memory_budget: MemoryBudget = None
     executor: ExecutorName | Executor = "replay"
     time_batching: TimeBatchingChoice = "auto"
     per_step: bool | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,12 @@ from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
-from tbptt_ckpt.schedule.strategies import parse_strategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, parse_strategy
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
+
+X = TypeVar("X")  # inputs
+Y = TypeVar("Y")  # outputs
+S = TypeVar("S")  # states
 
 
 @checked
@@ -40,7 +44,7 @@ def run_window(
     init_state: Any = None,
     *,
     weight: Tensor | None = None,
-    strategy: object = "auto",
+    strategy: AnyStrategy = "auto",
     executor: ExecutorName | Executor = "replay",
     time_batching: TimeBatchingChoice = "auto",
     reduction: Reduction = "mean",
@@ -96,16 +100,16 @@ def run_window(
 
 @checked
 def unroll(
-    module: Callable[..., Any],
-    inputs: Any,
-    init_state: Any = None,
+    module: Callable[[X, S], tuple[Y, S]],
+    inputs: X,
+    init_state: S | None = None,
     *,
-    strategy: object = "auto",
+    strategy: AnyStrategy = "auto",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
     context_fn: ContextFn = noop_context_fn,
-) -> tuple[Any, Any]:
+) -> tuple[Y, S]:
     """Run a module over a sequence so that the result can be differentiated in little memory.
 
     Segments are recomputed in the backward, nested as the strategy says. All outputs are

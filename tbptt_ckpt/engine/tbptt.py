@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, checked
+from tbptt_ckpt.budget.amount import MemoryBudget
+from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
 from tbptt_ckpt.engine.options import (
@@ -27,7 +29,9 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim, recognise
 from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.strategies import AnyStrategy
 from tbptt_ckpt.time_batching.policy import BatchedOperation, TimeBatchingChoice
+from tbptt_ckpt.updates.updater import AnyOptimizer
 
 
 class TBPTT:
@@ -112,13 +116,13 @@ class TBPTT:
         loss_fn: Callable[[Any, Any], Any],
         k1: PositiveInt,
         k2: PositiveInt | None,
-        optimizer: Any = None,
+        optimizer: AnyOptimizer | None = None,
         *,
         loss: LossSteps = "new",
         reduction: Reduction = "mean",
         overlap: Overlap = "refresh",
-        strategy: object = "auto",
-        memory_budget: object = None,
+        strategy: AnyStrategy = "auto",
+        memory_budget: MemoryBudget = None,
         executor: ExecutorName | Executor = "replay",
         time_batching: TimeBatchingChoice = "auto",
         per_step: bool | None = None,
@@ -164,7 +168,7 @@ class TBPTT:
         """What time batching has done so far, and what it left to the plain operation and why."""
         return self._parts.runner.time_batching.report()
 
-    def train(self, sequence: object, init_state: Any = None) -> TrainResult:
+    def train(self, sequence: Steps, init_state: Any = None) -> TrainResult:
         """Run a whole sequence, one update per window.
 
         Args:
@@ -187,7 +191,7 @@ class TBPTT:
             pass
         return run.result()
 
-    def windows(self, sequence: object, init_state: Any = None) -> Iterator[WindowResult]:
+    def windows(self, sequence: Steps, init_state: Any = None) -> Iterator[WindowResult]:
         """Run a sequence one window at a time; arguments and errors as for `train`.
 
         When a window is yielded the optimizer has stepped and `.grad` still holds the
@@ -199,7 +203,7 @@ class TBPTT:
 
     @checked
     def evaluate(
-        self, sequence: object, init_state: Any = None, *, segment_steps: PositiveInt = 64
+        self, sequence: Steps, init_state: Any = None, *, segment_steps: PositiveInt = 64
     ) -> Evaluation:
         """Mean loss of a sequence, as the function `evaluate` gives it.
 
@@ -217,7 +221,7 @@ class TBPTT:
         loss_function = LossFunction(parts.loss_function.loss_fn)
         return run_evaluation(parts.runner, loss_function, sequence, init_state, segment_steps)
 
-    def _start(self, sequence: object, init_state: Any) -> SequenceRun:
+    def _start(self, sequence: Steps, init_state: Any) -> SequenceRun:
         check_differentiable(self._parts.recurrence.module)
         watch = FiniteLoss() if self._options.check_finite else UNOBSERVED
         return SequenceRun(self._options, self._parts, sequence, init_state, watch)

@@ -29,6 +29,7 @@ from tbptt_ckpt.module.recurrence import (
     time_of,
 )
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
+from tbptt_ckpt.schedule.strategies import AnyStrategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,7 @@ def verify(
     targets: Any,
     init_state: Any = None,
     *,
-    strategy: object = "auto",
+    strategy: AnyStrategy = "auto",
     executor: ExecutorName | Executor = "replay",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,

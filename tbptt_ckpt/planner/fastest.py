@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Final
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, shown
@@ -30,9 +31,9 @@ from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.nesting import Nesting
 from tbptt_ckpt.schedule.plan import Block, Plan, PredictedPlan, plan_window, run_length_coded
 from tbptt_ckpt.schedule.simulator import simulate
-from tbptt_ckpt.schedule.strategies import Retain, parse_strategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, Retain, parse_strategy
 
-OPTIMAL = "optimal"
+OPTIMAL: Final = "optimal"
 
 _MOST_MADE = 32  # plans for one window; two to eight are usual
 
@@ -43,7 +44,7 @@ def plan(
     costs: Costs,
     *,
     budget_bytes: PositiveInt | None = None,
-    strategy: object = OPTIMAL,
+    strategy: AnyStrategy = OPTIMAL,
     new_steps: Dimension | None = None,
     joints: Sequence[int] = (),
     recorded_states: Dimension = 0,

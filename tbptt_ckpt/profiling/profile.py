@@ -16,6 +16,7 @@ from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
 from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.schedule.strategies import AnyStrategy
 
 # Those whose schedule follows from the arguments alone, so that their peaks repeat to the byte.
 # What `auto` chooses depends on measured times.
@@ -34,7 +35,7 @@ def profile_window(
     k1: int,
     k2: int,
     optimizer: Any = None,
-    strategy: object = "auto",
+    strategy: AnyStrategy = "auto",
     memory_budget: int | str | None = None,
     overlap: str = "refresh",
     executor: str = "replay",

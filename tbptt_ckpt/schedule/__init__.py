@@ -5,7 +5,7 @@ from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
-from tbptt_ckpt.schedule.strategies import Retain, Revolve, Sqrt, Step, Uniform
+from tbptt_ckpt.schedule.strategies import Retain, Revolve, Sqrt, Step, Uniform, parse_strategy
 from tbptt_ckpt.schedule.windows import Window, tbptt_windows
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Step",
     "Uniform",
     "Window",
+    "parse_strategy",
     "simulate",
     "tbptt_windows",
 ]

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, get_args, runtime_checkable
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
 from tbptt_ckpt.errors import ArgumentError, ScheduleError, shown
@@ -239,13 +239,9 @@ class UserFunction:
         return "user schedule"
 
 
-_NAMED: dict[str, Callable[[], Strategy]] = {
-    "auto": Auto,
-    "optimal": Optimal,
-    "retain": Retain,
-    "sqrt": Sqrt,
-    "step": Step,
-}
+StrategyName = Literal["auto", "optimal", "retain", "sqrt", "step"]
+_MADE: tuple[Callable[[], Strategy], ...] = (Auto, Optimal, Retain, Sqrt, Step)
+_NAMED: dict[str, Callable[[], Strategy]] = dict(zip(get_args(StrategyName), _MADE, strict=True))
 _NUMBERED: dict[str, Callable[[int], Strategy]] = {"uniform": Uniform, "revolve": Revolve}
 
 
@@ -270,8 +266,8 @@ def parse_strategy(strategy: object) -> Strategy:
 
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _WHAT_WORKS = (
-    "one of 'auto', 'optimal', 'retain', 'sqrt', 'step', 'uniform:LENGTH', 'revolve:STATES', "
-    "an object such as Uniform(32), a list of actions, or a function of (start, stop)"
+    f"one of {', '.join(map(repr, _NAMED))}, 'uniform:LENGTH', 'revolve:STATES', an object"
+    " such as Uniform(32), a list of actions, or a function of (start, stop)"
 )
 
 
@@ -282,3 +278,16 @@ def _parse_name(text: str) -> Strategy:
     if name in _NUMBERED and _NUMBER.fullmatch(number):
         return _NUMBERED[name](int(number))
     raise ArgumentError(f"strategy={shown(text)} is not {_WHAT_WORKS}")
+
+
+def check_strategy(name: str, value: object, alternative: str | None = None) -> None:
+    """Raise `ArgumentError` unless `value` can be read as a strategy."""
+    parse_strategy(value)
+
+
+# Text with a number ("uniform:32") is read too, but no checker can tell it from a misspelt name:
+# it is for files and command lines, `Uniform(32)` for code.
+AnyStrategy = Annotated[
+    StrategyName | Strategy | Sequence[Action] | Callable[[int, int], Sequence[Action]],
+    check_strategy,
+]

@@ -6,12 +6,13 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from tbptt_ckpt.arguments import checked_where_used
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
-from tbptt_ckpt.data.source import Source, for_module
+from tbptt_ckpt.data.source import Source, Steps, for_module
 from tbptt_ckpt.data.steps import length_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
@@ -21,6 +22,9 @@ from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.learning_state import restored_state
 from tbptt_ckpt.trainer.sample import sampled
+
+# What a trainer reads pass by pass.
+StepsOfPasses = Annotated[Steps | Callable[[int], Steps], checked_where_used]
 
 
 class Passes:

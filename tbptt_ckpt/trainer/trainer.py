@@ -22,7 +22,7 @@ from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
-from tbptt_ckpt.trainer.passes import Passes, PlanObserver
+from tbptt_ckpt.trainer.passes import Passes, PlanObserver, StepsOfPasses
 from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult, out_of
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.recovery import Recovery
@@ -68,7 +68,7 @@ class Trainer:
     def __init__(
         self,
         tbptt: TBPTT,
-        source: Any,
+        source: StepsOfPasses,
         *,
         init_state: Any = None,
         epochs: PositiveInt | None = 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
+
+
+class AnyOptimizer(Protocol):
+    """One of torch's, or what another library wraps it in."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Its parameters, with their hyper-parameters."""
+
+    def step(self) -> Any:
+        """Update them."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget their gradients."""
 
 
 class UpdateWatch:

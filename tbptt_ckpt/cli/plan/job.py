@@ -24,6 +24,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.planner.ladder import Rung, budget_ladder
 from tbptt_ckpt.schedule import FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
+from tbptt_ckpt.schedule.strategies import parse_strategy
 
 MEASURED_STEPS = 256
 
@@ -48,7 +49,12 @@ def run_planning_job(config: PlanningConfig) -> PlanningOutcome:
         config=config,
         what=what,
         costs=costs,
-        plan=plan_steps(config.steps, costs, budget_bytes=config.budget, strategy=config.strategy),
+        plan=plan_steps(
+            config.steps,
+            costs,
+            budget_bytes=config.budget,
+            strategy=parse_strategy(config.strategy),
+        ),
         retained=plan_steps(config.steps, costs, strategy="retain"),
         ladder=budget_ladder(config.steps, costs),
     )
