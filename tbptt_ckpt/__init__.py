@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tbptt_ckpt.memory import peak_memory
     from tbptt_ckpt.module import outputs_needed
     from tbptt_ckpt.planner import plan
-    from tbptt_ckpt.profiling import profile_strategies, profile_window
+    from tbptt_ckpt.profiling import Workload, profile_strategies, profile_window
     from tbptt_ckpt.schedule import Costs, Plan, Revolve, Uniform, simulate, tbptt_windows
     from tbptt_ckpt.trainer import NonFinite, OutOfMemory, Snapshots, Trainer
 
@@ -66,6 +66,7 @@ __all__ = [
     "Trainer",
     "Uniform",
     "WindowResult",
+    "Workload",
     "evaluate",
     "measure_costs",
     "outputs_needed",

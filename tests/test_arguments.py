@@ -33,7 +33,7 @@ NOT_CALLED = {
     *("Simulation", "SnapshotReport", "SnapshotWarning", "Source", "Sqrt", "Step"),
     *("TensorBoard", "TrainResult", "TrainerResult", "TrainingStopped"),
     *("UpdateEvent", "Verification", "Window", "WindowEvent", "WindowFigures", "WindowResult"),
-    *("Workload", "outputs_needed", "rss_bytes", "sweep"),
+    *("outputs_needed", "rss_bytes", "sweep"),
 }
 # What a user's own function or class raises is the user's.
 OWN = {

@@ -56,7 +56,7 @@ from tbptt_ckpt.profiling import (
     Configuration,
     MemoryReport,
     StrategyReport,
-    Work,
+    Workload,
     pareto_front,
     with_baselines,
 )
@@ -231,9 +231,9 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             {"configurations": [Configuration(strategy="sqrt", k1=2, k2=4)]},
         ),
         "pareto_front": lambda: (pareto_front, {"rows": ()}),
-        "Work": lambda: (
-            Work,
-            {"module": module(), "loss_fn": F.mse_loss, "source": sequence(), "options": {}},
+        "Workload": lambda: (
+            Workload,
+            {"module": module(), "loss_fn": F.mse_loss, "source": sequence()},
         ),
         "ArraySequence": lambda: _on(ArraySequence, read, inputs=rows, targets=rows),
         "TensorSequence": lambda: _on(TensorSequence, read, inputs=rows, targets=rows),

@@ -5,7 +5,7 @@ from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.profile import profile_strategies, profile_window
 from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, pareto_front
 from tbptt_ckpt.profiling.sweep import Progress, sweep, with_baselines
-from tbptt_ckpt.profiling.work import Work, Workload
+from tbptt_ckpt.profiling.workload import Workload
 
 __all__ = [
     "Configuration",
@@ -14,7 +14,6 @@ __all__ = [
     "ProfileError",
     "Progress",
     "StrategyReport",
-    "Work",
     "Workload",
     "pareto_front",
     "profile_strategies",

@@ -18,10 +18,10 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration, bench_error
-from tbptt_ckpt.profiling.predicting import measure_work, predict, with_predictions
+from tbptt_ckpt.profiling.predicting import measure_workload, predict, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
-from tbptt_ckpt.profiling.work import EndlessSource, Work
+from tbptt_ckpt.profiling.workload import EndlessSource, Workload
 from tbptt_ckpt.schedule.simulator import Simulation
 
 # The first update makes the optimizer's state and the second finds it warm.
@@ -40,7 +40,9 @@ class WindowBench:
     has tensors on the device, so that its own count of live bytes can be trusted.
     """
 
-    def __init__(self, work: Work, configuration: Configuration, *, alone: bool = False) -> None:
+    def __init__(
+        self, work: Workload, configuration: Configuration, *, alone: bool = False
+    ) -> None:
         self._work, self._configuration, self._alone = work, configuration, alone
         self._device = work.device
         k1, k2 = configuration.k1, configuration.k2
@@ -85,7 +87,8 @@ class WindowBench:
         """One warm window under the meter, and what short segments predict for it."""
         self._running = None
         gc.collect()
-        costs = measure_work(self._work, self._engine.parts, self._configuration)
+        reach = self._configuration.k1, self._configuration.k2
+        costs = measure_workload(self._work, self._engine.parts, *reach)
         window, meter, before_bytes = self._metered_window()
         only_last = self._work.has_only_last_loss
         predicted = predict(window, costs, self._configuration, only_last=only_last)
@@ -169,7 +172,7 @@ class WindowBench:
 class BenchHere:
     """A `WindowBench` in this process, on copies; what is copied stays as it is."""
 
-    def __init__(self, work: Work, configuration: Configuration) -> None:
+    def __init__(self, work: Workload, configuration: Configuration) -> None:
         self._work, self._configuration = work, configuration
         self._bench: WindowBench | None = None
 

@@ -14,7 +14,7 @@ from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import live_storages
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.workload import Workload
 from tbptt_ckpt.schedule.windows import Window, WindowSequence
 
 # Windows retained to predict what a longer one would take, so that measuring it is safe.
@@ -26,7 +26,7 @@ _FREE_FRACTION = 0.5
 T = TypeVar("T")
 
 
-def metered(work: Work, act: Callable[[], T]) -> tuple[T, int]:
+def metered(work: Workload, act: Callable[[], T]) -> tuple[T, int]:
     """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile."""
     device = work.device
     if device.type == "cpu":
@@ -50,7 +50,7 @@ def fullest_window(windows: WindowSequence) -> int:
     return max(indices, key=lambda i: (windows[i].stop - windows[i].first, i >= 2, -i))
 
 
-def retained_peak(work: Work, window: Window) -> tuple[int | None, bool]:
+def retained_peak(work: Workload, window: Window) -> tuple[int | None, bool]:
     """Peak bytes of a window, its loss and update with everything retained, and if measured.
 
     It is run on copies, from the first state. The peak is None where the module cannot be
@@ -70,7 +70,7 @@ def retained_peak(work: Work, window: Window) -> tuple[int | None, bool]:
     return None, False
 
 
-def _retained_peak(work: Work, window: Window) -> tuple[int, bool]:
+def _retained_peak(work: Workload, window: Window) -> tuple[int, bool]:
     steps = window.stop - window.first
     if steps > _PROBE_STEPS[1]:
         short, longer = (_measure(work, window, num_steps) for num_steps in _PROBE_STEPS)
@@ -81,7 +81,7 @@ def _retained_peak(work: Work, window: Window) -> tuple[int, bool]:
     return _measure(work, window, steps), True
 
 
-def _measure(work: Work, window: Window, num_steps: int) -> int:
+def _measure(work: Workload, window: Window, num_steps: int) -> int:
     """Peak of the window's last `num_steps` steps, all its proportions kept."""
     share = num_steps / (window.stop - window.first)
     new_steps = max(1, round((window.stop - window.new_start) * share))

@@ -12,6 +12,7 @@ from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock
+from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.executor.boundary import Boundary
@@ -20,7 +21,7 @@ from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.report import ActionSpan
-from tbptt_ckpt.profiling.work import EndlessSource, Work
+from tbptt_ckpt.profiling.workload import EndlessSource, Workload
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
 from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
@@ -28,12 +29,13 @@ from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
 _SECONDS = 0.6
 
 
-def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Costs:
+def measure_workload(
+    work: Workload, parts: Parts, k1: int, k2: int, max_seconds: float = _SECONDS
+) -> Costs:
     """Run short segments of the work as its windows run them.
 
     Its gradients are left as they are; `parts` are those of the engine that runs its windows.
     """
-    k1, k2 = configuration.k1, configuration.k2
     inputs, targets = EndlessSource(work.source, 0).read(0, k2)
     time_dim = getattr(work.source, "time_dim", 0)
     tensors = [*parts.parameters, *tensors_of(work.init_state), *tensors_of(inputs)]
@@ -50,13 +52,13 @@ def measure_work(work: Work, parts: Parts, configuration: Configuration) -> Cost
         first=0,
         stop=k2,
         loss_start=k2 - (1 if work.has_only_last_loss else min(k1, k2)),
-        boundary=Boundary(0, work.init_state, found),
+        boundary=Boundary(0, for_lanes(work.init_state, parts.runner.recurrence.lane_dim), found),
     )
     fixed = FixedBytes(
         weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / k2
     )
     with parts.updater.deliveries.of(parts.parameters):  # of nothing: no hook runs
-        costs = calibrate(probe, Limits(k2, _SECONDS), update_bytes(parts.updater), fixed)
+        costs = calibrate(probe, Limits(k2, max_seconds), update_bytes(parts.updater), fixed)
     if not costs.ambient_bytes:  # else each state has its own
         noted = tensor_bytes(*owners, found) - tensor_bytes(*owners)
         costs = replace(costs, fixed=replace(costs.fixed, other=noted))

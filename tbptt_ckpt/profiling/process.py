@@ -17,29 +17,30 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, bench_error
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY
-from tbptt_ckpt.profiling.work import Workload
+from tbptt_ckpt.profiling.workload import Workload
 
 _PATIENCE_SECONDS = 10.0
 
 T = TypeVar("T")
+MakeWorkload = Callable[[], Workload]
 
 
 class ProcessBench:
     """A `WindowBench` in a fresh process.
 
     Args:
-        workload: Made in that process.
+        make: Makes the workload in that process, the same every time; it can be pickled.
         configuration: The row.
 
     Raises:
         ArgumentError: A workload that cannot be sent to another process.
     """
 
-    def __init__(self, workload: Workload, configuration: Configuration) -> None:
+    def __init__(self, make: MakeWorkload, configuration: Configuration) -> None:
         # Pickled here: torch's own way through a pipe would put tensors in shared memory,
         # which the tensor allocator does not count.
         try:
-            pickled = pickle.dumps(workload)
+            pickled = pickle.dumps(make)
         except Exception as error:  # whatever the user's __reduce__ raises
             raise ArgumentError(
                 f"the module, its loss, data or optimizer cannot be sent to a fresh process "
@@ -101,7 +102,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
             return
         try:
             if bench is None:
-                work = pickle.loads(pickled_workload).build()
+                work = pickle.loads(pickled_workload)()
                 bench = WindowBench(work, configuration, alone=True)
             answer = request(bench)
         except Exception as error:

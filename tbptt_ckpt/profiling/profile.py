@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
-from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, shown
-from tbptt_ckpt.module.recurrence import recognise, time_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.workload import Workload
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 
 # Those whose schedule follows from the arguments alone, so that their peaks repeat to the byte.
@@ -149,7 +148,7 @@ def profile_strategies(
 
     def open_bench(configuration: Configuration) -> AbstractContextManager[Bench]:
         if fresh_processes:
-            return ProcessBench(work, configuration)
+            return ProcessBench(partial(_itself, work), configuration)
         return nullcontext(BenchHere(work, configuration))
 
     return sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
@@ -165,24 +164,29 @@ def make_work(
     per_step: bool | None,
     time_dim: int | None,
     options: dict[str, Any],
-) -> Work:
+) -> Workload:
     """The work that these arguments describe."""
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise ArgumentError(
             f"{unknown[0]}={shown(options[unknown[0]])} is not an argument of a profile"
         )
-    time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
-    if targets is None:
-        raise ArgumentError("targets=None leaves nothing to differentiate")
-    return Work(
+    return Workload(
         module=module,
         loss_fn=loss_fn,
-        source=TensorSequence(inputs, targets, time_dim=time_dim),
+        inputs=inputs,
+        targets=targets,
         init_state=init_state,
         optimizer=optimizer,
-        options={**options, "per_step": per_step, "time_dim": recurrence.time_dim},
+        per_step=per_step,
+        time_dim=time_dim,
+        **options,
     )
+
+
+def _itself(work: Workload) -> Workload:
+    """What exists already, in a process that it is sent to."""
+    return work
 
 
 def _several(given: int | Sequence[int]) -> Sequence[int]:

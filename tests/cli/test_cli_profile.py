@@ -277,12 +277,12 @@ def test_without_asking_there_is_no_traceback(models, capfd):
 class Killed:
     """Work whose making is the death of the process, as it is when memory runs out."""
 
-    def build(self):
+    def __call__(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Quitting:
-    def build(self):
+    def __call__(self):
         os._exit(3)
 
 
@@ -343,19 +343,18 @@ REGION = """
     from tbptt_ckpt import TensorSequence
     from tbptt_ckpt.profiling.bench import WindowBench
     from tbptt_ckpt.profiling.configuration import Configuration
-    from tbptt_ckpt.profiling.work import Work
+    from tbptt_ckpt.profiling.workload import Workload
 
     torch.manual_seed(0)
     data = TensorSequence(torch.randn(16, 192, 64), torch.randn(16, 192, 128))
 
     def bench(strategy):
         module = nn.LSTMCell(64, 128)
-        work = Work(
+        work = Workload(
             module=module,
             loss_fn=nn.functional.mse_loss,
             source=data,
             optimizer=torch.optim.Adam(module.parameters()),
-            options={},
         )
         return WindowBench(work, Configuration(strategy=strategy, k1=16, k2=64))
 

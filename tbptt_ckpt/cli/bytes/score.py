@@ -16,7 +16,7 @@ from tbptt_ckpt.cli.bytes.corpus import ByteArray, ByteLanes
 from tbptt_ckpt.cli.bytes.models import VOCAB_SIZE, initial_state, is_per_step
 from tbptt_ckpt.cli.devices import autocast_dtype
 from tbptt_ckpt.data.source import check_mapped
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.workload import Workload
 
 NATS_PER_BIT = math.log(2.0)
 CLIP_GRAD_NORM = 1.0
@@ -36,19 +36,17 @@ def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def byte_work(
     module: nn.Module, source: ByteLanes, *, lr: float, dtype: str, init_state: Any = None
-) -> Work:
+) -> Workload:
     """What `TBPTT` is given for a byte-level model, choices of windows and plans aside."""
-    return Work(
+    return Workload(
         module=module,
         loss_fn=byte_loss,
         source=source,
         init_state=init_state,
         optimizer=torch.optim.Adam(module.parameters(), lr=lr),
-        options={
-            "per_step": is_per_step(module),
-            "clip_grad_norm": CLIP_GRAD_NORM,
-            "autocast_dtype": autocast_dtype(dtype),
-        },
+        per_step=is_per_step(module),
+        clip_grad_norm=CLIP_GRAD_NORM,
+        autocast_dtype=autocast_dtype(dtype),
     )
 
 

@@ -17,7 +17,7 @@ from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.report import StrategyReport
 from tbptt_ckpt.profiling.sweep import Watch, sweep, unwatched
 from tbptt_ckpt.profiling.trace import trace_json
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.workload import Workload
 
 _LEARNING_RATE = 4e-3
 
@@ -28,7 +28,7 @@ class ByteWorkload:
 
     config: ProfileConfig
 
-    def build(self) -> Work:
+    def __call__(self) -> Workload:
         """The model with its optimizer, at the beginning of the text."""
         config = self.config
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
 from tbptt_ckpt.profiling.sweep import Progress, Watch
-from tbptt_ckpt.profiling.work import Work
+from tbptt_ckpt.profiling.workload import Workload
 from tbptt_ckpt.schedule import Window
 from tbptt_ckpt.trainer.events import Notice
 
@@ -88,7 +88,7 @@ class Scorecard:
 class TrainingLoop:
     """Trains a model on lanes of bytes; one window of the first pass is metered."""
 
-    def __init__(self, config: TrainingConfig, module: nn.Module, work: Work) -> None:
+    def __init__(self, config: TrainingConfig, module: nn.Module, work: Workload) -> None:
         self._config, self._work, self.scorecard = config, work, Scorecard()
         num_steps = min(len(work.source), config.max_steps)
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))

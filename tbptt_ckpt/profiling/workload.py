@@ -1,4 +1,4 @@
-"""What is profiled: a module, its loss, its data, and how to make them in a fresh process."""
+"""`Workload`: a module, its loss and its data, as they are trained, profiled and planned."""
 
 from __future__ import annotations
 
@@ -8,42 +8,91 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.arguments import check_fields
-from tbptt_ckpt.data.source import as_tensors
+from tbptt_ckpt.arguments import AboveZero, Dimension, check_fields
+from tbptt_ckpt.data.source import Source, as_tensors, rows_of
+from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.engine.options import LossSteps, Reduction
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
-from tbptt_ckpt.module.recurrence import parameters_of
+from tbptt_ckpt.module.recurrence import parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
 _CALLS_PER_READ = 64
+# What it hands to `TBPTT` by name.
+_FURTHER = (
+    *("per_step", "time_dim", "lane_dim"),
+    *("loss", "reduction", "clip_grad_norm", "autocast_dtype"),
+)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Work:
-    """What `TBPTT` is given, without the choices that are profiled.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Workload:
+    """What is trained, profiled or planned: all that `TBPTT` is given but windows and plans.
+
+    A factory that `tbptt-ckpt train`, `plan` and `profile` are told of with `--model` returns one.
 
     Attributes:
         module: As for `TBPTT`, as is the loss function.
-        source: Where steps come from; it has a length, and is read over and over.
+        loss_fn: A loss of torch's, another mean over the steps given, or `(loss_sum, weight)`.
+        source: Where steps come from: an object with `read(start, stop)` and a length, which is
+            read over and over. It, or `inputs` and `targets`, must be given.
+        inputs: In place of a source: nested tensors with time on `time_dim`, such as [T, B, F].
+        targets: The same, such as [T, B].
         init_state: The state at the first step.
-        optimizer: Of the module's parameters; None measures windows without an update.
-        options: Further keywords of `TBPTT`.
+        optimizer: Of the module's parameters. None: profiles measure windows without an update,
+            and commands make an Adam.
+        per_step: As for `TBPTT`.
+        time_dim: Where a segment module wants time, and `inputs` have it; as for `run_window`.
+        lane_dim: As for `TBPTT`, as are the attributes below.
+
+    Raises:
+        ArgumentError: An attribute that cannot work.
     """
 
     module: Callable[..., Any]
     loss_fn: Callable[[Any, Any], Any]
-    source: Any
+    source: Any = None
+    inputs: Any = None
+    targets: Any = None
     init_state: Any = None
     optimizer: Any = None
-    options: dict[str, Any]
+    per_step: bool | None = None
+    time_dim: Dimension | None = None
+    lane_dim: Dimension | None = None
+    loss: LossSteps = "new"
+    reduction: Reduction = "mean"
+    clip_grad_norm: AboveZero | None = None
+    autocast_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.source is not None:
+            self._check_source()
+            return
+        if self.targets is None:
+            raise ArgumentError("targets=None leaves nothing to differentiate; or give a source")
+        recurrence = recognise(self.module, self.per_step, self.time_dim, self.lane_dim)
+        time_dim, recurrence = time_of(recurrence, self.time_dim, self.inputs)
+        found = TensorSequence(self.inputs, self.targets, time_dim=time_dim)
+        for name, value in (("source", found), ("time_dim", recurrence.time_dim)):
+            object.__setattr__(self, name, value)
+        for name in ("inputs", "targets"):  # they are in the source, and it alone is copied
+            object.__setattr__(self, name, None)
+
+    def _check_source(self) -> None:
+        for name in ("inputs", "targets"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(f"{name} and source are two ways to say what is read")
+        if not (isinstance(self.source, Source) and hasattr(self.source, "__len__")):
+            raise ArgumentError(
+                f"source={shown(self.source)} must have read(start, stop) and a length; tensors "
+                "are given as inputs and targets"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -54,17 +103,18 @@ class Work:
     @property
     def has_only_last_loss(self) -> bool:
         """Whether a window's last step is the only one with a loss."""
-        return bool(self.options.get("loss") == "last")
+        return self.loss == "last"
 
     def engine(self, k1: int, k2: int | None, **choices: Any) -> TBPTT:
         """`TBPTT` for windows of these reaches, under these choices."""
-        return TBPTT(self.module, self.loss_fn, k1, k2, self.optimizer, **self.options, **choices)
+        further = {name: getattr(self, name) for name in _FURTHER}
+        return TBPTT(self.module, self.loss_fn, k1, k2, self.optimizer, **further, **choices)
 
     def held(self) -> tuple[Any, ...]:
         """The trees of tensors that are there before anything runs."""
         return (self.module, self.loss_fn, self.optimizer, self.init_state)
 
-    def copied(self) -> Work:
+    def copied(self) -> Workload:
         """The same with copies of what training changes; `ArgumentError` if there are none."""
         try:
             module, loss_fn, optimizer, state = copy.deepcopy(self.held())
@@ -89,22 +139,6 @@ class Work:
             return
         with self.module.register_forward_pre_hook(read_now_and_then):
             yield
-
-    def build(self) -> Work:
-        """Itself: work that exists already is its own `Workload`."""
-        return self
-
-
-class Workload(Protocol):
-    """Makes the work, in whatever process it is called; it can be pickled."""
-
-    def build(self) -> Work:
-        """The work, the same every time.
-
-        Raises:
-            ArgumentError: Work that cannot be made, for reasons the user can mend.
-        """
-        ...
 
 
 class EndlessSource:
@@ -132,9 +166,14 @@ class EndlessSource:
 
     def weights(self, start: int, stop: int) -> Tensor | None:
         """The source's own weights of those steps, if it has any."""
-        if not hasattr(self._source, "weights") or stop <= self._silent_steps:
-            return None
-        parts = [self._source.weights(low, high) for low, high in self._pieces(start, stop)]
+        return None if stop <= self._silent_steps else self._rows("weights", start, stop)
+
+    def resets(self, start: int, stop: int) -> Tensor | None:
+        """The source's own resets of those steps, if it has any."""
+        return self._rows("resets", start, stop)
+
+    def _rows(self, method: str, start: int, stop: int) -> Tensor | None:
+        parts = [rows_of(self._source, method, *piece) for piece in self._pieces(start, stop)]
         known = [torch.as_tensor(part) for part in parts if part is not None]
         return torch.cat(known) if known else None
 
