@@ -8,8 +8,10 @@ programs of their own, since readers copy one of them.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,26 @@ def test_a_dead_link_is_found() -> None:
     )
     found = ["docs/no.md", "#none", "docs/no.png"]
     assert sorted(dead_links(Path("README.md"), text)) == sorted(found)
+
+
+def test_a_package_index_shows_no_link_to_a_file() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    hooks = _project()["tool"]["hatch"]["metadata"]["hooks"]
+    for rule in hooks["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not list(_links(text))
+
+
+def test_what_is_cited_is_this_version() -> None:
+    cited = (ROOT / "docs" / "CITATION.cff").read_text(encoding="utf-8")
+    project = _project()["project"]
+    for key in ("version", "license"):
+        assert f"\n{key}: {project[key]}\n" in cited
+    assert f'- name: "{project["authors"][0]["name"]}"' in cited
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def dead_links(page: Path, text: str) -> list[str]:
