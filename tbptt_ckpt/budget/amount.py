@@ -10,9 +10,10 @@ import torch
 
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.memory.sizes import format_bytes, parse_bytes
+from tbptt_ckpt.memory.sizes import format_bytes, no_size, parse_bytes
 
-_FRACTION = re.compile(r"0?\.\d*[1-9]\d*|1\.0*")
+_FRACTION = re.compile(r"\s*(?:(0*\.\d+|0*1\.0*)|(\d+\.?\d*|\.\d+)\s*%)\s*", re.ASCII)
+_ALSO = ', or a part of the free memory such as 0.5 or "50%"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +46,45 @@ class Amount:
 AUTO_BUDGET = Amount(None, None, 0.8)  # the rest is others', and what no allocator sees
 
 
-def parse_budget(given: object) -> Amount | None:
-    """A budget from bytes, text such as "512MiB", or a fraction of what is free; None for none.
+def parse_budget(given: object, name: str = "memory_budget") -> Amount | None:
+    """A budget from bytes, text such as "512MiB", or a part of what is free; None for none.
 
-    Text such as "0.5" or "1.0" is a fraction too.
+    A float and text with a point up to "1.0" are a part of what is free, as is "50%"; all other
+    text is a size as `parse_bytes` reads it, such as "8G" or "8e9".
 
     Raises:
         ArgumentError: Anything else.
     """
     if given is None:
         return None
-    if isinstance(given, str) and _FRACTION.fullmatch(given):
-        return Amount(given, None, float(given))
-    if isinstance(given, float):
-        if not 0 < given <= 1:
+    part = _FRACTION.fullmatch(given) if isinstance(given, str) else None
+    if part or isinstance(given, float):
+        number = float(given if part is None else part[1] or part[2])  # type: ignore[arg-type]
+        fraction = number / 100 if part and part[2] else number
+        if not 0 < fraction <= 1:
             raise ArgumentError(
-                f"memory_budget={shown(given)} must be above 0 and at most 1, a fraction of the "
-                'free memory; write bytes as an integer, or text such as "512MiB"'
+                f"{name}={shown(given)} must be above 0 and at most 1, a fraction of the free "
+                'memory; write bytes as an integer, or text such as "512MiB"'
             )
-        return Amount(given, None, given)
-    if not isinstance(given, int | str):
-        raise ArgumentError(
-            f"memory_budget={shown(given)} must be bytes as an integer, text such as "
-            '"512MiB", or a fraction of the free memory such as 0.5'
-        )
-    num_bytes = parse_bytes(given, "memory_budget")
+        return Amount(given, None, fraction)
+    try:
+        num_bytes = parse_bytes(given, name)  # type: ignore[arg-type]
+    except ArgumentError:
+        raise no_size(name, given, _ALSO) from None
     if num_bytes < 1:
-        raise ArgumentError(f"memory_budget={shown(given)} must be at least one byte")
+        raise ArgumentError(f"{name}={shown(given)} must be at least one byte")
     return Amount(given, num_bytes, 1.0)
+
+
+def budget_bytes(given: object, name: str, device: torch.device | str = "cpu") -> int | None:
+    """A budget in bytes, for what holds nothing yet; None for none."""
+    amount = parse_budget(given, name)
+    return None if amount is None else amount.bytes_beside(0, torch.device(device))
 
 
 def check_budget(name: str, value: object, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` can be read as a budget."""
-    parse_budget(value)
+    parse_budget(value, name)
 
 
 MemoryBudget = Annotated[int | float | str | None, check_budget]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, checked
+from tbptt_ckpt.budget.amount import MemoryBudget, budget_bytes
 from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
@@ -17,7 +18,6 @@ from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.runner import make_runner
-from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import (
@@ -49,7 +49,7 @@ def measure_costs(
     time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
     time_batching: TimeBatchingChoice = "auto",
-    memory: int | str | None = None,
+    memory: MemoryBudget = None,
     max_seconds: AboveZero = 1.6,
 ) -> Costs:
     """Measure what a module takes in bytes and seconds, for `plan`.
@@ -105,7 +105,7 @@ def measure_costs(
         loss_start=0,
         boundary=Boundary(0, init_state, ambient.capture()),
     )
-    room = float("inf") if memory is None else parse_bytes(memory, "memory")
+    room = budget_bytes(memory, "memory", device_of(parameters)) or float("inf")
     deliveries = Deliveries(module, loss_fn)
     deliveries.wrappers.begin()
     update = update_bytes(Updater(optimizer, parameters, clip_grad_norm, None, None))

@@ -9,11 +9,14 @@ from tbptt_ckpt.arguments import Finite, checked
 from tbptt_ckpt.errors import ArgumentError, shown
 
 _UNITS = {
+    "": 1,
     "b": 1,
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}{end}": 1024**n for n, prefix in enumerate("kmgt", 1) for end in ("", "ib")},
+    **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)},
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(
+    r"\s*((?:\d+\.?\d*|\.\d+)(?:e\+?\d{1,2})?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII
+)
 
 
 @checked
@@ -31,10 +34,10 @@ def format_bytes(num_bytes: Finite) -> str:
 
 
 def parse_bytes(value: int | str, name: str = "size") -> int:
-    """Bytes from an int or from text such as "512MiB", "1.5 GiB", "200 MB" or "4096".
+    """Bytes from an int or from text such as "512MiB", "1.5 GiB", "8G", "200 MB", "8e9" or "4096".
 
-    KiB, MiB, GiB and TiB are powers of two, KB, MB, GB and TB powers of ten; case does
-    not matter. A fraction of a byte is cut off.
+    KiB, MiB, GiB and TiB, and K, M, G and T, are powers of two, KB, MB, GB and TB powers of ten;
+    case does not matter. A fraction of a byte is cut off.
 
     Args:
         value: What the user wrote.
@@ -46,11 +49,15 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    factor = _UNITS.get(match[2].lower() or "b") if match else None
+    factor = _UNITS.get(match[2].lower()) if match else None
     if match is None or factor is None:
-        raise ArgumentError(
-            f"{name}={shown(value)} is not a size: write bytes as an integer of at least 0, or "
-            f'text with a unit such as "512MiB", "1.5GiB" or "200MB" '
-            f"(B, KiB, MiB, GiB, TiB, or KB, MB, GB, TB)"
-        )
+        raise no_size(name, value)
     return int(Decimal(match[1]) * factor)
+
+
+def no_size(name: str, value: object, also: str = "") -> ArgumentError:
+    """The error for what is no size; `also` says what else would work."""
+    return ArgumentError(
+        f"{name}={shown(value)} is not a size: write bytes as an integer of at least 0, or text "
+        f'such as "512MiB", "1.5GiB", "8G", "200MB" or "8e9"{also}'
+    )

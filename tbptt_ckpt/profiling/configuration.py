@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
+import torch
+
 from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.budget.amount import budget_bytes
 from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, TbpttError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
-from tbptt_ckpt.memory.sizes import parse_bytes
 from tbptt_ckpt.profiling.report import FAILED, OUT_OF_MEMORY, OVER_BUDGET, MemoryReport
 from tbptt_ckpt.schedule.strategies import parse_strategy
 
@@ -101,11 +103,15 @@ def combinations(
     k1: Sequence[int],
     k2: Sequence[int],
     strategies: Sequence[object],
-    budgets: Sequence[int | str | None],
+    budgets: Sequence[object],
+    device: torch.device | str = "cpu",
     **shared: Any,
 ) -> list[Configuration]:
-    """Every combination of what may be several, with what is shared."""
-    sizes = [None if b is None else parse_bytes(b, "memory_budget") for b in budgets]
+    """Every combination of what may be several, with what is shared.
+
+    Budgets that are a part of the free memory are that part of what the device has free now.
+    """
+    sizes = [budget_bytes(budget, "memory_budget", device) for budget in budgets]
     configurations = [
         Configuration(strategy=strategy, k1=k1, k2=k2, budget_bytes=size, **shared)
         for k1, k2, strategy, size in product(k1, k2, strategies, sizes)

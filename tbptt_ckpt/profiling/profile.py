@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.budget.amount import MemoryBudget
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
@@ -35,7 +36,7 @@ def profile_window(
     k2: int,
     optimizer: Any = None,
     strategy: AnyStrategy = "auto",
-    memory_budget: int | str | None = None,
+    memory_budget: MemoryBudget = None,
     overlap: str = "refresh",
     executor: str = "replay",
     time_batching: bool | str = "auto",
@@ -102,7 +103,7 @@ def profile_strategies(
     k2: int | Sequence[int],
     optimizer: Any = None,
     strategies: Sequence[object] = DEFAULT_STRATEGIES,
-    memory_budgets: Sequence[int | str | None] = (None,),
+    memory_budgets: Sequence[int | float | str | None] = (None,),
     overlap: str = "refresh",
     executor: str = "replay",
     time_batching: bool | str = "auto",

@@ -144,7 +144,8 @@ TABLE: dict[str, Bad] = {
         r"^memory_budget='much' is not a size.*512MiB", memory_budget="much"
     ),
     "memory_budget_of_another_type": argument(
-        r"^memory_budget=\[1\] must be bytes .*512MiB.* fraction", memory_budget=[1]
+        r"^memory_budget=\[1\] is not a size: write bytes .*512MiB.* part of the free",
+        memory_budget=[1],
     ),
     "memory_budget_of_nested_checkpoints": argument(
         r"^executor='checkpoint' holds the graph .*executor='replay'",

@@ -186,6 +186,10 @@ def test_bytes_read_well(num_bytes, text):
         ("1GB", 10**9),
         ("0.1KiB", 102),
         (".5KB", 500),
+        ("8G", 8 * 2**30),
+        ("512m", 512 * MIB),
+        ("8e9", 8 * 10**9),
+        ("1.5E+3 KB", 1_500_000),
     ],
 )
 def test_sizes_are_understood(value, num_bytes):
@@ -194,7 +198,9 @@ def test_sizes_are_understood(value, num_bytes):
     assert type(parsed) is int
 
 
-@pytest.mark.parametrize("value", [-1, "-1MiB", "nan", "inf", "", "MiB", "512M", "1e9", "1,5GiB"])
+@pytest.mark.parametrize(
+    "value", [-1, "-1MiB", "nan", "inf", "", "MiB", "512Q", "1e-9", "1,5GiB", "9e999"]
+)
 def test_nonsense_sizes_are_named(value):
     with pytest.raises(ArgumentError, match=r"memory_budget=.* is not a size: .*512MiB"):
         parse_bytes(value, "memory_budget")
