@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tbptt_ckpt.budget import measure_costs
-    from tbptt_ckpt.data import ArraySequence, BurnIn, LaneSource, TensorSequence
+    from tbptt_ckpt.data import ArraySequence, Batches, BurnIn, LaneSource, TensorSequence
     from tbptt_ckpt.engine import (
         TBPTT,
         SharedState,
@@ -44,6 +44,7 @@ __all__ = [
     "TBPTT",
     "ArgumentError",
     "ArraySequence",
+    "Batches",
     "BurnIn",
     "Costs",
     "InfeasibleBudgetError",

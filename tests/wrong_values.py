@@ -19,6 +19,7 @@ from torch import nn
 from tbptt_ckpt import (
     TBPTT,
     ArraySequence,
+    Batches,
     BurnIn,
     Costs,
     LaneSource,
@@ -200,6 +201,9 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
     return {
         "TBPTT": lambda: _on(
             TBPTT, use, module=module(), loss_fn=F.mse_loss, k1=2, k2=4, strategy="sqrt"
+        ),
+        "Batches": lambda: _on(
+            Batches, list, loader=[(torch.ones(LANES, STEPS, WIDTH),) * 2], time_dim=1, seed=0
         ),
         "TBPTT.train": lambda: (engine().train, {"sequence": sequence(), "init_state": None}),
         "TBPTT.evaluate": lambda: (engine().evaluate, {"sequence": sequence(), "segment_steps": 2}),

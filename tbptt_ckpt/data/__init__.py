@@ -1,6 +1,7 @@
 """Where steps come from: tensors, files, lanes, and anything with `read(start, stop)`."""
 
 from tbptt_ckpt.data.arrays import ArraySequence, map_file
+from tbptt_ckpt.data.batches import Batches
 from tbptt_ckpt.data.burn_in import BurnIn
 from tbptt_ckpt.data.lanes import LaneSource
 from tbptt_ckpt.data.source import Source
@@ -8,6 +9,7 @@ from tbptt_ckpt.data.tensors import TensorSequence
 
 __all__ = [
     "ArraySequence",
+    "Batches",
     "BurnIn",
     "LaneSource",
     "Source",

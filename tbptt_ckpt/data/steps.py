@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
+from tbptt_ckpt.data.batches import Batches
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.packing import pack_steps
 from tbptt_ckpt.data.source import (
@@ -132,8 +133,23 @@ class SourceReader:
         return next(iter(shapes))
 
 
-def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | SourceReader:
+def reader_for(sequence: Any, recurrence: Recurrence) -> StepIterable | SourceReader:
     """The reader of a user's sequence for a module."""
+    check_sequence(sequence)
+    if isinstance(sequence, Batches):
+        raise ArgumentError(
+            f"sequence={sequence!r} is many sequences: give it to a Trainer, or run each of them: "
+            "for sequence in batches: tbptt.train(sequence)"
+        )
+    return (
+        SourceReader(sequence, recurrence)
+        if isinstance(sequence, Source)
+        else StepIterable(sequence)
+    )
+
+
+def check_sequence(sequence: Any) -> None:
+    """Raise `ArgumentError` unless this is a sequence, or `Batches` of them."""
     if isinstance(sequence, io.IOBase):
         raise ArgumentError(
             f"sequence={shown(sequence)} is an open file; pass steps, a TensorSequence or a source"
@@ -145,8 +161,6 @@ def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | Sourc
         )
     if isinstance(sequence, TensorSequence):
         _check_usable(sequence.inputs, sequence.targets)
-    if isinstance(sequence, Source):
-        return SourceReader(sequence, recurrence)
     if isinstance(sequence, PackedSequence):
         as_tensors(sequence)  # raises
     if isinstance(sequence, Tensor | np.ndarray):
@@ -156,16 +170,15 @@ def reader_for(sequence: object, recurrence: Recurrence) -> StepIterable | Sourc
         )
     if isinstance(sequence, DataLoader) and sequence.batch_sampler is not None:
         raise ArgumentError(
-            "sequence is a DataLoader of batches, each of which would be one step; run every batch "
-            "as a sequence: for x, y in loader: tbptt.train(TensorSequence(x, y, time_dim=1)); or "
-            "give LaneSource the sequences, or batch_size=None where its items are steps"
+            "sequence is a DataLoader of batches, each of which would be one step; where it has "
+            "whole sequences, Trainer(tbptt, Batches(loader, time_dim=1)) runs them one after the "
+            "other, or give LaneSource the sequences; batch_size=None where the items are steps"
         )
-    if isinstance(sequence, Iterable):
-        return StepIterable(sequence)
-    raise ArgumentError(
-        f"sequence={shown(sequence)} is neither an iterable of (input, target) steps, nor a "
-        "TensorSequence, nor a source with read(start, stop)"
-    )
+    if not isinstance(sequence, Source | Iterable):
+        raise ArgumentError(
+            f"sequence={shown(sequence)} is neither an iterable of (input, target) steps, nor a "
+            "TensorSequence, nor a source with read(start, stop)"
+        )
 
 
 def _checked_step(item: Any, step: int) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.data.batches import Batches, sequences_of
 from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
@@ -31,8 +32,8 @@ class Evaluation:
         loss: Summed loss over summed weight; None if no step had a target that counts.
         weight: The summed weight: the number of loss steps where no weight is given, of steps
             of lanes where weights are per lane.
-        num_steps: Steps of the sequence.
-        state: The final state.
+        num_steps: Steps run.
+        state: The final state, of the last sequence where there are several.
     """
 
     loss: float | None
@@ -45,7 +46,7 @@ class Evaluation:
 def evaluate(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
-    sequence: Steps,
+    sequence: Steps | Batches,
     init_state: Any = None,
     *,
     segment_steps: PositiveInt = 64,
@@ -63,8 +64,8 @@ def evaluate(
     Args:
         module: As for `TBPTT`.
         loss_fn: As for `TBPTT`.
-        sequence: As for `TBPTT.train`; weights and resets count as they do there.
-        init_state: The state at step 0, and where lanes reset.
+        sequence: As for `TBPTT.train`, or `Batches`; weights and resets count as they do there.
+        init_state: The state at step 0 of every sequence, and where lanes reset.
         segment_steps: Steps read at a time, and run at a time by segment modules.
         per_step: As for `TBPTT`.
         time_dim: As for `TBPTT`.
@@ -88,11 +89,18 @@ def run_evaluation(
     segment_steps: int,
 ) -> Evaluation:
     """`evaluate` for what is made and checked already."""
-    reader = WindowReader(sequence, segment_steps, segment_steps, runner.recurrence)
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
-    with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
-        return _run(runner, loss_function, reader, initial, segment_steps)
+    loss_sum = weight = 0.0
+    num_steps, state = 0, initial
+    for each in sequences_of(sequence):
+        reader = WindowReader(each, segment_steps, segment_steps, runner.recurrence)
+        with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
+            found = _run(runner, loss_function, reader, initial, segment_steps)
+        loss_sum, weight = loss_sum + found[0], weight + found[1]
+        num_steps, state = num_steps + found[2], found[3]
+    mean = loss_sum / weight if weight else None
+    return Evaluation(loss=mean, weight=weight, num_steps=num_steps, state=state)
 
 
 def _run(
@@ -101,8 +109,8 @@ def _run(
     reader: WindowReader,
     initial: Tree,
     segment_steps: int,
-) -> Evaluation:
-    """One pass over a sequence, piece by piece."""
+) -> tuple[float, float, int, Tree]:
+    """One pass over a sequence, piece by piece: summed loss and weight, steps, final state."""
     module, lane_dim = runner.recurrence.module, runner.recurrence.lane_dim
     ambient = Ambient([module], parameters_of(module))
     position, state, loss_sum, weight = 0, copy_containers(initial), 0.0, 0.0
@@ -130,5 +138,4 @@ def _run(
         if loss.loss_sum is not None and not loss.is_empty():
             loss_sum, weight = loss_sum + loss.loss_sum, weight + float(loss.weight)
         position = stop
-    mean = loss_sum / weight if weight else None
-    return Evaluation(loss=mean, weight=weight, num_steps=position, state=detach_state(state))
+    return loss_sum, weight, position, detach_state(state)

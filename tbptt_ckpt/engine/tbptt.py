@@ -10,6 +10,7 @@ import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, checked
 from tbptt_ckpt.budget.amount import MemoryBudget
+from tbptt_ckpt.data.batches import Batches
 from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
@@ -203,14 +204,14 @@ class TBPTT:
 
     @checked
     def evaluate(
-        self, sequence: Steps, init_state: Any = None, *, segment_steps: PositiveInt = 64
+        self, sequence: Steps | Batches, init_state: Any = None, *, segment_steps: PositiveInt = 64
     ) -> Evaluation:
         """Mean loss of a sequence, as the function `evaluate` gives it.
 
         It may be called between two windows of a run, whose state it leaves alone.
 
         Args:
-            sequence: As for `train`.
+            sequence: As for `train`, or `Batches`.
             init_state: As for `train`.
             segment_steps: Steps read at a time, and run at a time by segment modules.
 

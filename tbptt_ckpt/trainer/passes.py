@@ -1,22 +1,24 @@
-"""Passes over a source: what each of them begins with, and where it may end."""
+"""Passes over a source: the sequences of each, what they begin with, and where they may end."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from itertools import chain, islice
 from typing import Annotated, Any
 
 import torch
 
 from tbptt_ckpt.arguments import checked_where_used
+from tbptt_ckpt.data.batches import Batches
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, Steps, for_module
-from tbptt_ckpt.data.steps import length_of
+from tbptt_ckpt.data.steps import check_sequence, length_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.windows import Window
@@ -24,7 +26,7 @@ from tbptt_ckpt.trainer.learning_state import restored_state
 from tbptt_ckpt.trainer.sample import sampled
 
 # What a trainer reads pass by pass.
-StepsOfPasses = Annotated[Steps | Callable[[int], Steps], checked_where_used]
+StepsOfPasses = Annotated[Steps | Batches | Callable[[int], Steps | Batches], checked_where_used]
 
 
 class Passes:
@@ -33,14 +35,14 @@ class Passes:
     Args:
         options: What the user asked for.
         parts: What runs.
-        source: A source, an iterable, or a function of a pass's number that returns one.
-        init_state: The state at the start of a pass, or a function that returns it.
+        source: A source, an iterable, `Batches`, or a function of a pass's number that returns one.
+        init_state: The state at the start of a sequence, or a function that returns it.
         max_steps: Steps of all passes together; None sets no bound.
         observer: Told of what is done.
 
     Attributes:
-        limit: Where `max_steps` ends the present pass between two update points, None where it does
-            not; elsewhere it is enough to stop in time.
+        limit: Where `max_steps` ends the present sequence between two update points, None where it
+            does not; elsewhere it is enough to stop in time.
     """
 
     def __init__(
@@ -57,19 +59,43 @@ class Passes:
         self._source, self._init_state = source, init_state
         self.limit: int | None = None
         self._last: tuple[int, Any] | None = None  # number and source of the last pass begun
-        self._sample: dict[str, Any] | None = None  # of its steps
+        self._batches: tuple[int, Iterator[Any]] = 0, iter(())  # of it, from that number on
+        self._sample: dict[str, Any] | None = None  # of its steps, or of those of its first batch
+        if isinstance(source, Source) or not callable(source):
+            check_sequence(source)
 
     def sample(self, epoch: int | None) -> dict[str, Any] | None:
         """What its steps are known by, of a pass or of the last one; None before the first."""
         if epoch is not None:
-            source = self._source_of(epoch)
-        elif self._last is not None:
-            epoch, source = self._last
-        else:
-            return None
+            self._open(epoch)
+        if self._last is not None:
+            self._take_sample(*self._last)
+        return self._sample
+
+    def _take_sample(self, epoch: int, source: Any) -> None:
         if self._sample is None or self._sample["epoch"] != epoch:
             self._sample = {"epoch": epoch, **sampled(source, self._parts.recurrence)}
-        return self._sample
+
+    def _open(self, epoch: int) -> None:
+        """Begin the pass of that number."""
+        self._last = epoch, source = epoch, self._source_of(epoch)
+        if not isinstance(source, Batches):
+            self._batches = 0, iter((source,))
+            return
+        batches = iter(source)
+        first = list(islice(batches, 1))
+        if not first:
+            raise ArgumentError(f"source={source!r} has no batch in pass {epoch}")
+        self._take_sample(epoch, first[0])  # now, since it is not kept
+        self._batches = 0, chain(first, batches)
+
+    def _sequence(self, epoch: int, number: int) -> Any:
+        """The sequence of that number in a pass; None where there are not as many."""
+        if self._last is None or self._last[0] != epoch or self._batches[0] > number:
+            self._open(epoch)
+        position, batches = self._batches
+        self._batches = number + 1, batches
+        return next(islice(batches, number - position, None), None)
 
     def _source_of(self, epoch: int) -> Any:
         source = self._source
@@ -80,14 +106,19 @@ class Passes:
         return for_module(source, self._parts.recurrence)
 
     def begin(
-        self, epoch: int, steps_before: int, saved: Sequence[Mapping[str, Any]] | None = None
-    ) -> SequenceRun:
-        """A pass from its first step.
+        self,
+        epoch: int,
+        number: int,
+        steps_before: int,
+        saved: Sequence[Mapping[str, Any]] | None = None,
+    ) -> SequenceRun | None:
+        """A sequence of a pass from its first step; None where the pass has not as many.
 
         `saved` are the first state's tensors as a snapshot has them, to go on with.
         """
-        source = self._source_of(epoch)
-        self._last, self.limit = (epoch, source), None
+        source, self.limit = self._sequence(epoch, number), None
+        if source is None:
+            return None
         if self._max_steps is not None:
             remaining = self._max_steps - steps_before
             length = length_of(source)
@@ -101,7 +132,7 @@ class Passes:
 
     def copied(self) -> Callable[[], None]:
         """Copy what `begin` changes of the user's; what is returned puts it back."""
-        source, limit, last, sample = self._source, self.limit, self._last, self._sample
+        source, here = self._source, (self.limit, self._last, self._batches, self._sample)
         is_resumable = all(hasattr(source, name) for name in ("state_dict", "load_state_dict"))
         position = copy.deepcopy(source.state_dict()) if is_resumable else None
         given = () if callable(self._init_state) else tensors_of(self._init_state)
@@ -109,7 +140,7 @@ class Passes:
         values = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in learned]
 
         def put_back() -> None:
-            self.limit, self._last, self._sample = limit, last, sample
+            self.limit, self._last, self._batches, self._sample = here
             with torch.no_grad():
                 for tensor, value, grad in values:
                     tensor.copy_(value)

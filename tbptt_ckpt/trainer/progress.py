@@ -54,10 +54,11 @@ class Session:
 
 @dataclass(slots=True)
 class Progress:
-    """What has been counted so far, named as in snapshots; the present pass counts its steps."""
+    """What has been counted so far, named as in snapshots; the present run counts its steps."""
 
     epoch: int = 0
-    steps_before: int = 0  # of the passes before this one
+    sequence: int = 0  # of this pass: where the source is one sequence there is but one
+    steps_before: int = 0  # of the sequences before this one
     windows: int = 0
     updates: int = 0
     loss: float | None = None
@@ -73,9 +74,18 @@ class Progress:
             self.updates += result.updated
             self.loss = self.loss if result.loss is None else float(result.loss)
 
-    def end_pass(self, steps: int) -> None:
-        """Count a pass, after which that many steps are trained in total."""
-        self.epoch, self.steps_before = self.epoch + 1, steps
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Which sequence of which pass it is, and the steps before it."""
+        return self.epoch, self.sequence, self.steps_before
+
+    def end_sequence(self, steps: int) -> None:
+        """Count a sequence, after which that many steps are trained in total."""
+        self.sequence, self.steps_before = self.sequence + 1, steps
+
+    def end_pass(self) -> None:
+        """Count a pass."""
+        self.epoch, self.sequence = self.epoch + 1, 0
 
     def result(self, steps: int, session: Session) -> TrainerResult:
         """The same for the user."""

@@ -74,17 +74,20 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
 
 
 def resume_run(
-    run: SequenceRun,
+    run: SequenceRun | None,
     state: Mapping[str, Any],
     limit: int | None,
     k1: int,
     accepted: Container[str],
 ) -> None:
-    """Have a pass go on that `max_steps` ends at `limit`, which may be elsewhere than before.
+    """Have a run go on that `max_steps` ends at `limit`, which may be elsewhere than before.
 
     Raises:
         ArgumentError: What windows there are depends on that, and what they need was not kept.
     """
+    if run is None:
+        number = state["progress"]["sequence"]
+        raise ArgumentError(f"the source has no batch {number} any more, in which the run stood")
     reader = refitted(state["run"]["reader"], state["limit"], limit)
     changed = "data" in accepted or "lanes" in accepted
     run.load_state_dict({**state["run"], "reader": reader}, accepted)

@@ -51,6 +51,7 @@ _RUN = {
 }
 _PROGRESS = {
     "epoch": int,
+    "sequence": int,
     "steps_before": int,
     "windows": int,
     "updates": int,
@@ -67,7 +68,7 @@ _LEARNING = {
     "scaler": (dict, None),
     "generators": [object],
 }
-_LATER = {"generators", "drawn"}  # which older snapshots lack
+_LATER = {"generators", "drawn", "sequence"}  # which older snapshots lack
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,

@@ -47,9 +47,10 @@ class Trainer:
     Args:
         tbptt: The engine, with its optimizer.
         source: A source or an iterable of `(input, target)` steps that can be iterated anew
-            for each pass and after a resume; or a function of the pass's number that
-            returns one. A source with `set_epoch` is told the pass's number.
-        init_state: The state at the start of a pass, or a function that returns it.
+            for each pass and after a resume; `Batches`, each of which is a sequence of its own; or
+            a function of the pass's number that returns one of these. A source with `set_epoch`
+            is told the pass's number.
+        init_state: The state at the start of a sequence, or a function that returns it.
         epochs: Passes in total; None for as many as `max_steps` takes.
         max_steps: Steps in total, over all passes and processes.
         snapshots: Where and when to save; None saves nothing.
@@ -149,7 +150,8 @@ class Trainer:
         self._identity.begin()
         self._saving.begin()
         with ExitStack() as stack:
-            stack.callback(self._close)
+            stack.callback(self._announcer.close)
+            stack.callback(self._saving.close)
             stack.enter_context(signals)
             self._between_windows(signals)
             while not self._is_done():
@@ -158,7 +160,8 @@ class Trainer:
                     self._between_windows(signals)
             if self._run is not None:
                 self._run.finish()
-            self._save_unless_saved()
+            if not self._saving.is_saved(self.num_steps):
+                self._save()
 
     @checked
     def resume(self, *, accept: Sequence[str] = ()) -> bool:
@@ -235,7 +238,7 @@ class Trainer:
             progress = loaded_progress(state, self._options.k1, self._max_steps)
             load_learning_state(self._parts, state["learning"], accepted)
             if state["run"] is not None:
-                run = self._passes.begin(progress.epoch, progress.steps_before, state["init_state"])
+                run = self._passes.begin(*progress.place, state["init_state"])
                 there = {**state, "run": moved(state["run"], state["device"], self._parts.device)}
                 resume_run(run, there, self._passes.limit, self._options.k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
@@ -255,11 +258,14 @@ class Trainer:
 
     def _rest_of_pass(self) -> Iterator[WindowResult]:
         if self._run is None:
-            self._run = self._passes.begin(self._progress.epoch, self._progress.steps_before)
+            self._run = self._passes.begin(*self._progress.place)
+            if self._run is None:  # it had no further sequence
+                self._progress.end_pass()
+                return
         yield from self._windows_of(run := self._run)
         if not self._is_done():
             run.finish()
-            self._progress.end_pass(self.num_steps)
+            self._progress.end_sequence(self.num_steps)
             self._run = None
 
     def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
@@ -283,18 +289,11 @@ class Trainer:
 
     def _between_windows(self, signals: StopSignals) -> None:
         if signals.received is not None:
-            self._save_unless_saved()
+            if not self._saving.is_saved(self.num_steps):
+                self._save()
             word = "interrupted" if signals.received == signal.SIGINT else "terminated"
             message = self._saving.stop_message(word, self.num_steps)
             self._announcer.notice("stopped", message)
             raise TrainingStopped(signals.received, message)
         if self._saving.is_due(self.num_steps):
             self._save()
-
-    def _save_unless_saved(self) -> None:
-        if not self._saving.is_saved(self.num_steps):
-            self._save()
-
-    def _close(self) -> None:
-        self._saving.close()
-        self._announcer.close()

@@ -128,7 +128,7 @@ def test_a_loader_of_batches_is_no_sequence() -> None:
     dataset = TensorDataset(x, y)
     module = nn.LSTM(F, H, batch_first=True).double()
     tbptt = TBPTT(module, mse_loss, 4, 8, torch.optim.SGD(module.parameters(), lr=0.1))
-    with pytest.raises(ArgumentError, match=r"DataLoader of batches.*for x, y in loader"):
+    with pytest.raises(ArgumentError, match=r"DataLoader of batches.*Batches\(loader"):
         tbptt.train(DataLoader(dataset, batch_size=2, shuffle=True))
     losses = [
         tbptt.train(TensorSequence(*batch, time_dim=1)).loss
