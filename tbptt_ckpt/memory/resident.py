@@ -6,6 +6,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -70,12 +71,14 @@ class RssSampler:
     def __enter__(self) -> Self:
         self._mark_before = _read_status().get("VmHWM", 0)
         self.sample()
-        self._thread.start()
+        with suppress(RuntimeError):  # there can be no thread any more: both ends are seen
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self.sample()
         mark = _read_status().get("VmHWM", 0)
         if mark > self._mark_before:
@@ -89,7 +92,8 @@ class RssSampler:
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_seconds):
-            self.sample()
+            with suppress(MemoryError, RuntimeError, OSError):  # whoever needs it will say so
+                self.sample()
 
 
 def _read_status() -> dict[str, int]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from typing import TypeVar
 
+A = TypeVar("A")
 PIECE_BYTES = 4 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -66,7 +68,7 @@ class PieceDigests:
         return tuple(reversed(found))
 
     def _close_piece(self) -> None:
-        self._pieces.append((self._views, self._pool.submit(digest, self._views)))
+        self._pieces.append((self._views, _begin(self._pool, digest, self._views)))
         self._views, self._missing = [], self._piece_bytes
 
 
@@ -80,7 +82,18 @@ def file_digests(path: Path, piece_bytes: int) -> tuple[str, ...]:
 
     count = -(-path.stat().st_size // piece_bytes)
     with ThreadPoolExecutor(_THREADS, "tbptt-digest") as pool:
-        return tuple(pool.map(piece, range(count)))
+        pieces = [_begin(pool, piece, index) for index in range(count)]
+        return tuple(future.result() for future in pieces)
+
+
+def _begin(pool: ThreadPoolExecutor, function: Callable[[A], str], argument: A) -> Future[str]:
+    """Have a thread work; where there can be none any more, it is done at once."""
+    try:
+        return pool.submit(function, argument)
+    except RuntimeError:
+        done: Future[str] = Future()
+        done.set_result(function(argument))
+        return done
 
 
 def _parts(file: FileIO, num_bytes: int) -> Iterator[bytes]:

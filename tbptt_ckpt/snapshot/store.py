@@ -116,7 +116,9 @@ class SnapshotStore:
         plain = to_plain(state, "the snapshot")
         part = self.directory / f".step-{step}.part"
         try:
-            self._make_ready(part)
+            self._make_directory()
+            if part.exists():
+                self._remove(part)
             write_files(self._disk, part, step, plain)
             self._commit(part, step)
         except BaseException as error:
@@ -198,11 +200,6 @@ class SnapshotStore:
             self._disk.make_directory(directory)
             self._disk.sync_directory(directory.parent)
 
-    def _make_ready(self, part: Path) -> None:
-        self._make_directory()
-        if part.exists():
-            self._remove(part)
-
     def _commit(self, part: Path, step: int) -> None:
         """The rename makes the snapshot; another of the same step stands aside meanwhile."""
         target = self.path(step)
@@ -238,8 +235,13 @@ class SnapshotStore:
         kept = whole[-self.keep :]
         old = [step for step in self.steps() if step < kept[0]] if kept else []
         if old:
-            self._removing = Thread(target=self._remove_steps, args=(old,), name="tbptt-retire")
-            self._removing.start()
+            removing = Thread(target=self._remove_steps, args=(old,), name="tbptt-retire")
+            try:
+                removing.start()
+            except RuntimeError:  # there can be no thread any more
+                self._remove_steps(old)
+            else:
+                self._removing = removing
 
     def _remove_steps(self, steps: list[int]) -> None:
         for step in steps:

@@ -109,6 +109,34 @@ def test_resident_bytes_without_proc(monkeypatch, tmp_path):
     assert rss.peak_bytes > 0
 
 
+def test_a_sampler_without_a_thread_sees_both_ends(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with RssSampler() as rss:
+        pass
+    assert rss.peak_bytes >= rss.peak_anonymous_bytes > 0
+
+
+def test_a_sampler_that_finds_no_memory_for_a_reading_goes_on(monkeypatch):
+    readings = []
+
+    def read():
+        readings.append(rss_bytes())
+        if len(readings) in (2, 3):
+            raise MemoryError
+        return readings[-1]
+
+    monkeypatch.setattr("tbptt_ckpt.memory.resident.rss_bytes", read)
+    with RssSampler(0.001) as rss:
+        for _ in range(2000):
+            if len(readings) < 6:
+                time.sleep(0.001)
+    assert len(readings) >= 6
+    assert rss.peak_bytes > 0
+
+
 @needs_proc
 def test_the_sampler_sees_a_spike_that_is_gone_again():
     before = rss_bytes()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
@@ -338,6 +339,30 @@ def test_broken_snapshots_do_not_push_out_valid_ones(tmp_path: Path, injected: I
     injected("flipped bit, truncation, missing file")
     save(store, 4, 4)
     assert store.steps() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_where_no_thread_can_be_started_a_save_does_all_itself(
+    started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, injected: Injected
+) -> None:
+    start, count = threading.Thread.start, 0
+
+    def start_some(thread: threading.Thread) -> None:
+        nonlocal count
+        count += 1
+        if count > started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    large = {"value": torch.arange(3 << 20)}  # in several pieces
+    store = store_at(tmp_path, keep=1)
+    for step in (1, 2):
+        store.save(step, large)
+    assert count > 4
+    assert (store.steps(), leftovers(tmp_path)) == ([2], [])
+    assert torch.equal(store.newest_valid().state["value"], large["value"])  # type: ignore[union-attr]
+    injected("out of memory")
 
 
 def test_an_empty_or_missing_directory_has_none(tmp_path: Path) -> None:
