@@ -74,6 +74,13 @@ def test_a_dead_link_is_found() -> None:
     assert sorted(dead_links(Path("README.md"), text)) == sorted(found)
 
 
+def test_the_readme_is_short_and_its_commands_are_found() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    for command in ("main job", "tests"):
+        assert re.search(rf"^<!-- {command} -->\n```sh\npython3.11 .*\n```$", text, re.MULTILINE)
+
+
 def test_a_package_index_shows_no_link_to_a_file() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     hooks = _project()["tool"]["hatch"]["metadata"]["hooks"]
