@@ -110,7 +110,11 @@ class ArraySequence:
 
 @checked
 def map_file(
-    path: AnyPath, dtype: DTypeLike | None = None, *, step_shape: tuple[Dimension, ...] = ()
+    path: AnyPath,
+    dtype: DTypeLike | None = None,
+    *,
+    step_shape: tuple[Dimension, ...] = (),
+    offset: Dimension = 0,
 ) -> Array:
     """A file as a read-only array [T, ...] that stays on disk.
 
@@ -118,6 +122,7 @@ def map_file(
         path: A `.npy` file, or a raw file of numbers.
         dtype: Of the numbers in a raw file, such as "uint16" or ">f4"; None for `.npy` files.
         step_shape: Shape of one step in a raw file.
+        offset: Bytes of a header that a raw file begins with.
 
     Raises:
         ArgumentError: A file that does not exist, is empty, cannot be mapped, or does not
@@ -132,9 +137,14 @@ def map_file(
     if num_bytes == 0:
         raise ArgumentError(f"{path} is empty")
     try:
-        if dtype is None:
-            return _mapped_npy(path)
-        return _mapped_raw(path, num_bytes, _number_type(dtype), step_shape)
+        if dtype is not None:
+            return _mapped_raw(path, num_bytes, _number_type(dtype), step_shape, offset)
+        if offset or step_shape:
+            raise ArgumentError(
+                f"offset={offset} and step_shape={step_shape} are of raw files, whose dtype must "
+                "be given; a .npy file says by itself what is in it"
+            )
+        return _mapped_npy(path)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -161,19 +171,21 @@ def _mapped_npy(path: Path) -> Array:
 
 
 def _mapped_raw(
-    path: Path, num_bytes: int, dtype: np.dtype[Any], step_shape: tuple[int, ...]
+    path: Path, num_bytes: int, dtype: np.dtype[Any], step_shape: tuple[int, ...], offset: int
 ) -> Array:
     step_bytes = dtype.itemsize * math.prod(step_shape)
     if dtype.hasobject or step_bytes < 1:
         raise ArgumentError(
             f"dtype={dtype} and step_shape={step_shape} do not describe numbers in a file"
         )
-    if num_bytes % step_bytes:
+    num_steps, rest = divmod(num_bytes - offset, step_bytes)
+    if rest or num_steps < 1:
         raise ArgumentError(
-            f"{path} has {num_bytes} bytes, which is no multiple of the {step_bytes} bytes of a "
-            f"step of shape {step_shape} and dtype {dtype}"
+            f"{path} has {num_bytes} bytes, of which those from offset={offset} on are no multiple "
+            f"of the {step_bytes} bytes of a step of shape {step_shape} and dtype {dtype}"
         )
-    return np.memmap(path, dtype=dtype, mode="r", shape=(num_bytes // step_bytes, *step_shape))
+    shape = num_steps, *step_shape
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def _check_array(name: str, array: object) -> None:

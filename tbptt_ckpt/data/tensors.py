@@ -128,7 +128,10 @@ class TensorSequence:
     def _check_lengths(self) -> int:
         named = [("inputs", t) for t in tensors_of(self.inputs)]
         if not named:
-            raise ArgumentError(f"inputs={shown(self.inputs)} holds no tensor")
+            raise ArgumentError(
+                f"inputs={shown(self.inputs)} holds no tensor; a sequence of steps that read none "
+                "is a list of pairs: [(None, target) for target in targets]"
+            )
         if self.targets is not None and not tensors_of(self.targets):
             raise ArgumentError(
                 f"targets={shown(self.targets)} holds no tensor; None says "
@@ -136,15 +139,36 @@ class TensorSequence:
             )
         named += [("targets", t) for t in tensors_of(self.targets)]
         for name, tensor in named:
-            check_time_exists(name, tensor, self.time_dim)
+            if name == "inputs":
+                check_time_exists(name, tensor, self.time_dim)
         num_steps = named[0][1].shape[self.time_dim]
         for name, tensor in named:
-            if tensor.shape[self.time_dim] != num_steps:
-                raise ArgumentError(
-                    f"{name} of shape {tuple(tensor.shape)} has {tensor.shape[self.time_dim]} "
-                    f"steps on time_dim={self.time_dim}, inputs have {num_steps}; sequences of "
-                    "several lengths are for LaneSource([TensorSequence(x, y), ...], lanes)"
-                )
+            self._check_steps(name, tensor, num_steps)
         if num_steps == 0:
             raise ArgumentError("inputs hold an empty sequence; at least one step is needed")
         return num_steps
+
+    def _check_steps(self, name: str, tensor: Tensor, num_steps: int) -> None:
+        """Raise `ArgumentError` unless a tensor has as many steps as the inputs."""
+        time_dim, shape = self.time_dim, tuple(tensor.shape)
+        inputs = tensors_of(self.inputs)[0]
+        lanes = inputs.shape[1 - time_dim] if inputs.dim() > 1 and time_dim < 2 else None
+        has_time = time_dim < tensor.dim()
+        if has_time and shape[time_dim] == num_steps:
+            return
+        if name == "targets" and shape[:1] == (lanes,):
+            axis, size = ("", num_steps) if time_dim == 0 else ("[:, None]", f"-1, {num_steps}")
+            rest = "".join(f", {length}" for length in shape[1 - (time_dim == 0) :])
+            raise ArgumentError(
+                f"targets of shape {shape} are one label for each of {lanes} lanes, and a sequence "
+                f"has one for each of its {num_steps} steps: repeat them, label{axis}.expand("
+                f"{size}{rest}), and count the last alone, weight=torch.arange("
+                f"{num_steps}) == {num_steps - 1}; or have each window count its last step, "
+                f'TBPTT(loss="last", k1={num_steps})'
+            )
+        check_time_exists(name, tensor, time_dim)
+        raise ArgumentError(
+            f"{name} of shape {shape} has {shape[time_dim]} steps on time_dim={time_dim}, inputs "
+            f"have {num_steps}; sequences of several lengths are for "
+            "LaneSource([TensorSequence(x, y), ...], lanes)"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning
+from tbptt_ckpt.errors import ArgumentError, TbpttError, TbpttWarning, shown
 from tbptt_ckpt.executor.additivity import MeanCheck
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.torch_losses import Counting, LossCalls, TorchCall, counting_of
@@ -193,8 +193,18 @@ class LossFunction:
 
     def _first_call(self, outputs: Tree, targets: Tree) -> tuple[Any, TorchCall | None]:
         before = torch.get_rng_state()
-        with LossCalls(outputs, targets) as calls:
-            value = self.loss_fn(outputs, targets)
+        try:
+            with LossCalls(outputs, targets) as calls:
+                value = self.loss_fn(outputs, targets)
+        except TbpttError:
+            raise
+        except Exception as error:
+            given = ", ".join(map(shown, (*tensors_of(outputs), *tensors_of(targets))))
+            error.add_note(
+                f"loss_fn was called with outputs and targets {given}; windows are cut into "
+                "segments, and a few short ones measured, so that the number of steps varies"
+            )
+            raise
         if not torch.equal(before, torch.get_rng_state()):
             raise ArgumentError(
                 "loss_fn drew random numbers; it is not evaluated in every run of a step, so "

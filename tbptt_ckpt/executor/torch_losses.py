@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
+from tbptt_ckpt.module.first_call import check_classes
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
@@ -119,6 +120,7 @@ class LossCalls(TorchFunctionMode):
         # Tensors with all the elements of one that the loss was given: a target's place, or None.
         # Whoever writes into one of them makes other elements.
         self._origins: dict[int, tuple[Tensor, int, int | None]] = {}
+        self._returned = set(map(id, tensors_of(outputs)))
         for tensor in tensors_of(outputs):
             self._origins[id(tensor)] = tensor, _version_of(tensor), None
         for place, tensor in enumerate(tensors_of(targets)):
@@ -133,6 +135,10 @@ class LossCalls(TorchFunctionMode):
     ) -> Any:
         """Run an operation, and note it if it is a loss."""
         given = kwargs or {}
+        if func in _BY_CLASS:
+            named = {**dict(zip(_PARAMETERS[func], args, strict=False)), **given}
+            y, target = named["input"], named["target"]
+            check_classes(func.__name__, y, target, as_returned=id(y) in self._returned)
         value = func(*args, **given)
         if func in _PARAMETERS:
             self.last = self._noted(func, args, given, value)

@@ -33,6 +33,8 @@ def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
             result = recurrence.call(inputs, state)
     except (TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
         if tensors_of(state) or (state is None and "NoneType" not in str(error)):
+            for hint in _hints(recurrence, inputs):
+                error.add_note(hint)
             raise
         raise ArgumentError(
             f"init_state={shown(state)}, and module={name_of(recurrence.module)} cannot begin from "
@@ -140,6 +142,42 @@ def check_agreement(recurrence: Recurrence, inputs: Any, outputs: Any, targets: 
             f"{shapes}targets of shape {wanted}, and inputs of shape {tuple(inputs.shape)} have "
             f"{lanes} lanes on dimension {dim}: the loss would broadcast one over the lanes of the "
             "other; give both as many, for example by expand"
+        )
+
+
+def check_classes(name: str, outputs: Any, targets: Any, *, as_returned: bool) -> None:
+    """Raise `ArgumentError` where a loss of torch's by class is given classes last.
+
+    Layers give them so, and torch takes dimension 1 for them: it raises unless there are as many
+    lanes as classes, and takes one for the other where there are. Then only outputs `as_returned`
+    tell: a loss that has turned them knows what it does.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.dim() < 3:
+        return
+    fits = outputs.shape[:1] + outputs.shape[2:] == targets.shape and not as_returned
+    if outputs.shape[:-1] == targets.shape and not (targets.is_floating_point() or fits):
+        raise ArgumentError(
+            f"loss_fn calls {name} with {outputs.shape[-1]} classes on the last dimension, and "
+            "torch takes dimension 1 for them; flatten what is before it: "
+            f"loss_fn=lambda y, target: F.{name}(y.flatten(0, -2), target.flatten())"
+        )
+
+
+def _hints(recurrence: Recurrence, inputs: Any) -> Iterator[str]:
+    """What may be wrong with inputs that a module could not take."""
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return
+    held = {p.dtype for p in recurrence.parameters if p.is_floating_point()}
+    if held and inputs.dtype not in held:
+        name = " and ".join(sorted(str(dtype) for dtype in held))
+        yield (
+            f"inputs are {inputs.dtype} and the module's weights {name}: give both one, for data "
+            "in a file by ArraySequence(..., dtype=...)"
+        )
+    if inputs.dim() == (1 if recurrence.per_step else 2):
+        yield (
+            f"a step of the inputs is a vector of {inputs.shape[-1]}, which one lane has as its "
+            "features; where these are lanes, give their one feature an axis: array[:, None]"
         )
 
 

@@ -432,7 +432,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no npy": (lambda folder: map_file(written(folder, b"abc")), "pass dtype"),
     "part of a step": (
         lambda folder: map_file(written(folder, b"12345"), "uint16", step_shape=(2,)),
-        "5 bytes, which is no multiple of the 4 bytes",
+        "5 bytes, of which those from offset=0 on are no multiple of the 4 bytes",
     ),
     "objects": (
         lambda folder: map_file(written(folder, b"12345678"), object),
