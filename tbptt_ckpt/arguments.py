@@ -70,7 +70,7 @@ check_size = _of_numbers(lambda n: 0 <= n < math.inf, "a finite number of at lea
 
 def check_path(name: str, value: object, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is a path that a file system can have."""
-    usable = isinstance(value, str | Path)
+    usable = isinstance(value, str | Path) and value != ""  # which is the working directory
     try:
         os.lstat(value if isinstance(value, str | Path) else "")
     except ValueError:  # what no name can hold

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
+from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
 
 # Not to be overlooked: they are warned about as well.
@@ -77,18 +77,3 @@ class Announcer:
             else:
                 if self._failing.get(number) == method:
                     del self._failing[number]
-
-
-def check_sinks(sinks: Sequence[EventSink]) -> tuple[EventSink, ...]:
-    """The sinks, of which each has all methods.
-
-    Raises:
-        ArgumentError: One that is none.
-    """
-    methods = [name for name in vars(EventSink) if not name.startswith("_")]
-    for number, sink in enumerate(sinks):
-        lacking = [name for name in methods if not callable(getattr(sink, name, None))]
-        if lacking or isinstance(sink, type):
-            problem = f"lacks {', '.join(lacking)}" if lacking else "is a class; pass an instance"
-            raise ArgumentError(f"events[{number}]={shown(sink)} is no EventSink: it {problem}")
-    return tuple(sinks)

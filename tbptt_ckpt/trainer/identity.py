@@ -22,6 +22,7 @@ _OPTIONS = ("k1", "k2", "loss", "reduction", "overlap", "accumulate", "clip_grad
 _NEVER = ("accumulate", "k1", "k2", "overlap", "parameters")
 _HOW = ("params", "capturable", "differentiable", "foreach", "fused")  # not what is learned
 _ABSENT = "nothing"
+_DATA = ("data", "lanes")
 
 
 class RunIdentity:
@@ -40,6 +41,13 @@ class RunIdentity:
     ) -> None:
         self._options, self._parts, self._others, self._data = options, parts, others, data
         self._begun: dict[str, Any] | None = None
+        known = {*_run(options, parts), *_hyper_parameters(parts.updater.optimizer), *_DATA}
+        for name, value in others.items():
+            if not isinstance(name, str) or name in known or not _is_plain(value):
+                raise ArgumentError(
+                    f"identity={{{name!r}: {shown(value)}}} must be numbers, texts, and lists and "
+                    f"dicts of them, under names other than those of {sorted(known)}"
+                )
 
     def begin(self) -> dict[str, Any]:
         """What there was when this was called first."""
@@ -63,17 +71,17 @@ class RunIdentity:
         here, there = self._flat(self.begin(), saved), self._flat(saved, self.begin())
         data = saved["data"]
         found = self._data(data["epoch"]) if data is not None else None
-        for name in ("data", "lanes"):
+        for name in _DATA:
             if data is not None and found is not None and None not in (data[name], found[name]):
                 here[name], there[name] = found[name], data[name]
-        known = sorted({*here, *there, *self.begin()["hyper_parameters"], "data", "lanes"})
+        known = sorted({*here, *there, *self.begin()["hyper_parameters"], *_DATA})
         if unknown := [name for name in accept if name not in known]:
             raise ArgumentError(f"accept={unknown} must be among {known}")
         never = _NEVER if state["run"] is None else (*_NEVER, "lanes")
         different = {
             name: _difference(here.get(name, _ABSENT), there.get(name, _ABSENT))
             for name in sorted({*here, *there})
-            if here.get(name, _ABSENT) != there.get(name, _ABSENT)
+            if not _are_equal(here.get(name, _ABSENT), there.get(name, _ABSENT))
         }
         refused = [name for name in different if name not in accept or name in never]
         if refused:
@@ -98,6 +106,10 @@ def _refusal(different: Mapping[str, str], refused: Sequence[str], never: Sequen
             f"or --accept {','.join(different)}"
         )
     return f"this run differs from the one that was saved: {named}; {remedy}"
+
+
+def _are_equal(here: Any, there: Any) -> bool:
+    return bool(here == there) or repr(here) == repr(there)  # NaN is NaN
 
 
 def _difference(here: Any, there: Any) -> str:
@@ -185,7 +197,15 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else _ABSENT
+    return value if _is_plain(value) else _ABSENT
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, int | str) and _is_plain(v) for key, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _described(function: Any) -> str:

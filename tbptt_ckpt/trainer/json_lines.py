@@ -61,9 +61,9 @@ class JsonLines:
         Damaged lines are dropped with a warning; a last one that a kill cut short is no damage.
         """
         self.close()
+        self._check_regular()
         if not self.path.exists():
             return
-        self._check_regular()
         damaged = 0
         with self.path.open("rb") as old, whole_file(self.path) as new:
             for line in old:
@@ -97,7 +97,8 @@ class JsonLines:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._check_regular()
-            self._file = self.path.open("a", encoding="utf-8")
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8")
         try:
             line = {"event": kind, **_finite(fields)}
             self._file.write(json.dumps(line, default=str) + "\n")
@@ -109,11 +110,12 @@ class JsonLines:
 
     def _is_there(self, file: TextIOWrapper) -> bool:
         with suppress(OSError):
-            return os.path.samestat(self.path.stat(), os.fstat(file.fileno()))
+            return os.path.samestat(self.path.lstat(), os.fstat(file.fileno()))
         return False
 
     def _check_regular(self) -> None:
-        if self.path.exists() and not self.path.is_file():  # for a pipe one would wait for ever
+        # For a pipe one would wait for ever, and a link may lead to any file there is.
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
             raise OSError(f"{self.path} is not a regular file")
 
     def _forget(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from tbptt_ckpt.arguments import AboveZero, AnyPath, Dimension, PositiveInt, check_fields
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.trainer.events import EventSink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,3 +84,21 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> Any:
         """Put it back."""
+
+
+def check_offers(events: Sequence[EventSink], extra: Mapping[str, Stateful]) -> None:
+    """Look whether each of them has all the methods that it will be asked for.
+
+    Raises:
+        ArgumentError: One that has not.
+    """
+    given: list[tuple[str, object, type]] = [
+        *((f"events[{index}]", sink, EventSink) for index, sink in enumerate(events)),
+        *((f"extra[{name!r}]", each, Stateful) for name, each in extra.items()),
+    ]
+    for name, value, kind in given:
+        methods = [method for method in vars(kind) if not method.startswith("_")]
+        lacking = [method for method in methods if not callable(getattr(value, method, None))]
+        if lacking or isinstance(value, type):
+            problem = f"lacks {', '.join(lacking)}" if lacking else "is a class; pass an instance"
+            raise ArgumentError(f"{name}={shown(value)} is no {kind.__name__}: it {problem}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from tbptt_ckpt.arguments import AnyPath, checked
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
@@ -16,10 +16,11 @@ class TensorBoard:
         directory: Where its event files go.
 
     Raises:
-        ArgumentError: The package is missing.
+        ArgumentError: The package is missing, or no path.
     """
 
-    def __init__(self, directory: Path) -> None:
+    @checked
+    def __init__(self, directory: AnyPath) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

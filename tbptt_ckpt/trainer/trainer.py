@@ -16,12 +16,12 @@ from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
-from tbptt_ckpt.trainer.announcer import Announcer, check_sinks
+from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.devices import moved
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
-from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful
+from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful, check_offers
 from tbptt_ckpt.trainer.passes import Passes, PlanObserver, StepsOfPasses
 from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult, out_of
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
@@ -83,10 +83,11 @@ class Trainer:
     ) -> None:
         if epochs is None and max_steps is None:
             raise ArgumentError("epochs=None needs max_steps, or training would never end")
+        check_offers(events, extra or {})
         self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
-        self._announcer = Announcer((*self._saving.sinks, *check_sinks(events)))
+        self._announcer = Announcer((*self._saving.sinks, *events))
         policies = non_finite or NonFinite(), out_of_memory or OutOfMemory()
         self._recovery = Recovery(self._parts, *policies, self._announcer)
         self._passes = Passes(

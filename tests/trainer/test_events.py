@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_a_damaged_log_does_not_stop_a_resume(damage: bytes, tmp_path: Path) -> 
     with pytest.warns(TbpttWarning, match="1 damaged lines of the log"):
         assert again.resume()
     assert again.num_steps == STEPS
-    again._close()
+    again._saving.close()
     assert log.read_bytes().startswith(whole)
 
 
@@ -158,6 +159,23 @@ def test_a_log_that_is_a_pipe_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(TbpttWarning, match="not a regular file"):
         assert again.resume()
     again.train()
+
+
+def test_what_a_link_in_the_logs_place_leads_to_is_not_written(tmp_path: Path) -> None:
+    (folder := tmp_path / "runs").mkdir()
+    (folder / "events.jsonl").symlink_to(other := tmp_path / "other")
+    for text in (None, "somebody's\n"):
+        if text is not None:
+            other.write_text(text)
+        with pytest.warns(TbpttWarning, match="is not a regular file"):
+            trainer(snapshots=Snapshots(directory=folder)).train()
+        again = trainer(snapshots=Snapshots(directory=folder))
+        with pytest.warns(TbpttWarning, match="not a regular file"):
+            assert again.resume()
+        again._saving.close()
+        assert (other.read_text() if other.exists() else None) == text
+        for snapshot in folder.glob("step-*"):
+            shutil.rmtree(snapshot)
 
 
 def lines_that_parse(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +202,8 @@ def test_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ArgumentError, match=r"pip install 'tbptt-ckpt\[tensorboard\]'"):
         TensorBoard(tmp_path)
+    with pytest.raises(ArgumentError, match=r"directory='' must be a path"):
+        TensorBoard("")
 
 
 class Writer:

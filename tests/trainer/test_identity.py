@@ -138,6 +138,14 @@ def test_another_run_is_named_or_accepted(name: str) -> None:
     build(**OTHERS[name]).load_state_dict(other.state_dict())
 
 
+def test_values_of_the_users_are_compared_by_what_they_are() -> None:
+    given = {"rate": float("nan"), "sizes": (3, [4, {"a": None, 2: True}]), "name": "x"}
+    state = build(identity=given).state_dict()
+    build(identity=copy.deepcopy(given) | {"rate": float("nan")}).load_state_dict(state)
+    with pytest.raises(ArgumentError, match=r"rate=0\.5, which was nan"):
+        build(identity=given | {"rate": 0.5}).load_state_dict(state)
+
+
 @pytest.mark.parametrize("name", NEVER)
 def test_what_is_never_accepted(name: str) -> None:
     other = build(**NEVER[name])

@@ -92,6 +92,23 @@ class TestOtherRuns:
             (lambda: Snapshots(directory="x", every_minutes=0.0), "every_minutes=0.0"),
             (lambda: Snapshots(directory="x", every_minutes=float("nan")), "every_minutes=nan"),
             (lambda: Snapshots(directory="x", on_failure="?"), "on_failure='\\?'"),
+            (lambda: Snapshots(directory=""), "directory='' must be a path"),
+            (
+                lambda: Job().build(extra={"a": 3}),
+                r"extra\['a'\]=3 is no Stateful: it lacks",
+            ),
+            (lambda: Job().build(extra={"a": nn.Linear}), "is a class; pass an instance"),
+            (
+                lambda: Job().build(identity={"k1": 3}),
+                r"identity=\{'k1': 3\} must be",
+            ),
+            (lambda: Job().build(identity={"data": "a"}), r"identity=\{'data': 'a'\}"),
+            (
+                lambda: Job().build(identity={"a": [Path("b")]}),
+                r"identity=\{'a': .* must be",
+            ),
+            (lambda: Job().build(identity={"a": torch.zeros(2)}), r"identity=\{'a': <Tensor"),
+            (lambda: Job().build(identity={3: 4}), r"identity=\{3: 4\} must be"),
         ],
     )
     def test_options_that_cannot_work(

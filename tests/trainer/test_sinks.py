@@ -89,7 +89,7 @@ def test_a_log_takes_text_and_nothing_else(tmp_path: Path) -> None:
     trainer, _, _ = Job().build(events=[JsonLines(str(tmp_path / "runs" / "log.jsonl"))])
     trainer.train()
     assert (tmp_path / "runs" / "log.jsonl").read_text().count('"window"') == 3
-    for wrong in (3, None, b"log"):
+    for wrong in (3, None, b"log", ""):
         with pytest.raises(ArgumentError, match=r"path=.* must be a path that a file"):
             JsonLines(wrong)  # type: ignore[arg-type]
 
