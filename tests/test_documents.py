@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tbptt_ckpt.cli.app import main
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.relative_to(ROOT)
@@ -23,6 +25,7 @@ PAGES = sorted(
 )
 STAND_ALONE = {Path("docs/recipes.md")}
 _BLOCK = re.compile(r"^(?:<!-- python|```python)\n(.*?)\n(?:-->|```)$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"\btbptt-ckpt (\w+)((?: +[^\s`|&]+)*)")
 _LINK = re.compile(r"\[(?:[^]\[]|\[[^]]*\])*\]\(([^)\s]+)\)")
 
 
@@ -72,6 +75,20 @@ def test_a_dead_link_is_found() -> None:
     )
     found = ["docs/no.md", "#none", "docs/no.png"]
     assert sorted(dead_links(Path("README.md"), text)) == sorted(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_commands_have_the_options_that_are_named(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command, rest in _COMMAND.findall(text):
+        if options := re.findall(r"--[a-z][a-z-]*", rest):
+            assert main([command, "--help"]) == 0
+            printed = capsys.readouterr().out
+            for option in options:
+                assert re.search(rf"{option}\b", printed), f"{command} {option}"
 
 
 def test_the_readme_is_short_and_its_commands_are_found() -> None:
