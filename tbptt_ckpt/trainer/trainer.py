@@ -17,22 +17,12 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.trainer.announcer import Announcer
-from tbptt_ckpt.trainer.devices import moved
 from tbptt_ckpt.trainer.events import EventSink
-from tbptt_ckpt.trainer.identity import RunIdentity
-from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots, Stateful, check_offers
 from tbptt_ckpt.trainer.passes import Passes, PlanObserver, StepsOfPasses
-from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult, out_of
-from tbptt_ckpt.trainer.randomness import random_state, set_random_state
+from tbptt_ckpt.trainer.progress import TrainerResult, out_of
 from tbptt_ckpt.trainer.recovery import Recovery
-from tbptt_ckpt.trainer.resuming import (
-    all_or_nothing,
-    loaded_progress,
-    plan_state,
-    resume_plan,
-    resume_run,
-)
+from tbptt_ckpt.trainer.run_state import RunState
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
 
@@ -84,42 +74,31 @@ class Trainer:
         if epochs is None and max_steps is None:
             raise ArgumentError("epochs=None needs max_steps, or training would never end")
         check_offers(events, extra or {})
-        self.tbptt, self._options, self._parts = tbptt, tbptt.options, tbptt.parts
+        self.tbptt, self._parts = tbptt, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
         self._announcer = Announcer((*self._saving.sinks, *events))
         policies = non_finite or NonFinite(), out_of_memory or OutOfMemory()
         self._recovery = Recovery(self._parts, *policies, self._announcer)
-        self._passes = Passes(
-            self._options,
-            self._parts,
-            source,
-            init_state,
-            max_steps,
-            together(self._recovery, PlanObserver(self._save_costs)),
-        )
-        self._extra = dict(extra or {})
-        others = {**(identity or {}), "extra": sorted(self._extra)}
-        self._identity = RunIdentity(self._options, self._parts, others, self._passes.sample)
-        self._asked, self._has_saved_costs = str(self._parts.budget.strategy), False
-        self._progress, self._session = Progress(), Session()
-        self._run: SequenceRun | None = None
+        options, observer = tbptt.options, together(self._recovery, PlanObserver(self._save_costs))
+        passes = Passes(options, self._parts, source, init_state, max_steps, observer)
+        self._state = RunState(options, self._parts, passes, extra or {}, identity or {}, max_steps)
+        self._has_saved_costs = False
 
     def __repr__(self) -> str:
-        epochs = out_of(self._progress.epoch, self._epochs, "epochs")
+        epochs = out_of(self._state.progress.epoch, self._epochs, "epochs")
         steps = out_of(self.num_steps, self._max_steps, "steps")
         return f"Trainer({epochs}, {steps}{self._saving})"
 
     @property
     def num_steps(self) -> int:
         """Steps trained so far, in total."""
-        trained = 0 if self._run is None else self._run.totals.num_steps
-        return self._progress.steps_before + trained
+        return self._state.num_steps
 
     @property
     def num_updates(self) -> int:
         """Updates made so far, in total."""
-        return self._progress.updates
+        return self._state.progress.updates
 
     def train(self) -> TrainerResult:
         """Train until the passes or steps are done, from where the trainer stands.
@@ -134,7 +113,7 @@ class Trainer:
 
     def result(self) -> TrainerResult:
         """What has been done so far; its seconds count from the last call of `windows`."""
-        return self._progress.result(self.num_steps, self._session)
+        return self._state.progress.result(self.num_steps, self._state.session)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for.
@@ -146,9 +125,8 @@ class Trainer:
                 yield result
 
     def _windows(self, signals: StopSignals) -> Iterator[WindowResult]:
-        self._session = Session()
         check_differentiable(self._parts.recurrence.module)
-        self._identity.begin()
+        self._state.begin()
         self._saving.begin()
         with ExitStack() as stack:
             stack.callback(self._announcer.close)
@@ -159,8 +137,8 @@ class Trainer:
                 for result in self._rest_of_pass():
                     yield result
                     self._between_windows(signals)
-            if self._run is not None:
-                self._run.finish()
+            if self._state.run is not None:
+                self._state.run.finish()
             if not self._saving.is_saved(self.num_steps):
                 self._save()
 
@@ -211,19 +189,7 @@ class Trainer:
 
         The tensors are the run's own; write them out before the next window.
         """
-        progress, run = self._progress, self._run
-        return {
-            "learning": learning_state(self._parts),
-            "progress": {name: getattr(progress, name) for name in progress.__slots__},
-            "run": None if run is None else run.state_dict(),
-            "device": str(self._parts.device),
-            "limit": None if run is None else self._passes.limit,
-            "init_state": [] if run is None else stored_state(run.initial.given),
-            "plan": plan_state(self._parts, self._asked),
-            "identity": self._identity.state_dict(),
-            "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
-            "random": random_state(),
-        }
+        return self._state.state_dict()
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any], *, accept: Sequence[str] = ()) -> None:
@@ -233,53 +199,32 @@ class Trainer:
             ArgumentError: It is of another run.
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
-        run = None
-        with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
-            accepted = self._identity.differences(state, accept)
-            progress = loaded_progress(state, self._options.k1, self._max_steps)
-            load_learning_state(self._parts, state["learning"], accepted)
-            if state["run"] is not None:
-                run = self._passes.begin(*progress.place, state["init_state"])
-                there = {**state, "run": moved(state["run"], state["device"], self._parts.device)}
-                resume_run(run, there, self._passes.limit, self._options.k1, accepted)
-            for name in self._extra.keys() & state["extra"].keys():
-                self._extra[name].load_state_dict(state["extra"][name])
-            set_random_state(state["random"])
-            messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
-        self._progress, self._session, self._run = progress, Session(), run
+        told = self._state.load_state_dict(state, accept)
         self._has_saved_costs = self._parts.budget.costs is not None
-        for message in messages:
-            self._announcer.notice("replanned", message)
-        for name, difference in accepted.items():
-            self._announcer.notice("accepted", f"{name}={difference}")
+        for kind, message in told:
+            self._announcer.notice(kind, message)
 
     def _is_done(self) -> bool:
-        bounds = ((self.num_steps, self._max_steps), (self._progress.epoch, self._epochs))
+        bounds = ((self.num_steps, self._max_steps), (self._state.progress.epoch, self._epochs))
         return any(most is not None and done >= most for done, most in bounds)
 
     def _rest_of_pass(self) -> Iterator[WindowResult]:
-        if self._run is None:
-            self._run = self._passes.begin(*self._progress.place)
-            if self._run is None:  # it had no further sequence
-                self._progress.end_pass()
-                return
-        yield from self._windows_of(run := self._run)
+        if (run := self._state.begin_sequence()) is None:
+            return
+        yield from self._windows_of(run)
         if not self._is_done():
-            run.finish()
-            self._progress.end_sequence(self.num_steps)
-            self._run = None
+            self._state.end_sequence()
 
     def _windows_of(self, run: SequenceRun) -> Iterator[WindowResult]:
         while not self._is_done() and (window := self._recovery.next_window(run)) is not None:
             rate = self._parts.updater.learning_rate
             result = self._recovery.run(run, window)
-            self._progress.add(result)
+            self._state.add(result)
             self._announcer.reach(self.num_steps)
             if result is not None:
-                self._session.add(result)
                 if result.updated:
                     self._announcer.update(self.num_updates, self._parts.updater.grad_norm, rate)
-                self._announcer.window(result, self._progress.epoch)
+                self._announcer.window(result, self._state.progress.epoch)
                 yield result
 
     def _save_costs(self) -> None:

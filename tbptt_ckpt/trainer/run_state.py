@@ -1,0 +1,126 @@
+"""How far a run has come, and everything that an equal one needs to go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.trainer.devices import moved
+from tbptt_ckpt.trainer.identity import RunIdentity
+from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
+from tbptt_ckpt.trainer.options import Stateful
+from tbptt_ckpt.trainer.passes import Passes
+from tbptt_ckpt.trainer.progress import Progress, Session
+from tbptt_ckpt.trainer.randomness import random_state, set_random_state
+from tbptt_ckpt.trainer.resuming import (
+    all_or_nothing,
+    loaded_progress,
+    plan_state,
+    resume_plan,
+    resume_run,
+)
+
+
+class RunState:
+    """What a run has done, and the sequence that it is in.
+
+    Attributes:
+        progress: What has been counted.
+        session: What this process has counted of it.
+        run: Runs the present sequence; None between two of them.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        parts: Parts,
+        passes: Passes,
+        extra: Mapping[str, Stateful],
+        others: Mapping[str, Any],
+        max_steps: int | None,
+    ) -> None:
+        self._options, self._parts, self._passes = options, parts, passes
+        self._extra, self._max_steps = dict(extra), max_steps
+        self._asked = str(parts.budget.strategy)
+        others = {**others, "extra": sorted(extra)}
+        self.identity = RunIdentity(options, parts, others, passes.sample)
+        self.progress, self.session = Progress(), Session()
+        self.run: SequenceRun | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps trained so far, in total."""
+        trained = 0 if self.run is None else self.run.totals.num_steps
+        return self.progress.steps_before + trained
+
+    def begin(self) -> None:
+        """Training begins in this process, or goes on."""
+        self.session = Session()
+        self.identity.begin()
+
+    def begin_sequence(self) -> SequenceRun | None:
+        """The present sequence, or the next one; None where the pass has ended, and is counted."""
+        if self.run is None:
+            self.run = self._passes.begin(*self.progress.place)
+            if self.run is None:
+                self.progress.end_pass()
+        return self.run
+
+    def end_sequence(self) -> None:
+        """The present sequence has been run to its end."""
+        assert self.run is not None, "a sequence has run"
+        self.run.finish()
+        self.progress.end_sequence(self.num_steps)
+        self.run = None
+
+    def add(self, result: WindowResult | None) -> None:
+        """Count a window; None for one that was skipped."""
+        self.progress.add(result)
+        if result is not None:
+            self.session.add(result)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it; the tensors are the run's own."""
+        progress, run = self.progress, self.run
+        return {
+            "learning": learning_state(self._parts),
+            "progress": {name: getattr(progress, name) for name in progress.__slots__},
+            "run": None if run is None else run.state_dict(),
+            "device": str(self._parts.device),
+            "limit": None if run is None else self._passes.limit,
+            "init_state": [] if run is None else stored_state(run.initial.given),
+            "plan": plan_state(self._parts, self._asked),
+            "identity": self.identity.state_dict(),
+            "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
+            "random": random_state(),
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], accept: Sequence[str]
+    ) -> list[tuple[str, str]]:
+        """Go on where `state_dict` was called; kind and words of what is to be told of it.
+
+        Raises:
+            ArgumentError: It is of another run.
+            SnapshotError: It is of no run. In both cases everything is as it was before.
+        """
+        run = None
+        with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
+            accepted = self.identity.differences(state, accept)
+            progress = loaded_progress(state, self._options.k1, self._max_steps)
+            load_learning_state(self._parts, state["learning"], accepted)
+            if state["run"] is not None:
+                run = self._passes.begin(*progress.place, state["init_state"])
+                there = {**state, "run": moved(state["run"], state["device"], self._parts.device)}
+                resume_run(run, there, self._passes.limit, self._options.k1, accepted)
+            for name in self._extra.keys() & state["extra"].keys():
+                self._extra[name].load_state_dict(state["extra"][name])
+            set_random_state(state["random"])
+            messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
+        self.progress, self.session, self.run = progress, Session(), run
+        told = [("replanned", message) for message in messages]
+        return told + [("accepted", f"{name}={what}") for name, what in accepted.items()]
