@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tbptt_ckpt.planner import plan
     from tbptt_ckpt.profiling import Workload, profile_strategies, profile_window
     from tbptt_ckpt.schedule import Costs, Plan, Revolve, Uniform, simulate, tbptt_windows
-    from tbptt_ckpt.trainer import NonFinite, OutOfMemory, Snapshots, Trainer
+    from tbptt_ckpt.trainer import NonFinite, OutOfMemory, Snapshots, Trainer, Validation
 
 __all__ = [
     "TBPTT",
@@ -66,6 +66,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "Uniform",
+    "Validation",
     "WindowResult",
     "Workload",
     "evaluate",

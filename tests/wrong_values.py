@@ -31,6 +31,7 @@ from tbptt_ckpt import (
     TensorSequence,
     Trainer,
     Uniform,
+    Validation,
     evaluate,
     measure_costs,
     peak_memory,
@@ -287,6 +288,12 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "Trainer.load_state_dict": lambda: (
             Trainer(engine(), sequence()).load_state_dict,
             {"state": Trainer(engine(), sequence()).state_dict()},
+        ),
+        "Validation": lambda: _on(
+            Validation,
+            lambda made: Trainer(engine(), sequence(), validation=made).train(),
+            source=sequence(),
+            every_windows=1,
         ),
         "Snapshots": lambda: _on(
             Snapshots,

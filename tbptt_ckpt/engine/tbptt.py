@@ -220,7 +220,8 @@ class TBPTT:
         """
         parts = self._parts
         loss_function = LossFunction(parts.loss_function.loss_fn)
-        return run_evaluation(parts.runner, loss_function, sequence, init_state, segment_steps)
+        runner = parts.runner.calling(parts.recurrence)  # which looks at its first call again
+        return run_evaluation(runner, loss_function, sequence, init_state, segment_steps)
 
     def _start(self, sequence: Steps, init_state: Any) -> SequenceRun:
         check_differentiable(self._parts.recurrence.module)

@@ -129,6 +129,11 @@ class SnapshotStore:
         self._retire()
         return self.path(step)
 
+    def keep_only(self, step: int) -> None:
+        """Remove all snapshots but that of one step."""
+        self.wait()
+        self._remove_steps([other for other in self.steps() if other != step])
+
     def newest_valid(self, use: Callable[[Loaded], None] = lambda _: None) -> Loaded | None:
         """The newest snapshot whose every byte is as written; None if there is none at all.
 
@@ -184,11 +189,8 @@ class SnapshotStore:
 
     def clean(self) -> None:
         """Remove what killed saves left, and finish a replacement that was cut short."""
-        for name in self._names():
-            match = _TEMPORARY.fullmatch(name)
-            if match is None:
-                continue
-            path, target = self.directory / name, self.directory / match[1]
+        for match in filter(None, map(_TEMPORARY.fullmatch, self._names())):
+            path, target = self.directory / match[0], self.directory / match[1]
             if match[2] == "replaced" and not target.exists():
                 self._disk.replace(path, target)
             else:

@@ -7,6 +7,7 @@ from tbptt_ckpt.trainer.progress import TrainerResult
 from tbptt_ckpt.trainer.signals import TrainingStopped
 from tbptt_ckpt.trainer.tensorboard import TensorBoard
 from tbptt_ckpt.trainer.trainer import Trainer
+from tbptt_ckpt.trainer.validation import Validation
 
 __all__ = [
     "EventSink",
@@ -20,5 +21,6 @@ __all__ = [
     "TrainerResult",
     "TrainingStopped",
     "UpdateEvent",
+    "Validation",
     "WindowEvent",
 ]

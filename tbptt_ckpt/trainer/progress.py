@@ -14,6 +14,8 @@ class TrainerResult:
 
     Attributes:
         last_loss: Loss of the last window that had one.
+        best_loss: The lowest loss that a validation found; None without one.
+        best_steps: Steps that had been trained then.
         num_steps: Steps trained.
         num_windows: Windows run or skipped.
         num_updates: Updates of the weights.
@@ -27,6 +29,8 @@ class TrainerResult:
     """
 
     last_loss: float | None
+    best_loss: float | None
+    best_steps: int | None
     num_steps: int
     num_windows: int
     num_updates: int
@@ -87,11 +91,15 @@ class Progress:
         """Count a pass."""
         self.epoch, self.sequence = self.epoch + 1, 0
 
-    def result(self, steps: int, session: Session) -> TrainerResult:
+    def result(
+        self, steps: int, session: Session, best_loss: float | None, best_steps: int | None
+    ) -> TrainerResult:
         """The same for the user."""
         seconds = time.perf_counter() - session.begun
         return TrainerResult(
             last_loss=self.loss,
+            best_loss=best_loss,
+            best_steps=best_steps,
             num_steps=steps,
             num_windows=self.windows,
             num_updates=self.updates,

@@ -14,7 +14,7 @@ from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
 from tbptt_ckpt.trainer.options import Stateful
 from tbptt_ckpt.trainer.passes import Passes
-from tbptt_ckpt.trainer.progress import Progress, Session
+from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.resuming import (
     all_or_nothing,
@@ -82,6 +82,10 @@ class RunState:
         self.progress.add(result)
         if result is not None:
             self.session.add(result)
+
+    def result(self, best_loss: float | None, best_steps: int | None) -> TrainerResult:
+        """The same for the user, with the best that a validation has found."""
+        return self.progress.result(self.num_steps, self.session, best_loss, best_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it; the tensors are the run's own."""

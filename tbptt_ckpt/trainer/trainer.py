@@ -25,6 +25,7 @@ from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.run_state import RunState
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
+from tbptt_ckpt.trainer.validation import NotValidating, Validating, Validation
 
 
 class Trainer:
@@ -44,6 +45,7 @@ class Trainer:
         epochs: Passes in total; None for as many as `max_steps` takes.
         max_steps: Steps in total, over all passes and processes.
         snapshots: Where and when to save; None saves nothing.
+        validation: What else to look at now and then, to keep the best state and to end early.
         events: Told of windows, updates and faults. With snapshots, `events.jsonl` is written
             in their directory whatever is given here.
         non_finite: What to do about NaN and infinity.
@@ -65,6 +67,7 @@ class Trainer:
         epochs: PositiveInt | None = 1,
         max_steps: PositiveInt | None = None,
         snapshots: Snapshots | None = None,
+        validation: Validation | None = None,
         events: Sequence[EventSink] = (),
         non_finite: NonFinite | None = None,
         out_of_memory: OutOfMemory | None = None,
@@ -78,11 +81,23 @@ class Trainer:
         self._epochs, self._max_steps = epochs, max_steps
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
         self._announcer = Announcer((*self._saving.sinks, *events))
+        self._validating = (
+            NotValidating()
+            if validation is None
+            else Validating(validation, snapshots, tbptt, self._announcer)
+        )
         policies = non_finite or NonFinite(), out_of_memory or OutOfMemory()
         self._recovery = Recovery(self._parts, *policies, self._announcer)
         options, observer = tbptt.options, together(self._recovery, PlanObserver(self._save_costs))
         passes = Passes(options, self._parts, source, init_state, max_steps, observer)
-        self._state = RunState(options, self._parts, passes, extra or {}, identity or {}, max_steps)
+        self._state = RunState(
+            options,
+            self._parts,
+            passes,
+            self._validating.beside(dict(extra or {})),
+            identity or {},
+            max_steps,
+        )
         self._has_saved_costs = False
 
     def __repr__(self) -> str:
@@ -113,7 +128,7 @@ class Trainer:
 
     def result(self) -> TrainerResult:
         """What has been done so far; its seconds count from the last call of `windows`."""
-        return self._state.progress.result(self.num_steps, self._state.session)
+        return self._state.result(self._validating.best_loss, self._validating.best_steps)
 
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for.
@@ -143,18 +158,23 @@ class Trainer:
                 self._save()
 
     @checked
-    def resume(self, *, accept: Sequence[str] = ()) -> bool:
+    def resume(self, *, accept: Sequence[str] = (), best: bool = False) -> bool:
         """Load the newest valid snapshot; False where there is none, to start afresh.
 
         Args:
             accept: What may differ from the run that was saved, such as ("lr", "data").
+            best: Load the state that had the lowest loss under `validation` instead, to use the
+                module; training goes on from the newest.
 
         Raises:
             ArgumentError: No snapshots were asked for, or they are of another run.
             SnapshotError: None of the snapshots can be used. Either leaves all as it was.
         """
-        self._saving.check("resume()")
-        loaded = self._saving.load(lambda each: self.load_state_dict(each.state, accept=accept))
+        saving = self._validating.best if best else self._saving
+        saving.check("resume()")
+        loaded = saving.load(lambda each: self.load_state_dict(each.state, accept=accept))
+        if best:
+            saving.close()
         if loaded is None:
             return False
         self._announcer.resume_at(self.num_steps)
@@ -205,6 +225,8 @@ class Trainer:
             self._announcer.notice(kind, message)
 
     def _is_done(self) -> bool:
+        if self._validating.is_over:
+            return True
         bounds = ((self.num_steps, self._max_steps), (self._state.progress.epoch, self._epochs))
         return any(most is not None and done >= most for done, most in bounds)
 
@@ -241,5 +263,6 @@ class Trainer:
             message = self._saving.stop_message(word, self.num_steps)
             self._announcer.notice("stopped", message)
             raise TrainingStopped(signals.received, message)
+        self._validating.look(self._state.progress.windows, self.num_steps, self.state_dict)
         if self._saving.is_due(self.num_steps):
             self._save()
