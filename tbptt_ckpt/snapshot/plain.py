@@ -136,7 +136,7 @@ def from_plain(value: Any) -> Any:
         return _to_device(_whole(value["values"]), value["device"])
     if kind == "array":
         flat = np.frombuffer(value["values"].numpy(), dtype=value["dtype"])
-        return flat.reshape(value["shape"]).copy()
+        return flat.reshape(value["shape"])
     if kind == "generator":
         return _generator({key: from_plain(item) for key, item in value.items()})
     if kind in _KINDS:
@@ -148,7 +148,9 @@ def from_plain(value: Any) -> Any:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor, none that is expanded to more than its bytes; views are never saved."""
+    """The tensor, if it is as they are saved: no parameter, and none expanded beyond its bytes."""
+    if type(tensor) is not Tensor or tensor.requires_grad or tensor.is_meta:
+        raise SnapshotError(f"it holds a {type(tensor).__name__} where only values are saved")
     if tensor.layout == torch.strided and tensor.nbytes > tensor.untyped_storage().nbytes():
         raise SnapshotError(f"it holds a tensor {tuple(tensor.shape)} of fewer bytes than that")
     return tensor

@@ -77,6 +77,7 @@ def load_state(folder: Path) -> Any:
         _check_not_compressed(folder / STATE_FILE)
         # Always explicit: an environment variable can turn the default off, not this.
         plain = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        _check_is_a_tree(plain)
         return from_plain(plain)
     except SnapshotError:
         raise
@@ -92,3 +93,15 @@ def _check_not_compressed(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, and may unfold to any size")
+
+
+def _check_is_a_tree(plain: Any) -> None:
+    """Nothing is written twice; what contains itself, or is in many places, has no end."""
+    seen, left = set(), [plain]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list | tuple) and value:
+            if id(value) in seen:
+                raise ValueError("a container is in two places")
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)

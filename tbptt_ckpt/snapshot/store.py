@@ -23,8 +23,8 @@ from tbptt_ckpt.snapshot.plain import to_plain
 from tbptt_ckpt.snapshot.reading import load_state, read_manifest, verify_files
 from tbptt_ckpt.snapshot.writing import write_files
 
-_NAME = re.compile(r"step-(0|[1-9]\d*)")
-_TEMPORARY = re.compile(r"\.(step-\d+)\.(part|old|replaced)")
+_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+_TEMPORARY = re.compile(r"\.(step-[0-9]+)\.(part|old|replaced)")
 
 
 class SnapshotWarning(TbpttWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.engine.parts import Parts
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.module.generators import GeneratorPlace, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
@@ -52,6 +53,7 @@ def load_learning_state(
 
     Raises:
         ArgumentError: It belongs to other modules.
+        SnapshotError: Its weights are of no use.
     """
     modules, loose = modules_of(parts), _loose_parameters(parts, modules_of(parts))
     for name, module in modules.items():
@@ -90,6 +92,20 @@ def load_learning_state(
     if state["grads"] is not None:
         for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
             parameter.grad = None if grad is None else grad.to(parameter.device)
+    if problem := poisoned(parts.weights()):
+        raise SnapshotError(problem)
+
+
+def poisoned(weights: list[Tensor]) -> str:
+    """What is to be said of learned weights that are not finite; nothing is copied."""
+    learned = [w for w in weights if w.requires_grad and w.numel()]
+    if not learned or bool(torch.isfinite(torch.nn.utils.get_total_norm(learned, math.inf))):
+        return ""
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(weight, math.inf) for weight in learned]
+    bad = [w for w, norm in zip(learned, norms, strict=True) if not bool(torch.isfinite(norm))]
+    shapes = ", ".join(str(tuple(weight.shape)) for weight in bad[:3])
+    return f"{len(bad)} weights hold NaN or infinity, such as those of shape {shapes}"
 
 
 def _take_own(

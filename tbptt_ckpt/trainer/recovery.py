@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import count
 
 import torch
@@ -21,6 +20,7 @@ from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.module.trees import Tree, is_differentiable, iterate_tensors
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
+from tbptt_ckpt.trainer.learning_state import poisoned
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory
 
 
@@ -111,7 +111,7 @@ class Recovery(Observer):
         Raises:
             NonFiniteError: They are not, and the policy is not to go on.
         """
-        if not (problem := _poisoned(self._parts.weights())):
+        if not (problem := poisoned(self._parts.weights())):
             return True
         message = (
             f"{problem} after {steps} steps, so no snapshot is taken; those before it stay as they "
@@ -125,7 +125,7 @@ class Recovery(Observer):
     def _found(self, problem: str) -> None:
         window = self._window
         assert window is not None, "a window is running"
-        if weights := _poisoned(self._parts.weights()):
+        if weights := poisoned(self._parts.weights()):
             problem = f"{problem} ({weights}, from an earlier update)"
         where = f"window {window.index}, steps {window.new_start} to {window.stop}: {problem}"
         if self._non_finite.policy != "go on":
@@ -172,18 +172,6 @@ class Recovery(Observer):
             f"{format_bytes(free_memory(device))} free on {device}, "
             f"{format_bytes(rss_bytes().total)} resident"
         )
-
-
-def _poisoned(weights: list[Tensor]) -> str:
-    """What is to be said of learned weights that are not finite; nothing is copied."""
-    learned = [w for w in weights if w.requires_grad and w.numel()]
-    if not learned or bool(torch.isfinite(torch.nn.utils.get_total_norm(learned, math.inf))):
-        return ""
-    with torch.no_grad():
-        norms = [torch.linalg.vector_norm(weight, math.inf) for weight in learned]
-    bad = [w for w, norm in zip(learned, norms, strict=True) if not bool(torch.isfinite(norm))]
-    shapes = ", ".join(str(tuple(weight.shape)) for weight in bad[:3])
-    return f"{len(bad)} weights hold NaN or infinity, such as those of shape {shapes}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -130,9 +131,27 @@ def _nested(depth: int) -> list[Any]:
     return value
 
 
+def _in_two_places(depth: int) -> list[Any]:
+    """A few hundred bytes that unfold to 2 ** depth lists."""
+    value: list[Any] = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def _in_itself() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["value"] = (value,)
+    return value
+
+
 @pytest.mark.parametrize(
     "state",
     [
+        _in_two_places(18),
+        _in_itself(),
+        {"weight": torch.nn.Parameter(torch.ones(2))},
+        {KIND: "tensor", "device": "cpu", "values": torch.zeros(2, device="meta")},
         {KIND: "array"},
         {KIND: "array", "dtype": "?!", "shape": [1], "values": torch.zeros(1, dtype=torch.uint8)},
         {KIND: "array", "dtype": "|O", "shape": [1], "values": torch.zeros(8, dtype=torch.uint8)},
@@ -150,7 +169,7 @@ def _nested(depth: int) -> list[Any]:
         {KIND: "dataclass", "module": 3, "class": None},
         _nested(900),
     ],
-    ids=lambda state: str(state)[:60],
+    ids=lambda state: repr(type(state)) if isinstance(state, list) else str(state)[:60],
 )
 def test_states_that_are_none(state: Any, store: SnapshotStore, injected: Injected) -> None:
     limit = sys.getrecursionlimit()
@@ -161,6 +180,11 @@ def test_states_that_are_none(state: Any, store: SnapshotStore, injected: Inject
         sys.setrecursionlimit(limit)
     sign_state(store.path(2))
     assert_passed_over(store, injected)
+
+
+def test_other_digits_are_no_step(store: SnapshotStore) -> None:
+    shutil.copytree(store.path(2), store.directory / "step-٣")
+    assert store.steps() == [1, 2]
 
 
 def test_a_compressed_state_is_not_unfolded(store: SnapshotStore, injected: Injected) -> None:

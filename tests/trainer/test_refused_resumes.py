@@ -171,14 +171,29 @@ def test_a_state_with_anything_missing_or_wrong_is_refused_whole(
     injected("hostile snapshot")
 
 
-@pytest.mark.parametrize("place", [("progress", "epoch"), ("random",), ("learning", "modules")])
+def _with_a_weight_of_nan(state: dict[str, Any]) -> dict[str, Any]:
+    ((name, owner),) = state["learning"]["modules"].items()
+    weights = {key: torch.full_like(value, torch.nan) for key, value in owner["state"].items()}
+    return _changed(state, ("learning", "modules", name, "state"), weights)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            lambda state, place=place: _changed(state, place, -3)
+            for place in (("progress", "epoch"), ("random",), ("learning", "modules"))
+        ),
+        _with_a_weight_of_nan,
+    ],
+)
 def test_an_older_snapshot_is_tried_where_the_newest_holds_no_run(
-    place: tuple[str, ...], tmp_path: Path, injected: Injected
+    change: Callable[[Any], Any], tmp_path: Path, injected: Injected
 ) -> None:
     trainer, _, _ = with_snapshots(JOB, tmp_path)
     trainer.train()
     steps = trainer.num_steps
-    SnapshotStore(tmp_path).save(steps, _changed(trainer.state_dict(), place, -3))
+    SnapshotStore(tmp_path).save(steps, change(trainer.state_dict()))
     other, _, _ = with_snapshots(JOB, tmp_path)
     with pytest.warns(SnapshotWarning, match=f"PASSED OVER: .*step-{steps}: .*falling back"):
         assert other.resume()
