@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
+from tbptt_ckpt.profiling.sweep import Watch
+from tbptt_ckpt.trainer.progress_bar import Bar
 
 
 def table(title: str, caption: str | None = None, **options: Any) -> Table:
@@ -46,27 +43,10 @@ def figure_table(
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Watch]:
     """A bar on the standard error while the context is open; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield unwatched
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1, figures="")
-
-        def watch(progress: Progress) -> None:
-            bar.update(
-                task,
-                description=progress.stage,
-                completed=progress.done,
-                total=progress.total,
-                figures=progress.figures,
-            )
-
-        yield watch
+    bar = Bar(unit)
+    try:
+        yield lambda progress: bar.show(
+            progress.stage, progress.done, progress.total, progress.figures
+        )
+    finally:
+        bar.close()

@@ -4,6 +4,7 @@ from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEven
 from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.options import NonFinite, OutOfMemory, Snapshots
 from tbptt_ckpt.trainer.progress import TrainerResult
+from tbptt_ckpt.trainer.progress_bar import ProgressBar
 from tbptt_ckpt.trainer.signals import TrainingStopped
 from tbptt_ckpt.trainer.tensorboard import TensorBoard
 from tbptt_ckpt.trainer.trainer import Trainer
@@ -15,6 +16,7 @@ __all__ = [
     "NonFinite",
     "Notice",
     "OutOfMemory",
+    "ProgressBar",
     "Snapshots",
     "TensorBoard",
     "Trainer",

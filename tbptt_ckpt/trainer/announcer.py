@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
 
+_log = logging.getLogger("tbptt_ckpt")
+_log.addHandler(logging.NullHandler())  # what is warned about is not printed twice
 # Not to be overlooked: they are warned about as well.
 _WARNED = ("out_of_memory", "non_finite", "replanned")
 
@@ -27,9 +30,10 @@ class Announcer:
         """What is told from here on is told of that many steps trained in total."""
         self._steps = steps
 
-    def window(self, result: WindowResult, epoch: int) -> None:
+    def window(self, result: WindowResult, epoch: int, total_steps: int | None) -> None:
         """A window has run."""
-        self._tell("on_window", WindowEvent.of(result, steps=self._steps, epoch=epoch))
+        event = WindowEvent.of(result, steps=self._steps, total_steps=total_steps, epoch=epoch)
+        self._tell("on_window", event)
 
     def update(self, updates: int, norm: Tensor | None, learning_rate: float) -> None:
         """The weights were updated; `norm` is that of the gradients."""
@@ -42,8 +46,11 @@ class Announcer:
 
     def notice(self, kind: str, message: str, **figures: Any) -> None:
         """Something else happened."""
-        if kind in _WARNED:
+        is_warned = kind in _WARNED
+        if is_warned:
             warnings.warn(message, TbpttWarning, stacklevel=3)
+        level = logging.WARNING if is_warned else logging.INFO
+        _log.log(level, "%s after %d steps: %s", kind, self._steps, message)
         notice = Notice(steps=self._steps, kind=kind, message=message, figures=figures)
         self._tell("on_notice", notice)
 

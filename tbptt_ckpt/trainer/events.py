@@ -15,6 +15,7 @@ class WindowEvent(WindowFigures):
 
     Attributes:
         steps: Steps trained in total, this window's included.
+        total_steps: Those there will be; None where that is not known before.
         epoch: Passes completed before this one.
         loss: What was differentiated; None where no step has a target.
         steps_per_second: New steps per second.
@@ -22,16 +23,20 @@ class WindowEvent(WindowFigures):
     """
 
     steps: int
+    total_steps: int | None
     epoch: int
     loss: float | None
     steps_per_second: float
     executed_steps_per_step: float
 
     @classmethod
-    def of(cls, result: WindowResult, *, steps: int, epoch: int) -> WindowEvent:
+    def of(
+        cls, result: WindowResult, *, steps: int, total_steps: int | None, epoch: int
+    ) -> WindowEvent:
         """What is told of a window; its tensors are not kept alive."""
         return cls(
             steps=steps,
+            total_steps=total_steps,
             epoch=epoch,
             loss=None if result.loss is None else float(result.loss),
             steps_per_second=result.num_new_steps / result.seconds,

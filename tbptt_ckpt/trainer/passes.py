@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
@@ -129,6 +130,13 @@ class Passes:
         if saved is not None:
             state = restored_state(state, saved)
         return SequenceRun(self._options, self._parts, source, state, self._observer)
+
+    def total_steps(self, epochs: int | None) -> int | None:
+        """Steps of so many passes, as the first is laid out, or the most there may be."""
+        length = length_of(self._source)
+        if epochs is None or length is None:
+            return self._max_steps
+        return min(epochs * length, self._max_steps or sys.maxsize)
 
     def copied(self) -> Callable[[], None]:
         """Copy what `begin` changes of the user's; what is returned puts it back."""

@@ -98,7 +98,7 @@ class Trainer:
             identity or {},
             max_steps,
         )
-        self._has_saved_costs = False
+        self._has_saved_costs, self._total_steps = False, passes.total_steps(epochs)
 
     def __repr__(self) -> str:
         epochs = out_of(self._state.progress.epoch, self._epochs, "epochs")
@@ -246,7 +246,7 @@ class Trainer:
             if result is not None:
                 if result.updated:
                     self._announcer.update(self.num_updates, self._parts.updater.grad_norm, rate)
-                self._announcer.window(result, self._state.progress.epoch)
+                self._announcer.window(result, self._state.progress.epoch, self._total_steps)
                 yield result
 
     def _save_costs(self) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import random_data
 from training_jobs import EXACT, Injected, Job, Listener, assert_equal, learning_of, with_snapshots
 
-from tbptt_ckpt import ArgumentError, Snapshots, TbpttWarning
+from tbptt_ckpt import ArgumentError, Snapshots, TbpttWarning, TensorSequence, Validation
 from tbptt_ckpt.snapshot.store import SnapshotWarning
-from tbptt_ckpt.trainer import JsonLines
+from tbptt_ckpt.trainer import JsonLines, ProgressBar
 
 
 class Down(Listener):
@@ -126,3 +131,54 @@ def test_a_run_that_nothing_disturbs_warns_of_nothing(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         trainer.train()
     assert not [w for w in caught if issubclass(w.category, SnapshotWarning | TbpttWarning)]
+
+
+class Terminal(io.StringIO):
+    """Takes what a terminal of 80 columns would show."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown_by(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, **options: Any) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    job = Job(num_steps=9)
+    trainer, _, _ = job.build(**options)
+    trainer._announcer._sinks.append(ProgressBar())
+    trainer.train()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+
+
+def test_a_bar_shows_how_far_it_is_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    validation = Validation(source=TensorSequence(*random_data(3)), every_windows=1)
+    text = shown_by(monkeypatch, Terminal(), validation=validation)
+    last = re.findall(r"training .*", text)[-1]
+    assert re.search(r"9/9 steps  loss [0-9.]+  val [0-9.]+  [0-9,]+/s.*0:00:", last), last
+    assert not shown_by(monkeypatch, io.StringIO())
+
+
+def test_a_bar_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ArgumentError, match=r"pip install 'tbptt-ckpt\[cli\]'"):
+        ProgressBar()
+
+
+def test_notices_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="tbptt_ckpt")
+    trainer, _, _ = Job(num_steps=9).build(snapshots=Snapshots(directory=tmp_path))
+    trainer.train()
+    assert f"snapshot after 9 steps: {tmp_path / 'step-9'}" in caplog.messages
+
+
+def test_the_steps_there_will_be_are_told_as_far_as_they_are_known() -> None:
+    job = Job(num_steps=9)
+    for options, expected in (
+        ({"epochs": 2}, 18),
+        ({"epochs": 2, "max_steps": 12}, 12),
+        ({"epochs": None, "max_steps": 30}, 30),
+    ):
+        trainer, _, told = job.build(**options)
+        next(trainer.windows())
+        assert told.windows[0].total_steps == expected
