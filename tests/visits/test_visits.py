@@ -1,0 +1,157 @@
+"""First visits: what a newcomer types, from README and docs alone, runs at once and is right.
+
+The expected weights come from plain loops over what a script had made before the package's part.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import naive
+import naive_lanes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+SCRIPTS = Path(__file__).parent / "scripts"
+Made = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the scripts leave to torch is float64, so that they can be held against loops."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def begun(name: str) -> Made:
+    """What a script has made before it comes to the package's part."""
+    text = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8")
+    made: Made = {}
+    torch.manual_seed(0)
+    exec(text.partition("\ntbptt = ")[0].partition("\ndef training_step")[0], made)
+    return made
+
+
+def done(name: str) -> Made:
+    """What it has made in the end."""
+    torch.manual_seed(0)
+    return runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+
+
+def check(name: str, train: Callable[[Made], None], tolerance: float = 1e-9) -> Made:
+    """The script leaves the weights that `train` leaves, which are other than before."""
+    made = begun(name)
+    before = [weight.detach().clone() for weight in made["module"].parameters()]
+    train(made)
+    found = done(name)
+    pairs = zip(found["module"].parameters(), made["module"].parameters(), before, strict=True)
+    for ours, theirs, old in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert not torch.equal(theirs, old), "something was learned"
+    return found
+
+
+def windows(made: Made, k1: int, k2: int | None, steps: Any = None, **options: Any) -> None:
+    """Updates after every window, one step after the other."""
+    module, (inputs, targets) = made["module"], steps or (made["inputs"], made["targets"])
+
+    def of_segments(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = module(x[None], state)
+        return y[0], state
+
+    problem = naive.Problem(
+        step=of_segments if options.get("segments") else module,
+        loss_fn=mse_loss,
+        inputs=list(inputs),
+        targets=list(targets),
+        init_state=made.get("first"),
+        parameters=list(module.parameters()),
+    )
+    for _ in naive.refresh(problem, k1, k2, optimizer=made["optimizer"]):
+        pass
+
+
+def once(made: Made, loss: Tensor) -> None:
+    made["optimizer"].zero_grad()
+    loss.backward()
+    made["optimizer"].step()
+
+
+def test_1_an_own_cell() -> None:
+    check("own_cell", lambda made: windows(made, 50, 100))
+
+
+def test_2_a_loader_of_whole_sequences() -> None:
+    def train(made: Made) -> None:
+        made["module"].batch_first = False
+        for batch in [*made["loader"]] * 2:
+            steps = [part.movedim(1, 0) for part in batch]
+            windows(made, 20, 40, steps, segments=True)
+
+    assert check("loader_of_sequences", train)["result"].num_epochs == 2
+
+
+def test_3_a_training_step_of_a_framework() -> None:
+    def train(made: Made) -> None:
+        for _ in range(2):
+            once(made, mse_loss(made["module"](made["inputs"])[0], made["targets"]))
+
+    check("own_training_step", train)
+
+
+def test_5_a_long_file() -> None:
+    torch.set_default_dtype(torch.float32)
+    rows = np.sin(np.arange(32 * 300 + 1) / 7)
+    np.save("signal.npy", rows)
+
+    def train(made: Made) -> None:
+        steps = torch.from_numpy(rows).float()
+        lanes = [part.unfold(0, 300, 300).T[..., None] for part in (steps[:-1], steps[1:])]
+        windows(made, 50, 100, lanes, segments=True)
+
+    assert check("large_file", train, 1e-5)["result"].num_steps == 300
+
+
+def test_6_episodes_and_a_reset_inside_of_one() -> None:
+    def train(made: Made) -> None:
+        begins = made["episodes"][0][0][25]
+
+        def step(x: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+            state = made["module"](x, None if torch.equal(x[0], begins) else state)
+            return state, state
+
+        problem = naive_lanes.LaneProblem(
+            step=step,
+            loss_fn=mse_loss,
+            sequences=made["episodes"],
+            initial=lambda _: None,
+            parameters=list(made["module"].parameters()),
+        )
+        for _ in naive_lanes.train(problem, 3, 10, 20, optimizer=made["optimizer"]):
+            pass
+
+    check("episodes", train)
+
+
+def test_7_the_forums_script() -> None:
+    check("forum_pairs", lambda made: windows(made, 5, 9))
+
+
+def test_7_output_that_is_fed_back() -> None:
+    check("forum_feedback", lambda made: windows(made, 60, None))
+
+
+def test_7_one_label_for_each_sequence() -> None:
+    def train(made: Made) -> None:
+        outputs, _ = made["module"](made["inputs"], None)
+        once(made, cross_entropy(outputs[-1], made["label"]))
+
+    check("forum_label", train)
