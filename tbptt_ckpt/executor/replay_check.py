@@ -20,7 +20,10 @@ from tbptt_ckpt.module.trees import Tree
 _CHECKED_STEPS = 8  # one leaf in so many steps is checked, each where leaves are as long
 _SETTLED_LEAVES = 4  # of a window, spread over those that differ
 _LOOKED_BACK = 4  # steps whose graph is held against steps that are cut from each other
-_LOOKED_AT: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # how many were, of a module
+# How many were, of a module, where a window is one graph and where it is not.
+_LOOKED_AT: dict[bool, WeakKeyDictionary[object, int]] = {
+    in_graph: WeakKeyDictionary() for in_graph in (True, False)
+}
 
 
 class ReplayCheck:
@@ -54,13 +57,17 @@ class ReplayCheck:
         return due
 
     def must_look_back(self, window: WindowPass, longest_leaf: int) -> bool:
-        """Whether it is seen, once for a module, if a step depends on how leaves are cut."""
-        module = window.runner.recurrence.module
+        """Whether it is seen, once for a module, if a step depends on how leaves are cut.
+
+        A module of one step, in one graph, cannot.
+        """
+        recurrence, looked_at = window.runner.recurrence, _LOOKED_AT[self._in_graph]
         fits = window.has_room or longest_leaf >= _LOOKED_BACK
-        known = _LOOKED_AT.get(module, 0)
-        if self._in_graph or not fits or known >= _LOOKED_BACK:
+        known = looked_at.get(recurrence.module, 0)
+        depends = not (self._in_graph and recurrence.per_step)
+        if not (depends and fits and known < _LOOKED_BACK):
             return False
-        _LOOKED_AT[module] = known + window.stop - window.first
+        looked_at[recurrence.module] = known + window.stop - window.first
         return True
 
 

@@ -9,8 +9,9 @@ from run to run by as much each time; a module that counts, by more and more.
 
 NOTE [How far back a graph reaches]
 A step that takes an inner gradient through the history of its state repeats bit by bit, and gives
-from a detached state in both forms the same. So two steps of one graph are held against the same
-two with a cut in between.
+from a detached state in both forms the same. So does a segment module whose calls mix their steps.
+So two steps of one call and graph are held against the same two with a cut in between, of the call
+alone and of both; of the call alone where a window is one graph.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read, step_difference
 from tbptt_ckpt.executor.guard import Differentiating
+from tbptt_ckpt.executor.noise import Noise, form
 from tbptt_ckpt.executor.observer import UNOBSERVED
 from tbptt_ckpt.executor.sinks import LossSink
 from tbptt_ckpt.executor.window_pass import WindowPass
-from tbptt_ckpt.module.trees import Tree, detach_state, structure, tensors_of
+from tbptt_ckpt.module.trees import Tree, detach_state
 
 _SETTLED_STEPS = 64
 _RUNS = 8  # of a step whose kernels may not be deterministic
-# How much more the first and the last of these may differ than two in a row, where they differ by
-# chance: of few numbers, and of many.
-_GROWTH = (12.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +120,10 @@ class Settlement:
     def look_back(self, start: int, stop: int) -> None:
         """Hold a few steps of one graph against the same with cuts in between."""
         boundary = self._given[start]
-        whole = cut = self._run_leaf(boundary, stop, graph_of_loss=False)
+        whole = self._run_leaf(boundary, stop, graph_of_loss=False)
+        cut = self._run_leaf(boundary, stop, 1, graph_of_loss=False)
         state = boundary
-        for step in range(start + 1, stop + 1):
+        for step in () if self._in_graph else range(start + 1, stop + 1):
             cut = self._run_leaf(self._given.get(state.step, state), step, graph_of_loss=False)
             state = cut.end
         if not _same(whole.seen, cut.seen):
@@ -146,7 +146,7 @@ class Settlement:
 
     def _judge(self, boundary: Boundary, stop: int, suspect: Suspect, *, repeated: bool) -> None:
         """Run steps from identical states until one shows that not only rounding differs."""
-        noise, largest, start = _Noise(), 0.0, boundary.step
+        noise, largest, start = Noise(), 0.0, boundary.step
         for step in range(start, min(stop, start + _SETTLED_STEPS)):
             runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
             if not _same(runs[0].seen, runs[1].seen):
@@ -159,7 +159,7 @@ class Settlement:
                 largest = max(largest, difference)
                 if not is_rounding:
                     self._raise(step, step + 1, difference, suspect, runs, cause)
-            if step + 2 <= stop and not self._in_graph:
+            if step + 2 <= stop:
                 self._cut(boundary, leaf.end, suspect, runs)
             boundary = self._given.get(step + 1, runs[0].end)
         if noise.grows() or not (repeated or noise.is_there):
@@ -168,21 +168,29 @@ class Settlement:
     def _cut(
         self, boundary: Boundary, middle: Boundary, suspect: Suspect, runs: list[_Run]
     ) -> None:
-        """Hold two steps of one graph against the same two with a cut between them."""
-        step = middle.step
-        cut = self._run_leaf(self._given.get(step, middle), step + 1)
-        whole, again = (self._run_leaf(boundary, step + 1) for _ in range(2))
-        difference, is_rounding = self._difference(cut.seen, whole.seen)
-        runner, ambients = self._window.runner, (boundary.ambient, whole.end.ambient)
-        if runner.promises_bits and _same(whole.seen, again.seen):
-            is_rounding = _same(cut.seen, whole.seen)  # no product is another one
-        elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
-            is_rounding = True  # what a segment draws may depend on its length
-        if not is_rounding:
-            self._raise(boundary.step, step + 1, difference, suspect, runs, _HISTORY)
+        """Hold two steps of one call and graph against the same two with a cut between them."""
+        step, runner, with_loss = middle.step, self._window.runner, not self._in_graph
+        whole, again = (
+            self._run_leaf(boundary, step + 1, graph_of_loss=with_loss) for _ in range(2)
+        )
+        cuts = []
+        if not runner.recurrence.per_step:
+            cut = self._run_leaf(boundary, step + 1, 1, graph_of_loss=with_loss)
+            cuts.append((cut, _CALLS))
+        if not self._in_graph:
+            cuts.append((self._run_leaf(self._given.get(step, middle), step + 1), _HISTORY))
+        ambients = boundary.ambient, whole.end.ambient
+        for cut, cause in cuts:
+            difference, is_rounding = self._difference(cut.seen, whole.seen)
+            if runner.promises_bits and _same(whole.seen, again.seen):
+                is_rounding = _same(cut.seen, whole.seen)  # no product is another one
+            elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
+                is_rounding = True  # what a segment draws may depend on its length
+            if not is_rounding:
+                self._raise(boundary.step, step + 1, difference, suspect, runs, cause)
 
     def _difference(self, one: Tree, other: Tree) -> tuple[float, bool]:
-        if _form(one) != _form(other):
+        if form(one) != form(other):
             return float("inf"), False
         return step_difference(one, other, in_half=self._in_half)
 
@@ -193,17 +201,25 @@ class Settlement:
         sink = self._window.sink(graph=False, looks_at=stop)
         return self._ended(stop, self._window.reach(boundary, stop, longest, sink), sink)
 
-    def _run_leaf(self, boundary: Boundary, stop: int, *, graph_of_loss: bool = True) -> _Run:
-        """A run with a graph."""
+    def _run_leaf(
+        self,
+        boundary: Boundary,
+        stop: int,
+        longest: int | None = None,
+        *,
+        graph_of_loss: bool = True,
+    ) -> _Run:
+        """A run in one graph, in calls of at most `longest` steps; its outputs or loss are seen."""
         window = self._window
         window.ambient.restore(boundary.ambient)
         with Differentiating(window.guard, window.inputs, window.stop):
             sink = window.sink(graph=graph_of_loss, looks_at=stop)
-            state = window.run(boundary.step, stop, window.first_state(boundary), sink)
-            return self._ended(stop, state, sink)
+            state = window.first_state(boundary)
+            state = window.run(boundary.step, stop, state, sink, longest)
+            return self._ended(stop, state, sink, by_loss=self._in_graph and graph_of_loss)
 
-    def _ended(self, stop: int, state: Tree, sink: LossSink) -> _Run:
-        shown = sink.tensors() if self._in_graph else sink.take_seen()
+    def _ended(self, stop: int, state: Tree, sink: LossSink, *, by_loss: bool = False) -> _Run:
+        shown = sink.tensors() if by_loss else sink.take_seen()
         return _Run(self._window.boundary(stop, state), detach_state(shown))
 
     def _read(self, step: int, run: _Run) -> Fingerprint:
@@ -251,43 +267,15 @@ _HISTORY = (
     "it depends on how far back the graph of the state reaches, as an inner gradient does that "
     "passes through it; detach the state for what is differentiated within a step"
 )
+_CALLS = (
+    "a segment module gives steps other values where its calls are cut otherwise, as a mean, a "
+    "normalisation, a convolution or attention over the steps of a call does; let it need no more "
+    "of other steps than what its state holds"
+)
 _OTHER = (
     "the module keeps something outside of its state, such as a counter or a tensor on self, or "
     "draws from a generator that is not found; put it into the state, or register it as a buffer"
 )
-
-
-@dataclass(slots=True)
-class _Noise:
-    """How much runs of one step differ, over the steps where they do."""
-
-    is_there: bool = False
-    _numbers: int = 0
-    _in_a_row: float = 0.0
-    _first_to_last: float = 0.0
-
-    def add(self, runs: list[tuple[Tree, Tree]]) -> None:
-        """Several runs of a step."""
-        self.is_there = True
-        self._numbers += sum(t.numel() for t in tensors_of(runs[0]))
-        in_a_row = [_squared_distance(a, b) for a, b in pairwise(runs)]
-        self._in_a_row += sum(in_a_row) / len(in_a_row)
-        self._first_to_last += _squared_distance(runs[0], runs[-1])
-
-    def grows(self) -> bool:
-        """Whether runs differ the more the longer they are apart, which chance does not do."""
-        return self._first_to_last > _GROWTH[self._numbers >= 64] * self._in_a_row
-
-
-def _squared_distance(one: Tree, other: Tree) -> float:
-    if _form(one) != _form(other):
-        return 0.0
-    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
-    return sum(float((a.double() - b.double()).abs().square().sum()) for a, b in pairs)
-
-
-def _form(tree: Tree) -> object:
-    return structure(tree), [tensor.shape for tensor in tensors_of(tree)]
 
 
 def _same(one: Tree, other: Tree) -> bool:

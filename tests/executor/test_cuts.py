@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, TensorSequence, run_window
 from tbptt_ckpt.errors import ReplayMismatchError
 
 WIDTH_IN, WIDTH, LANES, STEPS = 3, 4, 2, 12
@@ -186,6 +186,121 @@ def test_every_window_is_right_or_refused(name, overlap, executor):
 @pytest.mark.parametrize("strategy", ["uniform:3", "revolve:1", "sqrt"])
 def test_what_draws_alike_wherever_it_is_cut_is_not_refused(name, strategy):
     assert check(FREE[name], 4, 8, strategy=strategy)
+
+
+class Mixing(nn.Module):
+    """A segment module that lets the steps of a call see each other outside of the state."""
+
+    def __init__(self, mix, *, before=False):
+        super().__init__()
+        self.layer, self.mix, self.before = nn.GRU(WIDTH_IN, WIDTH), mix, before
+
+    def forward(self, x, state):
+        output, state = self.layer(self.mix(x) if self.before else x, state)
+        return output if self.before else self.mix(output), state
+
+
+class Over(nn.Module):
+    """A layer over the steps of a call, which it wants elsewhere."""
+
+    def __init__(self, layer, to, back):
+        super().__init__()
+        self.layer, self.to, self.back = layer, to, back
+
+    def forward(self, x):
+        return self.back(self.layer(self.to(x)), x)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Formula(nn.Module):
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x)
+
+
+MIXING = {
+    "mean": lambda: Mixing(Formula(lambda y: y - y.mean(0))),
+    "first step": lambda: Mixing(Formula(lambda x: x + x[:1]), before=True),
+    "attention": lambda: Mixing(Attention(WIDTH, 1)),
+    "norm over steps": lambda: Mixing(
+        Over(nn.BatchNorm1d(WIDTH_IN), lambda x: x.flatten(0, 1), lambda y, x: y.view_as(x)),
+        before=True,
+    ),
+    "padded convolution": lambda: Mixing(
+        Over(
+            nn.Conv1d(WIDTH_IN, WIDTH_IN, 3, padding=1),
+            lambda x: x.permute(1, 2, 0),
+            lambda y, _: y.permute(2, 0, 1),
+        ),
+        before=True,
+    ),
+}
+WITHIN_STEPS = {
+    "norm of each step": lambda: Mixing(nn.LayerNorm(WIDTH)),
+    "convolution over features": lambda: Mixing(nn.Conv1d(LANES, LANES, 3, padding=1)),
+    "lanes see each other": lambda: Mixing(Formula(lambda y: y - y.mean(1, keepdim=True))),
+}
+
+
+@pytest.mark.parametrize("executor", cases.EXECUTORS)
+@pytest.mark.parametrize("strategy", ["uniform:4", "step", "sqrt"])
+@pytest.mark.parametrize("name", [*MIXING, *WITHIN_STEPS])
+def test_calls_that_mix_their_steps_are_refused(name, strategy, executor):
+    module, inputs, targets = new((MIXING | WITHIN_STEPS)[name])
+    weights = list(module.parameters())
+    engine = TBPTT(
+        module, F.mse_loss, 6, 12, None, per_step=False, strategy=strategy, executor=executor
+    )
+    sequence = TensorSequence(inputs, targets)
+    if name in MIXING:
+        with pytest.raises(ReplayMismatchError, match="gives steps other values where its calls"):
+            engine.train(sequence)
+        assert all(weight.grad is None for weight in weights)
+        return
+    engine.train(sequence)
+    found, module = [weight.grad for weight in weights], new(WITHIN_STEPS[name])[0]
+    TBPTT(module, F.mse_loss, 6, 12, None, per_step=False, strategy="retain").train(sequence)
+    expected = [weight.grad for weight in module.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+class InnerOverSegments(nn.Module):
+    """Takes an inner gradient through the history of the state, which one graph has whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.fast = nn.GRU(WIDTH_IN, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, state):
+        outputs = []
+        for step in x:
+            _, state = self.layer(step[None], state)
+            with torch.enable_grad():
+                error = torch.tanh(self.fast(state)).square().sum()
+                (grad,) = torch.autograd.grad(error, self.fast.weight, create_graph=True)
+            state = state - F.linear(state, 0.1 * grad)
+            outputs.append(state[0])
+        return torch.stack(outputs), state
+
+
+def test_one_graph_is_not_taken_for_one_that_is_cut():
+    module, inputs, targets = new(InnerOverSegments)
+    run = (module, F.mse_loss, inputs[:5], targets[:5], torch.randn(1, LANES, WIDTH).double())
+    found = {}
+    for strategy in ("retain", "uniform:2"):
+        module.zero_grad()
+        run_window(*run, per_step=False, strategy=strategy, executor="checkpoint")
+        found[strategy] = [weight.grad.clone() for weight in module.parameters()]
+    torch.testing.assert_close(found["uniform:2"], found["retain"], rtol=1e-9, atol=1e-12)
+    with pytest.raises(ReplayMismatchError, match="how far back the graph"):
+        run_window(*run, per_step=False, strategy="uniform:2")
 
 
 def test_a_window_that_is_refused_leaves_weights_and_generators():
