@@ -152,6 +152,8 @@ class PlannedWindow:
 class WindowBudget:
     """Plans the windows of a run by a fixed strategy; their memory is what it is."""
 
+    times_made = 0  # what was measured is of another run of steps where this has changed
+
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
         self._fixed_plans: dict[tuple[int, ...], Plan] = {}

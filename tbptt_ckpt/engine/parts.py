@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.budget.growing import GrowingBudget
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.engine.options import Options
@@ -208,7 +209,9 @@ def _make_budget(
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "
                 "strategy, such as 'sqrt', without a budget"
             )
-        return MeasuredBudget(
-            strategy, amount, options.costs, updater, parameters, runner.time_batching
+        return GrowingBudget(
+            lambda: MeasuredBudget(
+                strategy, amount, options.costs, updater, parameters, runner.time_batching
+            )
         )
     return WindowBudget(strategy)

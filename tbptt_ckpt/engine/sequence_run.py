@@ -28,10 +28,7 @@ from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 
 
 class SequenceRun:
-    """Runs the windows of one sequence in order.
-
-    `observer` is told of what is done, after the parts' own one.
-    """
+    """Runs the windows of one sequence in order; `observer` is told after the parts' own one."""
 
     def __init__(
         self,
@@ -124,6 +121,7 @@ class SequenceRun:
         delivery = parts.updater.deliveries.of((*weights, *self.initial.leaves()))
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
+            meter.lap()  # what checks took, some of them once, is none of the update's
             loss = opened.loss.value
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()

@@ -98,7 +98,7 @@ class Trainer:
             identity or {},
             max_steps,
         )
-        self._has_saved_costs, self._total_steps = False, passes.total_steps(epochs)
+        self._saved_costs, self._total_steps = 0, passes.total_steps(epochs)
 
     def __repr__(self) -> str:
         epochs = out_of(self._state.progress.epoch, self._epochs, "epochs")
@@ -220,7 +220,7 @@ class Trainer:
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
         told = self._state.load_state_dict(state, accept)
-        self._has_saved_costs = self._parts.budget.costs is not None
+        self._saved_costs = self._parts.budget.costs is not None and self._parts.budget.times_made
         for kind, message in told:
             self._announcer.notice(kind, message)
 
@@ -251,8 +251,9 @@ class Trainer:
 
     def _save_costs(self) -> None:
         """Save measured costs before the first update; measured again they would differ."""
-        if not self._has_saved_costs and self._parts.budget.costs is not None:
-            self._has_saved_costs = True
+        budget = self._parts.budget
+        if self._saved_costs != budget.times_made and budget.costs is not None:
+            self._saved_costs = budget.times_made
             self._save()
 
     def _between_windows(self, signals: StopSignals) -> None:

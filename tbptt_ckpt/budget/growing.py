@@ -1,0 +1,118 @@
+"""Sequences of several sizes: what steps take is measured anew where they grow.
+
+What is known of a run's windows holds for as many lanes, and features, as they were measured with.
+Sequences that follow each other, such as batches of a loader, may have more: they would take more
+than was planned, and nobody would see it before it was too late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tbptt_ckpt.budget.measured_budget import MeasuredBudget
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, WindowBudget
+from tbptt_ckpt.data.blocks import Column, StepBlock
+from tbptt_ckpt.memory.meter import Lap
+from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.strategies import Strategy
+from tbptt_ckpt.schedule.windows import Window
+
+Sizes = list[list[int]]  # of each tensor of a step: bytes of a number, and its shape
+
+
+class GrowingBudget(WindowBudget):
+    """A measured budget for the largest steps so far; smaller ones are planned as they are.
+
+    Attributes:
+        times_made: How often it was begun anew.
+    """
+
+    def __init__(self, make: Callable[[], MeasuredBudget]) -> None:
+        self._make, self._present = make, make()
+        self._sizes: Sizes | None = None  # of the steps that it knows
+        self._is_smaller = False  # whether the present sequence has steps below these
+        self.times_made = 1
+
+    @property
+    def strategy(self) -> Strategy:
+        """How schedules are chosen."""
+        return self._present.strategy
+
+    @property
+    def costs(self) -> Costs | None:
+        """What the module takes; None before it has been measured, unless it was given."""
+        return self._present.costs
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget; None before the first window."""
+        return self._present.budget_bytes
+
+    def plan(
+        self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
+    ) -> PlannedWindow:
+        """The window's plan."""
+        request = make_request()
+        self._look_at(sizes_of(request.blocks[0]))
+        planned = self._present.plan(window, joints, lambda: request)
+        # What smaller steps take says nothing of those that the costs are of.
+        return PlannedWindow(planned.plan) if self._is_smaller else planned
+
+    def can_meter(self, device: torch.device) -> bool:
+        """Whether memory can be measured now."""
+        return self._present.can_meter(device)
+
+    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+        """Correct the costs by a measured window."""
+        self._present.learn(planned, update, peak_bytes)
+
+    def shrink(self, window: Window) -> str | None:
+        """Plan with less from here on."""
+        return self._present.shrink(window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Costs, plans, and the steps that they are of."""
+        state = self._present.state_dict()
+        return state and {**state, "sizes": self._sizes, "is_smaller": self._is_smaller}
+
+    def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
+        """Go on with the same."""
+        self._present.load_state_dict(state, used)
+        sizes = state.get("sizes")  # older ones do not say
+        self._sizes = sizes and [list(size) for size in sizes]
+        self._is_smaller = state.get("is_smaller", False)
+
+    def _look_at(self, sizes: Sizes) -> None:
+        known = self._sizes
+        self._is_smaller = known is not None and sizes != known and within(sizes, known)
+        if self._is_smaller or sizes == known or not sizes:
+            return
+        if known is not None:
+            self._present = self._make()
+            self.times_made += 1
+        self._sizes = sizes
+
+
+def sizes_of(block: StepBlock) -> Sizes:
+    """Those of one step of a block; none where its steps are of several kinds."""
+    found: Sizes = []
+    if isinstance(block.inputs, Column) or isinstance(block.targets, Column):
+        return found
+    for tensor in tensors_of(block.inputs) or tensors_of(block.targets):
+        shape = list(tensor.shape)
+        del shape[block.time_dim]
+        found.append([tensor.itemsize, *shape])
+    return found
+
+
+def within(sizes: Sizes, known: Sizes) -> bool:
+    """Whether steps are no larger than known ones, tensor by tensor."""
+    return [len(size) for size in sizes] == [len(size) for size in known] and all(
+        here <= there
+        for size, other in zip(sizes, known, strict=True)
+        for here, there in zip(size, other, strict=True)
+    )
