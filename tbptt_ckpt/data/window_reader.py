@@ -9,6 +9,13 @@ from tbptt_ckpt.data.steps import StepIterable, reader_for
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 
+# By what is saved of them.
+_KINDS = {
+    frozenset(["first"]): "an iterable of steps",
+    frozenset(["source"]): "a source with a length",
+    frozenset(["source", "held", "position", "num_steps"]): "a source without a length",
+}
+
 
 class WindowReader:
     """Holds the steps of the current window and finds out where the sequence ends.
@@ -81,7 +88,14 @@ class WindowReader:
         return {**state, "held": held, "position": self._position, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any], *, changed: bool = False) -> None:
-        """Go on where `state_dict` was called; one with a length may have `changed`."""
+        """Go on where `state_dict` was called; one with a length may have `changed`.
+
+        Raises:
+            ArgumentError: The state is of another kind of sequence.
+        """
+        here, there = (_KINDS.get(frozenset(each)) for each in (self.state_dict(), state))
+        if there is not None and here != there:
+            raise ArgumentError(f"this sequence is {here}, the one that was saved was {there}")
         if isinstance(self._reader, StepIterable):
             self._reader.skip_to(state["first"])
             self._position = state["first"]

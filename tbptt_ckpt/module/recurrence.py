@@ -271,12 +271,18 @@ def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
 
 
 def check_initialised(name: str, module: object) -> None:
-    """Raise `ArgumentError` for lazy layers that have not run, whose weights have no shape yet."""
+    """Raise `ArgumentError` for weights that have no shape yet, or no values."""
     owner = owner_of(module)
-    if isinstance(owner, nn.Module):
-        for path, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
-            if is_lazy(tensor):
-                raise ArgumentError(
-                    f"{name}: {path!r} belongs to a lazy layer that has not run, so that it has "
-                    "no shape yet; run one step of the module first"
-                )
+    if not isinstance(owner, nn.Module):
+        return
+    for path, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
+        if is_lazy(tensor):
+            raise ArgumentError(
+                f"{name}: {path!r} belongs to a lazy layer that has not run, so that it has "
+                "no shape yet; run one step of the module first"
+            )
+        if tensor.is_meta:
+            raise ArgumentError(
+                f"{name}: {path!r} is on the meta device, where nothing has values; call "
+                ".to_empty(device='cpu') on the module and load or initialise its weights"
+            )

@@ -7,6 +7,7 @@ and length, not what is learned.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.trainer.learning_state import modules_of
 
 _OPTIONS = ("k1", "k2", "loss", "reduction", "overlap", "accumulate", "clip_grad_norm")
@@ -69,6 +71,7 @@ class RunIdentity:
         """
         saved = state["identity"]
         here, there = self._flat(self.begin(), saved), self._flat(saved, self.begin())
+        there.setdefault("module", here["module"])  # older snapshots do not say
         data = saved["data"]
         found = self._data(data["epoch"]) if data is not None else None
         for name in _DATA:
@@ -128,6 +131,7 @@ def _run(options: Options, parts: Parts) -> dict[str, Any]:
         "autocast_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "executor": type(parts.executor).__name__,
         "loss_fn": _described(parts.loss_function.loss_fn),
+        "module": _layers(recurrence.module),
         "optimizer": _kind(updater.optimizer),
         "parameters": _parameters(parts),
         "per_step": recurrence.per_step,
@@ -158,6 +162,14 @@ def _parameters(parts: Parts) -> list[str]:
         + ("" if number is None else f" in group {number}")
         for number, p in (*listed, *others)
     ]
+
+
+def _layers(module: object) -> list[str]:
+    """What a module is made of beside its parameters, such as how much a layer drops."""
+    owner = owner_of(module)
+    layers = owner.named_modules() if isinstance(owner, nn.Module) else ()
+    printed = [f"{path} {type(layer).__name__}({layer.extra_repr()})" for path, layer in layers]
+    return [re.sub(" at 0x[0-9a-f]+", "", each).strip() for each in printed]
 
 
 def _hyper_parameters(optimizer: Any) -> dict[str, Any]:

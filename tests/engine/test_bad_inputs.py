@@ -172,6 +172,11 @@ TABLE: dict[str, Bad] = {
         module=LazyCell(),
         optimizer=None,
     ),
+    "module_meta": argument(
+        r"^module: 'weight_ih' is on the meta device, .* call \.to_empty\(device='cpu'\)",
+        module=nn.GRUCell(2, 3, device="meta"),
+        optimizer=None,
+    ),
     "loss_lazy": argument(
         r"^loss_fn: 'weight' belongs to a lazy layer .* run one step", loss_fn=nn.LazyLinear(1)
     ),

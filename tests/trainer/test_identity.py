@@ -146,6 +146,44 @@ def test_values_of_the_users_are_compared_by_what_they_are() -> None:
         build(identity=given | {"rate": 0.5}).load_state_dict(state)
 
 
+class Dropping(nn.GRUCell):
+    """A cell with a layer whose printed form names an address."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(cases.WIDTH_IN, cases.WIDTH)
+        self.dropout, self.act = nn.Dropout(rate), _Act()
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        return super().forward(self.act(self.dropout(x)), h)
+
+
+class _Act(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return repr(object())
+
+
+def test_layers_that_hold_no_parameter_are_part_of_a_run() -> None:
+    def dropping(rate: float) -> Trainer:
+        torch.manual_seed(3)
+        module = Dropping(rate)
+        optimizer = torch.optim.Adam(module.parameters())
+        engine = TBPTT(module, F.mse_loss, 5, 5, optimizer, strategy="retain")
+        return Trainer(engine, data(), epochs=2, max_steps=2 * STEPS)
+
+    begun = dropping(0.1)
+    next(begun.windows())
+    state = begun.state_dict()
+    dropping(0.1).load_state_dict(state)
+    with pytest.raises(ArgumentError, match=r"module=\['dropout Dropout\(p=0\.3.*was .*p=0\.1"):
+        dropping(0.3).load_state_dict(state)
+    dropping(0.3).load_state_dict(state, accept=["module"])
+    del state["identity"]["run"]["module"]  # as before it was said
+    dropping(0.3).load_state_dict(state)
+
+
 @pytest.mark.parametrize("name", NEVER)
 def test_what_is_never_accepted(name: str) -> None:
     other = build(**NEVER[name])

@@ -20,6 +20,7 @@ from tbptt_ckpt import (
     LaneSource,
     SharedState,
     SnapshotError,
+    Snapshots,
     TensorSequence,
     Trainer,
 )
@@ -107,6 +108,48 @@ def test_another_run_is_refused_and_nothing_changes(name: str, injected: Injecte
         other.load_state_dict(state)
     assert_equal(all_of(other, *sources), before, EXACT)
     assert other.num_steps == 0
+    injected("bad input")
+
+
+class _Stream:
+    """A source without a length."""
+
+    def __init__(self) -> None:
+        self._position = 0
+        self._data = TensorSequence(*cases.random_data(8))
+
+    def read(self, start: int, stop: int) -> Any:
+        return self._data.read(start, min(stop, 8)) if start < 8 else ((), None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position = state["position"]
+
+
+READ = {
+    "an iterable of steps": lambda: list(zip(*cases.random_data(8), strict=True)),
+    "a source with a length": lambda: TensorSequence(*cases.random_data(8)),
+    "a source without a length": _Stream,
+}
+
+
+@pytest.mark.parametrize(("here", "there"), [*itertools.permutations(READ, 2)])
+def test_what_is_read_differently_is_another_run_and_no_broken_snapshot(
+    here: str, there: str, tmp_path: Path, injected: Injected
+) -> None:
+    def build(kind: str) -> Trainer:
+        engine = JOB.build()[0].tbptt
+        every = Snapshots(directory=tmp_path, every_steps=2)
+        return Trainer(engine, READ[kind](), snapshots=every)
+
+    build(there).train()
+    other = build(here)
+    before = all_of(other)
+    with pytest.raises(ArgumentError, match=f"sequence is {here}, .* saved was {there}"):
+        other.resume()
+    assert_equal(all_of(other), before, EXACT)
     injected("bad input")
 
 
