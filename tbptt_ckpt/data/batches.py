@@ -34,7 +34,7 @@ class Batches:
     Args:
         loader: A `DataLoader`, or what else can be iterated anew for each pass, of pairs
             `(inputs, targets)`.
-        time_dim: Where time is in inputs and targets, as for `TensorSequence`: 1 for [B, T, F].
+        time_dim: Where time is in inputs and targets; 1 for [B, T, F].
         seed: Of what is drawn.
         device: Where batches are moved to; by default they stay where they are.
 
@@ -47,7 +47,7 @@ class Batches:
         self,
         loader: Annotated[Iterable[tuple[Any, Any]], checked_where_used],
         *,
-        time_dim: Dimension | None = None,
+        time_dim: Dimension,
         seed: int = 0,
         device: Device | None = None,
     ) -> None:

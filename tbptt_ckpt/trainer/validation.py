@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from tbptt_ckpt.arguments import PositiveInt, check_fields, checked_where_used
 from tbptt_ckpt.data.batches import Batches
 from tbptt_ckpt.data.source import Steps
+from tbptt_ckpt.data.steps import check_sequence
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.options import Snapshots, Stateful
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
@@ -45,6 +46,12 @@ class Validation:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_sequence(self.source)
+        if isinstance(self.source, Iterator):
+            raise ArgumentError(
+                f"source={shown(self.source)} can be read once only; give a source, a list of "
+                "steps, or Batches"
+            )
 
 
 class Validating:

@@ -158,7 +158,7 @@ def test_what_is_no_loader_of_sequences_is_one_clear_error() -> None:
     with pytest.raises(ArgumentError, match="anew for each pass"):
         Batches(steps(), time_dim=1)
     with pytest.raises(ArgumentError, match=r"batch 0 of Batches.* is a Tensor, not a pair"):
-        trainer(source=Batches([torch.zeros(3)])).train()
+        trainer(source=Batches([torch.zeros(3)], time_dim=1)).train()
     with pytest.raises(ArgumentError, match="has no batch in pass 0"):
         trainer(source=Batches([], time_dim=1)).train()
     with pytest.raises(ArgumentError, match="for sequence in batches"):

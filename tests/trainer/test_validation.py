@@ -102,7 +102,9 @@ def test_the_best_state_is_kept_and_training_ends_without_progress(tmp_path: Pat
 def test_a_resumed_run_ends_where_the_one_never_stopped_ends(tmp_path: Path, steps: int) -> None:
     def validation() -> Validation:
         return Validation(
-            source=Batches([(data(1).inputs, data(1).targets)]), every_windows=2, patience=1
+            source=Batches([(data(1).inputs, data(1).targets)], time_dim=0),
+            every_windows=2,
+            patience=1,
         )
 
     def figures(result: TrainerResult) -> tuple[Any, ...]:
@@ -132,6 +134,10 @@ def test_what_cannot_work_is_one_clear_error(tmp_path: Path) -> None:
         trainer(nothing, extra={"validation": nn.Linear(1, 1)})
     with pytest.raises(ArgumentError, match="needs snapshots"):
         trainer(nothing).resume(best=True)
+    with pytest.raises(ArgumentError, match="can be read once only"):
+        Validation(source=iter([(data().inputs[0], None)]))
+    with pytest.raises(ArgumentError, match="sequence is a Tensor of shape"):
+        Validation(source=data().inputs)
     with pytest.raises(ArgumentError, match="every_windows=0"):
         Validation(source=data(), every_windows=0)
     assert not trainer(nothing, tmp_path).resume(best=True)
