@@ -19,6 +19,7 @@ from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
+from tbptt_ckpt.executor.replay_check import UNCHECKED, CheckInBackward
 from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.spans import parse_spans
@@ -109,6 +110,7 @@ def unroll(
     time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
     context_fn: ContextFn = noop_context_fn,
+    check_replays: bool = True,
 ) -> tuple[Y, S]:
     """Run a module over a sequence so that the result can be differentiated in little memory.
 
@@ -125,6 +127,8 @@ def unroll(
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         autocast_dtype: As for `TBPTT`.
         context_fn: Passed to `torch.utils.checkpoint`, for selective recomputation.
+        check_replays: Whether your backward raises `ReplayMismatchError` where a segment that it
+            recomputes is not what it was.
 
     Returns:
         The outputs, with time on `time_dim`, and the final state.
@@ -149,7 +153,8 @@ def unroll(
         sinks.append(Sink())
         return sinks[-1]
 
-    spans = CheckpointedSpans(whole, new_sink, context_fn)
+    check = CheckInBackward(whole) if check_replays else UNCHECKED
+    spans = CheckpointedSpans(whole, new_sink, context_fn, check)
     collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
     ambient.check_complete()
     frame = map_tensors(lambda _: torch.empty(0), sinks[0].outputs[0])

@@ -5,17 +5,19 @@ Differences are suspicions: `settlement` finds out what they mean, once all leav
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+from tbptt_ckpt.errors import ReplayMismatchError, TbpttWarning
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read
 from tbptt_ckpt.executor.guard import GradientWatch
-from tbptt_ckpt.executor.settlement import Reached, Settlement, Suspect
+from tbptt_ckpt.executor.settlement import KEPT_OUTSIDE, Reached, Settlement, Suspect
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.module.trees import Tree, tensors_of
 
 _CHECKED_STEPS = 8  # one leaf in so many steps is checked, each where leaves are as long
 _SETTLED_LEAVES = 4  # of a window, spread over those that differ
@@ -223,6 +225,45 @@ class _Nothing(WindowCheck):
 
     def settle(self) -> None:
         pass
+
+
+class CheckInBackward(_Nothing):
+    """Checks the replays of what a user differentiates, each as it comes.
+
+    Nothing is settled by running steps again. On the CPU, where equal runs are equal bit by bit,
+    what differs by more than rounding is an error; elsewhere kernels may differ: a warning.
+    """
+
+    def __init__(self, window: WindowPass) -> None:
+        self._window = window
+        self._leaves: dict[int, int] = {}  # the one in so many steps that is looked at
+        self._prints: dict[int, Fingerprint] = {}
+        self._warned = False
+
+    def ran(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
+        """A leaf ran, whether for the first time or again."""
+        self.replayed(start, stop, state, shown)
+
+    def replayed(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
+        """The same where its graph is kept."""
+        if self._leaves.setdefault(stop // _CHECKED_STEPS, stop) != stop:
+            return
+        tree = (state, shown)
+        in_half = self._window.runner.is_in_half(state)
+        seen = read([fingerprint(tree, sketched=True, in_half=in_half)])[0]
+        if seen.is_near(self._prints.setdefault(stop, seen)):
+            return
+        problem = f"steps [{start}, {stop}) ran again and gave something else: {KEPT_OUTSIDE}"
+        if all(tensor.is_cpu for tensor in tensors_of(tree)):
+            raise ReplayMismatchError(
+                f"{problem}; check_replays=False leaves replays unchecked",
+                start=start,
+                stop=stop,
+                difference=0.0,
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{problem}; or its kernels are not exact", TbpttWarning, stacklevel=2)
 
 
 UNCHECKED = _Nothing()

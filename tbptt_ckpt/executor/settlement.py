@@ -244,7 +244,7 @@ class Settlement:
         by = f"by {difference:.1e} of its size" if difference else "from what its first run gave"
         raise ReplayMismatchError(
             f"steps [{start}, {stop}) ran again and reached another state, which differs {by}: "
-            f"{cause or _OTHER}; check_replays=False leaves replays unchecked",
+            f"{cause or KEPT_OUTSIDE}; check_replays=False leaves replays unchecked",
             start=start,
             stop=stop,
             difference=difference,
@@ -272,7 +272,7 @@ _CALLS = (
     "normalisation, a convolution or attention over the steps of a call does; let it need no more "
     "of other steps than what its state holds"
 )
-_OTHER = (
+KEPT_OUTSIDE = (
     "the module keeps something outside of its state, such as a counter or a tensor on self, or "
     "draws from a generator that is not found; put it into the state, or register it as a buffer"
 )

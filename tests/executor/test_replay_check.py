@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed, run_window
+from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed, run_window, unroll
 from tbptt_ckpt.errors import NonFiniteError, ReplayMismatchError, TbpttError, TbpttWarning
 from tbptt_ckpt.executor.fingerprint import fingerprint, read, step_difference
 
@@ -413,8 +414,52 @@ def test_a_state_that_depends_on_how_far_a_graph_reaches_is_an_error(
         run_window(InnerGradient(detached=False), *run, strategy=strategy)
 
 
+class OnOutputs(Cell):
+    def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, h = super().forward(x, h)
+        return y + 0.1 * self.calls, h
+
+
+@pytest.mark.parametrize("strategy", ["uniform:3", "step", "revolve:2", "sqrt"])
+@pytest.mark.parametrize("make", [Counter, Cache, HiddenDraws, OnOutputs])
+def test_what_a_user_differentiates_is_checked_in_the_backward(
+    make: Callable[[], Cell], strategy: str
+) -> None:
+    data = _data(20)
+
+    def loss_of(module: nn.Module, **options: Any) -> Tensor:
+        outputs, _ = unroll(module, data.inputs, strategy=strategy, **options)
+        return mse_loss(outputs, data.targets)
+
+    loss_of(Cell()).backward()
+    unchecked = loss_of(make(), check_replays=False)
+    with pytest.raises(ReplayMismatchError, match="ran again and gave something else: the module"):
+        loss_of(make()).backward()
+    unchecked.backward()
+
+
 class TestWhatIsNotSeen:
     """The limits that `docs/limitations.md` names."""
+
+    def test_calls_that_mix_their_steps_late_or_in_unroll(self) -> None:
+        """Looked for in the first four steps of a window, which `unroll` has not."""
+
+        class Late(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.GRU(2, WIDTH)
+
+            def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+                y, h = self.layer(x, h)
+                late = bool(x[-1, 0, 0] > first) if first is not None else True
+                return (y - y.mean(0) if late else y), h
+
+        data = _data()
+        inputs = torch.arange(NUM_STEPS).view(-1, 1, 1) + 0 * data.inputs
+        sequence, first = TensorSequence(inputs, data.targets), 20.0
+        TBPTT(Late(), mse_loss, 40, 40, None, per_step=False, strategy="uniform:5").train(sequence)
+        first = None
+        unroll(Late(), inputs, per_step=False, strategy="uniform:5")[0].sum().backward()
 
     def test_outputs_of_other_steps(self) -> None:
         """Of each window the first step is looked at that ends a leaf and was advanced to."""
