@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tbptt_ckpt.arguments import Dimension, checked, checked_where_used
+from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import Device
@@ -113,6 +114,10 @@ class Batches:
         if self._device is not None:
             batch = map_tensors(lambda t: t.to(self._device, non_blocking=True), tuple(batch))
         return TensorSequence(*batch, time_dim=self._time_dim)
+
+
+# What is run one after the other, or alone.
+Sequences = Annotated[Steps | Batches, checked_where_used]
 
 
 def sequences_of(steps: Any) -> Iterable[Any]:

@@ -129,4 +129,7 @@ class WindowReader:
 
     def _check_not_empty(self) -> None:
         if self.num_steps == 0:
-            raise ArgumentError("the sequence is empty; at least one step is needed")
+            raise ArgumentError(
+                "the sequence is empty; at least one step is needed (an iterator, such as a "
+                "generator, is empty once it has been read)"
+            )

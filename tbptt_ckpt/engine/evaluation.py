@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
-from tbptt_ckpt.data.batches import Batches, sequences_of
-from tbptt_ckpt.data.source import Steps
+from tbptt_ckpt.data.batches import Sequences, sequences_of
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.executor.losses import LossFunction
@@ -46,7 +45,7 @@ class Evaluation:
 def evaluate(
     module: Callable[..., Any],
     loss_fn: Callable[[Any, Any], Any],
-    sequence: Steps | Batches,
+    sequence: Sequences,
     init_state: Any = None,
     *,
     segment_steps: PositiveInt = 64,

@@ -10,7 +10,7 @@ import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, checked
 from tbptt_ckpt.budget.amount import MemoryBudget
-from tbptt_ckpt.data.batches import Batches
+from tbptt_ckpt.data.batches import Sequences
 from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
@@ -204,7 +204,7 @@ class TBPTT:
 
     @checked
     def evaluate(
-        self, sequence: Steps | Batches, init_state: Any = None, *, segment_steps: PositiveInt = 64
+        self, sequence: Sequences, init_state: Any = None, *, segment_steps: PositiveInt = 64
     ) -> Evaluation:
         """Mean loss of a sequence, as the function `evaluate` gives it.
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 
 from tbptt_ckpt.arguments import checked_where_used
-from tbptt_ckpt.data.batches import Batches
+from tbptt_ckpt.data.batches import Batches, Sequences
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
-from tbptt_ckpt.data.source import Source, Steps, for_module
+from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.data.steps import check_sequence, length_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
@@ -27,7 +27,7 @@ from tbptt_ckpt.trainer.learning_state import restored_state
 from tbptt_ckpt.trainer.sample import sampled
 
 # What a trainer reads pass by pass.
-StepsOfPasses = Annotated[Steps | Batches | Callable[[int], Steps | Batches], checked_where_used]
+StepsOfPasses = Annotated[Sequences | Callable[[int], Sequences], checked_where_used]
 
 
 class Passes:

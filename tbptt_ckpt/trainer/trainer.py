@@ -13,7 +13,7 @@ from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.executor.observer import together
 from tbptt_ckpt.module.recurrence import check_differentiable
 from tbptt_ckpt.trainer.announcer import Announcer
@@ -76,6 +76,11 @@ class Trainer:
     ) -> None:
         if epochs is None and max_steps is None:
             raise ArgumentError("epochs=None needs max_steps, or training would never end")
+        if isinstance(source, Iterator) and (epochs or 0) > 1:
+            raise ArgumentError(
+                f"source={shown(source)} can be read once only, and epochs={epochs}; give a list "
+                "of steps, a source, or a function of the pass's number that makes one"
+            )
         check_offers(events, extra or {})
         self.tbptt, self._parts = tbptt, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps

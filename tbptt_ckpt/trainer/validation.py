@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tbptt_ckpt.arguments import PositiveInt, check_fields, checked_where_used
-from tbptt_ckpt.data.batches import Batches
-from tbptt_ckpt.data.source import Steps
+from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.data.batches import Sequences
 from tbptt_ckpt.data.steps import check_sequence
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
@@ -38,7 +37,7 @@ class Validation:
         segment_steps: As for `evaluate`.
     """
 
-    source: Annotated[Steps | Batches, checked_where_used]
+    source: Sequences
     every_windows: PositiveInt = 100
     patience: PositiveInt | None = None
     init_state: Any = None

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, ArraySequence, LaneSource, TensorSequence, run_window
+from tbptt_ckpt import (
+    TBPTT,
+    ArgumentError,
+    ArraySequence,
+    LaneSource,
+    TensorSequence,
+    Trainer,
+    evaluate,
+    run_window,
+)
 from tbptt_ckpt.data import map_file
 
 T, B, WIDTH = 12, 4, 4
@@ -137,3 +146,24 @@ def test_a_first_state_that_is_missing_is_named(strategy: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^init_state=None, and module=Own cannot begin"):
         tbptt.train(sequence)
     assert tbptt.train(sequence, init_state=(torch.zeros(B, 8),) * 2).num_steps == T
+
+
+def test_what_is_read_once_is_no_source_of_two_passes() -> None:
+    tbptt = TBPTT(nn.GRUCell(WIDTH, WIDTH), F.mse_loss, 5, 10, strategy="sqrt")
+
+    def steps() -> Any:
+        return ((x, x) for x in inputs())
+
+    with pytest.raises(ArgumentError, match=r"can be read once only, and epochs=2"):
+        Trainer(tbptt, steps(), epochs=2)
+    assert Trainer(tbptt, lambda epoch: steps(), epochs=2).train().num_steps == 2 * T
+    once = steps()
+    assert Trainer(tbptt, once).train().num_steps == T
+    with pytest.raises(ArgumentError, match=r"is empty once it has been read"):
+        tbptt.train(once)
+
+
+@pytest.mark.parametrize("sequence", ["x", 3, torch.zeros(3)])
+def test_what_is_no_sequence_is_told_as_such(sequence: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"TensorSequence"):
+        evaluate(nn.GRUCell(WIDTH, WIDTH), F.mse_loss, sequence)
