@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
@@ -63,18 +64,24 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     rest is filled in.
     """
     begun = time.perf_counter()
+    with measuring(probe) as (own, before):
+        samples = _Measuring(own, limits, begun)
+        samples.run()
+        costs = samples.costs(kept_bytes(own.boundary, before), update, fixed)
+    _log.info(samples.summary(costs))
+    return costs
+
+
+@contextmanager
+def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
+    """A probe two steps later, and the state before these; all is left as it was."""
     with (
         untouched(probe.loss.loss_fn),
         untouched(tensors=probe.parameters, ambient=probe.ambient),
         older_garbage_kept(),
         probe.runner.counters.paused(True),
     ):
-        probe, before = begun_on_copies(probe)
-        measuring = _Measuring(probe, limits, begun)
-        measuring.run()
-        costs = measuring.costs(kept_bytes(probe.boundary, before), update, fixed)
-    _log.info(measuring.summary(costs))
-    return costs
+        yield begun_on_copies(probe)
 
 
 @dataclass(slots=True)
@@ -207,6 +214,7 @@ class _Measuring:
             quiet=self._quiet_bytes(),
             irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
             weighed_step_bytes=weighed_step_bytes(self.probe, self.bytes),
+            metered_steps=longest.steps,
         )
 
     def _irregular_bytes(

@@ -13,7 +13,7 @@ from tbptt_ckpt.budget.amount import Amount
 from tbptt_ckpt.budget.fitting import FittingPlans
 from tbptt_ckpt.budget.irregular import cuts_within_leaves
 from tbptt_ckpt.budget.probe import ChangingStateError
-from tbptt_ckpt.budget.watched_window import WatchedWindow
+from tbptt_ckpt.budget.watched_window import WatchedWindow, as_measured_now
 from tbptt_ckpt.budget.window_budget import (
     PlannedWindow,
     Request,
@@ -28,7 +28,6 @@ from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import PredictedPlan
-from tbptt_ckpt.schedule.simulator import simulate
 from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.policy import TimeBatching
@@ -97,19 +96,13 @@ class MeasuredBudget(WindowBudget):
             self._plans.forget()
         held_bytes = tensor_bytes(*request.held) + request.ahead_bytes
         try:
-            found = self._prepared(request, held_bytes)
+            shape, costs, chosen = self._chosen(request, held_bytes)
         except ChangingStateError as error:
             self._do_without_costs()
             ignored = ", and memory_budget is not looked at" if self._plans.promised else ""
             how = "strategy='sqrt'" if isinstance(self.strategy, Auto) else self.strategy
             _log.warning("%s; windows are cut as by %s%s", error, how, ignored)
             return super().plan(window, joints, make_request)
-        costs = self._costs.of(found, shape, request, held_bytes)
-        chosen = self._plans.chosen(shape, costs).at(window.first)
-        while (cuts := cuts_within_leaves(chosen, request)) > shape.cuts:
-            shape = replace(shape, cuts=cuts)
-            costs = self._costs.of(found, shape, request, held_bytes)
-            chosen = self._plans.chosen(shape, costs).at(window.first)
         self._last = shape, costs
         # So many windows were measured, of such lengths, that one more tells nothing.
         has_seen_alike = (
@@ -120,6 +113,28 @@ class MeasuredBudget(WindowBudget):
         if is_known or not self._plans.promised or not self.can_meter(request.device):
             return PlannedWindow(chosen)
         return self._watched(request, shape, chosen, costs)
+
+    def _chosen(self, request: Request, held_bytes: int) -> tuple[Shape, Costs, PredictedPlan]:
+        """A plan, cut as its leaves are cut and of no leaf that is longer than known ones foretell.
+
+        With it, the shape and the costs that it is made from.
+        """
+        shape, known = request.shape, self._prepared(request, held_bytes)
+        while True:
+            costs = self._costs.of(known, shape, request, held_bytes)
+            chosen = self._plans.chosen(shape, costs).at(request.window.first)
+            cuts = cuts_within_leaves(chosen, request)
+            if cuts > shape.cuts:
+                shape = replace(shape, cuts=cuts)
+                continue
+            if not self._plans.promised or self._costs.foretell(chosen.longest_leaf):
+                return shape, costs, chosen
+            room = self._plans.budget - held_bytes - request.input_bytes
+            can_meter = self.can_meter(request.device)
+            if not can_meter or not self._costs.meter_longer(request, room, chosen.longest_leaf):
+                return shape, costs, chosen
+            self._plans.forget()
+            known = self._prepared(request, held_bytes)
 
     def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
         """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
@@ -250,7 +265,7 @@ class MeasuredBudget(WindowBudget):
         recorded = max(0, tensor_bytes(*request.recorded) - handed_on)
         absent = max(0, costs.fixed.states - coming - made - recorded)
         if missing or absent:
-            chosen = _as_measured_now(request, chosen, costs, missing, absent)
+            chosen = as_measured_now(request, chosen, costs, missing, absent)
         given = {*request.absolute_joints}
         if not chosen.lead_steps:
             given.add(request.window.start)
@@ -267,24 +282,3 @@ class MeasuredBudget(WindowBudget):
             plans=self._plans,
             refuse=self._refusal,
         )
-
-
-def _as_measured_now(
-    request: Request, chosen: PredictedPlan, costs: Costs, missing: int, absent: int
-) -> PredictedPlan:
-    """The plan with the prediction of an early window, where not all exists yet.
-
-    `missing` are bytes of the optimizer's state that its update makes, `absent` those of states
-    that only later windows have.
-    """
-    fixed = costs.fixed
-    now = replace(fixed, optimizer=fixed.optimizer - missing, states=fixed.states - absent)
-    leaves = simulate(
-        chosen.schedule,
-        replace(costs, fixed=now, update_bytes=0),
-        given=request.absolute_joints,
-        advance_steps=chosen.advance_steps,
-        loss_start=request.window.new_start,
-    )
-    update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
-    return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))

@@ -9,7 +9,7 @@ from itertools import chain, islice
 
 from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES, TOLERANCE
 from tbptt_ckpt.budget.fitting import FittingPlans
-from tbptt_ckpt.budget.window_budget import PlannedWindow, Shape
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.meter import Lap
@@ -17,6 +17,7 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Ke
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.curves import raised, scaled
 from tbptt_ckpt.schedule.plan import Block, Plan, PredictedPlan
+from tbptt_ckpt.schedule.simulator import simulate
 
 _LEAST_RATIO = 0.1
 
@@ -222,3 +223,24 @@ class WatchedWindow(PlannedWindow):
         """What exists in any case while leaves run."""
         fixed = self.costs.fixed.total(self.plan.lead_steps + self.plan.num_steps)
         return fixed - self.missing_bytes
+
+
+def as_measured_now(
+    request: Request, chosen: PredictedPlan, costs: Costs, missing: int, absent: int
+) -> PredictedPlan:
+    """The plan with the prediction of an early window, where not all exists yet.
+
+    `missing` are bytes of the optimizer's state that its update makes, `absent` those of states
+    that only later windows have.
+    """
+    fixed = costs.fixed
+    now = replace(fixed, optimizer=fixed.optimizer - missing, states=fixed.states - absent)
+    leaves = simulate(
+        chosen.schedule,
+        replace(costs, fixed=now, update_bytes=0),
+        given=request.absolute_joints,
+        advance_steps=chosen.advance_steps,
+        loss_start=request.window.new_start,
+    )
+    update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
+    return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))

@@ -19,6 +19,7 @@ from tbptt_ckpt.budget.checked_costs import (
     with_host_bytes,
 )
 from tbptt_ckpt.budget.irregular import IrregularSteps
+from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
@@ -54,6 +55,7 @@ class WindowCosts:
         self.known, self._promised = given, promised
         self._is_checked = given is None or not promised
         self._measured_first: Costs | None = None  # before any correction
+        self._foretold_steps = 0  # up to which leaves take what known costs say
         self._updater, self._parameters, self._batching = updater, parameters, batching
         # Without cuts of segments, with those among losses, and with all.
         self._irregular = [IrregularSteps() for _ in range(3)]
@@ -99,6 +101,31 @@ class WindowCosts:
             self.known = at_least(self.known, found, max(reach, request.fullest.run_steps))
         self._is_checked = True
         return self.known
+
+    def foretell(self, steps: int) -> bool:
+        """Whether known costs stand for leaves of so many steps."""
+        assert self.known is not None, "there are costs"
+        return steps <= max(self._foretold_steps, self.known.metered_steps)
+
+    def meter_longer(self, request: Request, room_bytes: float, planned_steps: int) -> bool:
+        """Meter a leaf longer than known ones, if there is room; whether there was.
+
+        Args:
+            request: The window at hand.
+            room_bytes: What segments may take.
+            planned_steps: Steps of the longest leaf that its plan has.
+        """
+        known = self.known
+        assert known is not None, "there are costs"
+        steps = length_to_meter(known, planned_steps, request.shape.run_steps, room_bytes)
+        if steps is None:
+            return False
+        with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
+            found = LongLeaf.of(request.make_probe(), steps)
+        self._foretold_steps, self.known = found.stands_for(known), found.raise_costs(known)
+        self._measured_first = self._measured_first and found.raise_costs(self._measured_first)
+        _log.info("measured a leaf of %d steps, as a plan has one of %d", steps, planned_steps)
+        return True
 
     def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
         """Costs with the fixed part as it is in a window of some shape."""
@@ -200,6 +227,7 @@ class WindowCosts:
         return {
             "costs": self.known.to_dict(),
             "measured_first": self._measured_first and self._measured_first.to_dict(),
+            "foretold_steps": self._foretold_steps,
             "time_batching": self._batching.pays_off,
             "irregular": [each.state_dict() for each in self._irregular],
         }
@@ -209,6 +237,7 @@ class WindowCosts:
         self.known, self._is_checked = Costs.from_dict(state["costs"]), True
         first = state.get("measured_first")  # older ones have none
         self._measured_first = first and Costs.from_dict(first)
+        self._foretold_steps = state.get("foretold_steps", 0)  # older ones do not say
         for each, found in zip(self._irregular, state.get("irregular", ()), strict=False):
             each.load_state_dict(found)  # older ones have none
         self._batching.decide(state.get("time_batching", True))  # older ones followed the rule

@@ -116,6 +116,7 @@ class Costs:
             begin a sequence, or a segment is cut; beside as long a piece as before. None where
             that is nothing.
         weighed_step_bytes: What each step of a leaf takes more where lanes are left out.
+        metered_steps: The longest leaf whose bytes were measured; 0 where that is not known.
     """
 
     state_bytes: Dimension
@@ -133,6 +134,7 @@ class Costs:
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
     weighed_step_bytes: float = 0.0
+    metered_steps: Dimension = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,0 +1,95 @@
+"""Leaves longer than any whose bytes were measured: metered once before a plan relies on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tbptt_ckpt.budget.calibrate import measuring
+from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
+from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.curves import Curve
+
+_MOST_LONGER = 2  # than a measured leaf: what takes the square of its steps is caught in time
+_LEAST_LONGER = 1.1
+_STEEPER = 1.5  # a line beyond measured lengths, at most
+# A leaf that took no more than measured ones foretold stands for leaves so many times as long.
+_STANDS_FOR, _AS_FORETOLD = 8, 1.01
+
+
+@dataclass(frozen=True, slots=True)
+class LongLeaf:
+    """What a leaf took that is longer than those before it, with losses and without."""
+
+    loud: SegmentBytes
+    quiet: QuietSample | None  # None where a window has no longer one
+
+    @classmethod
+    def of(cls, probe: SegmentProbe, steps: int) -> LongLeaf:
+        """Meter one; gradients, generators and buffers are left as they were."""
+        with measuring(probe) as (own, _):
+            is_whole = steps == own.stop - own.first
+            return cls(own.bytes_of(steps), None if is_whole else own.quiet_bytes_of(steps))
+
+    def raise_costs(self, costs: Costs) -> Costs:
+        """Costs of leaves and advances that take no less."""
+        steps, loud, found = self.loud.steps, self.loud, self.quiet
+        anew = loud.gradients + loud.state_gradients
+        last, quiet = costs.last_leaf_bytes, costs.quiet
+        if quiet and found:
+            quiet = replace(
+                quiet,
+                leaf=_raised(quiet.leaf, steps, found.leaf),
+                graph=quiet.graph and _raised(quiet.graph, steps, found.graph),
+                advance=_raised(quiet.advance, steps, found.advance),
+            )
+        return replace(
+            costs,
+            leaf_bytes=_raised(costs.leaf_bytes, steps, loud.leaf),
+            last_leaf_bytes=last and _raised(last, steps, loud.last_leaf - anew),
+            advance_bytes=_raised(costs.advance_bytes, steps, loud.advance),
+            quiet=quiet,
+            metered_steps=max(costs.metered_steps, steps),
+        )
+
+    def stands_for(self, costs: Costs) -> int:
+        """Up to how many steps leaves take what costs say, which were made without this one."""
+        steps, raised = self.loud.steps, self.raise_costs(costs)
+        pairs = zip(_curves(raised), _curves(costs), strict=True)
+        is_foretold = all(
+            found(steps) <= _AS_FORETOLD * said(steps) + ROUNDING_BYTES for found, said in pairs
+        )
+        return steps * (_STANDS_FOR if is_foretold else 1)
+
+
+def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: float) -> int | None:
+    """A leaf on the way to a planned one, of as many steps as certainly fit; None if there is none.
+
+    Args:
+        costs: What is known of shorter leaves.
+        planned: Steps of the planned leaf.
+        available: Steps of the window.
+        room_bytes: What it may take.
+    """
+    metered = costs.metered_steps or CHECKED_STEPS
+    anew = costs.fixed.gradients + 2 * costs.state_bytes
+    known = anew + max(curve(metered) for curve in _curves(costs))
+    per_step = _STEEPER * max(curve.slope for curve in _curves(costs))
+    fitting = metered + (room_bytes - known) / max(1.0, per_step)
+    steps = int(min(planned, _MOST_LONGER * metered, available, fitting))
+    return steps if steps >= _LEAST_LONGER * metered else None
+
+
+def _curves(costs: Costs) -> list[Curve]:
+    quiet = costs.quiet
+    found = [costs.leaf_bytes, costs.leaf_curve(is_last=True), costs.advance_bytes]
+    if quiet is not None:
+        found += [quiet.leaf, quiet.graph or quiet.leaf, quiet.advance]
+    return found
+
+
+def _raised(curve: Curve, steps: int, taken: float) -> Curve:
+    """A curve that says no less at one length, and beyond it follows what it says by then."""
+    if taken <= curve(steps):
+        return curve
+    return Curve.through([*(point for point in curve.points if point[0] < steps), (steps, taken)])
