@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
-from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe, kept_bytes
+from tbptt_ckpt.budget.probe import SegmentProbe, kept_bytes
+from tbptt_ckpt.budget.samples import Peaks, QuietSample, SegmentBytes, peaks_curve
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
@@ -190,15 +191,14 @@ class _Measuring:
     def costs(self, kept: tuple[int, int, int], update: UpdateBytes, fixed: FixedBytes) -> Costs:
         """The samples as curves."""
         longest = self.bytes[-1]
-        anew = longest.gradients + longest.state_gradients
         return Costs(
             state_bytes=kept[0],
-            leaf_bytes=self._bytes_curve((s.steps, s.leaf) for s in self.bytes),
+            leaf_bytes=self._peaks_curve((s.steps, s.leaf) for s in self.bytes),
             leaf_seconds=seconds_curve((steps, leaf) for steps, (leaf, _) in self.seconds.items()),
             advance_bytes=self._advance_curve(self.bytes, has_losses=True),
             advance_seconds=seconds_curve((steps, at) for steps, (_, at) in self.seconds.items()),
-            last_leaf_bytes=self._bytes_curve(
-                (s.steps, max(0, s.last_leaf - anew)) for s in self.bytes
+            last_leaf_bytes=self._peaks_curve(
+                (s.steps, s.last_leaf_beside_gradients) for s in self.bytes
             ),
             update_bytes=update.transient,
             fixed=replace(
@@ -231,13 +231,24 @@ class _Measuring:
             return None
         is_loop = self.probe.runner.recurrence.per_step  # its steps may be batched over time
         graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
+        joined = [(s.steps, s.joined) for s in self.quiet if s.joined is not None]
+        alone = (1, 0)  # in one piece
         return QuietBytes(
-            leaf=self._bytes_curve((s.steps, s.leaf) for s in self.quiet),
+            leaf=self._peaks_curve((s.steps, s.leaf) for s in self.quiet),
             graph=None if is_loop else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
-            shared=self.quiet[-1].shared,
+            joined=joined and bounding_curve([alone, *((n, j.leaf) for n, j in joined)]) or None,
+            last_joined=joined
+            and bounding_curve([alone, *((n, j.last_leaf) for n, j in joined)])
+            or None,
             irregular=self._irregular_bytes(self.quiet, has_losses=False),
         )
+
+    def _peaks_curve(self, values: Iterable[tuple[int, Peaks]]) -> Curve:
+        samples = list(values)
+        if len(samples) == 1:
+            return self._bytes_curve((steps, peaks.most) for steps, peaks in samples)
+        return peaks_curve(samples)
 
     def _bytes_curve(self, values: Iterable[tuple[int, int]]) -> Curve:
         samples = list(values)

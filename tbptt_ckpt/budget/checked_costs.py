@@ -58,19 +58,23 @@ def not_below(costs: Costs, measured: Costs | None) -> Costs:
 
 def _leaves_joined(some: Costs, other: Costs, join: Callable[[Curve, Curve], Curve]) -> Costs:
     """Costs with the curves of leaves joined; a kind that either does not know is left out."""
-    last, other_last = some.last_leaf_bytes, other.last_leaf_bytes
+
+    def both(one: Curve | None, two: Curve | None) -> Curve | None:
+        return one and two and join(one, two)
+
     quiet, other_quiet = some.quiet, other.quiet
     return replace(
         some,
         leaf_bytes=join(some.leaf_bytes, other.leaf_bytes),
-        last_leaf_bytes=last and other_last and join(last, other_last),
+        last_leaf_bytes=both(some.last_leaf_bytes, other.last_leaf_bytes),
         quiet=quiet
         and other_quiet
         and QuietBytes(
             leaf=join(quiet.leaf, other_quiet.leaf),
-            graph=quiet.graph and other_quiet.graph and join(quiet.graph, other_quiet.graph),
             advance=join(quiet.advance, other_quiet.advance),
-            shared=max(quiet.shared, other_quiet.shared),
+            graph=both(quiet.graph, other_quiet.graph),
+            joined=both(quiet.joined, other_quiet.joined),
+            last_joined=both(quiet.last_joined, other_quiet.last_joined),
             irregular=_higher(quiet.irregular, other_quiet.irregular),
         ),
     )

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.budget.window_budget import Cuts, Request
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.schedule.actions import Differentiate
@@ -190,16 +191,16 @@ def more_bytes(
     if not probe.may_be_irregular:
         return None
     is_loop = probe.runner.recurrence.per_step
-    beyond = {s.steps: 0 if is_loop else s.leaf - s.graph for s in samples}
+    beyond = {s.steps: 0 if is_loop else s.leaf.most - s.graph for s in samples}
 
     def more(sample: SegmentBytes | QuietSample, num_resets: int) -> float:
         stop = probe.stop - (not has_losses)
         blocks = narrow_blocks(probe.blocks, stop - sample.steps, probe.stop)
         cut = [block.with_resets(stop - num_resets) for block in blocks]
         such = replace(probe, blocks=cut, resets=probe.resets.of(cut))
-        taken = (such.bytes_of if has_losses else such.quiet_bytes_of)(sample.steps).leaf
+        taken = (such.bytes_of if has_losses else such.quiet_bytes_of)(sample.steps).leaf.most
         share = min(1.0, num_resets / max(1, sample.steps - 1))
-        return max(0.0, taken - sample.leaf + share * max(0, beyond[sample.steps] - beyond[1]))
+        return max(0.0, taken - sample.leaf.most + share * max(0, beyond[sample.steps] - beyond[1]))
 
     begins = more(samples[0], 1) if any(b.resets is not None for b in probe.blocks) else 0.0
     if samples[-1].steps < 2:
@@ -223,4 +224,4 @@ def weighed_step_bytes(probe: SegmentProbe, samples: Sequence[SegmentBytes]) -> 
     sample = [s for s in samples if s.steps <= _SEVERAL][-1]
     blocks = narrow_blocks(probe.blocks, probe.stop - sample.steps, probe.stop)
     such = replace(probe, blocks=[block.leaving_out_lanes() for block in blocks])
-    return max(0, such.bytes_of(sample.steps).leaf - sample.leaf) / sample.steps
+    return max(0, such.bytes_of(sample.steps).leaf.most - sample.leaf.most) / sample.steps

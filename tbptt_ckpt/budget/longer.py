@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from tbptt_ckpt.budget.calibrate import measuring
 from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
-from tbptt_ckpt.budget.probe import QuietSample, SegmentBytes, SegmentProbe
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -14,7 +15,8 @@ _MOST_LONGER = 2  # than a measured leaf: what takes the square of its steps is 
 _LEAST_LONGER = 1.1
 _STEEPER = 1.5  # a line beyond measured lengths, at most
 # A leaf that took no more than measured ones foretold stands for leaves so many times as long.
-_STANDS_FOR, _AS_FORETOLD = 8, 1.01
+# One of fewer steps hides what grows faster but is less there.
+_STANDS_FOR, _STANDS_FROM, _AS_FORETOLD = 8, 64, 1.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +35,31 @@ class LongLeaf:
 
     def raise_costs(self, costs: Costs) -> Costs:
         """Costs of leaves and advances that take no less."""
-        steps, loud, found = self.loud.steps, self.loud, self.quiet
-        anew = loud.gradients + loud.state_gradients
-        last, quiet = costs.last_leaf_bytes, costs.quiet
-        if quiet and found:
+        loud, last, quiet = self.loud, costs.last_leaf_bytes, costs.quiet
+
+        def raised(curve: Curve, taken: float) -> Curve:
+            return _raised(curve, loud.steps, taken)
+
+        if quiet and self.quiet:
+            graph, joined, last_joined = quiet.graph, quiet.joined, quiet.last_joined
+            found = self.quiet.joined
             quiet = replace(
                 quiet,
-                leaf=_raised(quiet.leaf, steps, found.leaf),
-                graph=quiet.graph and _raised(quiet.graph, steps, found.graph),
-                advance=_raised(quiet.advance, steps, found.advance),
+                leaf=raised(quiet.leaf, self.quiet.leaf.most),
+                graph=graph and raised(graph, self.quiet.graph),
+                advance=raised(quiet.advance, self.quiet.advance),
+                joined=raised(joined, found.leaf) if joined and found else joined,
+                last_joined=raised(last_joined, found.last_leaf)
+                if last_joined and found
+                else last_joined,
             )
         return replace(
             costs,
-            leaf_bytes=_raised(costs.leaf_bytes, steps, loud.leaf),
-            last_leaf_bytes=last and _raised(last, steps, loud.last_leaf - anew),
-            advance_bytes=_raised(costs.advance_bytes, steps, loud.advance),
+            leaf_bytes=raised(costs.leaf_bytes, loud.leaf.most),
+            last_leaf_bytes=last and raised(last, loud.last_leaf_beside_gradients.most),
+            advance_bytes=raised(costs.advance_bytes, loud.advance),
             quiet=quiet,
-            metered_steps=max(costs.metered_steps, steps),
+            metered_steps=max(costs.metered_steps, loud.steps),
         )
 
     def stands_for(self, costs: Costs) -> int:
@@ -59,7 +69,7 @@ class LongLeaf:
         is_foretold = all(
             found(steps) <= _AS_FORETOLD * said(steps) + ROUNDING_BYTES for found, said in pairs
         )
-        return steps * (_STANDS_FOR if is_foretold else 1)
+        return steps * (_STANDS_FOR if is_foretold and steps >= _STANDS_FROM else 1)
 
 
 def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: float) -> int | None:
@@ -84,7 +94,8 @@ def _curves(costs: Costs) -> list[Curve]:
     quiet = costs.quiet
     found = [costs.leaf_bytes, costs.leaf_curve(is_last=True), costs.advance_bytes]
     if quiet is not None:
-        found += [quiet.leaf, quiet.graph or quiet.leaf, quiet.advance]
+        others = (quiet.graph, quiet.joined, quiet.last_joined)
+        found += [quiet.leaf, quiet.advance, *(curve for curve in others if curve is not None)]
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
@@ -21,38 +22,13 @@ from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass
-from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.meter import Lap, peak_memory
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.recurrence import renormalised_in
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentBytes:
-    """What segments of some length take."""
-
-    steps: int  # their length
-    last_leaf: int  # peak of a leaf before gradients exist, above what then is live
-    leaf: int  # peak of a leaf afterwards, above what then is live
-    advance: int  # peak of an advance
-    gradients: int  # gradients of weights
-    state_gradients: int  # gradients of a state
-    graph: int  # tensors of a leaf's graph
-    peak: int  # the highest of all, above what was live before
-
-
-@dataclass(frozen=True, slots=True)
-class QuietSample:
-    """What segments of some length take whose steps have no loss; the one after them has."""
-
-    steps: int  # their length
-    leaf: int  # peak of a leaf, above what then is live
-    graph: int  # tensors of its graph
-    advance: int  # peak of an advance
-    shared: int  # gradients of the weights that they use
 
 
 class ChangingStateError(ArgumentError):
@@ -91,8 +67,8 @@ class SegmentProbe:
         begun, last_forward, last, forward, leaf, advance = readings.found
         return SegmentBytes(
             steps=steps,
-            last_leaf=max(last_forward.peak_bytes, last.peak_bytes) - begun.now_bytes,
-            leaf=max(forward.peak_bytes, leaf.peak_bytes) - last.now_bytes,
+            last_leaf=_peaks(begun, last_forward, last),
+            leaf=_peaks(last, forward, leaf),
             advance=advance.peak_bytes - leaf.now_bytes,
             gradients=gradients,
             state_gradients=state_gradients,
@@ -115,22 +91,32 @@ class SegmentProbe:
             Differentiate(joint - steps, joint),
         )
         with peak_memory(self.device, held=(), rss=False) as meter:
-            readings = _Readings(lambda: (meter.lap(), self._gradient_versions()))
+            readings = _Readings(meter.lap)
             self._run(actions, readings, loss_start=joint)
-        before, advance, *_, begun, forward, leaf = [lap for lap, _ in readings.found]
-        versions, later = readings.found[-3][1], readings.found[-1][1]
-        pairs = zip(self.parameters, versions, later, strict=True)
+        before, advance, *_, begun, forward, leaf = readings.found
         return QuietSample(
             steps=steps,
-            leaf=max(forward.peak_bytes, leaf.peak_bytes) - begun.now_bytes,
+            leaf=_peaks(begun, forward, leaf),
             graph=forward.now_bytes - begun.now_bytes,
             advance=advance.peak_bytes - before.now_bytes,
-            shared=tensor_bytes([p.grad for p, old, new in pairs if old != new]),
+            joined=self._joined_bytes_of(steps) if steps > 1 else None,
         )
 
-    def _gradient_versions(self) -> list[int]:
-        """What changes where a backward adds to a gradient."""
-        return [-1 if p.grad is None else p.grad._version for p in self.parameters]
+    def _joined_bytes_of(self, steps: int) -> JoinedBytes | None:
+        """Measure leaves in two pieces, whose gradients meet; a loop's steps are but one."""
+        if self.runner.recurrence.per_step:
+            return None
+        for parameter in self.parameters:  # the first leaf has gradients to make
+            parameter.grad = None
+        with peak_memory(self.device, held=(), rss=False) as meter:
+            readings = _Readings(meter.lap)
+            self._run((self._leaf(steps), self._leaf(steps)), readings, self.stop - 1)
+        begun, last_forward, last, forward, leaf = readings.found
+        anew = last.now_bytes - begun.now_bytes
+        return JoinedBytes(
+            last_leaf=max(0, _peaks(begun, last_forward, last).backward - anew),
+            leaf=_peaks(last, forward, leaf).backward,
+        )
 
     def advance_bytes_of(self, steps: int, *, has_losses: bool) -> int:
         """Peak of an advance, which may be longer than any leaf that fits."""
@@ -258,6 +244,12 @@ class _UndividedLoss(WindowLoss):
 
     def is_empty(self, *, waits: bool = True) -> bool:
         return False
+
+
+def _peaks(begun: Lap, forward: Lap, leaf: Lap) -> Peaks:
+    """A leaf's, above what was live as it began."""
+    now = begun.now_bytes
+    return Peaks(forward.peak_bytes - now, leaf.peak_bytes - now)
 
 
 def _check_same_shapes(earlier: Boundary, later: Boundary) -> None:

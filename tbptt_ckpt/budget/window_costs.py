@@ -189,10 +189,13 @@ class WindowCosts:
         if quiet is None:
             return costs.with_leaves(added, last)
         more, graph = quiet.irregular, quiet.graph
+        joined, last_joined = quiet.joined, quiet.last_joined
         quiet = replace(
             quiet,
             leaf=cut.added(quiet.leaf, more, spared),
             graph=graph and cut.added(graph, more, _nothing),
+            joined=joined and cut.added(joined, more, spared),
+            last_joined=last_joined and cut.added(last_joined, more, spared),
         )
 
         def raised(curve: Curve) -> Curve:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tbptt_ckpt.schedule.costs import Costs, QuietBytes
-from tbptt_ckpt.schedule.curves import Curve
+from tbptt_ckpt.schedule.curves import Curve, higher
 
 _DIGITS = 10  # of budgets that plans are made for
 
@@ -44,7 +44,7 @@ class Way:
 def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
     """The ways to plan a stretch; what either takes for a plan is never less than it takes."""
     quiet, is_last = costs.quiet, stretch.is_last
-    everywhere = Way(replace(costs, quiet=None), is_last)
+    everywhere = Way(_with_joined(costs), is_last)
     if quiet is None or stretch.num_losses == stretch.steps:
         return (everywhere,)
     if stretch.num_losses == 0:
@@ -53,6 +53,17 @@ def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
         return (everywhere,)
     last = _last_leaves(stretch, quiet, costs)
     return everywhere, Way(_quiet_before(quiet, last, costs), True, stretch.num_losses)
+
+
+def _with_joined(costs: Costs) -> Costs:
+    """Costs whose leaves take as much with losses as where they are joined from two pieces."""
+    quiet, last = costs.quiet, costs.last_leaf_bytes
+    if quiet is None or quiet.joined is None:
+        return replace(costs, quiet=None)
+    last = last and (higher(last, quiet.last_joined) if quiet.last_joined else last)
+    return replace(
+        costs, leaf_bytes=higher(costs.leaf_bytes, quiet.joined), last_leaf_bytes=last, quiet=None
+    )
 
 
 def _quiet_before(quiet: QuietBytes, last: Curve, costs: Costs) -> Costs:

@@ -51,15 +51,18 @@ class QuietBytes:
         advance: Peak of one call in an advance.
         graph: What its graph holds, beside the leaf's later steps while they are differentiated;
             None where a leaf is run in one piece wherever its losses begin.
-        shared: Gradients of weights that they share with later steps of their leaf, whose part is
-            held until theirs is there to be added.
+        joined: Peak of a leaf of so many steps while it is differentiated, where only the last
+            has a loss: it is run in two pieces, and the gradients of the later one are held until
+            those of the other are there to be added. None where `graph` is.
+        last_joined: The same of a leaf before gradients exist, which become gradients: fixed bytes.
         irregular: What a leaf takes more, as `Costs.irregular_bytes` says it.
     """
 
     leaf: Curve
     advance: Curve
     graph: Curve | None = None
-    shared: int = 0
+    joined: Curve | None = None
+    last_joined: Curve | None = None
     irregular: Curve | None = None
 
     def before_losses(
@@ -67,13 +70,14 @@ class QuietBytes:
     ) -> float:
         """Peak of a leaf of such steps, and then of some with a loss, whose leaves take `losses`.
 
-        `makes_gradients`: whether what is held becomes the gradients, which are fixed bytes.
+        `makes_gradients`: whether none exist before.
         """
         if self.graph is None:
             added = losses(num_losses) - self.leaf(num_losses)
             return self.leaf(steps + num_losses) + max(0.0, added)
-        held = 0 if makes_gradients else self.shared
-        return max(self.graph(steps) + losses(num_losses), self.leaf(steps) + held)
+        joined = self.last_joined if makes_gradients else self.joined
+        meeting = joined(steps + 1) if joined is not None else 0.0
+        return max(self.graph(steps) + losses(num_losses), self.leaf(steps), meeting)
 
     def beyond_graph(self, steps: int) -> float:
         """Of a leaf's bytes, what is there beside its graph; 0 where pieces are not told apart."""
@@ -81,8 +85,8 @@ class QuietBytes:
 
     def changed(self, change: Callable[[Curve], Curve]) -> QuietBytes:
         """The same for leaves that take other bytes."""
-        graph = self.graph and change(self.graph)
-        return replace(self, leaf=change(self.leaf), graph=graph)
+        curves = {name: getattr(self, name) for name in ("leaf", "graph", "joined", "last_joined")}
+        return replace(self, **{name: curve and change(curve) for name, curve in curves.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +152,9 @@ class Costs:
         if num_losses:
             makes = is_last and self.last_leaf_bytes is not None
             peak = self.quiet.before_losses(without, num_losses, curve, makes_gradients=makes)
-        return math.ceil(min(peak, curve(steps)))
+        if self.quiet.graph is None or not num_losses:
+            peak = min(peak, curve(steps))  # in one piece it takes no more than with losses
+        return math.ceil(peak)
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
         """Peak of an advance in calls of at most `most_steps`, whose last steps have a loss."""
@@ -163,7 +169,9 @@ class Costs:
         """More than any action of up to so many steps takes."""
         curves = [self.leaf_bytes, self.leaf_curve(is_last=True), self.advance_bytes]
         if self.quiet is not None:
-            curves += [self.quiet.leaf, self.quiet.graph or self.quiet.leaf, self.quiet.advance]
+            quiet = self.quiet
+            curves += [quiet.leaf, quiet.graph or quiet.leaf, quiet.advance]
+            curves += [curve for curve in (quiet.joined, quiet.last_joined) if curve is not None]
         return math.ceil(sum(curve(steps) for curve in curves)) + 1
 
     def leaf_curve(self, *, is_last: bool) -> Curve:

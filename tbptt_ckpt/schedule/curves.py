@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ArgumentError, shown
 
+_NEVER = 1 << 40  # steps
 _STRAIGHT_FROM = 3  # steps
 _WIGGLE, _WIGGLE_BYTES = 0.02, 32 * 1024  # deviations that count as rounding
 _MOST_SLOWER = 1.6  # time per step of long runs, whose graph leaves the caches, over short ones
@@ -134,8 +135,14 @@ def raised(curve: Curve, samples: Mapping[int, int]) -> Curve:
 
 
 def higher(some: Curve, other: Curve, *lengths: int) -> Curve:
-    """The higher of two curves at the points of both, and at further lengths."""
+    """The higher of two curves at the points of both, at further lengths, and beyond them all."""
     known = {*lengths, *(steps for steps, _ in (*some.points, *other.points))}
+    last = max(known)
+    low, high = sorted((some, other), key=lambda curve: curve(last))
+    if low.slope > high.slope:  # it overtakes
+        crossing = last + (high(last) - low(last)) / (low.slope - high.slope)
+        if crossing < _NEVER:
+            known |= {math.floor(crossing), math.ceil(crossing), math.ceil(crossing) + 1}
     return Curve.through((steps, max(some(steps), other(steps))) for steps in known)
 
 
