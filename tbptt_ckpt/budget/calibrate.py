@@ -237,9 +237,8 @@ class _Measuring:
             leaf=self._peaks_curve((s.steps, s.leaf) for s in self.quiet),
             graph=None if is_loop else graph,
             advance=self._advance_curve(self.quiet, has_losses=False),
-            joined=joined and bounding_curve([alone, *((n, j.leaf) for n, j in joined)]) or None,
-            last_joined=joined
-            and bounding_curve([alone, *((n, j.last_leaf) for n, j in joined)])
+            joined=(joined and bounding_curve([alone, *((n, j.leaf) for n, j in joined)])) or None,
+            last_joined=(joined and bounding_curve([alone, *((n, j.last_leaf) for n, j in joined)]))
             or None,
             irregular=self._irregular_bytes(self.quiet, has_losses=False),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tbptt_ckpt.schedule.costs import Costs, QuietBytes
-from tbptt_ckpt.schedule.curves import Curve, higher
+from tbptt_ckpt.schedule.curves import Curve
 
 _DIGITS = 10  # of budgets that plans are made for
 
@@ -57,13 +57,9 @@ def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
 
 def _with_joined(costs: Costs) -> Costs:
     """Costs whose leaves take as much with losses as where they are joined from two pieces."""
-    quiet, last = costs.quiet, costs.last_leaf_bytes
-    if quiet is None or quiet.joined is None:
-        return replace(costs, quiet=None)
-    last = last and (higher(last, quiet.last_joined) if quiet.last_joined else last)
-    return replace(
-        costs, leaf_bytes=higher(costs.leaf_bytes, quiet.joined), last_leaf_bytes=last, quiet=None
-    )
+    last = costs.last_leaf_bytes and costs.joined_curve(is_last=True)
+    anywhere = costs.joined_curve(is_last=False)
+    return replace(costs, leaf_bytes=anywhere, last_leaf_bytes=last, quiet=None)
 
 
 def _quiet_before(quiet: QuietBytes, last: Curve, costs: Costs) -> Costs:
