@@ -12,8 +12,9 @@ import torch
 from cases import lstm, lstm_cell, random_data, tanh_cell
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, TensorSequence, evaluate
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, evaluate, peak_memory
 from tbptt_ckpt.executor.additivity import MeanCheck
+from tbptt_ckpt.memory.storages import tensor_bytes
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -186,7 +187,7 @@ def test_later_steps_that_take_more_exceed_a_budget() -> None:
     assert max(peaks[:2]) <= budget < peaks[2]
 
 
-def test_leaves_that_take_more_than_shorter_ones_foretell_exceed_a_budget() -> None:
+def test_the_first_leaf_that_takes_far_more_exceeds_a_budget_while_it_is_measured() -> None:
     class Jumping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -198,8 +199,10 @@ def test_leaves_that_take_more_than_shorter_ones_foretell_exceed_a_budget() -> N
                 y = y * torch.tanh(self.weight.expand(50_000)).mean()
             return y, h
 
-    data, budget = TensorSequence(torch.rand(200, 8, 8), torch.rand(200, 8, 16)), 600_000
-    asked = {"memory_budget": budget, "measure_memory": True, "per_step": False}
-    (window,) = TBPTT(Jumping(), torch.nn.functional.mse_loss, 200, 200, **asked).windows(data)
-    assert window.peak_bytes is not None
-    assert window.peak_bytes > budget
+    data, budget = TensorSequence(torch.rand(200, 8, 8), torch.rand(200, 8, 16)), 500_000
+    asked = {"memory_budget": budget, "strategy": "uniform:100", "per_step": False}
+    tbptt = TBPTT(Jumping(), torch.nn.functional.mse_loss, 200, 200, **asked)
+    with peak_memory(rss=False) as meter, pytest.raises(InfeasibleBudgetError) as refused:
+        tbptt.train(data)
+    held = tensor_bytes(tbptt.parts.parameters, data.inputs, data.targets)
+    assert budget < held + meter.peak_bytes <= refused.value.smallest_budget_bytes

@@ -1,0 +1,101 @@
+"""Leaves longer than any that was measured at first: budgets hold however little was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import tbptt_ckpt.budget.calibrate as calibrate
+import tbptt_ckpt.budget.window_costs as window_costs
+from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt.schedule.curves import Curve, higher
+
+pytestmark = pytest.mark.times_the_module
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+class Tagger(nn.Module):
+    """What its GRU's forward takes overtakes what its backward takes, from 21 steps on."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.embedding, self.rnn, self.out = nn.Embedding(20, 16), rnn, nn.Linear(32, 5)
+
+    def forward(self, x, state):
+        y, state = self.rnn(self.embedding(x), state)
+        return self.out(y), state
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.cell, self.out = (
+            nn.Embedding(20, 16),
+            nn.GRUCell(16, 32),
+            nn.Linear(32, 5),
+        )
+
+    def forward(self, x, state):
+        state = self.cell(self.embedding(x), state)
+        return self.out(state), state
+
+
+MODULES = {
+    "nn.GRU": lambda: Tagger(nn.GRU(16, 32)),
+    "nn.LSTM of 3 layers": lambda: Tagger(nn.LSTM(16, 32, 3)),
+    "nn.RNN": lambda: Tagger(nn.RNN(16, 32)),
+    "a loop over cells": Cell,
+}
+BUDGETS = [150_000, 300_000, 614_400, 1_500_000, 4_000_000]
+CASES = [
+    pytest.param(name, lanes, budget, id=f"{name}, {lanes} lanes, {budget}", marks=marks)
+    for name in MODULES
+    for lanes in (4, 32)
+    for budget in BUDGETS
+    if budget >= {"nn.LSTM of 3 layers": 700_000}.get(name, 0) * (1 + lanes // 32)
+    and (lanes == 4 or budget >= 300_000)
+    for marks in ([] if (name, lanes, budget) == ("nn.GRU", 4, 300_000) else [EXHAUSTIVE],)
+]
+
+
+@pytest.fixture(params=[0.0, pytest.param(1.6, marks=EXHAUSTIVE)])
+def measured_seconds(request, monkeypatch):
+    """A machine that leaves so little time for measuring, on which long leaves pay."""
+
+    def limits(*args, **kwargs):
+        return replace(calibrate.Limits(*args, **kwargs), max_seconds=request.param)
+
+    monkeypatch.setattr(window_costs, "Limits", limits)
+    monkeypatch.setattr(calibrate, "seconds_curve", lambda samples: Curve.linear(1.0, 1e-3))
+
+
+def cross_entropy(logits, targets):
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+@pytest.mark.usefixtures("measured_seconds")
+@pytest.mark.parametrize(("name", "lanes", "budget"), CASES)
+def test_no_window_exceeds_its_budget(name, lanes, budget):
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    data = TensorSequence(torch.randint(20, (700, lanes)), torch.randint(5, (700, lanes)))
+    options = {
+        "memory_budget": budget,
+        "measure_memory": True,
+        "per_step": name == "a loop over cells",
+    }
+    tbptt = TBPTT(module, cross_entropy, 50, 200, torch.optim.Adam(module.parameters()), **options)
+    windows = list(tbptt.windows(data))
+    assert [w.index for w in windows if w.peak_bytes > budget] == []
+    if max(window.plan.longest_leaf for window in windows) < 200:  # a longer one was possible
+        assert max(window.peak_bytes for window in windows) > 0.8 * budget
+
+
+def test_the_higher_of_two_curves_is_the_higher_one_beyond_their_points_too():
+    flat, steep = Curve.linear(100.0, 1.0), Curve(((1, 2.0), (2, 4.0)))
+    both = higher(flat, steep)
+    for steps in range(1, 400):
+        assert max(flat(steps), steep(steps)) <= both(steps) <= max(flat(steps), steep(steps)) + 1
