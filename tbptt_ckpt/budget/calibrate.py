@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
+from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
 from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
-from tbptt_ckpt.budget.probe import SegmentProbe, kept_bytes
+from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.samples import Peaks, QuietSample, SegmentBytes, peaks_curve
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
-from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.module.trees import copy_containers
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
 
@@ -39,7 +37,6 @@ _TIMED = (1, 3, 8, 21, 55)  # lengths that are timed as well
 _LONGER = 4  # factor between lengths that are only timed
 _ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
-_NUM_BOUNDARIES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +205,7 @@ class _Measuring:
                 states=4 * kept[0] + longest.state_gradients,
             ),
             host_step_bytes=self._host_step_bytes(),
-            host_state_bytes=_host_state_bytes(self.probe.boundary),
+            host_state_bytes=host_state_bytes(self.probe.boundary),
             ambient_bytes=kept[1],
             handed_on_bytes=kept[2],
             quiet=self._quiet_bytes(),
@@ -282,20 +279,3 @@ class _Measuring:
             f"a step {1e3 * costs.advance_seconds.slope:.3g} ms, "
             f"with its gradient {1e3 * costs.leaf_seconds.slope:.3g} ms"
         )
-
-
-def _host_state_bytes(boundary: Boundary) -> float:
-    """Python objects and tensor headers of one kept state."""
-    tracing = tracemalloc.is_tracing()
-    if not tracing:
-        tracemalloc.start()
-    objects, in_use = tracemalloc.get_traced_memory()[0], malloc_bytes()
-    kept = [
-        Boundary(step, copy_containers(boundary.state), boundary.ambient)
-        for step in range(_NUM_BOUNDARIES)
-    ]
-    objects = tracemalloc.get_traced_memory()[0] - objects
-    native = 0 if in_use is None else (malloc_bytes() or 0) - in_use
-    if not tracing:
-        tracemalloc.stop()
-    return max(0, objects + native) / len(kept)

@@ -25,7 +25,7 @@ from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass
 from tbptt_ckpt.memory.meter import Lap, peak_memory
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
-from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import renormalised_in
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate
@@ -259,26 +259,3 @@ def _check_same_shapes(earlier: Boundary, later: Boundary) -> None:
             f"the state's tensors change from step to step, as {old} became {new}, so that no "
             "measured step stands for later ones"
         )
-
-
-def kept_bytes(later: Boundary, before: Boundary) -> tuple[int, int, int]:
-    """What keeping a state takes, of it generators and buffers, and what is kept once for all."""
-    handed_on = sum(later.handed_on(before).values())
-    state, ambient = tensor_bytes(later.state) - handed_on, _ambient_bytes(later, before.ambient)
-    return state + ambient, ambient, handed_on
-
-
-def _ambient_bytes(later: Boundary, earlier: AmbientState) -> int:
-    """Generators and buffers that a state is kept with, as an earlier one lacks them."""
-    ambient = later.ambient
-    if ambient is earlier:
-        return 0
-    drawn = (ambient.cpu_random, *ambient.device_random)
-    before = (earlier.cpu_random, *earlier.device_random)
-    own = [new for new, old in zip(drawn, before, strict=True) if new is not old]
-    moved = zip(ambient.generators, earlier.generators, strict=True)
-    own += [tensor for new, old in moved if new is not old for tensor in tensors_of(new.values)]
-    changed = zip(ambient.buffers, earlier.buffers, strict=True)
-    # A value that is restored has a second tensor, to stand in the module.
-    buffers = tensor_bytes([new.values for new, old in changed if new is not old])
-    return tensor_bytes(own) + 2 * buffers
