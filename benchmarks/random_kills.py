@@ -95,7 +95,7 @@ def main() -> None:
                 break
         last = subprocess.run(words, **quiet)  # type: ignore[call-overload]
         equal = digest(folder / "undisturbed") == digest(folder / "killed")
-        scores = [json.loads(run.stdout)["bits_per_byte"]["after"] for run in (plain, last)]
+        scores = [json.loads(run.stdout)["scores"]["after"] for run in (plain, last)]
     print(f"kills in time: {in_time}; weights equal byte by byte: {equal}")
     details = {
         "steps": arguments.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tbptt_ckpt.cli.app import main
+from tbptt_ckpt.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 from tbptt_ckpt.cli.app import main
+from tbptt_ckpt.cli.bytes.score import byte_loss
+from tbptt_ckpt.cli.task import Task, module_workload
 
 FACTORIES = '''
 import torch
@@ -44,7 +47,8 @@ class Segments(nn.Module):
 
 
 def everything(**offered):
-    assert sorted(offered) == ["hidden", "layers", "vocab_size"]
+    names = ["data", "device", "dtype", "hidden", "lanes", "layers", "vocab_size"]
+    assert sorted(offered) == names
     return Counter(offered["vocab_size"], offered["hidden"])
 
 
@@ -100,6 +104,13 @@ class Nested:
 number = 3
 text = dict
 '''
+
+
+def bits_per_byte(module, source, *, segment_steps):
+    """What a byte-level model needs for each byte of `source`, in eval mode."""
+    work = module_workload(module, byte_loss, source, lr=0.1)
+    task = Task(data="", workload=work, unit_size=math.log(2))
+    return task.score(source, segment_steps)
 
 
 def outcome_of(capsys, arguments):

@@ -8,26 +8,44 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tbptt_ckpt.cli.commands import plan, profile, snapshots, train
-from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
+from tbptt_ckpt.cli.commands import doctor, init, plan, profile, snapshots, train
 from tbptt_ckpt.cli.options import Command
+from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import TbpttError, TbpttWarning
-from tbptt_ckpt.memory.exhausted import is_out_of_memory
-from tbptt_ckpt.trainer.signals import TrainingStopped
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_ABOUT = "Truncated backpropagation through time, recomputed from boundary states."
-app = typer.Typer(name="tbptt-ckpt", help=_ABOUT, add_completion=False)
+app = typer.Typer(name="tbptt-ckpt")
 app.command("train")(Command(TrainingConfig, train))
 app.command("plan")(Command(PlanningConfig, plan))
 app.command("snapshots")(snapshots)
 app.command("profile")(Command(ProfileConfig, profile))
+app.command("init")(init)
+app.command("doctor")(doctor)
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"tbptt-ckpt {version('tbptt-ckpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    _: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
+    ] = False,
+) -> None:
+    """Truncated backpropagation through time, recomputed from boundary states."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible(), warnings_in_one_line():
             command = typer.main.get_command(app)
             code = command.main(given or ["--help"], prog_name="tbptt-ckpt", standalone_mode=False)
-    except TrainingStopped as stopped:
+    except SystemExit as stopped:
+        if not hasattr(stopped, "signum"):  # it is no signal that was heeded after a window
+            raise
         print(f"tbptt-ckpt: {stopped}", file=sys.stderr)
         return int(stopped.code or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -110,8 +130,12 @@ def describe(error: Exception) -> str | None:
     """What to tell the user; None for a defect, whose traceback is wanted."""
     if isinstance(error, TbpttError | OSError):
         return str(error)
-    if is_out_of_memory(error):
-        return "out of memory; a smaller --hidden, fewer --lanes or shorter leaves take less"
     # Typer's errors about options: which package defines them depends on its version.
     format_message = getattr(error, "format_message", None)
-    return None if format_message is None else str(format_message())
+    if format_message is not None:
+        return str(format_message())
+    from tbptt_ckpt.memory.exhausted import is_out_of_memory  # which needs torch
+
+    if is_out_of_memory(error):
+        return "out of memory; a smaller --hidden, fewer --lanes or shorter leaves take less"
+    return None

@@ -1,4 +1,7 @@
-"""The subcommands: each parses its options, calls one public function, and reports."""
+"""The subcommands: each parses its options, calls one public function, and reports.
+
+What needs torch is imported where it is used, so that a `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from tbptt_ckpt.cli.configs import PlanningConfig, ProfileConfig, TrainingConfig
-from tbptt_ckpt.cli.plan.job import run_planning_job
-from tbptt_ckpt.cli.plan.report import plan_json, print_plan
-from tbptt_ckpt.cli.profile.job import run_profile
-from tbptt_ckpt.cli.profile.table import print_profile
-from tbptt_ckpt.cli.terminal import progress_bar, table
-from tbptt_ckpt.cli.train.job import run_training_job
-from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
+from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.profiling.configuration import ProfileError
-from tbptt_ckpt.snapshot.store import SnapshotStore
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def train(
-    config: TrainingConfig,
-    *,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the outcome as one JSON object.")
-    ] = False,
-) -> None:
-    """Train a byte-level language model and report loss, speed and memory.
+def train(config: TrainingConfig, *, json: Json = False) -> None:
+    """Train a model and report loss, speed and memory.
 
     Without options it learns the source text of Python's standard library,
     in about a minute on two cores, and compares itself with a bigram table
     on text that was held out.
     """
+    from tbptt_ckpt.cli.terminal import progress_bar
+    from tbptt_ckpt.cli.train.job import run_training_job
+    from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
+
     with progress_bar("steps") as watch:
         outcome = run_training_job(config, watch)
     if json:
@@ -47,29 +40,31 @@ def train(
         print_outcome(outcome)
 
 
-def plan(
-    config: PlanningConfig,
-    *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Plan one window: the fastest way to differentiate it within a byte budget.
+def plan(config: PlanningConfig, *, json: Json = False) -> None:
+    """How far back fits into memory, and what it costs.
 
-    Costs are measured on a model, or given by hand or in a file. Shows the
-    plan, a drawing of it, and what time each further megabyte buys.
+    Without --steps: a table of reaches (k2) within one or several budgets, their
+    peaks and seconds, the longest at none, one and two extra forwards marked.
+    With --steps: the fastest plan of one window, a drawing of it, and what time
+    each further megabyte buys. Costs are measured on a model, or given by hand
+    or in a file.
     """
-    outcome = run_planning_job(config)
-    if json:
-        typer.echo(plan_json(outcome))
+    from tbptt_ckpt.cli.plan.job import PlanningOutcome, run_planning_job
+    from tbptt_ckpt.cli.plan.report import plan_json, print_plan, print_reaches, reaches_json
+    from tbptt_ckpt.cli.terminal import progress_bar
+
+    with progress_bar("plans") as watch:
+        outcome = run_planning_job(config, watch)
+    if isinstance(outcome, PlanningOutcome):
+        typer.echo(plan_json(outcome)) if json else print_plan(outcome)
     else:
-        print_plan(outcome)
+        typer.echo(reaches_json(outcome)) if json else print_reaches(outcome)
 
 
 def profile(
     config: ProfileConfig,
     *,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the rows as one JSON object.")
-    ] = False,
+    json: Json = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where your model's error was raised.")
     ] = False,
@@ -79,6 +74,11 @@ def profile(
     Plain BPTT is always a row. Every row is measured in a fresh process.
     Options that take a list, separated by commas, measure every combination.
     """
+    from tbptt_ckpt.cli.profile.job import run_profile
+    from tbptt_ckpt.cli.profile.table import print_profile
+    from tbptt_ckpt.cli.terminal import progress_bar
+    from tbptt_ckpt.profiling.configuration import ProfileError
+
     try:
         with progress_bar("rows") as watch:
             report = run_profile(config, watch)
@@ -94,14 +94,19 @@ def profile(
 
 def snapshots(
     directory: Annotated[Path, typer.Argument(help="Directory that --snapshot-dir named.")],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the list as one JSON object.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """List the snapshots in a directory and verify every byte of them.
 
     Nothing in them is loaded. The exit code is 1 if one is broken.
     """
+    from rich.console import Console
+    from rich.text import Text
+
+    from tbptt_ckpt.cli.terminal import table
+    from tbptt_ckpt.memory.sizes import format_bytes
+    from tbptt_ckpt.snapshot.store import SnapshotStore
+
     if not directory.is_dir():
         raise ArgumentError(f"there is no directory {directory}")
     reports = list(SnapshotStore(directory).reports())
@@ -121,3 +126,30 @@ def snapshots(
         Console().print(made)
     if any(report.problem for report in reports):
         raise typer.Exit(1)
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="File to write, such as mine.py.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file.")] = False,
+) -> None:
+    """Write a workload to start from: your own cell, its loss and its data.
+
+    It runs as it is: tbptt-ckpt train --model FILE:make
+    """
+    from tbptt_ckpt.cli.files import write_text
+    from tbptt_ckpt.cli.starting import STARTING_POINT
+
+    write_text("init", file, STARTING_POINT, force=force)
+    for command in ("plan", "profile", "train"):
+        typer.echo(f"tbptt-ckpt {command} --model {file}:make")
+
+
+def doctor(json: Json = False) -> None:
+    """Say what a bug report needs: versions, processor, devices, memory, extras."""
+    from tbptt_ckpt.cli.doctor import examined, print_examined
+
+    found = examined()
+    if json:
+        typer.echo(json_format.dumps(found))
+    else:
+        print_examined(found)

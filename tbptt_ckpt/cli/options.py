@@ -1,27 +1,34 @@
 """Options of commands: each is written once, as a field of its command's configuration.
 
-A field's annotation holds its type, its help text, and, where needed, a `Read`, a `Default`, and a
-function that is given the option's name and value and raises `ArgumentError` for values that cannot
-work.
+A field's annotation holds its type, its help text, and, where needed, a `Read`, a `Default`,
+`Flags`, and a function that is given the option's name and value and raises `ArgumentError` for
+values that cannot work. Nothing here needs torch, so that a `--help` is quick.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+import tomllib
+from collections.abc import Callable, Collection
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, Concatenate, Generic, TypeVar, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 
 from tbptt_ckpt.arguments import check_positive_int
-from tbptt_ckpt.cli.devices import DTYPES
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.memory.sizes import parse_bytes
-from tbptt_ckpt.schedule.strategies import parse_strategy
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,37 @@ class Default:
     shown: str
 
 
+class Flags(tuple[str, ...]):
+    """Names of an option on the command line, where its field's is not the only one."""
+
+    def __new__(cls, *flags: str) -> Flags:
+        """The names in order."""
+        return super().__new__(cls, flags)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """What a command is asked for: a field for every option."""
+
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # not left to defaults
+
+    def check(self) -> None:
+        """Raise `ArgumentError` for options that cannot work, before anything is started."""
+        for option in _options_of(type(self)):
+            option.check(getattr(self, option.name))
+
+    def refuse(self, names: Collection[str], reason: str) -> None:
+        """Raise `ArgumentError` for the first of these options that is given: it does nothing."""
+        for option in _options_of(type(self)):
+            if option.name in names and option.name in self.given:
+                raise ArgumentError(f"{option.flags[0]} would change nothing: {reason}")
+
+
+C = TypeVar("C", bound=Configuration)
+
+
 class Command(Generic[C]):
-    """A function for typer: a configuration's fields are its options.
+    """A function for typer: a configuration's fields are its options, `--config` a file of them.
 
     What it runs takes the configuration, and by keyword options of its own.
     """
@@ -48,14 +84,50 @@ class Command(Generic[C]):
         self._configuration, self._act = configuration, act
         self._options = _options_of(configuration)
         _, *own = inspect.signature(act, eval_str=True).parameters.values()
-        self.__signature__ = inspect.Signature([*(o.parameter() for o in self._options), *own])
+        known = [_parameter("context", typer.Context), *(o.parameter() for o in self._options)]
+        config = _parameter("config", Annotated[Path | None, _CONFIG], None)
+        self.__signature__ = inspect.Signature([*known, config, *own])
         self.__annotations__: dict[str, Any] = {}  # all are in the signature
         self.__name__, self.__doc__ = act.__name__, act.__doc__
 
-    def __call__(self, **given: Any) -> None:
+    def __call__(self, context: typer.Context, config: Path | None, **given: Any) -> None:
         """Read the options and run the command."""
+        names = [option.name for option in self._options]
+        sources = [(name, context.get_parameter_source(name)) for name in names]
+        known = tuple(name for name, source in sources if source and source.name != "DEFAULT")
         values = {option.name: option.value(given.pop(option.name)) for option in self._options}
-        self._act(self._configuration(**values), **given)
+        self._act(self._configuration(**values, given=known), **given)
+
+
+def _use_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults from a TOML file, whose keys are the names of options."""
+    if path is None:
+        return None
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--config {path} cannot be read: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    defaults = {key.replace("-", "_"): value for key, value in found.items()}
+    for name, value in defaults.items():
+        if name not in known or name == "config":
+            raise ArgumentError(f"--config {path}: {name} is no option of {context.info_name}")
+        if isinstance(value, list):
+            defaults[name] = ",".join(map(str, value))
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+_CONFIG = typer.Option(
+    "--config", is_eager=True, callback=_use_file, help="Take options from this TOML file: k2 = 512"
+)
+
+
+def _parameter(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
 class _Option:
@@ -63,10 +135,10 @@ class _Option:
 
     def __init__(self, field: Field[Any], annotation: Any) -> None:
         self.name, self._default = field.name, field.default
-        self._flag = f"--{field.name.replace('_', '-')}"
         self._kind, *marks = get_args(annotation)
         self._marks = {type(mark): mark for mark in marks}
         self._refuse = self._marks.get(FunctionType)
+        self.flags = self._marks.get(Flags, (f"--{field.name.replace('_', '-')}",))
 
     def parameter(self) -> inspect.Parameter:
         """What typer is to know: an option whose text is read here is text to it."""
@@ -75,38 +147,29 @@ class _Option:
             default = _as_text(default)
             kind = str if default is not None else str | None
         shown = self._marks[Default].shown if Default in self._marks else True
-        flags = (self._flag,) if kind is bool else ()  # without a --no-...
-        return inspect.Parameter(
-            self.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Annotated[
-                kind, typer.Option(*flags, help=self._marks[str], show_default=shown)
-            ],
-        )
+        said, metavar = self._marks[str], None
+        if get_origin(kind) is Literal:
+            said, metavar = f"{', '.join(get_args(kind))}. {said}", "<name>"
+        option = typer.Option(*self.flags, help=said, show_default=shown, metavar=metavar)
+        return _parameter(self.name, Annotated[kind, option], default)
 
     def value(self, given: Any) -> Any:
         """The field's value for what typer found."""
         if Read not in self._marks:
             return given
-        return self._default if given is None else self._marks[Read].parse(self._flag, given)
+        return self._default if given is None else self._marks[Read].parse(self.flags[0], given)
 
     def check(self, value: Any) -> None:
         """Raise `ArgumentError` for a value, or an item of a list, that cannot work."""
         for item in value if isinstance(value, tuple) else (value,):
             if self._refuse is not None and item is not None:
-                self._refuse(self._flag, item)
+                self._refuse(self.flags[0], item)
 
 
 def _options_of(configuration: type[Any]) -> list[_Option]:
     annotations = get_type_hints(configuration, include_extras=True)
-    return [_Option(field, annotations[field.name]) for field in fields(configuration)]
-
-
-def check_options(configuration: Any) -> None:
-    """Raise `ArgumentError` for the first option whose own check refuses its value."""
-    for option in _options_of(type(configuration)):
-        option.check(getattr(configuration, option.name))
+    named = [field for field in fields(configuration) if field.name != "given"]
+    return [_Option(field, annotations[field.name]) for field in named]
 
 
 def _as_text(value: Any) -> str | None:
@@ -134,37 +197,45 @@ def read_list(parse: Callable[[str, str], Any]) -> Read:
     return Read(parse_list)
 
 
-def check_readable(option: str, text: str, parse: Callable[[Any], object], what: str) -> None:
-    """Raise `ArgumentError`, which names the option, where a parser refuses its text."""
+def parse_reach(option: str, text: str) -> int | None:
+    """A number of steps, or None for `none`."""
     try:
-        parse(text)
-    except ArgumentError as error:
-        raise ArgumentError(f"{option} {text} is {what}") from error
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise ArgumentError(f"{option} {text} is neither a number of steps nor none") from None
 
 
-def one_of(*choices: str) -> Callable[[str, str], None]:
-    """Refuses all but these."""
-
-    def refuse(option: str, value: str) -> None:
-        if value not in choices:
-            raise ArgumentError(f"{option} {value} is not one of {', '.join(choices)}")
-
-    return refuse
+def check_reach(option: str, steps: int) -> None:
+    """Refuse what is no number of steps."""
+    check_positive_int(option, steps, "none (reach back to the start)")
 
 
 def check_strategy(option: str, text: str) -> None:
     """Refuse what names no strategy."""
-    names = "auto, optimal, retain, sqrt, step, uniform:LENGTH, revolve:STATES"
-    check_readable(option, text, parse_strategy, f"not one of {names}")
+    from tbptt_ckpt.schedule.strategies import parse_strategy
+
+    try:
+        parse_strategy(text)
+    except ArgumentError as error:
+        names = "auto, optimal, retain, sqrt, step, uniform:LENGTH, revolve:STATES"
+        raise ArgumentError(f"{option} {text} is not one of {names}") from error
 
 
-SIZE = Read(lambda option, text: parse_bytes(text, option))
+def check_budget(option: str, text: str) -> None:
+    """Refuse what is neither a size nor a part of the free memory."""
+    from tbptt_ckpt.budget.amount import parse_budget
 
-# Options that several commands have, with one meaning and one help text.
-Hidden = Annotated[int, "Width of the recurrent layers.", check_positive_int]
-Layers = Annotated[int, "Recurrent layers.", check_positive_int]
-Lanes = Annotated[int, "Parallel streams.", check_positive_int]
-Overlap = Annotated[str, "refresh or stale.", one_of("refresh", "stale")]
-ExecutorName = Annotated[str, "replay or checkpoint.", one_of("replay", "checkpoint")]
-Dtype = Annotated[str, "float32, float64, or bfloat16 (autocast).", one_of(*DTYPES)]
-Device = Annotated[str | None, "cpu, cuda, cuda:1 ...", Default("the accelerator, or else cpu")]
+    parse_budget(text, option)
+
+
+def _parse_size(option: str, text: str) -> int:
+    from tbptt_ckpt.memory.sizes import parse_bytes
+
+    return parse_bytes(text, option)
+
+
+SIZE, TEXTS = Read(_parse_size), read_list(lambda _, text: text)
+WHOLE_NUMBERS = read_list(lambda _, text: int(text))
+Overlap = Literal["refresh", "stale"]
+ExecutorName = Literal["replay", "checkpoint"]
+Dtype = Literal["float32", "float64", "bfloat16"]

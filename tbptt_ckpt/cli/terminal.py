@@ -50,3 +50,13 @@ def progress_bar(unit: str) -> Iterator[Watch]:
         )
     finally:
         bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people: '12.3 s', '4.56 ms', '0 s'."""
+    if seconds == 0:
+        return "0 s"
+    units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
+    unit, size = next((u for u in units if abs(seconds) >= u[1]), ("us", 1e-6))
+    whole = len(str(int(abs(seconds) / size)))
+    return f"{seconds / size:.{max(0, 3 - whole)}f} {unit}"

@@ -1,14 +1,29 @@
-"""What time each megabyte buys: plans from the smallest budget to keeping everything."""
+"""What memory buys: how far windows reach within bytes, and what time each megabyte saves."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from tbptt_ckpt.arguments import PositiveInt, checked
-from tbptt_ckpt.planner.fastest import plan
-from tbptt_ckpt.planner.feasibility import Demand, smallest_budget
+import numpy as np
+from numpy.typing import NDArray
+
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.planner.fastest import plan, quick_plan
+from tbptt_ckpt.planner.feasibility import Demand, smallest_budget, ways
+from tbptt_ckpt.planner.leaves import LeafRoom
+from tbptt_ckpt.planner.pricing import reaches_by_level
+from tbptt_ckpt.planner.search import DEEPEST
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import PredictedPlan
+
+_MOST_LEVELS = 8  # of what is shown: below, a little more memory saves most of the time
+# Reaches are looked for among these, of three digits.
+_REACHES = [*range(1, 1000), *(n * 10**p for p in range(1, 5) for n in range(100, 1000))]
+_STEPS_PER_DOUBLING = 8
+_MOST_REACHES = 10  # between the longest at none, one and two extra forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,25 +34,115 @@ class Rung:
     plan: PredictedPlan
 
 
-@checked
-def budget_ladder(num_steps: PositiveInt, costs: Costs, *, count: PositiveInt = 10) -> list[Rung]:
-    """The fastest plans at `count` budgets, each larger than the last by the same factor.
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How a window of some length fits a budget.
 
-    The factor applies to what is above the fixed part. Near the smallest budget a long window
-    runs its steps very often, and its plan takes seconds to make.
-
-    Args:
-        num_steps: Steps to differentiate.
-        costs: What steps and states take.
-        count: Budgets, the smallest and the one that keeps everything included.
+    Attributes:
+        plan: The fastest.
+        retained: Plain BPTT, whatever it takes.
+        levels: The extra forwards at which this is about the longest window; None for others.
     """
-    demand = Demand((num_steps,))
-    least = smallest_budget(demand, costs)
+
+    plan: PredictedPlan
+    retained: PredictedPlan
+    levels: int | None
+
+
+@checked
+def reach_ladder(budget_bytes: PositiveInt, costs: Costs) -> Iterator[Reach]:
+    """Windows that fit a budget, up to the longest at two extra forwards; one plan at a time.
+
+    Among them are the longest that plain BPTT can, and those at one and at two extra forwards.
+
+    Raises:
+        InfeasibleBudgetError: Not even one step fits.
+    """
+    plan(1, costs, budget_bytes=budget_bytes)
+    longest = {farthest_reach(budget_bytes, costs, levels): levels for levels in (2, 1, 0)}
+    low, high = min(longest), max(longest)
+    round_numbers = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
+    between = [n for n in round_numbers if low / 5 <= n < high]
+    every = -(-len(between) // _MOST_REACHES)
+    for num_steps in sorted({*between[::-1][::every], *longest} - {0}):
+        yield Reach(
+            quick_plan(num_steps, costs, budget_bytes),
+            plan(num_steps, costs, strategy="retain"),
+            None if num_steps == _REACHES[-1] else longest.get(num_steps),  # the search ends there
+        )
+
+
+@checked
+def budget_ladder(num_steps: PositiveInt, costs: Costs, *, count: PositiveInt = 8) -> list[Rung]:
+    """The fastest plans at up to `count` budgets, each larger than the last by the same factor.
+
+    The factor applies to what is above the fixed part. The first budget is about the smallest in
+    which no step runs more than nine times: near the smallest that works at all, a long window
+    takes time in the square of its length. The last keeps everything, or is as fast.
+    """
+    fixed = Demand((num_steps,)).base_bytes(costs)
     most = plan(num_steps, costs, strategy="retain").predicted_peak_bytes
-    fixed = demand.base_bytes(costs)
+    least = _few_levels_budget(num_steps, most, costs)
     low, high = max(1, least - fixed), max(1, most - fixed)
-    budgets = {least, most}
-    for step in range(1, count - 1):
-        budgets.add(fixed + round(low * (high / low) ** (step / (count - 1))))
-    chosen = sorted(budget for budget in budgets if least <= budget <= most)
-    return [Rung(budget, plan(num_steps, costs, budget_bytes=budget)) for budget in chosen]
+    steps = range(1, count - 1)
+    between = {fixed + round(low * (high / low) ** (step / (count - 1))) for step in steps}
+    rungs: list[Rung] = []
+    for budget in sorted({least, most, *(b for b in between if least < b < most)}):
+        found = quick_plan(num_steps, costs, budget)
+        if not rungs or found.predicted_seconds < rungs[-1].plan.predicted_seconds:
+            rungs.append(Rung(budget, found))
+    return rungs
+
+
+def _few_levels_budget(num_steps: int, most_bytes: int, costs: Costs) -> int:
+    """About the smallest budget in which few levels reach."""
+    least = smallest_budget(Demand((num_steps,)), costs)
+    doublings = max(1, most_bytes - least).bit_length()
+    above = [round(2 ** (n / _STEPS_PER_DOUBLING)) for n in range(doublings * _STEPS_PER_DOUBLING)]
+    budgets = [least, *(least + more for more in above if least + more < most_bytes), most_bytes]
+
+    def reaches(budget_bytes: int) -> bool:
+        return _reach(num_steps, budget_bytes, costs, _MOST_LEVELS) >= num_steps
+
+    return max(least, budgets[min(bisect_left(budgets, True, key=reaches), len(budgets) - 1)])
+
+
+@checked
+def farthest_reach(budget_bytes: PositiveInt, costs: Costs, levels: Dimension) -> int:
+    """About the most steps that fit with none advanced more than `levels` times.
+
+    It is rounded down to three digits, and at most 9,990,000; 0 if not even one step fits.
+    """
+
+    def misses(num_steps: int) -> bool:
+        return _reach(num_steps, budget_bytes, costs, levels) < num_steps
+
+    found = bisect_left(_REACHES, True, key=misses)
+    return _REACHES[found - 1] if found else 0
+
+
+def _reach(num_steps: int, budget_bytes: int, costs: Costs, levels: int) -> int:
+    """The most steps of a window of `num_steps` that so many levels cover, by any way."""
+    demand = Demand((num_steps,))
+    if not demand.fits(budget_bytes, costs):
+        return 0
+    free, (stretch,) = demand.free_bytes(budget_bytes, costs), demand.stretches
+    rooms = [LeafRoom(num_steps, free, way, num_steps) for way in ways(stretch, costs)]
+    return max(_covered(room, levels) for room in rooms)
+
+
+def _covered(room: LeafRoom, levels: int) -> int:
+    """The most steps of a stretch that so many levels cover."""
+    alone = room.last(0)
+    if alone >= room.steps or not levels:
+        return alone
+    leaves = room.lengths(DEEPEST, room.steps)
+    ends = room.last_lengths(len(leaves) + 1)
+    if not leaves or len(ends) < 2:
+        return alone
+    by_level = reaches_by_level(_depths(leaves), _depths(ends))
+    return max(alone, next(islice(by_level, levels - 1, None)))
+
+
+def _depths(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.array(lengths, np.int64)

@@ -16,9 +16,8 @@ what the window lies below it is taken from segments about which the price is un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from math import inf
 
 import numpy as np
@@ -155,15 +154,23 @@ def neighbouring_tables(rooms: Rooms, levels: int) -> tuple[PriceTable, PriceTab
     return low, high
 
 
+def reaches_by_level(leaves: Ints, ends: Ints) -> Iterator[int]:
+    """The most steps that 1, 2, ... levels cover; there are leaves at two depths at least.
+
+    `ends` are the leaves that end the stretch, by depth.
+    """
+    reaches = leaves
+    while True:
+        yield int(ends[-1] + reaches[: len(ends) - 1].sum())
+        parts = np.append(reaches[:-1], leaves[-1])
+        reaches = np.minimum(np.cumsum(parts[::-1])[::-1], BEYOND)
+
+
 def fewest_levels(rooms: Rooms) -> int:
     """The fewest levels that reach so far; there are leaves at two depths at least."""
-    reaches, ends = rooms.leaves, rooms.lasts if len(rooms.lasts) else rooms.leaves
-    for levels in count(1):
-        if ends[-1] + reaches[: len(ends) - 1].sum() >= rooms.steps:
-            return levels
-        parts = np.append(reaches[:-1], rooms.leaves[-1])
-        reaches = np.minimum(np.cumsum(parts[::-1])[::-1], BEYOND)
-    raise AssertionError("reaches grow with every level")
+    ends = rooms.lasts if len(rooms.lasts) else rooms.leaves
+    by_level = enumerate(reaches_by_level(rooms.leaves, ends), 1)
+    return next(levels for levels, reach in by_level if reach >= rooms.steps)
 
 
 def with_one_state(rooms: Rooms) -> Nesting:

@@ -91,6 +91,8 @@ def _measure(work: Workload, window: Window, num_steps: int) -> int:
     mine = work.copied()
     engine = mine.engine(num_steps, reach, strategy="retain", measure_memory=True)
     with untouched(mine.module):
-        result = engine.train(TensorSequence(inputs, targets, weight=weight), mine.init_state)
+        time_dim = getattr(work.source, "time_dim", None)
+        sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
+        result = engine.train(sequence, mine.init_state)
     assert result.peak_bytes is not None, "it was measured"
     return result.peak_bytes

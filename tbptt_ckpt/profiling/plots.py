@@ -82,6 +82,13 @@ def plot_windows(report: StrategyReport, path: Path) -> None:
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
 
 
+def check_drawable(option: str, path: Path) -> None:
+    """Raise `ArgumentError` unless pictures can be drawn into the file that an option names."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ArgumentError(f"{option} {path} must end in .png or .svg")
+    pyplot()
+
+
 def pyplot() -> Any:
     """Matplotlib's, or `ArgumentError` where it is missing."""
     try:

@@ -28,6 +28,13 @@ def small(text):
 
 
 @pytest.fixture
+def own(small):
+    """The same for models of one's own, which need not take a width."""
+    at = small.index("--hidden")
+    return small[:at] + small[at + 2 :]
+
+
+@pytest.fixture
 def factories(tmp_path, monkeypatch):
     """The name of a module in the current directory, outside the package."""
     name = f"factories_{tmp_path.name.replace('-', '_')}"

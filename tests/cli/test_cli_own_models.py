@@ -12,34 +12,34 @@ import time
 import numpy as np
 import pytest
 import torch
-from command_lines import FACTORIES, outcome_of, refusal_of
+from command_lines import FACTORIES, bits_per_byte, outcome_of, refusal_of
 from torch import nn
 
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.cli.bytes.models import build_model
-from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
+from tbptt_ckpt.cli.bytes.score import byte_loss
+from tbptt_ckpt.cli.lanes import EqualLanes
 
 
 class TestOwnModels:
     @pytest.mark.parametrize("factory", ["Counter", "Segments", "everything", "Nested.factory"])
-    def test_a_factory_in_the_current_directory_is_found(self, capsys, small, factories, factory):
-        outcome = outcome_of(capsys, [*small, "--model", f"{factories}:{factory}"])
-        assert outcome["bits_per_byte"]["after"] < outcome["bits_per_byte"]["before"]
+    def test_a_factory_in_the_current_directory_is_found(self, capsys, own, factories, factory):
+        outcome = outcome_of(capsys, [*own, "--model", f"{factories}:{factory}"])
+        assert outcome["scores"]["after"] < outcome["scores"]["before"]
 
-    def test_a_model_that_cannot_be_copied_is_trained_all_the_same(self, capsys, small, factories):
-        words = [*small, "--model", f"{factories}:Uncopied"]
+    def test_a_model_that_cannot_be_copied_is_trained_all_the_same(self, capsys, own, factories):
+        words = [*own, "--model", f"{factories}:Uncopied"]
         assert outcome_of(capsys, words)["memory"]["retained_peak_bytes"] is None
         assert main(words) == 0
         assert "not measured: " in capsys.readouterr().out
 
-    def test_a_first_state_follows_the_weights(self, capsys, small, factories):
-        words = [*small, "--model", f"{factories}:Counter", "--dtype", "float64"]
+    def test_a_first_state_follows_the_weights(self, capsys, own, factories):
+        words = [*own, "--model", f"{factories}:Counter", "--dtype", "float64"]
         assert outcome_of(capsys, words)["num_parameters"] > 0
 
-    def test_an_installed_command_finds_it_too(self, small, factories, tmp_path):
+    def test_an_installed_command_finds_it_too(self, own, factories, tmp_path):
         script = "import sys; sys.path.remove(''); from tbptt_ckpt.cli.app import main; "
-        command = [sys.executable, "-c", script + "sys.exit(main())", *small, "--json"]
+        command = [sys.executable, "-c", script + "sys.exit(main())", *own, "--json"]
         run = subprocess.run(
             [*command, "--model", f"{factories}:Counter"],
             cwd=tmp_path,
@@ -54,20 +54,24 @@ class TestOwnModels:
         ("factory", "expected"),
         [
             ("absent", "cannot be found: AttributeError"),
-            ("greedy", "needs the argument 'depth'; offered are vocab_size, hidden, layers"),
+            (
+                "greedy",
+                "needs the argument 'depth'; offered are vocab_size, hidden, layers, lanes, device",
+            ),
             ("broken", "raised RuntimeError: no such luck"),
-            ("number", "is int, not a factory to call"),
-            ("text", "returned dict, not an nn.Module"),
-            ("Frozen", "returned a module without trainable parameters"),
-            ("StateOnly", "returned Tensor, not (logits, state)"),
+            ("number", "is int, not something to call"),
+            (
+                "text",
+                "returned dict, not what a command can work on: a factory returns a",
+            ),
+            ("Frozen", "is a module without trainable parameters"),
+            ("StateOnly", "returned a Tensor; it must return (output, state)"),
             ("Narrow", "returned logits [2, 4, 7], not [2, 4, 256]"),
             ("Crashing", "raised KeyError: 'weights'"),
         ],
     )
-    def test_a_factory_that_is_no_use_is_one_line(
-        self, capsys, small, factories, factory, expected
-    ):
-        assert expected in refusal_of(capsys, [*small, "--model", f"{factories}:{factory}"])
+    def test_a_factory_that_is_no_use_is_one_line(self, capsys, own, factories, factory, expected):
+        assert expected in refusal_of(capsys, [*own, "--model", f"{factories}:{factory}"])
 
 
 REFUSALS = [
@@ -87,18 +91,21 @@ REFUSALS = [
     ("--lr inf", "--lr inf must be above 0 and at most 1000.0"),
     ("--lr 1e38", "--lr 1e+38 must be above 0 and at most 1000.0"),
     ("--seed -1", "--seed -1 must be in 0 to"),
-    ("--budget much", "--budget much is neither a size such as 200MiB nor a fraction"),
-    ("--budget 0", "--budget 0 is neither a size such as 200MiB nor a fraction"),
+    ("--budget much", "--budget='much' is not a size"),
+    ("--budget 0", "--budget='0' must be at least one byte"),
     ("--budget 1KiB", "memory_budget=1.0 KiB is below the"),
     ("--strategy best", "--strategy best is not one of auto, optimal, retain"),
     ("--strategy uniform", "--strategy uniform is not one of auto, optimal, retain"),
     ("--strategy revolve:0", "--strategy revolve:0 is not one of auto, optimal, retain"),
-    ("--overlap twice", "--overlap twice is not one of refresh, stale"),
-    ("--executor magic", "--executor magic is not one of replay, checkpoint"),
-    ("--dtype float16", "--dtype float16 is not one of float32, float64, bfloat16"),
+    ("--overlap twice", "'twice' is not one of 'refresh', 'stale'"),
+    ("--executor magic", "'magic' is not one of 'replay', 'checkpoint'"),
+    ("--dtype float16", "'float16' is not one of 'float32', 'float64', 'bfloat16'"),
     ("--device tpu9", "--device tpu9 is no device"),
     ("--device meta", "--device meta is not on this machine"),
-    ("--model transformer", "is neither lstm, gru, rnn or lstmcell, nor package.module:factory"),
+    (
+        "--model transformer",
+        "is neither lstm, gru, rnn or lstmcell, nor file.py:factory or package.module",
+    ),
     ("--model no_such_module:make", "cannot be found: ModuleNotFoundError"),
     ("--model torch.nn:Linear", "needs the argument 'in_features'"),
     ("--data nowhere", "--data nowhere does not exist"),
@@ -137,21 +144,21 @@ class TestRefusals:
     def test_an_unknown_command_is_one_line(self, capsys):
         assert "No such command 'trian'" in refusal_of(capsys, ["trian"])
 
-    def test_nothing_is_saved_of_a_run_that_diverged(self, capsys, small, factories, tmp_path):
+    def test_nothing_is_saved_of_a_run_that_diverged(self, capsys, own, factories, tmp_path):
         path = tmp_path / "weights"
-        words = [*small, "--model", f"{factories}:Exploding", "--lr", "100"]
+        words = [*own, "--model", f"{factories}:Exploding", "--lr", "100"]
         message = refusal_of(capsys, [*words, "--save", str(path)])
         assert "window 1, steps 8 to 16: the loss is nan; nothing was updated" in message
         assert not path.exists()
 
-    def test_an_interrupt_is_one_line_and_exit_code_130(self, small, factories, tmp_path):
+    def test_an_interrupt_is_one_line_and_exit_code_130(self, own, factories, tmp_path):
         module = tmp_path / f"{factories}.py"
         module.write_text(
             FACTORIES + "\ndef begun():\n    open('begun', 'w').close()\n    return Segments()\n"
         )
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "tbptt_ckpt", *small),
+                *(sys.executable, "-m", "tbptt_ckpt", *own),
                 *("--model", f"{factories}:begun", "--max-steps", "100000000"),
             ],
             cwd=tmp_path,
@@ -196,7 +203,7 @@ class TestEvaluation:
 
     def test_it_leaves_everything_as_it_was(self):
         module = self.Remembering()
-        source = ByteLanes(np.arange(50, dtype=np.uint8), 3)
+        source = EqualLanes(np.arange(50, dtype=np.uint8), 3)
         module.calls += 5
         before = {name: value.clone() for name, value in module.state_dict().items()}
         modes = [part.training for part in module.modules()]
@@ -212,7 +219,7 @@ class TestEvaluation:
     def test_it_equals_one_pass_whatever_the_segments(self, model):
         torch.manual_seed(0)
         module = build_model(model, hidden=6, layers=2).double()
-        source = ByteLanes(np.random.default_rng(0).integers(0, 256, 90).astype(np.uint8), 3)
+        source = EqualLanes(np.random.default_rng(0).integers(0, 256, 90).astype(np.uint8), 3)
         inputs, targets = source.read(0, len(source))
         state, logits = None, []
         with torch.no_grad():
@@ -230,5 +237,5 @@ class TestEvaluation:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-        source = ByteLanes(np.arange(100, dtype=np.uint8), 3)
+        source = EqualLanes(np.arange(100, dtype=np.uint8), 3)
         assert bits_per_byte(module, source, segment_steps=8) == pytest.approx(8.0)

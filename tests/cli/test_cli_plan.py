@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from tbptt_ckpt import Costs, Plan, plan, simulate
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.plan.report import COLUMNS, LABEL, draw_plan, format_seconds
-from tbptt_ckpt.planner.ladder import budget_ladder
+from tbptt_ckpt.cli.plan.drawing import COLUMNS, LABEL, draw_plan
+from tbptt_ckpt.cli.terminal import format_seconds
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.planner.ladder import budget_ladder, farthest_reach, reach_ladder
 
 BY_HAND = ["--state-bytes", "64KiB", "--step-bytes", "230KB"]
 
@@ -39,13 +42,14 @@ def test_the_json_holds_the_plan_and_the_costs_it_was_made_from(
     assert found["retained"]["predicted_peak_bytes"] == 500 * 230_000
 
 
-def test_the_table_of_budgets_runs_from_the_smallest_to_keeping_everything(
+def test_the_table_of_budgets_runs_from_few_extra_forwards_to_keeping_everything(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = run_json(capsys, "--steps", "500", *BY_HAND)["budgets"]
     budgets = [row["budget_bytes"] for row in rows]
     assert budgets == sorted(budgets)
-    assert budgets[0] == (64 << 10) + 230_000
+    assert budgets[0] >= (64 << 10) + 230_000
+    assert rows[0]["executed_steps_per_step"] <= 9
     assert budgets[-1] == 500 * 230_000
     assert rows[-1]["over_retained"] == 1.0
     assert rows[-1]["executed_steps_per_step"] == 1.0
@@ -60,7 +64,71 @@ def test_the_table_of_budgets_runs_from_the_smallest_to_keeping_everything(
 def test_the_ladder_has_as_many_rungs_as_asked_for() -> None:
     costs = Costs.linear(state_bytes=5, step_bytes=10)
     assert len(budget_ladder(300, costs, count=6)) == 6
+    for before, rung in pairwise(budget_ladder(5000, costs)):
+        assert rung.budget_bytes > before.budget_bytes
+        assert rung.plan.predicted_seconds < before.plan.predicted_seconds  # each buys time
     assert len(budget_ladder(1, costs, count=6)) == 1  # one step: nothing to choose
+
+
+@pytest.mark.parametrize("states", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("levels", [0, 1, 2, 3])
+def test_the_farthest_reach_is_that_of_revolve(states: int, levels: int) -> None:
+    """Leaves of one step beside `states` states: Griewank & Walther's binomial coefficient."""
+    costs = Costs.linear(state_bytes=1, step_bytes=1000)
+    expected = math.comb(states + levels, levels) if states else 1
+    found = farthest_reach(1000 + states, costs, levels)
+    assert found == (expected if expected < 1000 else expected // 10 * 10)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+@pytest.mark.parametrize("budget", [2_000, 9_000, 31_000])
+def test_no_step_runs_more_often_up_to_the_farthest_reach(levels: int, budget: int) -> None:
+    costs = Costs.linear(state_bytes=100, step_bytes=300, call_seconds=1e-9)
+    farthest = farthest_reach(budget, costs, levels)
+    within, beyond = (plan(n, costs, budget_bytes=budget) for n in (farthest, farthest + 10))
+    assert within.executed_steps <= 1.01 * (1 + levels) * within.num_steps
+    assert beyond.executed_steps > within.executed_steps + 10 * (levels or 0)
+
+
+def test_reaches_hold_the_budget_and_the_three_longest_are_marked() -> None:
+    costs = Costs.linear(state_bytes=64 << 10, step_bytes=230_000)
+    reaches = list(reach_ladder(8 << 20, costs))
+    steps = [reach.plan.num_steps for reach in reaches]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == farthest_reach(8 << 20, costs, 2)
+    marked = {reach.levels: reach for reach in reaches if reach.levels is not None}
+    assert sorted(marked) == [0, 1, 2]
+    for reach in reaches:
+        assert reach.plan.predicted_peak_bytes <= 8 << 20
+        assert reach.retained == plan(reach.plan.num_steps, costs, strategy="retain")
+        fits = reach.retained.predicted_peak_bytes <= 8 << 20
+        assert fits == (reach.plan.num_steps <= marked[0].plan.num_steps)
+        full = plan(reach.plan.num_steps, costs, budget_bytes=8 << 20).predicted_seconds
+        assert reach.plan.predicted_seconds == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_without_steps_a_table_says_how_far_back_fits(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["plan", "--budget", "8MiB,16M", *BY_HAND]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    assert sum("How far back within" in line for line in lines) == 2
+    for words in ("plain", "1 extra", "2 extra"):
+        assert sum(line.rstrip().endswith(f"longest, {words}") for line in lines) == 2, words
+    found = run_json(capsys, "--budget", "8MiB,16M", *BY_HAND)
+    assert [table["budget_bytes"] for table in found["reaches"]] == [8 << 20, 16 << 20]
+    for table in found["reaches"]:
+        for row in table["rows"]:
+            assert row["predicted_peak_bytes"] <= table["budget_bytes"]
+            assert f"{row['k2']:,} " in "\n".join(lines)
+
+
+def test_a_part_of_the_free_memory_is_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    half = run_json(capsys, "--budget", "0.0001", *BY_HAND)["reaches"][0]
+    assert half["budget_bytes"] == pytest.approx(1e-4 * free_memory(), rel=0.3)
 
 
 @pytest.mark.parametrize("budget", ["400KB", "1MiB", "3MiB", "40MiB", "1GiB"])
@@ -75,7 +143,7 @@ def test_tables_and_drawing_fit_a_terminal_of_80_columns(
     text = "\n".join(lines)
     for name in ("predicted peak", "executed steps per step", "over everything retained"):
         assert name in text
-    assert "From the smallest budget" in text
+    assert "What more memory buys" in text
 
 
 def test_the_drawing_shows_leaves_from_the_last_to_the_first() -> None:
@@ -130,16 +198,20 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--steps", "0"], "--steps"),
     (["--steps", "ten"], "--steps"),
     (["--budget", "much", *BY_HAND], "--budget='much'"),
-    (["--budget", "200KB", *BY_HAND], "295,536 bytes"),
-    (["--budget", "0", *BY_HAND], "budget_bytes=0"),
+    (["--steps", "9", "--budget", "200KB", *BY_HAND], "295,536 bytes"),
+    (["--budget", "200KB", *BY_HAND], "--budget 200KB: not even one step fits"),
+    (["--steps", "9", "--budget", "1M,2M", *BY_HAND], "for one --budget"),
+    (["--steps", "9", "--plot", "a.png", *BY_HAND], "leave --steps out"),
+    (["--plot", "a.jpg", *BY_HAND], "must end in .png or .svg"),
+    (["--budget", "0", *BY_HAND], "--budget='0' must be at least one byte"),
     (["--state-bytes", "5"], "--step-bytes"),
     (["--model", "lstm", *BY_HAND], "--model and --state-bytes"),
     (["--model", "nothing"], "--model nothing"),
     (["--costs", "no/such/file"], "no/such/file"),
-    (["--strategy", "fastest", *BY_HAND], "fastest"),
+    (["--steps", "9", "--strategy", "fastest", *BY_HAND], "fastest"),
     (["--step-seconds", "-1", *BY_HAND], "--step-seconds"),
     (["--dtype", "int8"], "--dtype"),
-    (["--strategy", "retain", "--budget", "1MiB", *BY_HAND], "'retain' needs"),
+    (["--steps", "99", "--strategy", "retain", "--budget", "1MiB", *BY_HAND], "'retain' needs"),
 ]
 
 

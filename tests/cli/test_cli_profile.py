@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.configs import ProfileConfig
+from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.bench import WindowBench
@@ -164,9 +164,9 @@ def test_nothing_is_overwritten_without_force(run, monkeypatch, capsys):
         (["--k1", ""], "--k1 names nothing"),
         (["--strategy", "retain,quick"], "--strategy quick is not one of"),
         (["--budget", "64MiB,lots"], "--budget='lots' is not a size"),
-        (["--overlap", "fresh"], "--overlap fresh is not one of"),
-        (["--executor", "quick"], "--executor quick is not one of"),
-        (["--dtype", "int8"], "--dtype int8 is not one of"),
+        (["--overlap", "fresh"], "'fresh' is not one of"),
+        (["--executor", "quick"], "'quick' is not one of"),
+        (["--dtype", "int8"], "'int8' is not one of"),
         (["--repeats", "0"], "--repeats=0 must be"),
         (["--plot", "picture.jpg"], "--plot picture.jpg must end in .png or .svg"),
         (["--csv", "nowhere/rows.csv"], "there is no directory nowhere"),

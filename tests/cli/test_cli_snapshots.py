@@ -61,8 +61,8 @@ def test_a_resumed_run_gives_the_bytes_of_an_undisturbed_one(
         assert SnapshotStore(folder).steps()[-1] == int(steps)
     found, resumed = weights(capsys, [*words, *options, "--resume"], tmp_path / "part")
     assert found == expected
-    assert resumed["bits_per_byte"] == outcome["bits_per_byte"]
-    for name in ("num_windows", "num_steps", "num_passes", "mean_drift", "training_bits"):
+    assert resumed["scores"] == outcome["scores"]
+    for name in ("num_windows", "num_steps", "num_passes", "mean_drift", "last_loss"):
         assert resumed["work"][name] == outcome["work"][name]
     assert windows_of(folder) == list(range(8, 129, 8))
     assert len(SnapshotStore(folder).steps()) == 2
@@ -75,7 +75,7 @@ def test_snapshots_change_nothing(capsys: Any, words: list[str], tmp_path: Path)
     options = ["--snapshot-dir", str(tmp_path / "s"), "--snapshot-minutes", "0.0001"]
     saved = weights(capsys, [*words, *options], tmp_path / "weights")
     assert saved[0] == plain[0]
-    assert saved[1]["bits_per_byte"] == plain[1]["bits_per_byte"]
+    assert saved[1]["scores"] == plain[1]["scores"]
 
 
 def test_resume_starts_afresh_where_there_is_nothing(

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_lines import outcome_of, refusal_of
+from command_lines import bits_per_byte, outcome_of, refusal_of
 from models_for_tests import skip_unless_torch_runs_lstm
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
 from tbptt_ckpt.cli.app import main
-from tbptt_ckpt.cli.bytes.corpus import ByteLanes
 from tbptt_ckpt.cli.bytes.models import build_model
-from tbptt_ckpt.cli.bytes.score import bits_per_byte, byte_loss
-from tbptt_ckpt.cli.configs import TrainingConfig
+from tbptt_ckpt.cli.bytes.score import byte_loss
+from tbptt_ckpt.cli.lanes import EqualLanes
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.job import run_training_job
 from tbptt_ckpt.cli.train.loop import figures
 from tbptt_ckpt.errors import ArgumentError
@@ -34,7 +34,7 @@ class TestTraining:
     @pytest.mark.parametrize("layers", ["1", "2"])
     def test_every_built_in_model_learns(self, capsys, small, model, layers):
         words = [*small, "--model", model, "--layers", layers, "--lr", "0.02"]
-        bits = outcome_of(capsys, words)["bits_per_byte"]
+        bits = outcome_of(capsys, words)["scores"]
         assert bits["after"] < bits["before"] - 1
 
     @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ class TestTraining:
         if words == "--dtype bfloat16":
             skip_unless_torch_runs_lstm(torch.bfloat16)
         outcome = outcome_of(capsys, [*small, *words.split()])
-        assert outcome["bits_per_byte"]["after"] < outcome["bits_per_byte"]["before"]
+        assert outcome["scores"]["after"] < outcome["scores"]["before"]
         assert outcome["work"]["num_steps"] == 64
         assert math.isfinite(outcome["memory"]["retained_peak_bytes"])
 
     def test_strategies_change_memory_and_not_what_is_learned(self, capsys, small):
         words = [*small, "--model", "lstmcell", "--dtype", "float64"]
         bits = [
-            outcome_of(capsys, [*words, "--strategy", strategy])["bits_per_byte"]["after"]
+            outcome_of(capsys, [*words, "--strategy", strategy])["scores"]["after"]
             for strategy in ("retain", "step", "uniform:5", "revolve:3")
         ]
         assert bits == pytest.approx([bits[0]] * 4, rel=1e-9)
@@ -74,9 +74,9 @@ class TestTraining:
             capsys,
             f"train --data {text} --device cpu --hidden 32 --lanes 4 --k1 16 --k2 32 "
             "--lr 0.01 --max-steps 3200".split(),
-        )["bits_per_byte"]
-        assert bits["after"] < 0.5 * bits["bigram"]
-        assert bits["bigram"] < bits["before"]
+        )["scores"]
+        assert bits["after"] < 0.5 * bits["baseline"]
+        assert bits["baseline"] < bits["before"]
 
     def test_steps_beyond_the_text_are_further_passes(self, capsys, small):
         # 7,600 bytes give 4 lanes of 1,899 steps.
@@ -90,13 +90,13 @@ class TestTraining:
         for name in ("first", "second"):
             path = tmp_path / name
             outcome = outcome_of(capsys, [*small, "--save", str(path)])
-            runs.append((outcome["bits_per_byte"], path.read_bytes()))
+            runs.append((outcome["scores"], path.read_bytes()))
         assert runs[0] == runs[1]
-        assert outcome_of(capsys, [*small, "--seed", "1"])["bits_per_byte"] != runs[0][0]
+        assert outcome_of(capsys, [*small, "--seed", "1"])["scores"] != runs[0][0]
 
     def test_lanes_feed_the_engine_as_the_same_tensors_do(self):
         data = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
-        lanes = ByteLanes(data, 3)
+        lanes = EqualLanes(data, 3)
         results = []
         for sequence in (lanes, TensorSequence(*lanes.read(0, len(lanes)))):
             torch.manual_seed(0)
@@ -162,7 +162,7 @@ class TestOptions:
             asked.append(config)
             raise ArgumentError("recorded")
 
-        monkeypatch.setattr("tbptt_ckpt.cli.commands.run_training_job", record)
+        monkeypatch.setattr("tbptt_ckpt.cli.train.job.run_training_job", record)
         assert main(arguments) == 2
         capsys.readouterr()
         return asked[0]
@@ -174,8 +174,9 @@ class TestReport:
         assert outcome["config"]["data"] == str(text)
         assert outcome["config"]["save"] is None
         assert outcome["device"] == "cpu"
-        assert outcome["num_train_bytes"] == 7_600
-        assert outcome["bits_per_byte"]["num_bytes"] == 396  # 399 // 4 steps of 4 lanes
+        assert outcome["num_train_steps"] == 7_599 // 4
+        name = "bigram table on the same 396 bytes"  # 399 // 4 steps of 4 lanes
+        assert outcome["scores"]["baseline_name"] == name
         work = outcome["work"]
         assert (work["num_steps"], work["num_windows"], work["num_passes"]) == (64, 8, 1)
         # The first window advances 4 of 8 steps; the other seven run 12 + 16 for 8 new ones.
@@ -258,7 +259,10 @@ class TestReport:
         assert json.loads(json.dumps(outcome_of(capsys, small)))["device"] == "cpu"
 
     def test_the_bar_shows_loss_speed_and_memory(self):
-        assert figures(1.25, 1234.5, 3 << 20) == "1.250 bits/byte  1,234 steps/s  3.0 MiB"
+        assert (
+            figures(1.25, "bits per byte", 1234.5, 3 << 20)
+            == "1.250 bits per byte  1,234 steps/s  3.0 MiB"
+        )
         assert Progress("reading", 0, 10).figures == ""
 
     def test_help_is_shown_without_a_command(self, capsys):
@@ -269,11 +273,11 @@ class TestReport:
 class TestSaving:
     def test_saved_weights_load_into_the_same_model(self, capsys, small, tmp_path):
         path = tmp_path / "weights.pt"
-        bits = outcome_of(capsys, [*small, "--save", str(path)])["bits_per_byte"]
+        bits = outcome_of(capsys, [*small, "--save", str(path)])["scores"]
         module = build_model("lstm", hidden=8, layers=1)
         module.load_state_dict(torch.load(path, weights_only=True))
         held_out = np.fromfile(tmp_path / "text", np.uint8)[7_600:]
-        found = bits_per_byte(module, ByteLanes(held_out, 4), segment_steps=32)
+        found = bits_per_byte(module, EqualLanes(held_out, 4), segment_steps=32)
         assert found == pytest.approx(bits["after"], rel=1e-6)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "weights.pt"]
 
@@ -327,5 +331,5 @@ def test_the_job_is_a_function_too(text):
     outcome = run_training_job(config, seen.append)
     assert outcome.work.num_windows == 3
     assert [p.done for p in seen if p.stage == "training"] == [8, 16, 24]
-    shown = r"\d+\.\d{3} bits/byte  [\d,]+ steps/s  [1-9][\d.]* [KMG]iB"  # no memory is none
+    shown = r"\d+\.\d{3} bits per byte  [\d,]+ steps/s  [1-9][\d.]* [KMG]iB"  # no memory is none
     assert all(re.fullmatch(shown, p.figures) for p in seen if p.stage == "training")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tbptt_ckpt.cli.bytes.corpus import (
-    ByteLanes,
     load_corpus,
     map_bytes,
     standard_library_files,
     standard_library_text,
 )
 from tbptt_ckpt.cli.bytes.score import bigram_bits, pair_counts
+from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -29,7 +29,7 @@ def as_bytes(numbers):
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])
 def test_lanes_are_contiguous_stretches_and_targets_the_next_bytes(num_bytes, lanes):
     data = as_bytes(range(num_bytes))
-    source = ByteLanes(data, lanes)
+    source = EqualLanes(data, lanes)
     inputs, targets = source.read(0, len(source))
     assert len(source) == (num_bytes - 1) // lanes
     assert inputs.shape == targets.shape == (len(source), lanes)
@@ -42,12 +42,12 @@ def test_lanes_are_contiguous_stretches_and_targets_the_next_bytes(num_bytes, la
 
 def test_lanes_leave_out_fewer_bytes_than_there_are_lanes():
     for num_bytes in range(9, 60):
-        used = 8 * len(ByteLanes(as_bytes(range(num_bytes)), 8)) + 1
+        used = 8 * len(EqualLanes(as_bytes(range(num_bytes)), 8)) + 1
         assert num_bytes - 8 < used <= num_bytes
 
 
 def test_reads_are_slices_of_the_whole():
-    source = ByteLanes(as_bytes(range(100)), 3)
+    source = EqualLanes(as_bytes(range(100)), 3)
     whole = source.read(0, len(source))
     for start in range(len(source)):
         for stop in range(start + 1, len(source) + 1):
@@ -57,36 +57,36 @@ def test_reads_are_slices_of_the_whole():
 
 def test_max_steps_shortens_lanes_without_moving_them():
     data = as_bytes(range(100))
-    short, whole = ByteLanes(data, 4, max_steps=5), ByteLanes(data, 4)
+    short, whole = EqualLanes(data, 4, max_steps=5), EqualLanes(data, 4)
     assert len(short) == 5
     assert torch.equal(short.read(0, 5)[0], whole.read(0, 5)[0])
-    assert len(ByteLanes(data, 4, max_steps=1000)) == len(whole)
+    assert len(EqualLanes(data, 4, max_steps=1000)) == len(whole)
 
 
 def test_time_is_the_first_dimension():
-    assert ByteLanes(as_bytes(range(10)), 2).time_dim == 0
+    assert EqualLanes(as_bytes(range(10)), 2).time_dim == 0
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 0), (3, 2), (0, 25), (24, 30)])
 def test_reads_outside_the_lanes_are_refused(start, stop):
     with pytest.raises(ArgumentError, match=r"are not in \[0, 24\)"):
-        ByteLanes(as_bytes(range(97)), 4).read(start, stop)
+        EqualLanes(as_bytes(range(97)), 4).read(start, stop)
 
 
 def test_lanes_that_the_bytes_do_not_fill_are_refused():
-    with pytest.raises(ArgumentError, match="4 bytes are too short for lanes=4, which need 5"):
-        ByteLanes(as_bytes(range(4)), 4)
+    with pytest.raises(ArgumentError, match="4 steps are too short for lanes=4, which need 5"):
+        EqualLanes(as_bytes(range(4)), 4)
     with pytest.raises(ArgumentError, match="lanes=0"):
-        ByteLanes(as_bytes(range(4)), 0)
+        EqualLanes(as_bytes(range(4)), 0)
     with pytest.raises(ArgumentError, match="max_steps=0"):
-        ByteLanes(as_bytes(range(40)), 4, max_steps=0)
+        EqualLanes(as_bytes(range(40)), 4, max_steps=0)
 
 
 def test_state_is_accepted_by_equal_lanes_alone():
     data = as_bytes(range(100))
-    state = ByteLanes(data, 4).state_dict()
-    ByteLanes(data, 4).load_state_dict(state)
-    for other in (ByteLanes(data, 5), ByteLanes(data[:-4], 4), ByteLanes(data, 4, max_steps=3)):
+    state = EqualLanes(data, 4).state_dict()
+    EqualLanes(data, 4).load_state_dict(state)
+    for other in (EqualLanes(data, 5), EqualLanes(data[:-4], 4), EqualLanes(data, 4, max_steps=3)):
         with pytest.raises(ArgumentError, match="the saved source was"):
             other.load_state_dict(state)
 
@@ -114,7 +114,7 @@ def test_the_smallest_file_is_the_one_the_error_names(tmp_path):
             load_corpus(path, lanes)
         path.write_bytes(b"x" * needed)
         corpus = load_corpus(path, lanes)
-        assert len(ByteLanes(corpus.held_out, lanes)) == 1
+        assert len(EqualLanes(corpus.held_out, lanes)) == 1
 
 
 def test_files_that_cannot_be_mapped_are_named(tmp_path):
@@ -198,7 +198,7 @@ def test_pair_counts_do_not_depend_on_chunks(monkeypatch):
 
 def test_bigram_bits_against_the_definition(monkeypatch):
     train = np.random.default_rng(1).integers(0, 4, 500).astype(np.uint8)
-    held_out = ByteLanes(np.random.default_rng(2).integers(0, 5, 60).astype(np.uint8), 3)
+    held_out = EqualLanes(np.random.default_rng(2).integers(0, 5, 60).astype(np.uint8), 3)
     counts = [[0.1] * 256 for _ in range(256)]
     for first, second in pairwise(train.tolist()):
         counts[first][second] += 1
@@ -216,4 +216,4 @@ def test_bigram_bits_against_the_definition(monkeypatch):
 def test_bigram_of_bytes_that_follow_surely_is_nearly_free():
     cycle = as_bytes(range(4))
     train = np.tile(cycle, 25_000)
-    assert bigram_bits(train, ByteLanes(train[:100], 3)) < 0.01
+    assert bigram_bits(train, EqualLanes(train[:100], 3)) < 0.01

@@ -11,8 +11,9 @@ from command_lines import refusal_of
 from torch import nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, ArraySequence, LaneSource, TensorSequence
-from tbptt_ckpt.cli.bytes.corpus import ByteLanes, load_corpus
+from tbptt_ckpt.cli.bytes.corpus import load_corpus
 from tbptt_ckpt.cli.bytes.score import pair_counts
+from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.data import map_file
 
 ROWS, WIDTH = 8192, 2  # of 4 bytes: whole pages of the file are gone where it is cut
@@ -84,7 +85,7 @@ def test_every_source_that_reads_it_says_so(name, path):
 
 def test_bytes_of_a_text_are_looked_at_too(path):
     data = map_file(path, np.uint8)
-    lanes = ByteLanes(data[:-100], 3)
+    lanes = EqualLanes(data[:-100], 3)
     cut(path)
     for read in (lambda: lanes.read(0, 2), lambda: pair_counts(data[:5000])):
         with pytest.raises(ArgumentError, match="was cut short"):
@@ -126,6 +127,6 @@ def test_the_command_ends_in_one_line(path, monkeypatch, capsys):
         os.truncate(path, 5000)
         return corpus
 
-    monkeypatch.setattr("tbptt_ckpt.cli.train.job.load_corpus", load_and_cut)
+    monkeypatch.setattr("tbptt_ckpt.cli.bytes.score.load_corpus", load_and_cut)
     words = f"train --data {path} --hidden 4 --lanes 2 --k1 4 --k2 4 --max-steps 8"
     assert "was cut short while it was read" in refusal_of(capsys, words.split())

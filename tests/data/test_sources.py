@@ -29,7 +29,7 @@ from tbptt_ckpt import (
     TbpttError,
     TensorSequence,
 )
-from tbptt_ckpt.cli.bytes.corpus import ByteLanes
+from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.data import map_file
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.module.recurrence import recognise
@@ -102,8 +102,8 @@ def burnt_in_lanes(_: Path) -> BurnIn:
     return BurnIn(shuffled_lanes(_), 2)
 
 
-def byte_lanes(_: Path) -> ByteLanes:
-    return ByteLanes(np.arange(40, dtype=np.uint8), 3, max_steps=9)
+def byte_lanes(_: Path) -> EqualLanes:
+    return EqualLanes(np.arange(40, dtype=np.uint8), 3, max_steps=9)
 
 
 SOURCES: dict[str, Callable[[Path], Any]] = {
@@ -225,7 +225,7 @@ def test_another_source_is_not_restored(make: Any, tmp_path: Path) -> None:
         LaneSource(several(), 2, seed=6),
         BurnIn(TensorSequence(numbers(5), numbers(5)), 3),
         BurnIn(TensorSequence(numbers(7), numbers(7)), 4),
-        ByteLanes(np.arange(41, dtype=np.uint8), 3),
+        EqualLanes(np.arange(41, dtype=np.uint8), 3),
     ]
     same_kind = [other for other in others if type(other) is type(make(tmp_path))]
     assert same_kind

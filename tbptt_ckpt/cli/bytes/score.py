@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tbptt_ckpt import evaluate
-from tbptt_ckpt.cli.bytes.corpus import ByteArray, ByteLanes
-from tbptt_ckpt.cli.bytes.models import VOCAB_SIZE, initial_state, is_per_step
-from tbptt_ckpt.cli.devices import autocast_dtype
+from tbptt_ckpt.cli.bytes.corpus import ByteArray, load_corpus
+from tbptt_ckpt.cli.bytes.models import VOCAB_SIZE
+from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype
+from tbptt_ckpt.cli.lanes import EqualLanes
+from tbptt_ckpt.cli.losses import cross_entropy
+from tbptt_ckpt.cli.model_options import ModelOptions
+from tbptt_ckpt.cli.task import Baseline, Task, module_workload
 from tbptt_ckpt.data.source import check_mapped
-from tbptt_ckpt.profiling.workload import Workload
+from tbptt_ckpt.errors import ArgumentError
 
 NATS_PER_BIT = math.log(2.0)
 CLIP_GRAD_NORM = 1.0
@@ -26,56 +27,45 @@ _SMOOTHING = 0.1
 _CHUNK_BYTES = 1 << 20
 # A table of 65,536 numbers learns nothing from more text than this.
 _MOST_BYTES = 64 << 20
+# No more than this much of the text that is held out is scored.
+_MOST_SCORED_BYTES = 1 << 20
 
 
 def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, at least in float32, over one step or over a segment."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    """Mean cross-entropy in nats over one step or over a segment."""
+    if logits.shape[-1:] != (VOCAB_SIZE,):
+        expected = [*targets.shape, VOCAB_SIZE]
+        raise ArgumentError(f"the model returned logits {list(logits.shape)}, not {expected}")
+    return cross_entropy(logits, targets)
 
 
-def byte_work(
-    module: nn.Module, source: ByteLanes, *, lr: float, dtype: str, init_state: Any = None
-) -> Workload:
-    """What `TBPTT` is given for a byte-level model, choices of windows and plans aside."""
-    return Workload(
-        module=module,
-        loss_fn=byte_loss,
-        source=source,
-        init_state=init_state,
-        optimizer=torch.optim.Adam(module.parameters(), lr=lr),
-        per_step=is_per_step(module),
-        clip_grad_norm=CLIP_GRAD_NORM,
-        autocast_dtype=autocast_dtype(dtype),
+def byte_task(options: ModelOptions, module: nn.Module, device: torch.device, lr: float) -> Task:
+    """A byte-level language model on the bytes of a text."""
+    corpus = load_corpus(options.data, options.lanes)
+    module = module.to(device, DTYPES[options.dtype])
+    held_out = EqualLanes(corpus.held_out, options.lanes, device=device)
+    held_out = held_out.first(max(1, _MOST_SCORED_BYTES // options.lanes))
+    return Task(
+        data=corpus.name,
+        workload=module_workload(
+            module,
+            byte_loss,
+            EqualLanes(corpus.train, options.lanes, device=device),
+            lr=lr,
+            clip_grad_norm=CLIP_GRAD_NORM,
+            autocast_dtype=autocast_dtype(options.dtype),
+        ),
+        held_out=held_out,
+        unit="bits per byte",
+        unit_size=NATS_PER_BIT,
+        baseline=Baseline(
+            f"bigram table on the same {len(held_out) * held_out.lanes:,} bytes",
+            lambda: bigram_bits(corpus.train, held_out),
+        ),
     )
 
 
-def bits_per_byte(
-    module: nn.Module,
-    source: ByteLanes,
-    *,
-    segment_steps: int,
-    autocast_dtype: torch.dtype | None = None,
-) -> float:
-    """Mean bits per byte over all of `source`, with the state carried through it.
-
-    Memory does not grow with the source: nothing is recorded, and outputs exist for
-    `segment_steps` steps at a time. The model runs in eval mode and keeps the mode it had.
-    """
-    found = evaluate(
-        module,
-        byte_loss,
-        source,
-        initial_state(module, source.lanes),
-        segment_steps=segment_steps,
-        per_step=is_per_step(module),
-        autocast_dtype=autocast_dtype,
-    )
-    assert found.loss is not None, "every byte has a next byte"
-    return found.loss / NATS_PER_BIT
-
-
-def bigram_bits(train: ByteArray, held_out: ByteLanes) -> float:
+def bigram_bits(train: ByteArray, held_out: EqualLanes) -> float:
     """Bits per byte of a bigram table, fitted on `train`, on the pairs that `held_out` reads.
 
     The table is fitted on all of `train`, up to 64 MiB of it, whether or not the model

@@ -1,32 +1,30 @@
-"""Plans one window from measured or given costs."""
+"""Plans windows from measured or given costs."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from tbptt_ckpt import Costs, measure_costs
+from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError
 from tbptt_ckpt import plan as plan_steps
-from tbptt_ckpt.cli.bytes.models import (
-    VOCAB_SIZE,
-    build_model,
-    check_model,
-    initial_state,
-    is_per_step,
-)
-from tbptt_ckpt.cli.bytes.score import byte_loss
-from tbptt_ckpt.cli.configs import PlanningConfig
-from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
-from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.planner.ladder import Rung, budget_ladder
+from tbptt_ckpt.budget.amount import budget_bytes
+from tbptt_ckpt.cli.models import make_task
+from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.planner.fastest import quick_plan
+from tbptt_ckpt.planner.ladder import Reach, Rung, budget_ladder, reach_ladder
+from tbptt_ckpt.profiling.predicting import measure_workload
+from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
 from tbptt_ckpt.schedule import FixedBytes
 from tbptt_ckpt.schedule.plan import PredictedPlan
-from tbptt_ckpt.schedule.strategies import parse_strategy
 
 MEASURED_STEPS = 256
+_MEASURING_SECONDS = 1.6
+_ROWS = 12  # of a table of reaches, about
+_SEARCHED_STEPS = 20_000
+HALF = "50%"  # of the free memory, where no budget is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,33 +34,85 @@ class PlanningOutcome:
     config: PlanningConfig
     what: str  # the costs are those of
     costs: Costs
+    steps: int
+    budget_bytes: int | None
     plan: PredictedPlan
     retained: PredictedPlan  # keeps everything
-    ladder: list[Rung]  # from the smallest budget to keeping everything
+    ladder: list[Rung]  # from a small budget to keeping everything
 
 
-def run_planning_job(config: PlanningConfig) -> PlanningOutcome:
-    """Find the costs, plan, and plan for other budgets too."""
+@dataclass(frozen=True, slots=True)
+class ReachesWithin:
+    """How far windows reach within a budget."""
+
+    budget: str  # as it was given
+    budget_bytes: int
+    reaches: list[Reach]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachOutcome:
+    """How far windows reach, for one or several budgets."""
+
+    what: str
+    costs: Costs
+    tables: list[ReachesWithin]
+
+
+def run_planning_job(
+    config: PlanningConfig, watch: Watch = unwatched
+) -> PlanningOutcome | ReachOutcome:
+    """Find the costs and plan: one window and what other budgets buy, or a table of reaches."""
     config.check()
-    what, costs = _costs(config)
+    watch(Progress("measuring costs", 0, 1))
+    what, costs, device = _costs(config)
+    if config.steps is None:
+        budgets = {
+            text: budget_bytes(text, "--budget", device) or 0 for text in config.budget or (HALF,)
+        }
+        tables = [
+            ReachesWithin(text, size, _reaches(text, size, costs, watch))
+            for text, size in budgets.items()
+        ]
+        return ReachOutcome(what=what, costs=costs, tables=tables)
+    limit = budget_bytes(config.budget[0], "--budget", device) if config.budget else None
+    watch(Progress("planning", 0, 1))
     return PlanningOutcome(
         config=config,
         what=what,
         costs=costs,
-        plan=plan_steps(
-            config.steps,
-            costs,
-            budget_bytes=config.budget,
-            strategy=parse_strategy(config.strategy),
-        ),
+        steps=config.steps,
+        budget_bytes=limit,
+        plan=_plan(config.steps, costs, limit, config.strategy),
         retained=plan_steps(config.steps, costs, strategy="retain"),
         ladder=budget_ladder(config.steps, costs),
     )
 
 
-def _costs(config: PlanningConfig) -> tuple[str, Costs]:
+def _plan(num_steps: int, costs: Costs, limit: int | None, strategy: Any) -> PredictedPlan:
+    """The fastest plan, or about that where the search for the last call would take seconds."""
+    if strategy == "optimal" and limit is not None and num_steps > _SEARCHED_STEPS:
+        return quick_plan(num_steps, costs, limit)
+    return plan_steps(num_steps, costs, budget_bytes=limit, strategy=strategy)
+
+
+def _reaches(text: str, num_bytes: int, costs: Costs, watch: Watch) -> list[Reach]:
+    found: list[Reach] = []
+    try:
+        for reach in reach_ladder(num_bytes, costs):
+            found.append(reach)
+            watch(Progress(f"planning within {format_bytes(num_bytes)}", len(found), _ROWS))
+    except InfeasibleBudgetError as error:
+        least = format_bytes(error.smallest_budget_bytes or 0)
+        message = f"--budget {text}: not even one step fits into less than {least}"
+        raise ArgumentError(message) from error
+    return found
+
+
+def _costs(config: PlanningConfig) -> tuple[str, Costs, str]:
+    """What the costs are of, and on which device."""
     if config.costs is not None:
-        return str(config.costs), _read_costs(config.costs)
+        return str(config.costs), _read_costs(config.costs), "cpu"
     if config.state_bytes is not None and config.step_bytes is not None:
         by_hand = Costs.linear(
             state_bytes=config.state_bytes,
@@ -72,11 +122,14 @@ def _costs(config: PlanningConfig) -> tuple[str, Costs]:
             call_seconds=config.call_seconds,
             backward_ratio=config.backward_ratio,
         )
-        return "costs by hand", replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
-    model = config.model or "lstm"
-    device = find_device(config.device)
-    what = f"{model}, {config.lanes} lanes, {config.dtype}, measured on {device}"
-    return what, _measured(model, config, device)
+        costs = replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
+        return "costs by hand", costs, "cpu"
+    task = make_task(config)
+    work, num_steps = task.workload, min(max(config.steps or MEASURED_STEPS, 2), MEASURED_STEPS)
+    parts = work.engine(num_steps, num_steps, strategy="retain").parts
+    costs = measure_workload(work, parts, num_steps, num_steps, _MEASURING_SECONDS)
+    device = str(work.device)
+    return f"{config.model} on {task.data}, measured on {device}", costs, device
 
 
 def _read_costs(path: Path) -> Costs:
@@ -88,22 +141,3 @@ def _read_costs(path: Path) -> Costs:
     if not isinstance(plain, dict):
         raise ArgumentError(f"--costs {path} holds {type(plain).__name__}, not an object")
     return Costs.from_dict(plain.get("costs", plain))
-
-
-def _measured(name: str, config: PlanningConfig, device: torch.device) -> Costs:
-    """What a byte-level model takes on random bytes, with Adam."""
-    module = build_model(name, hidden=config.hidden, layers=config.layers)
-    module = module.to(device, DTYPES[config.dtype])
-    shape = (min(max(config.steps, 2), MEASURED_STEPS), config.lanes)
-    inputs, targets = (torch.randint(VOCAB_SIZE, shape, device=device) for _ in range(2))
-    check_model(name, module, inputs[:2], config.lanes)
-    return measure_costs(
-        module,
-        byte_loss,
-        inputs,
-        targets,
-        initial_state(module, config.lanes),
-        optimizer=torch.optim.Adam(module.parameters()),
-        per_step=is_per_step(module),
-        autocast_dtype=autocast_dtype(config.dtype),
-    )

@@ -1,35 +1,32 @@
-"""A plan as tables and a drawing, or as JSON."""
+"""Plans as tables and a drawing, or as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tbptt_ckpt import Costs
-from tbptt_ckpt.cli.plan.job import PlanningOutcome
-from tbptt_ckpt.cli.terminal import figure_table, table
+from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan
+from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
+from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.planner.predictions import advance_seconds
-from tbptt_ckpt.schedule import Advance, Differentiate, Drop, Keep
-from tbptt_ckpt.schedule.plan import PredictedPlan
+from tbptt_ckpt.planner.ladder import Reach
 
-COLUMNS = 66  # beside the labels on a terminal of 80
-LABEL = 13
-ROWS = 18
-MOST_ACTIONS = 2_000_000  # a few seconds to walk
-
-IDLE, ADVANCED, DIFFERENTIATED, KEPT = " ", "-", "#", "o"
+_LONGEST = {
+    None: "",
+    0: "longest, plain",
+    1: "longest, 1 extra",
+    2: "longest, 2 extra",
+}
 
 
 def print_plan(outcome: PlanningOutcome) -> None:
     """Print the plan, its drawing and the table of budgets on the standard output."""
     console = Console(highlight=False)
-    title = f"{outcome.config.steps:,} steps: {outcome.what}"
+    title = f"{outcome.steps:,} steps: {outcome.what}"
     console.print(figure_table(title, plan_rows(outcome), min_width=60))
     drawing = draw_plan(outcome.plan, outcome.costs)
     for line in drawing or [f"(no drawing: above {MOST_ACTIONS:,} actions)"]:
@@ -44,9 +41,9 @@ def print_plan(outcome: PlanningOutcome) -> None:
 def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
     """What the table says, line by line."""
     plan, retained, seconds = outcome.plan, outcome.retained, outcome.plan.predicted_seconds
-    budget = outcome.config.budget
+    budget = outcome.budget_bytes
     limit = "none" if budget is None else format_bytes(budget)
-    fixed = outcome.costs.fixed.total(outcome.config.steps)
+    fixed = outcome.costs.fixed.total(outcome.steps)
     return [
         ("strategy", plan.strategy),
         ("budget", limit),
@@ -64,7 +61,7 @@ def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
 
 
 def _budget_table(outcome: PlanningOutcome) -> Table:
-    made = table("From the smallest budget to keeping everything", pad_edge=False)
+    made = table("What more memory buys: from each step run nine times to once", pad_edge=False)
     for name in ("budget", "time", "over retained", "executed/step", "saved per MiB"):
         made.add_column(name, justify="right")
     for row in ladder_rows(outcome):
@@ -106,8 +103,8 @@ def plan_json(outcome: PlanningOutcome) -> str:
     return json.dumps(
         {
             "what": outcome.what,
-            "steps": outcome.config.steps,
-            "budget_bytes": outcome.config.budget,
+            "steps": outcome.steps,
+            "budget_bytes": outcome.budget_bytes,
             "plan": {
                 **plan.to_dict(),
                 "executed_steps": plan.executed_steps,
@@ -124,127 +121,66 @@ def plan_json(outcome: PlanningOutcome) -> str:
     )
 
 
+def print_reaches(outcome: ReachOutcome) -> None:
+    """Print a table for every budget on the standard output."""
+    console = Console(highlight=False)
+    for within in outcome.tables:
+        console.print(_reach_table(outcome.what, within))
+
+
+def _reach_table(what: str, within: ReachesWithin) -> Table:
+    size = format_bytes(within.budget_bytes)
+    given = size if within.budget == size.replace(" ", "") else f"{within.budget} ({size})"
+    made = table(
+        f"How far back within {given}: {what}",
+        "k2: steps an update reaches back; plain: with everything kept, as plain\n"
+        "BPTT has it; longest, 1 extra: no step runs forward more than once more",
+        pad_edge=False,
+    )
+    for name in ("k2", "plain\npeak", "peak", "time of\nan update", "over\nplain"):
+        made.add_column(name, justify="right")
+    made.add_column("")
+    for reach in within.reaches:
+        row = reach_row(reach)
+        made.add_row(
+            f"{row['k2']:,}",
+            format_bytes(row["retained_peak_bytes"]),
+            format_bytes(row["predicted_peak_bytes"]),
+            format_seconds(row["predicted_seconds"]),
+            f"{row['over_retained']:.2f}",
+            _LONGEST[reach.levels],
+        )
+    return made
+
+
+def reach_row(reach: Reach) -> dict[str, Any]:
+    """A row of the table of reaches, as data."""
+    plan, retained = reach.plan, reach.retained
+    return {
+        "k2": plan.num_steps,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "predicted_seconds": plan.predicted_seconds,
+        "over_retained": _ratio(plan.predicted_seconds, retained.predicted_seconds),
+        "executed_steps_per_step": plan.executed_steps / plan.num_steps,
+        "retained_peak_bytes": retained.predicted_peak_bytes,
+        "retained_seconds": retained.predicted_seconds,
+        "longest_at_extra_forwards": reach.levels,
+    }
+
+
+def reaches_json(outcome: ReachOutcome) -> str:
+    """The tables as one JSON object on one line."""
+    reaches = [
+        {
+            "budget": within.budget,
+            "budget_bytes": within.budget_bytes,
+            "rows": [reach_row(reach) for reach in within.reaches],
+        }
+        for within in outcome.tables
+    ]
+    plain = {"what": outcome.what, "reaches": reaches, "costs": outcome.costs.to_dict()}
+    return json.dumps(plain, allow_nan=False)
+
+
 def _ratio(seconds: float, over: float) -> float:
     return seconds / over if over else 1.0
-
-
-def draw_plan(plan: PredictedPlan, costs: Costs) -> list[str]:
-    """The lines of the drawing; none for a plan of too many actions to walk through."""
-    if len(plan.schedule) > MOST_ACTIONS:
-        return []
-    canvas = _Canvas(plan, costs)
-    stop = f"{plan.first + plan.lead_steps + plan.num_steps:,}"
-    return [
-        _line("steps", f"{plan.first:<{COLUMNS - len(stop)}}{stop}"),
-        *canvas.levels(),
-        _line("leaves", canvas.leaves()),
-        *canvas.timeline(),
-    ]
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:>{LABEL - 2}}  {text}".rstrip()
-
-
-class _Canvas:
-    """Walks through a plan once and notes what each column and row sees."""
-
-    def __init__(self, plan: PredictedPlan, costs: Costs) -> None:
-        self._plan, self._costs = plan, costs
-        self._steps = plan.lead_steps + plan.num_steps
-        self._seconds = plan.predicted_seconds or 1.0
-        self._advanced_steps = [0.0] * COLUMNS
-        self._leaf_starts: set[int] = set()
-        # Columns by what happens there; the first mark that has a column is drawn.
-        marks = (DIFFERENTIATED, KEPT, ADVANCED)
-        self._rows: list[dict[str, set[int]]] = [{m: set() for m in marks} for _ in range(ROWS)]
-        self._kept: set[int] = set()
-        self._clock, self._row = 0.0, 0
-        for action in plan.schedule:
-            if isinstance(action, Keep):
-                self._kept.add(action.step)
-            elif isinstance(action, Drop):
-                self._kept.discard(action.step)
-            else:
-                self._run(action)
-
-    def levels(self) -> list[str]:
-        """Bars: how often the steps of each column are advanced."""
-        columns = [steps * COLUMNS / self._steps for steps in self._advanced_steps]
-        most = round(max(columns))
-        shown = range(most, 0, -1) if most <= 6 else [most, *sorted({most // 2, 1}, reverse=True)]
-        return [
-            _line(
-                f"advanced {level}x",
-                "".join("=" if times >= level - 0.5 else IDLE for times in columns),
-            )
-            for level in shown
-        ]
-
-    def leaves(self) -> str:
-        """A mark in every column where a leaf begins."""
-        starts = {self._column(step) for step in self._leaf_starts}
-        return "".join("|" if column in starts else "_" for column in range(COLUMNS))
-
-    def timeline(self) -> list[str]:
-        """The rows, from the first in time to the last."""
-        return [
-            _line(
-                format_seconds(self._seconds * number / ROWS),
-                "".join(next((m for m in row if c in row[m]), IDLE) for c in range(COLUMNS)),
-            )
-            for number, row in enumerate(self._rows)
-        ]
-
-    def _run(self, action: Advance | Differentiate) -> None:
-        start, stop = action.start - self._plan.first, action.stop - self._plan.first
-        if isinstance(action, Advance):
-            seconds = advance_seconds(self._costs, stop - start, self._plan.advance_steps)
-            self._count_advance(start, stop)
-        else:
-            seconds = self._costs.leaf_seconds(stop - start)
-            self._leaf_starts.add(action.start)
-        begun, self._clock = self._clock, self._clock + seconds
-        for row, part in self._row_parts(begun, self._clock):
-            seen = self._rows[row]
-            if isinstance(action, Advance):
-                low, high = start + part[0] * (stop - start), start + part[1] * (stop - start)
-                seen[ADVANCED].update(self._span(low, high))
-            else:  # a leaf is there as a whole until it is differentiated
-                seen[DIFFERENTIATED].update(self._span(start, stop))
-            seen[KEPT] = set(map(self._column, self._kept))
-
-    def _row_parts(self, begun: float, ended: float) -> Iterator[tuple[int, tuple[float, float]]]:
-        """Rows that a stretch of time touches, and which part of it lies in each."""
-        height = self._seconds / ROWS
-        length = (ended - begun) or 1.0
-        first, last = (min(ROWS - 1, int(t / height)) for t in (begun, ended))
-        for row in range(first, last + 1):
-            low = max(0.0, (row * height - begun) / length)
-            high = min(1.0, ((row + 1) * height - begun) / length)
-            if high > low or first == last:
-                yield row, (low, high if row < ROWS - 1 else 1.0)
-
-    def _count_advance(self, start: int, stop: int) -> None:
-        width = self._steps / COLUMNS
-        for column in self._span(start, stop):
-            low, high = max(start, column * width), min(stop, (column + 1) * width)
-            self._advanced_steps[column] += max(0.0, high - low)
-
-    def _span(self, low: float, high: float) -> range:
-        first = int(low * COLUMNS / self._steps)
-        last = -int(-high * COLUMNS // self._steps)
-        return range(min(first, COLUMNS - 1), max(first + 1, min(last, COLUMNS)))
-
-    def _column(self, step: int) -> int:
-        return min(COLUMNS - 1, (step - self._plan.first) * COLUMNS // self._steps)
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds for people: '12.3 s', '4.56 ms', '0 s'."""
-    if seconds == 0:
-        return "0 s"
-    units = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
-    unit, size = next((u for u in units if abs(seconds) >= u[1]), ("us", 1e-6))
-    whole = len(str(int(abs(seconds) / size)))
-    return f"{seconds / size:.{max(0, 3 - whole)}f} {unit}"

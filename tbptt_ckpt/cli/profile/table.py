@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from tbptt_ckpt.cli.configs import ProfileConfig
+from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.terminal import table
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport

@@ -9,19 +9,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
-from tbptt_ckpt.cli.bytes.models import initial_state
-from tbptt_ckpt.cli.bytes.score import NATS_PER_BIT
-from tbptt_ckpt.cli.configs import TrainingConfig
+from tbptt_ckpt.cli.task import Task
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
 from tbptt_ckpt.profiling.sweep import Progress, Watch
-from tbptt_ckpt.profiling.workload import Workload
 from tbptt_ckpt.schedule import Window
+from tbptt_ckpt.trainer import TensorBoard
 from tbptt_ckpt.trainer.events import Notice
 
 _IDENTITY = ("model", "hidden", "layers", "seed", "dtype")  # what the trainer cannot tell
@@ -32,8 +30,10 @@ _LOSS_MEMORY = 0.98  # of the running mean that is shown
 class Scorecard:
     """What is noted of a run beside the trainer's own account; saved and resumed with it."""
 
-    bits: float = math.nan  # per byte, running mean of the loss
-    untrained_bits: float = math.nan  # per byte, before training
+    loss: float = math.nan  # running mean, in the unit of the task
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    untrained: float = math.nan  # score before training
     seconds: float = 0.0  # spent training, in all processes
     peak_bytes: int = 0  # of the metered window; 0 before it has run
     metered: tuple[int, ...] = ()  # its index, start, new_start and stop
@@ -54,9 +54,9 @@ class Scorecard:
 
     on_window = on_update = resume_at = flush = close = ignore
 
-    def score(self, untrained_bits: float) -> None:
+    def score(self, untrained: float) -> None:
         """Note how well the model predicts before it is trained."""
-        self.untrained_bits = untrained_bits
+        self.untrained = untrained
 
     def meter(self, window: WindowResult, peak_bytes: int) -> None:
         """Note the peak of the metered window."""
@@ -67,13 +67,14 @@ class Scorecard:
         """Note a file of weights that is this run's, and may be replaced by it."""
         self.weights_file = weights_file
 
-    def add(self, window: WindowResult, seconds: float) -> None:
-        """Note the loss of one more window, and the time up to its end."""
-        assert window.loss is not None, "every byte has a next byte"
-        bits = float(window.loss) / NATS_PER_BIT
-        mean = _LOSS_MEMORY * self.bits + (1 - _LOSS_MEMORY) * bits
-        self.bits = bits if math.isnan(self.bits) else mean
+    def add(self, loss: float | None, seconds: float) -> None:
+        """Note the loss of one more window, if it had one, and the time up to its end."""
         self.seconds = seconds
+        if loss is None:
+            return
+        if math.isnan(self.first_loss):
+            self.first_loss = self.loss = loss
+        self.last_loss, self.loss = loss, _LOSS_MEMORY * self.loss + (1 - _LOSS_MEMORY) * loss
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a snapshot."""
@@ -86,12 +87,14 @@ class Scorecard:
 
 
 class TrainingLoop:
-    """Trains a model on lanes of bytes; one window of the first pass is metered."""
+    """Trains a task; one window of the first pass is metered."""
 
-    def __init__(self, config: TrainingConfig, module: nn.Module, work: Workload) -> None:
-        self._config, self._work, self.scorecard = config, work, Scorecard()
+    def __init__(self, config: TrainingConfig, task: Task) -> None:
+        self._config, self._task, work = config, task, task.workload
+        self._work, self.scorecard = work, Scorecard()
         num_steps = min(len(work.source), config.max_steps)
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))
+        sinks = [] if config.tensorboard is None else [TensorBoard(config.tensorboard)]
         snapshots = None
         if config.snapshot_dir is not None:
             snapshots = Snapshots(
@@ -110,33 +113,34 @@ class TrainingLoop:
                 executor=config.executor,
             ),
             work.source,
-            init_state=lambda: initial_state(module, config.lanes),
+            init_state=work.init_state,
             epochs=None,
             max_steps=config.max_steps,
             snapshots=snapshots,
             # The copy it takes may be what the memory of the run is judged by.
             out_of_memory=OutOfMemory(protect_update=config.snapshot_dir is not None),
-            events=[self.scorecard],
+            events=[self.scorecard, *sinks],
             extra={"tally": self.scorecard},
             identity={name: getattr(config, name) for name in _IDENTITY},
         )
 
-    def resume(self) -> bool:
-        """Go on from the newest valid snapshot; False where there is none."""
+    def resume(self) -> int | None:
+        """The step of the newest valid snapshot, from which to go on; None where there is none."""
         if not self._trainer.resume(accept=self._config.accept):
-            return False
+            return None
         if not self.scorecard.peak_bytes:  # the metered window is still to come, whichever it is
             self._metered = max(self._metered, self._trainer.result().num_windows)
-        return True
+        return self._trainer.num_steps
 
     def run(self, watch: Watch) -> WorkDone:
         """Train for `max_steps` steps, telling `watch` after every window."""
         scorecard, began = self.scorecard, time.perf_counter() - self.scorecard.seconds
-        windows = self._trainer.windows()
+        windows, unit = self._trainer.windows(), self._task.unit
         while (window := self._next(windows)) is not None:
-            scorecard.add(window, time.perf_counter() - began)
+            loss = None if window.loss is None else float(window.loss) / self._task.unit_size
+            scorecard.add(loss, time.perf_counter() - began)
             speed = self._trainer.num_steps / scorecard.seconds
-            shown = figures(scorecard.bits, speed, memory_in_use(self._work.device))
+            shown = figures(scorecard.loss, unit, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
         done = self._trainer.result()
         return WorkDone(
@@ -145,7 +149,8 @@ class TrainingLoop:
             num_passes=done.num_epochs + 1,  # the last counts, complete or not
             recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
             mean_drift=done.mean_drift,
-            training_bits=scorecard.bits,
+            first_loss=scorecard.first_loss,
+            last_loss=scorecard.last_loss,
             seconds=scorecard.seconds,
             steps_per_second=done.num_steps / scorecard.seconds,
         )
@@ -164,10 +169,10 @@ class TrainingLoop:
         return window
 
 
-def figures(bits: float, steps_per_second: float, memory_bytes: int) -> str:
+def figures(loss: float, unit: str, steps_per_second: float, memory_bytes: int) -> str:
     """Loss, speed and memory so far, in words for people."""
     speed = f"{steps_per_second:,.0f} steps/s"
-    return f"{bits:.3f} bits/byte  {speed}  {format_bytes(memory_bytes)}"
+    return f"{loss:.3f} {unit}  {speed}  {format_bytes(memory_bytes)}"
 
 
 def memory_in_use(device: torch.device) -> int:

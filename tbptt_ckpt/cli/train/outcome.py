@@ -9,19 +9,20 @@ from typing import Any
 
 from rich.console import Console
 
-from tbptt_ckpt.cli.configs import TrainingConfig
 from tbptt_ckpt.cli.terminal import figure_table
+from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.memory.sizes import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Bits per byte on the same held-out bytes."""
+    """Losses on the same held-out data; NaN where there is none."""
 
+    unit: str
     before: float  # training
     after: float
-    bigram: float  # a table of byte pairs, fitted on the training bytes
-    num_bytes: int  # predicted
+    baseline: float | None  # what a trained model should beat
+    baseline_name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +31,11 @@ class WorkDone:
 
     num_windows: int  # each with one update
     num_steps: int  # per lane
-    num_passes: int  # over the training bytes, the last perhaps not complete
+    num_passes: int  # over the training data, the last perhaps not complete
     recomputed_steps_per_step: float
     mean_drift: float  # relative, of a recomputed state against the recorded one
-    training_bits: float  # per byte, running mean at the end
+    first_loss: float  # of a window, in the unit of the scores
+    last_loss: float
     seconds: float  # spent training, one metered window included, evaluation excluded
     steps_per_second: float  # per lane
 
@@ -55,11 +57,12 @@ class TrainingOutcome:
     """What a run found."""
 
     config: TrainingConfig
-    corpus: str
-    num_train_bytes: int
+    data: str
+    num_train_steps: int  # per lane
     device: str
     num_parameters: int
-    bits_per_byte: Scores
+    scores: Scores
+    resumed_step: int | None  # where this process took the run up
     work: WorkDone
     memory: MemoryUse
 
@@ -67,18 +70,18 @@ class TrainingOutcome:
 def print_outcome(outcome: TrainingOutcome) -> None:
     """Print the outcome as a table on the standard output."""
     config = outcome.config
-    reach = "the start" if config.k2 is None else config.k2
+    reach = "the start" if config.k2 is None else f"{config.k2:,}"
     caption = (
-        f"k1={config.k1}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
-        f"{config.lanes} lanes, {outcome.num_parameters:,} parameters"
+        f"k1={config.k1:,}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
+        f"{outcome.num_parameters:,} parameters"
     )
-    title = f"{config.model} on {outcome.corpus}, {outcome.device}"
+    title = f"{config.model} on {outcome.data}, {outcome.device}"
     Console().print(figure_table(title, outcome_rows(outcome), caption))
 
 
 def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     """What the table says, line by line."""
-    scores, work, memory = outcome.bits_per_byte, outcome.work, outcome.memory
+    work, memory = outcome.work, outcome.memory
     retained = f"the same window of {memory.window_steps:,} steps retained"
     if memory.retained_peak_bytes is None:
         how, peak = "", "not measured: memory is missing, or the model cannot be copied"
@@ -86,12 +89,11 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         how = "" if memory.retained_is_measured else ", extrapolated"
         peak = format_bytes(memory.retained_peak_bytes)
     return [
-        ("held-out bits per byte before training", f"{scores.before:.3f}"),
-        ("held-out bits per byte after training", f"{scores.after:.3f}"),
-        (f"bigram table on the same {scores.num_bytes:,} bytes", f"{scores.bigram:.3f}"),
+        *_resumed_rows(outcome),
+        *_score_rows(outcome),
         ("windows (one update each)", f"{work.num_windows:,}"),
         ("time steps per lane", f"{work.num_steps:,}"),
-        ("passes over the training bytes", f"{work.num_passes:,}"),
+        ("passes over the training data", f"{work.num_passes:,}"),
         ("recomputed steps per step", f"{work.recomputed_steps_per_step:.3f}"),
         ("mean drift of recomputed states", f"{work.mean_drift:.2e}"),
         ("time training", f"{work.seconds:.1f} s"),
@@ -101,6 +103,29 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         ("resident memory before training", format_bytes(memory.rss_before_bytes)),
         ("resident memory at its peak", format_bytes(memory.rss_peak_bytes)),
     ]
+
+
+def _resumed_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
+    step, last = outcome.resumed_step, outcome.work.num_steps
+    if step is None:
+        return []
+    if step == last:
+        return [("resumed", f"at step {step:,}: it was finished, nothing was trained")]
+    return [("resumed", f"at step {step:,} of {last:,}")]
+
+
+def _score_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
+    scores, work = outcome.scores, outcome.work
+    if math.isnan(scores.after):
+        losses = [("first window", work.first_loss), ("last window", work.last_loss)]
+        return [(f"training {scores.unit}, {when}", f"{loss:.4g}") for when, loss in losses]
+    rows = [
+        (f"held-out {scores.unit} before training", f"{scores.before:.3f}"),
+        (f"held-out {scores.unit} after training", f"{scores.after:.3f}"),
+    ]
+    if scores.baseline is not None:
+        rows.append((scores.baseline_name, f"{scores.baseline:.3f}"))
+    return rows
 
 
 def outcome_json(outcome: TrainingOutcome) -> str:
