@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -13,14 +13,27 @@ from typing import Any, cast
 from tbptt_ckpt.errors import ArgumentError
 
 
-def call_factory(name: str, offered: Mapping[str, Any]) -> tuple[Any, frozenset[str]]:
-    """What a factory makes of those offered arguments that it takes by keyword, and their names."""
+def call_factory(
+    name: str, offered: Mapping[str, Any], given: Collection[str]
+) -> tuple[Any, frozenset[str]]:
+    """What a factory makes of those offered arguments that it takes by keyword, and their names.
+
+    Its own defaults stand unless the user has `given` another value.
+    """
     factory = find_object("--model", name)
     arguments = _accepted(name, factory, offered)
     try:
-        return factory(**arguments), frozenset(arguments)
+        return factory(**_wanted(factory, arguments, given)), frozenset(arguments)
     except Exception as error:
         raise ArgumentError(f"--model {name} raised {in_one_line(error)}") from error
+
+
+def _wanted(
+    factory: Callable[..., Any], arguments: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
+    parameters = inspect.signature(factory).parameters if arguments else {}
+    has_default = {name for name, p in parameters.items() if p.default is not p.empty}
+    return {k: v for k, v in arguments.items() if k in given or k not in has_default}
 
 
 def find_object(option: str, name: str) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def _own_task(options: ModelOptions, device: torch.device, lr: float | None) -> 
         "dtype": DTYPES[options.dtype],
         "data": options.data,
     }
-    made, taken = call_factory(options.model, offered)
+    made, taken = call_factory(options.model, offered, options.given)
     if isinstance(made, Workload):
         return _workload_task(options, made, taken, lr)
     if not isinstance(made, nn.Module):

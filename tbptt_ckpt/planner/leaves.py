@@ -72,7 +72,8 @@ class LeafRoom:
         """(depth, depth after, steps) of equal longest leaves, from depth 0 on."""
         depth = 0
         while depth <= self.deepest_leaf and (steps := self.leaf(depth)):
-            after = 1 + self._deepest(self.costs.leaf_bytes, steps)
+            # An advance before the leaf may need more than the leaf.
+            after = 1 + min(self._deepest(self.costs.leaf_bytes, steps), self.deepest_leaf)
             if depth < self.full:
                 after = min(after, self.full)
             yield depth, after, steps

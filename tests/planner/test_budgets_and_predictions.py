@@ -223,3 +223,18 @@ def test_short_windows_advance_only_where_a_step_of_it_fits_beside_the_kept_stat
         found = plan(17, costs, budget_bytes=budget_bytes)
         peak_bytes = simulate(found.schedule, costs, advance_steps=found.advance_steps).peak_bytes
         assert peak_bytes == found.predicted_peak_bytes <= budget_bytes
+
+
+def test_long_windows_start_no_leaf_below_more_states_than_its_advance_fits_beside() -> None:
+    """Where an advance needs more than a short leaf, equal leaves end at other depths than fit."""
+    costs = Costs(
+        state_bytes=10,
+        leaf_bytes=Curve(((1, 200.0), (2, 500.0), (3, 560.0), (50, 5200.0))),
+        leaf_seconds=Curve(((1, 0.001), (3, 0.001), (8, 0.006))),
+        advance_bytes=Curve(((1, 800.0), (55, 1600.0))),
+        advance_seconds=Curve(((1, 0.0003), (64, 0.004))),
+    )
+    for budget_bytes in range(1000, 2600, 400):
+        found = plan(300, costs, budget_bytes=budget_bytes)
+        simulated = simulate(found.schedule, costs, advance_steps=found.advance_steps)
+        assert simulated.peak_bytes == found.predicted_peak_bytes <= budget_bytes
