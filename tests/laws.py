@@ -48,6 +48,7 @@ GIVEN_OUT = {
     "deterministic",  # torch.backends.cudnn
     *("restype", "argtypes"),  # functions of ctypes
     "showwarning",  # of `warnings`
+    "default_map",  # of a command's context
 }
 # `ctx` carries values from forward to backward; a thread's own is its module's.
 OWN = {"self", "cls", "ctx", "_thread", "_this_thread"}
