@@ -128,6 +128,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @kinds
 def test_it_trains(kind: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", *KINDS[kind], *WINDOWS, "--max-steps", "160"]
+    words += ["--lanes", "4", "--lr", "0.03"] if kind == "classifier" else []
     outcome = outcome_of(capsys, [*words, "--strategy", "uniform:4"])
     work = outcome["work"]
     assert work["num_steps"] == 160
