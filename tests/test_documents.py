@@ -84,7 +84,7 @@ def test_commands_have_the_options_that_are_named(
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
     text = (ROOT / page).read_text(encoding="utf-8")
     for command, rest in _COMMAND.findall(text):
-        if options := re.findall(r"--[a-z][a-z-]*", rest):
+        if options := re.findall(r"--[a-z][a-z0-9-]*", rest):
             assert main([command, "--help"]) == 0
             printed = capsys.readouterr().out
             for option in options:
