@@ -29,11 +29,19 @@ ROOMS = (
 _LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """A page that nobody gave a place stands at the end."""
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    further = [page for page in pages if f"'{page}'" not in str(config.nav)]
+    config.nav.extend([{"Further": further}] if further else [])
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies beside `docs/`, and what is made."""
     for source, page in BESIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
-    for path in [ROOT / "benchmarks" / "README.md", *(ROOT / "benchmarks/results").iterdir()]:
+    records = (ROOT / "benchmarks" / "results").iterdir()
+    for path in (ROOT / "LICENSE", ROOT / "benchmarks" / "README.md", *records):
         place = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, place, abs_src_path=str(path)))
     made = {"commands.md": commands(), "api/index.md": root_names()}
