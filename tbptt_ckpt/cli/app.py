@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -48,6 +51,23 @@ def about(
     """Truncated backpropagation through time, recomputed from boundary states."""
 
 
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Let streams escape what they cannot show, and one that was closed lead nowhere.
+
+    Its number would go to the next file that is opened, a snapshot too.
+    """
+    with ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is None:
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(redirect(nowhere))
+            elif isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
+@usable_streams()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 

@@ -98,7 +98,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
     while True:
         try:
             request = pipe.recv()
-        except EOFError:  # the parent is gone
+        except (EOFError, ConnectionError):  # the parent is gone
             return
         try:
             if bench is None:
@@ -107,4 +107,5 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
             answer = request(bench)
         except Exception as error:
             answer = bench_error(error, traceback.format_exc())
-        pipe.send(answer)
+        with contextlib.suppress(ConnectionError):  # the parent is gone, as the next turn finds
+            pipe.send(answer)

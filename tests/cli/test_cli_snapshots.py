@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -163,6 +164,29 @@ def test_snapshots_are_listed_and_verified(capsys: Any, words: list[str], tmp_pa
     assert "manifest.json is missing" in capsys.readouterr().out
     assert main(["snapshots", str(tmp_path)]) == 0
     assert "there is no directory" in refused(capsys, ["snapshots", str(tmp_path / "none")])
+
+
+def test_what_a_stream_cannot_show_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gräßlich"
+    SnapshotStore(folder).save(3, {})
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), "ascii", "strict"))
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["snapshots", str(folder)]) == 0
+    assert main(["snapshots", str(folder / "ö")]) == 2
+    shown = [stream.buffer.getvalue() for stream in (sys.stdout, sys.stderr) if not stream.flush()]
+    assert b"gr\\xe4\\xdflich" in shown[0]
+    assert b"\\xf6" in shown[1]
+
+
+def test_closed_streams_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SnapshotStore(tmp_path).save(3, {})
+    for folder, code in ((tmp_path, 0), (tmp_path / "none", 2)):
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, None)
+        assert main(["snapshots", str(folder)]) == code
 
 
 def test_a_terminated_run_saves_and_goes_on_later(
