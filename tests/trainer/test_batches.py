@@ -89,7 +89,7 @@ def test_a_run_resumed_inside_any_batch_is_the_run_never_stopped(tmp_path: Path)
     whole.train()
     saved = sorted((tmp_path / "whole").glob("step-*"), key=lambda path: int(path.name[5:]))
     assert len(saved) == 2 * 3 * 3 + 1
-    for path in saved[1:-1:4]:
+    for path in (saved[4], saved[11]):  # in the second batch of each pass
         part = tmp_path / f"from-{path.name}"
         part.mkdir()
         path.rename(part / path.name)

@@ -98,7 +98,9 @@ def test_the_best_state_is_kept_and_training_ends_without_progress(tmp_path: Pat
     assert again.train().num_steps == 18, "it had ended"
 
 
-@pytest.mark.parametrize("steps", [3, 6, 12, 15])
+@pytest.mark.parametrize(
+    "steps", [6, *(pytest.param(steps, marks=pytest.mark.exhaustive) for steps in (3, 12, 15))]
+)
 def test_a_resumed_run_ends_where_the_one_never_stopped_ends(tmp_path: Path, steps: int) -> None:
     def validation() -> Validation:
         return Validation(
