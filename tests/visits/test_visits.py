@@ -5,6 +5,7 @@ The expected weights come from plain loops over what a script had made before th
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
+
+from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence, WindowResult
+from tbptt_ckpt.cli.app import main
+from tbptt_ckpt.profiling import StrategyReport
 
 SCRIPTS = Path(__file__).parent / "scripts"
 Made = dict[str, Any]
@@ -105,6 +110,50 @@ def test_3_a_training_step_of_a_framework() -> None:
             once(made, mse_loss(made["module"](made["inputs"])[0], made["targets"]))
 
     check("own_training_step", train)
+
+
+def answer(capsys: pytest.CaptureFixture[str]) -> Made:
+    """How far back the model in `mine.py` reaches within 300 KiB."""
+    torch.set_default_dtype(torch.float32)
+    model = f"{SCRIPTS / 'mine.py'}:make"
+    assert main(["plan", "--model", model, "--budget", "300KiB", "--json"]) == 0
+    found: Made = json.loads(capsys.readouterr().out)
+    rows = found["reaches"][0]["rows"]
+    longest = {row["longest_at_extra_forwards"]: row["k2"] for row in rows}
+    return {**found, "longest": longest}
+
+
+def test_4_how_far_back_fits_and_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    longest = answer(capsys)["longest"]
+    assert longest[0] < longest[1] < longest[2]
+
+
+@pytest.mark.exhaustive
+def test_4_what_is_said_to_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found, budget = answer(capsys), 300 << 10
+    made = runpy.run_path(str(SCRIPTS / "mine.py"))["make"]()
+
+    def window_of(k2: int) -> WindowResult:
+        x, y = torch.randn(k2, 4, 8), torch.randn(k2, 4, 1)
+        adam = torch.optim.Adam(made.module.parameters())
+        costs = Costs.from_dict(found["costs"])
+        options: dict[str, Any] = {"memory_budget": budget, "costs": costs, "measure_memory": True}
+        tbptt = TBPTT(made.module, made.loss_fn, k2, k2, adam, **options)
+        return next(tbptt.windows(TensorSequence(x, y), made.init_state))
+
+    for extra in (0, 1, 2):
+        assert (window_of(found["longest"][extra]).peak_bytes or budget + 1) <= budget
+    with pytest.raises(InfeasibleBudgetError):
+        window_of(2 * found["longest"][2])
+
+
+def test_8_a_report_as_plain_data() -> None:
+    torch.set_default_dtype(torch.float32)
+    report = done("profile_from_code")["report"]
+    assert [row.strategy for row in report.rows] == ["retain", "sqrt"]
+    assert report.rows[1].peak_bytes < report.rows[0].peak_bytes
+    again = StrategyReport.from_json(Path("report.json").read_text(encoding="utf-8"))
+    assert again.to_csv() == report.to_csv()
 
 
 def test_5_a_long_file() -> None:
