@@ -98,6 +98,7 @@ AnyPath = Annotated[str | Path, check_path]
 def _checks(owner: Any) -> dict[str, Check]:
     """One for every annotation that something does not fit; made once, so that a call is cheap."""
     hints = get_type_hints(owner, include_extras=True)
+    hints.pop("_", None)  # where a dataclass says that only keywords follow
     return {name: _check_of(hint) for name, hint in hints.items() if not _takes_all(hint)}
 
 

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -30,7 +30,7 @@ _FURTHER = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Workload:
     """What is trained, profiled or planned: all that `TBPTT` is given but windows and plans.
 
@@ -56,6 +56,7 @@ class Workload:
 
     module: Callable[..., Any]
     loss_fn: Callable[[Any, Any], Any]
+    _: KW_ONLY
     source: Any = None
     inputs: Any = None
     targets: Any = None
