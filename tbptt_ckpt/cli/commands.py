@@ -50,11 +50,19 @@ def plan(config: PlanningConfig, *, json: Json = False) -> None:
     or in a file.
     """
     from tbptt_ckpt.cli.plan.job import PlanningOutcome, run_planning_job
-    from tbptt_ckpt.cli.plan.report import plan_json, print_plan, print_reaches, reaches_json
+    from tbptt_ckpt.cli.plan.report import (
+        draw_table,
+        plan_json,
+        print_plan,
+        print_reaches,
+        reaches_json,
+    )
     from tbptt_ckpt.cli.terminal import progress_bar
 
     with progress_bar("plans") as watch:
         outcome = run_planning_job(config, watch)
+    if config.plot is not None and not isinstance(outcome, PlanningOutcome):
+        draw_table(outcome, config.plot)
     if isinstance(outcome, PlanningOutcome):
         typer.echo(plan_json(outcome)) if json else print_plan(outcome)
     else:
@@ -75,13 +83,12 @@ def profile(
     Options that take a list, separated by commas, measure every combination.
     """
     from tbptt_ckpt.cli.profile.job import run_profile
-    from tbptt_ckpt.cli.profile.table import print_profile
-    from tbptt_ckpt.cli.terminal import progress_bar
+    from tbptt_ckpt.cli.terminal import command_line, progress_bar, table_width
     from tbptt_ckpt.profiling.configuration import ProfileError
 
     try:
         with progress_bar("rows") as watch:
-            report = run_profile(config, watch)
+            report = run_profile(config, watch, command=command_line())
     except ProfileError as error:
         if traceback and error.remote_traceback:
             print(error.remote_traceback, file=sys.stderr)
@@ -89,7 +96,7 @@ def profile(
     if json:
         typer.echo(report.to_json(traces=False))
     else:
-        print_profile(report, config)
+        typer.echo(report.table(table_width()))
 
 
 def snapshots(

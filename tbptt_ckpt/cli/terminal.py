@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,3 +63,13 @@ def format_seconds(seconds: float) -> str:
     unit, size = next((u for u in units if abs(seconds) >= u[1]), ("us", 1e-6))
     whole = len(str(int(abs(seconds) / size)))
     return f"{seconds / size:.{max(0, 3 - whole)}f} {unit}"
+
+
+def table_width() -> int:
+    """Characters in a line: of the terminal, of COLUMNS, or what a page of text has."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def command_line() -> str:
+    """The command as it was given, without the path of its program."""
+    return shlex.join(["tbptt-ckpt", *sys.argv[1:]])

@@ -1,15 +1,19 @@
-"""Pictures of a profile: what memory costs in time, and memory within one window."""
+"""Pictures: what memory costs in time, memory within one window, and how far back fits.
+
+Figures are made without pyplot, so that nobody's backend changes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.profiling.report import MemoryReport, StrategyReport, are_in_turns, comparable_times
+from tbptt_ckpt.profiling.front import are_in_turns, comparable_times, pareto_front
+from tbptt_ckpt.profiling.report import ActionSpan, MemoryReport
 
 # Okabe & Ito's palette, which people with any colour vision can tell apart; differences are
 # in shape and line as well.
@@ -24,24 +28,38 @@ _STYLE = {
     "svg.hashsalt": "tbptt-ckpt",
 }
 _STAIRS = {"color": _BLUE, "drawstyle": "steps-post"}
+_MOST_POINTS = 400  # of a line; what is denser is drawn as its envelope
+_MOST_LABELLED = 60  # predicted peaks
 
 
-def plot_front(report: StrategyReport, path: Path) -> None:
-    """Peak memory against time for all rows, those on the Pareto front joined by a line.
+def check_drawable(option: str, path: Path) -> None:
+    """Raise `ArgumentError` unless pictures can be drawn into the file that an option names."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ArgumentError(f"{option} {path} must end in .png or .svg")
+    _matplotlib()
 
-    Raises:
-        ArgumentError: No matplotlib, or nothing to draw.
-    """
-    rows = [row for row in report.rows if row.peak_bytes and row.seconds]
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a picture; equal figures give equal files."""
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    with _matplotlib().rc_context(_STYLE):
+        figure.savefig(path, metadata=metadata)
+
+
+def draw_front(reports: Sequence[MemoryReport], title: str, ax: Any = None) -> Any:
+    """Peak memory against time for all rows, those on the Pareto front joined by a line."""
+    rows = [row for row in reports if row.peak_bytes and row.seconds]
     if not rows:
         raise ArgumentError("there is nothing to draw: no row has both a peak and a time")
     times = {id(row): time for row, time in zip(rows, comparable_times(rows), strict=True)}
-    front = report.pareto_front[::-1]  # by time
-    predicted = [row for row in rows if row.predicted_peak_bytes]
-    with _figure(path, figsize=(7.2, 4.2)) as (_, axes):
-        x, y = [times[id(row)] for row in front], [_mib(row.peak_bytes) for row in front]
-        axes.plot(x, y, **_STAIRS, linewidth=1.2, zorder=1, label="Pareto front")
+    with _figure(figsize=(7.2, 4.6)) as make:
+        axes = make().subplots() if ax is None else ax
+        front = pareto_front(rows)[::-1]  # by time
+        at = [times[id(row)] for row in front], [_mib(row.peak_bytes) for row in front]
+        axes.plot(*at, **_STAIRS, linewidth=1.2, zorder=1, label="nothing is faster and smaller")
         _draw_points(axes, rows, times, front)
+        _draw_ranges(axes, rows, times)
+        predicted = [row for row in rows if row.predicted_peak_bytes]
         if predicted:
             x = [times[id(row)] for row in predicted]
             y = [_mib(row.predicted_peak_bytes) for row in predicted]
@@ -56,65 +74,100 @@ def plot_front(report: StrategyReport, path: Path) -> None:
         axes.set_ylabel("peak tensor memory, MiB")
         axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
         axes.legend(frameon=False, loc="best")
+        axes.set_title(title, loc="left", fontsize=9)
+        return axes
 
 
-def plot_windows(report: StrategyReport, path: Path) -> None:
-    """Memory over time within one window, a panel for each row that holds one.
-
-    Raises:
-        ArgumentError: No matplotlib, or nothing to draw.
-    """
-    rows = [row for row in report.rows if row.trace is not None]
+def draw_windows(reports: Sequence[MemoryReport], title: str) -> Any:
+    """Memory over time within one window, a panel for each row that holds one, on one scale."""
+    rows = [row for row in reports if row.trace is not None]
     if not rows:
         raise ArgumentError("there is nothing to draw: no row holds a window in time")
     num_columns = min(2, len(rows))
     num_rows = math.ceil(len(rows) / num_columns)
-    size = (3.9 * num_columns, 0.5 + 2.1 * num_rows)
-    with _figure(path, num_rows, num_columns, figsize=size, squeeze=False) as (figure, grid):
-        panels = list(grid.flat)
-        for axes, row in zip(panels, rows, strict=False):
-            _draw_window(axes, row)
-        for axes in panels[len(rows) :]:
+    highest = max(_mib(row.peak_bytes) for row in rows)
+    with _figure(figsize=(3.9 * num_columns, 1.1 + 2.1 * num_rows)) as make:
+        figure = make()
+        grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+        for axes, row in zip(grid.flat, rows, strict=False):
+            _draw_window(axes, row, highest)
+        for axes in list(grid.flat)[len(rows) :]:
             axes.set_visible(False)
-        figure.supxlabel("time in the window, ms, under the meter", fontsize=10)
+        for axes in [*grid.flat][: len(rows)][-num_columns:]:
+            axes.set_xlabel("ms in the window, under the meter")
         figure.supylabel("tensor memory, MiB", fontsize=10)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        known = {}
+        for axes in grid.flat:
+            handles, labels = axes.get_legend_handles_labels()
+            known.update(dict(zip(labels, handles, strict=True)))
+        where = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+        figure.legend(list(known.values()), list(known), **where)
+        figure.suptitle(title, fontsize=9, x=0.02, ha="left")
+        return figure
 
 
-def check_drawable(option: str, path: Path) -> None:
-    """Raise `ArgumentError` unless pictures can be drawn into the file that an option names."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ArgumentError(f"{option} {path} must end in .png or .svg")
-    pyplot()
+def draw_reaches(what: str, tables: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any:
+    """Peak memory and time against k2, a line for each budget, plain BPTT beside them.
+
+    Args:
+        what: What was planned.
+        tables: Names of budgets, and rows as `tbptt-ckpt plan --json` prints them.
+    """
+    colours = (_BLUE, _VERMILLION, _ORANGE, _BLACK)
+    marks = {None: "", 0: "o", 1: "^", 2: "s"}
+    with _figure(figsize=(7.2, 5.6)) as make:
+        figure = make()
+        above, below = figure.subplots(2, 1, sharex=True)
+        plain = sorted({(r["k2"], r["retained_peak_bytes"]) for _, rows in tables for r in rows})
+        style = {"color": _GREY, "linestyle": "--", "label": "plain BPTT"}
+        above.plot([k2 for k2, _ in plain], [_mib(peak) for _, peak in plain], **style)
+        for number, (name, rows) in enumerate(tables):
+            colour = colours[number % len(colours)]
+            line: dict[str, Any] = {"color": colour, "linewidth": 1.3}
+            steps = [row["k2"] for row in rows]
+            above.plot(steps, [_mib(row["predicted_peak_bytes"]) for row in rows], **line)
+            below.plot(steps, [row["over_retained"] for row in rows], **line, label=name)
+            for row in (row for row in rows if row["longest_at_extra_forwards"] is not None):
+                extra = row["longest_at_extra_forwards"]
+                point = {"marker": marks[extra], "color": colour, "linestyle": ""}
+                label = f"longest, {extra} extra forwards" if number == 0 else None
+                below.plot([row["k2"]], [row["over_retained"]], **point, label=label)
+        for axes in (above, below):
+            axes.set_xscale("log")
+            axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
+        above.set_yscale("log")
+        above.set_ylabel("peak tensor memory, MiB")
+        above.legend(frameon=False)
+        below.set_ylabel("time over plain BPTT")
+        below.set_xlabel("k2, steps an update reaches back")
+        below.legend(frameon=False)
+        above.set_title(what, loc="left", fontsize=9)
+        return figure
 
 
-def pyplot() -> Any:
-    """Matplotlib's, or `ArgumentError` where it is missing."""
+def _matplotlib() -> Any:
     try:
         import matplotlib
-
-        matplotlib.use("agg")  # no window, whatever the machine's default is
-        import matplotlib.pyplot as plt
     except ImportError as error:
         raise ArgumentError(
             "pictures need matplotlib, which is not installed: pip install 'tbptt-ckpt[plots]'"
         ) from error
-    return plt
+    return matplotlib
 
 
 @contextmanager
-def _figure(path: Path, *shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes; what is drawn while the context is open is written at its end."""
-    plt = pyplot()
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(*shape, layout="constrained", **options)
-        try:
-            yield figure, axes
-            metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-            figure.savefig(path, metadata=metadata)
-        finally:
-            plt.close(figure)
+def _figure(**options: Any) -> Iterator[Callable[[], Any]]:
+    """Makes a figure in our style, while the context is open; with no pyplot in it."""
+    with _matplotlib().rc_context(_STYLE):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        def make() -> Any:
+            figure = Figure(layout="constrained", **options)
+            FigureCanvasAgg(figure)
+            return figure
+
+        yield make
 
 
 def _draw_points(
@@ -124,40 +177,99 @@ def _draw_points(
     front: Sequence[MemoryReport],
 ) -> None:
     several = len({(row.k1, row.k2) for row in rows}) > 1
+    labelled = set[bool]()
     for row in rows:
-        time, peak = times[id(row)], _mib(row.peak_bytes)
+        time, peak, is_best = times[id(row)], _mib(row.peak_bytes), row in front
         style = {"marker": "s", "s": 36, "facecolor": "white", "edgecolor": _GREY}
-        if row in front:
+        label = "something is faster and smaller"
+        if is_best:
             style = {"marker": "o", "s": 46, "facecolor": _BLUE, "edgecolor": _BLUE}
+            label = "measured"
+        style["label"] = None if is_best in labelled else label
+        labelled.add(is_best)
         axes.scatter([time], [peak], **style, linewidth=1.4, zorder=3)
         name = f"{row.strategy} ({row.k1}, {row.k2})" if several else row.strategy
-        if row.budget_bytes is not None:
+        if row.budget_bytes is not None and row.strategy in ("auto", "optimal"):
             name += f" in {_mib(row.budget_bytes):.0f} MiB"
-        beside = {"xytext": (7, 4), "textcoords": "offset points", "zorder": 3.5}  # above points
+        offset = (7, 4) if is_best else (7, -12)
+        beside = {"xytext": offset, "textcoords": "offset points", "zorder": 3.5}  # above points
         axes.annotate(name, (time, peak), **beside, fontsize=9)
 
 
-def _draw_window(axes: Any, row: MemoryReport) -> None:
+def _draw_ranges(axes: Any, rows: Sequence[MemoryReport], times: dict[int, float]) -> None:
+    """Lines from the fastest to the slowest repeat."""
+    name = "ratio_range" if are_in_turns(rows) else "seconds_range"
+    label: str | None = "fastest to slowest repeat"
+    for row in rows:
+        if (ends := getattr(row, name)) is not None:
+            height = [_mib(row.peak_bytes)] * 2
+            axes.plot(ends, height, color=_BLACK, linewidth=0.8, zorder=2, label=label)
+            label = None
+
+
+def _draw_window(axes: Any, row: MemoryReport, highest: float) -> None:
     trace = row.trace
     assert trace is not None, "rows without one are not drawn"
     held = [(1e3 * action.began_seconds, _mib(action.live_bytes)) for action in trace.actions]
     held += [(1e3 * action.ended_seconds, _mib(action.live_bytes)) for action in trace.actions[-1:]]
     shade = {"color": _ORANGE, "alpha": 0.55, "linewidth": 0}
-    axes.fill_between(*zip(*held, strict=True), step="post", **shade, label="held states")
-    if row.fixed_bytes is not None:
-        axes.axhspan(0, _mib(row.fixed_bytes), color="#dddddd", linewidth=0, label="fixed")
+    axes.fill_between(*zip(*held, strict=True), step="post", **shade, label="there between actions")
     measured = [(1e3 * seconds, _mib(live)) for seconds, live in trace.timeline]
-    axes.plot(*zip(*measured, strict=True), **_STAIRS, linewidth=0.7, label="measured")
-    label: str | None = "predicted"
-    for action in trace.actions:
-        if action.predicted_bytes is not None:
-            times = [1e3 * action.began_seconds, 1e3 * action.ended_seconds]
-            height = [_mib(action.predicted_bytes)] * 2
-            axes.plot(times, height, color=_BLACK, linewidth=1.3, label=label)
-            label = None
+    _draw_line(axes, measured)
+    if row.fixed_bytes is not None:
+        style = {"color": _GREY, "linestyle": ":", "label": "whatever the schedule"}
+        axes.axhline(_mib(row.fixed_bytes), **style)
+    _draw_predicted(axes, trace.actions)
+    _draw_phases(axes, trace.actions, 1.12 * highest)
     axes.set_title(f"{row.strategy}: {_mib(row.peak_bytes):.1f} MiB", loc="left")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.16 * highest)
     axes.set_xlim(0, measured[-1][0])
+
+
+def _draw_line(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """What was live; where there are many points, between the least and the most of neighbours."""
+    if len(points) <= _MOST_POINTS:
+        axes.plot(*zip(*points, strict=True), **_STAIRS, linewidth=0.7, label="measured")
+        return
+    size = -(-len(points) // (_MOST_POINTS // 2))
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    times = [part[0][0] for part in parts]
+    low, high = ([f(live for _, live in part) for part in parts] for f in (min, max))
+    axes.fill_between(times, low, high, color=_BLUE, alpha=0.35, linewidth=0)
+    axes.plot(times, high, **_STAIRS, linewidth=0.7, label="measured")
+
+
+def _draw_predicted(axes: Any, actions: Sequence[ActionSpan]) -> None:
+    known = [action for action in actions if action.predicted_bytes is not None]
+    if len(known) > _MOST_LABELLED:
+        times = [1e3 * action.began_seconds for action in known]
+        peaks = [_mib(action.predicted_bytes) for action in known]
+        size = -(-len(known) // _MOST_LABELLED)
+        starts = range(0, len(known), size)
+        heights = [max(peaks[start : start + size]) for start in starts]
+        style = {"drawstyle": "steps-post", "color": _BLACK, "linewidth": 1.0}
+        axes.plot([times[start] for start in starts], heights, **style, label="predicted peaks")
+        return
+    label: str | None = "predicted peaks"
+    for action in known:
+        times = [1e3 * action.began_seconds, 1e3 * action.ended_seconds]
+        height = [_mib(action.predicted_bytes)] * 2
+        axes.plot(times, height, color=_BLACK, linewidth=1.3, label=label)
+        label = None
+
+
+def _draw_phases(axes: Any, actions: Sequence[ActionSpan], top: float) -> None:
+    """A strip that says what is done: steps advanced, or a leaf run and differentiated."""
+    named = {"advance": ("advance, no graph", _GREY), "differentiate": ("run a leaf", _VERMILLION)}
+    for kind, (label, colour) in named.items():
+        spans = [
+            (1e3 * a.began_seconds, 1e3 * (a.ended_seconds - a.began_seconds))
+            for a in actions
+            if a.kind == kind
+        ]
+        if spans:
+            strip = (top - 0.05 * top, 0.05 * top)
+            axes.broken_barh(spans, strip, color=colour, linewidth=0, label=label)
 
 
 def _plain_ticks(axes: Any) -> None:

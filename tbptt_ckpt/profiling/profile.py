@@ -9,18 +9,20 @@ from typing import Any
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.budget.amount import MemoryBudget
+from tbptt_ckpt.data.source import described
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
 from tbptt_ckpt.profiling.process import ProcessBench
-from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
+from tbptt_ckpt.profiling.report import FAILED, MemoryReport
+from tbptt_ckpt.profiling.strategy_report import StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
 from tbptt_ckpt.profiling.workload import Workload
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 
-# Those whose schedule follows from the arguments alone, so that their peaks repeat to the byte.
-# What `auto` chooses depends on measured times.
-DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20")
+# The peaks of all but `auto`, which chooses by measured times, repeat to the byte.
+DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20", "auto")
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
 
 
@@ -152,7 +154,8 @@ def profile_strategies(
             return ProcessBench(partial(_itself, work), configuration)
         return nullcontext(BenchHere(work, configuration))
 
-    return sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch)
+    what = f"{name_of(module)} on {described(inputs)}"
+    return sweep(configurations, open_bench, repeats=repeats, traces=traces, watch=watch, what=what)
 
 
 def make_work(

@@ -1,12 +1,9 @@
-"""What profiling found, as plain data: one `MemoryReport` for each configuration."""
+"""What profiling found of one configuration, as plain data: a `MemoryReport`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -91,7 +88,9 @@ class MemoryReport:
         rss_peak_bytes: Peak of the process's resident memory, with no meter running.
         rss_before_bytes: Resident memory with the model and data loaded.
         seconds: Median time of a warm window and its update, with no meter running.
+        seconds_range: The fastest and the slowest of these windows.
         ratio: Median time over that of plain BPTT at the same k1 and k2, run in turns.
+        ratio_range: The least and the greatest of these ratios.
         window_steps: Steps of the window.
         executed_steps: Module steps it ran, recomputed ones included.
         held_states: Most boundary states kept at once.
@@ -117,7 +116,9 @@ class MemoryReport:
     rss_peak_bytes: int | None = None
     rss_before_bytes: int | None = None
     seconds: float | None = None
+    seconds_range: tuple[float, float] | None = None
     ratio: float | None = None
+    ratio_range: tuple[float, float] | None = None
     window_steps: int | None = None
     executed_steps: int | None = None
     held_states: int | None = None
@@ -154,6 +155,8 @@ class MemoryReport:
             trace: Whether the window in time is wanted, by far the largest part.
         """
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trace"}
+        for name in ("seconds_range", "ratio_range"):
+            plain[name] = None if plain[name] is None else list(plain[name])
         plain["executed_steps_per_step"] = self.executed_steps_per_step
         plain["prediction_error"] = self.prediction_error
         if trace:
@@ -172,6 +175,9 @@ class MemoryReport:
         try:
             if given.get("trace") is not None:
                 given["trace"] = _trace_from(given["trace"])
+            for name in ("seconds_range", "ratio_range"):
+                if given.get(name) is not None:
+                    given[name] = tuple(map(float, given[name]))
             return cls(**given)
         except (TypeError, KeyError, ValueError) as error:
             raise ArgumentError(f"this is no memory report: {error}") from error
@@ -184,97 +190,10 @@ class MemoryReport:
     @checked
     def from_json(cls, text: str) -> MemoryReport:
         """The report that `to_json` wrote."""
-        return cls.from_dict(_json_object(text))
+        return cls.from_dict(json_object(text))
 
 
 _DERIVED = {"executed_steps_per_step", "prediction_error"}
-
-
-@dataclass(frozen=True, slots=True)
-class StrategyReport:
-    """Several configurations, plain BPTT among them.
-
-    Attributes:
-        rows: One report each.
-        environment: Versions, processor, threads: where the figures are from.
-    """
-
-    rows: tuple[MemoryReport, ...]
-    environment: Mapping[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"StrategyReport({len(self.rows)} rows: {', '.join(r.strategy for r in self.rows)})"
-
-    @property
-    def pareto_front(self) -> tuple[MemoryReport, ...]:
-        """Rows that no other row beats in both peak and time, the smallest peak first."""
-        return pareto_front(self.rows)
-
-    def to_dict(self, *, traces: bool = True) -> dict[str, Any]:
-        """Plain data for JSON: `{"rows": [...], "environment": {...}}`."""
-        rows = [row.to_dict(trace=traces) for row in self.rows]
-        return {"rows": rows, "environment": dict(self.environment)}
-
-    @classmethod
-    @checked
-    def from_dict(cls, plain: Mapping[str, Any]) -> StrategyReport:
-        """The report that `to_dict` wrote.
-
-        Raises:
-            ArgumentError: Something else.
-        """
-        if not isinstance(plain.get("rows"), list):
-            raise ArgumentError("this is no report of strategies: it has no list of rows")
-        rows = tuple(MemoryReport.from_dict(row) for row in plain["rows"])
-        return cls(rows, dict(plain.get("environment") or {}))
-
-    def to_json(self, *, traces: bool = True) -> str:
-        """The report as a JSON object."""
-        return json.dumps(self.to_dict(traces=traces), allow_nan=False)
-
-    @classmethod
-    @checked
-    def from_json(cls, text: str) -> StrategyReport:
-        """The report that `to_json` wrote."""
-        return cls.from_dict(_json_object(text))
-
-    def to_csv(self) -> str:
-        """The rows as CSV with a header; what was not measured is empty."""
-        file = io.StringIO()
-        rows = [row.to_dict(trace=False) for row in self.rows]
-        names = list(MemoryReport(strategy="", k1=1, k2=1).to_dict(trace=False))
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return file.getvalue()
-
-
-@checked
-def pareto_front(rows: Sequence[MemoryReport]) -> tuple[MemoryReport, ...]:
-    """Rows that no other row beats in both peak and time, the smallest peak first."""
-    measured = [row for row in rows if row.peak_bytes is not None and row.seconds is not None]
-    timed = zip(comparable_times(measured), measured, strict=True)
-    fastest, front = math.inf, []
-    for time, row in sorted(timed, key=lambda entry: (entry[1].peak_bytes or 0, entry[0])):
-        if time < fastest:
-            fastest = time
-            front.append(row)
-    return tuple(front)
-
-
-def are_in_turns(rows: Sequence[MemoryReport]) -> bool:
-    """Whether all rows are of the same windows and were timed in turns with plain BPTT."""
-    alike = len({(row.k1, row.k2) for row in rows}) == 1
-    return alike and all(row.ratio is not None for row in rows)
-
-
-def comparable_times(rows: Sequence[MemoryReport]) -> list[float]:
-    """A time for each row: its ratio where all were timed in turns, else its seconds.
-
-    A machine's speed drifts from row to row; the ratio was taken between neighbours.
-    """
-    in_turns = are_in_turns(rows)
-    return [(row.ratio if in_turns else row.seconds) or 0.0 for row in rows]
 
 
 def _trace_from(plain: Mapping[str, Any]) -> WindowTrace:
@@ -285,7 +204,8 @@ def _trace_from(plain: Mapping[str, Any]) -> WindowTrace:
     )
 
 
-def _json_object(text: str) -> Mapping[str, Any]:
+def json_object(text: str) -> Mapping[str, Any]:
+    """The object in a JSON text; `ArgumentError` for anything else."""
     try:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,8 @@ from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, ProfileError
 from tbptt_ckpt.profiling.environment import describe_environment
-from tbptt_ckpt.profiling.report import FAILED, MemoryReport, StrategyReport
+from tbptt_ckpt.profiling.report import FAILED, MemoryReport
+from tbptt_ckpt.profiling.strategy_report import StrategyReport
 
 # Plain BPTT is kept at hand, to be timed in turns, where it takes no more than this.
 _KEPT_PART_OF_FREE = 0.25
@@ -75,6 +76,7 @@ def sweep(
     traces: bool = False,
     history: Callable[[Configuration], Path | None] = lambda _: None,
     watch: Watch = unwatched,
+    what: str = "",
 ) -> StrategyReport:
     """One row for each configuration and for plain BPTT of its windows.
 
@@ -85,6 +87,7 @@ def sweep(
         traces: Whether reports shall hold the window in time.
         history: Names a file for PyTorch's memory history of a row; None writes none.
         watch: Told before every stage.
+        what: What is measured, in words.
 
     Raises:
         ProfileError: Plain BPTT fails for another reason than memory, so that nothing else
@@ -102,7 +105,8 @@ def sweep(
             group = _Group(baseline, open_bench, repeats, traces, history, tell, stack)
             for row in rows:
                 reports[row] = group.report(row)
-    return StrategyReport(tuple(map(reports.__getitem__, ordered)), describe_environment())
+    found = tuple(map(reports.__getitem__, ordered))
+    return StrategyReport(found, describe_environment(), what)
 
 
 @dataclass(slots=True)
@@ -189,5 +193,7 @@ def measured(
         rss_before_bytes=before,
         rss_peak_bytes=peak,
         seconds=median(seconds),
+        seconds_range=(min(seconds), max(seconds)),
         ratio=median(ratios) if ratios else None,
+        ratio_range=(min(ratios), max(ratios)) if ratios else None,
     )

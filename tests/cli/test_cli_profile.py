@@ -20,11 +20,11 @@ import torch
 
 from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.cli.profile.table import print_profile
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration
 from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.profile import DEFAULT_STRATEGIES
 from tbptt_ckpt.profiling.sweep import sweep
 from tbptt_ckpt.schedule.plan import plan_window
 from tbptt_ckpt.schedule.strategies import parse_strategy
@@ -68,6 +68,11 @@ def test_rows_with_plain_bptt_first(run):
     assert rows[0]["executed_steps_per_step"] == 1.0
     assert all(row["predicted_peak_bytes"] > row["fixed_bytes"] for row in rows)
     assert run.printed["environment"]["torch"] == torch.__version__
+    assert run.printed["schema"] == 2
+    assert run.printed["command"].startswith("tbptt-ckpt ")
+    assert run.printed["what"] == "lstm, 2 lanes"
+    for row in rows:
+        assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
 
 
 def test_rows_in_json_are_a_report(run):
@@ -318,9 +323,8 @@ def test_a_table_names_what_is_measured_and_what_did_not_fit(capsys):
             held_states=3,
         ),
     )
-    print_profile(StrategyReport(rows), ProfileConfig())
-    printed = capsys.readouterr().out
-    for text in ("CPU tensor", "RSS peak", "out of memory", "5.0 MiB", "+20.0%", "1.50"):
+    printed = str(StrategyReport(rows))
+    for text in ("tensor", "RSS", "out of memory", "5.0 MiB", "+20.0%", "1.50"):
         assert text in printed
     assert "retain, k1=4, k2=8: no room" in printed
     on_gpu = tuple(
@@ -330,11 +334,75 @@ def test_a_table_names_what_is_measured_and_what_did_not_fit(capsys):
         )
         for row in rows
     )  # fmt: skip
-    print_profile(StrategyReport(on_gpu), ProfileConfig())
-    printed = capsys.readouterr().out
+    printed = StrategyReport(on_gpu).table()
     for text in ("allocated", "reserved", "retries"):
         assert text in printed
-    assert "CPU tensor" not in printed
+    assert "tensor" not in printed
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_a_table_fits_its_width_and_keeps_what_matters_most(width):
+    row = MemoryReport(
+        strategy="uniform:1024", k1=64, k2=512, budget_bytes=5 * MIB, peak_bytes=5 * MIB,
+        fixed_bytes=MIB, predicted_peak_bytes=6 * MIB, rss_peak_bytes=300 * MIB, seconds=0.5,
+        seconds_range=(0.4, 0.6), ratio=1.25, ratio_range=(1.2, 1.3), window_steps=8,
+        executed_steps=12, held_states=3,
+    )  # fmt: skip
+    other = MemoryReport(strategy="auto", k1=64, k2=256, status="failed", message="no " * 60)
+    lines = StrategyReport((row, other), {}, "mine.py:make").table(width).splitlines()
+    assert max(map(len, lines[1:])) <= max(width, 52)
+    text = "\n".join(lines)
+    assert all(word in text for word in ("uniform:1024", "5.0 MiB", "0.500", "1.25", "failed"))
+    assert ("1.20-1.30" in text) == (width >= 80)
+    assert ("300.0 MiB" in text) == (width >= 200)
+
+
+def test_what_the_command_measures_by_default_is_what_code_does():
+    assert ProfileConfig().strategy == DEFAULT_STRATEGIES
+    assert "auto" in DEFAULT_STRATEGIES
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_pictures_of_a_report_leave_the_backend_alone_and_name_every_mark():
+    script = """
+    import matplotlib
+    matplotlib.use("svg")
+    import sys
+    from tbptt_ckpt.profiling import StrategyReport
+    report = StrategyReport.from_json(sys.stdin.read())
+    axes = report.plot()
+    assert "matplotlib.pyplot" not in sys.modules
+    assert matplotlib.get_backend() == "svg"
+    import matplotlib.pyplot as plt
+    _, mine = plt.subplots()
+    assert report.plot(ax=mine) is mine
+    print(axes.get_title(loc="left"))
+    print(*axes.get_legend_handles_labels()[1], sep=";")
+    """
+    rows = [
+        MemoryReport(
+            strategy=s, k1=4, k2=8, peak_bytes=p * MIB, seconds=t, seconds_range=(t / 2, 2 * t),
+            predicted_peak_bytes=p * MIB, ratio=t, ratio_range=(t / 2, 2 * t),
+        )
+        for s, p, t in (("retain", 9, 1.0), ("sqrt", 3, 1.5), ("step", 4, 2.0))
+    ]  # fmt: skip
+    versions = {"torch": "2.0", "tbptt_ckpt": "0.1", "threads": 2, "processor": "a chip"}
+    report = StrategyReport(tuple(rows), versions, "lstm, 32 lanes")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        input=report.to_json(), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *title, marks = done.stdout.splitlines()
+    assert title == [
+        "lstm, 32 lanes, k1=4, k2=8, cpu",
+        "torch 2.0, tbptt_ckpt 0.1, 2 threads, a chip",
+    ]
+    assert set(marks.split(";")) == {
+        *("nothing is faster and smaller", "measured", "something is faster and smaller"),
+        *("fastest to slowest repeat", "predicted peak"),
+    }
 
 
 REGION = """

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from tbptt_ckpt import ArgumentError
-from tbptt_ckpt.profiling import MemoryReport, StrategyReport
-from tbptt_ckpt.profiling.report import ActionSpan, WindowTrace, pareto_front
+from tbptt_ckpt.profiling import MemoryReport, StrategyReport, pareto_front
+from tbptt_ckpt.profiling.report import ActionSpan, WindowTrace
 
 TRACE = WindowTrace(
     0.5,
@@ -34,7 +34,9 @@ FULL = MemoryReport(
     rss_peak_bytes=10_000,
     rss_before_bytes=9_000,
     seconds=0.5,
+    seconds_range=(0.4, 0.7),
     ratio=1.25,
+    ratio_range=(1.2, 1.31),
     window_steps=8,
     executed_steps=12,
     held_states=1,
@@ -51,10 +53,12 @@ def test_a_report_survives_json(report):
 
 
 def test_rows_and_environment_survive_json():
-    report = StrategyReport((FULL, LOST), {"torch": "2.13.0", "threads": 2})
+    environment = {"torch": "2.13.0", "threads": 2}
+    report = StrategyReport((FULL, LOST), environment, "lstm", "tbptt-ckpt profile")
     assert StrategyReport.from_json(report.to_json()) == report
     plain = json.loads(report.to_json(traces=False))
-    assert set(plain) == {"rows", "environment"}
+    assert set(plain) == {"schema", "what", "command", "rows", "environment"}
+    assert plain["command"] == "tbptt-ckpt profile"
     promised = {
         *("strategy", "k1", "k2", "budget_bytes", "peak_bytes", "predicted_peak_bytes"),
         *("rss_peak_bytes", "seconds", "ratio", "executed_steps_per_step"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
 from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.ladder import Reach
+from tbptt_ckpt.profiling.plots import draw_reaches, write_figure
 
 _LONGEST = {
     None: "",
@@ -166,6 +168,15 @@ def reach_row(reach: Reach) -> dict[str, Any]:
         "retained_seconds": retained.predicted_seconds,
         "longest_at_extra_forwards": reach.levels,
     }
+
+
+def draw_table(outcome: ReachOutcome, path: Path) -> None:
+    """Draw the tables into a file."""
+    tables = [
+        (f"within {format_bytes(within.budget_bytes)}", [*map(reach_row, within.reaches)])
+        for within in outcome.tables
+    ]
+    write_figure(draw_reaches(outcome.what, tables), path)
 
 
 def reaches_json(outcome: ReachOutcome) -> str:
