@@ -19,7 +19,8 @@ class ModelOptions(options.Configuration):
     model: Annotated[
         str,
         "lstm, gru, rnn or lstmcell, which read bytes; or your own, file.py:factory or "
-        "package.module:factory, which returns a Workload, or a module for --data.",
+        "package.module:factory, which returns a tbptt_ckpt.Workload, or a module for --data; "
+        "tbptt-ckpt init FILE.py writes one.",
     ] = "lstm"
     data: Annotated[
         Path | None,

@@ -110,7 +110,7 @@ def _resumed_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     if step is None:
         return []
     if step == last:
-        return [("resumed", f"at step {step:,}: it was finished, nothing was trained")]
+        return [("resumed", f"at step {step:,}, finished before")]
     return [("resumed", f"at step {step:,} of {last:,}")]
 
 
