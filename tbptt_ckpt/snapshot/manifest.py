@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from tbptt_ckpt.errors import SnapshotError
@@ -72,7 +73,8 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def _check_format(fields: dict[str, Any]) -> None:
-    if (version := fields.get("format")) != FORMAT_VERSION:
+    version = fields.get("format")
+    if type(version) is not int or version != FORMAT_VERSION:
         writer = fields.get("versions", {}).get("tbptt_ckpt", "?")
         raise SnapshotError(
             f"it has snapshot format {version!r}, written by tbptt-ckpt {writer}; this "
@@ -87,5 +89,6 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"the numbers {numbers}")
     if file.name != STATE_FILE or len(file.sha256) != -(-file.num_bytes // file.piece_bytes):
         raise ValueError(f"the file {file.name!r} in {len(file.sha256)} pieces")
-    if not (isinstance(manifest.created, str) and isinstance(manifest.versions, dict)):
-        raise TypeError(f"the versions {manifest.versions!r} of {manifest.created!r}")
+    datetime.fromisoformat(manifest.created)  # it is shown, so it must be no other text
+    if not all(isinstance(text, str) for pair in manifest.versions.items() for text in pair):
+        raise TypeError(f"the versions {manifest.versions!r}")

@@ -449,7 +449,7 @@ def sign(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
-    fields = {"created": "", "versions": {"tbptt_ckpt": "9.9"}, **fields}
+    fields = {"created": "2026-11-29", "versions": {"tbptt_ckpt": "9.9"}, **fields}
     body = json.dumps(fields).encode()
     head = b"tbptt-ckpt snapshot sha256 " + hashlib.sha256(body).hexdigest().encode()
     (folder / MANIFEST).write_bytes(head + b"\n" + body)
