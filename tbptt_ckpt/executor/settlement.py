@@ -121,7 +121,7 @@ class Settlement:
         """Hold a few steps of one graph against the same with cuts in between."""
         boundary = self._given[start]
         whole = self._run_leaf(boundary, stop, graph_of_loss=False)
-        cut = self._run_leaf(boundary, stop, 1, graph_of_loss=False)
+        cut = self._in_calls(boundary, stop, 1) if self._in_graph else whole
         state = boundary
         for step in () if self._in_graph else range(start + 1, stop + 1):
             cut = self._run_leaf(self._given.get(state.step, state), step, graph_of_loss=False)
@@ -173,17 +173,18 @@ class Settlement:
         whole, again = (
             self._run_leaf(boundary, step + 1, graph_of_loss=with_loss) for _ in range(2)
         )
-        cuts = []
-        if not runner.recurrence.per_step:
-            cut = self._run_leaf(boundary, step + 1, 1, graph_of_loss=with_loss)
-            cuts.append((cut, _CALLS))
+        pairs: list[tuple[_Run, _Run, str]] = []
+        if not runner.recurrence.per_step:  # without a graph, for which there may be no room
+            calls = [self._in_calls(boundary, step + 1, steps) for steps in (1, 2)]
+            pairs.append((calls[0], calls[1], _CALLS))
         if not self._in_graph:
-            cuts.append((self._run_leaf(self._given.get(step, middle), step + 1), _HISTORY))
+            cut = self._run_leaf(self._given.get(step, middle), step + 1)
+            pairs.append((cut, whole, _HISTORY))
         ambients = boundary.ambient, whole.end.ambient
-        for cut, cause in cuts:
-            difference, is_rounding = self._difference(cut.seen, whole.seen)
+        for cut, uncut, cause in pairs:
+            difference, is_rounding = self._difference(cut.seen, uncut.seen)
             if runner.promises_bits and _same(whole.seen, again.seen):
-                is_rounding = _same(cut.seen, whole.seen)  # no product is another one
+                is_rounding = _same(cut.seen, uncut.seen)  # no product is another one
             elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
                 is_rounding = True  # what a segment draws may depend on its length
             if not is_rounding:
@@ -198,6 +199,12 @@ class Settlement:
         """A run in the form of first runs."""
         if self._in_graph:
             return self._run_leaf(boundary, stop)
+        return self._in_calls(boundary, stop, longest)
+
+    def _in_calls(self, boundary: Boundary, stop: int, longest: int) -> _Run:
+        """An advance in calls of at most so many steps, or a run in the graph of its window."""
+        if self._in_graph:
+            return self._run_leaf(boundary, stop, longest, graph_of_loss=False)
         sink = self._window.sink(graph=False, looks_at=stop)
         return self._ended(stop, self._window.reach(boundary, stop, longest, sink), sink)
 

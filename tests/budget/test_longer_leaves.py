@@ -81,7 +81,7 @@ def cross_entropy(logits, targets):
 def test_no_window_exceeds_its_budget(name, lanes, budget):
     torch.manual_seed(0)
     module = MODULES[name]()
-    data = TensorSequence(torch.randint(20, (700, lanes)), torch.randint(5, (700, lanes)))
+    data = TensorSequence(torch.randint(20, (250, lanes)), torch.randint(5, (250, lanes)))
     options = {
         "memory_budget": budget,
         "measure_memory": True,
@@ -92,6 +92,28 @@ def test_no_window_exceeds_its_budget(name, lanes, budget):
     assert [w.index for w in windows if w.peak_bytes > budget] == []
     if max(window.plan.longest_leaf for window in windows) < 200:  # a longer one was possible
         assert max(window.peak_bytes for window in windows) > 0.8 * budget
+
+
+@pytest.mark.usefixtures("measured_seconds")
+def test_a_leaf_in_two_pieces_whose_gradients_meet_is_within_its_budget():
+    """Of two steps the second alone has a loss: each gives a weight its gradient, and a sum."""
+    torch.manual_seed(0)
+    module = MODULES["nn.GRU"]()
+    data = TensorSequence(torch.randint(20, (150, 4)), torch.randint(5, (150, 4)))
+    options = {"memory_budget": 150_000, "measure_memory": True, "per_step": False}
+    tbptt = TBPTT(module, cross_entropy, 50, 200, torch.optim.Adam(module.parameters()), **options)
+    assert [w.index for w in tbptt.windows(data) if w.peak_bytes > 150_000] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "a loop over cells"])
+def test_what_is_checked_once_for_a_module_takes_no_more_than_its_window(name):
+    module = MODULES[name]()
+    data = TensorSequence(torch.randint(20, (10, 4)), torch.randint(5, (10, 4)))
+    options = {"strategy": "uniform:5", "measure_memory": True, "per_step": False}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    tbptt = TBPTT(module, cross_entropy, 10, 10, optimizer, memory_budget="4MiB", **options)
+    (window,) = tbptt.windows(data)
+    assert window.peak_bytes <= 1.03 * window.plan.predicted_peak_bytes
 
 
 def test_the_higher_of_two_curves_is_the_higher_one_beyond_their_points_too():
