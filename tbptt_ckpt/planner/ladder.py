@@ -22,8 +22,9 @@ from tbptt_ckpt.schedule.plan import PredictedPlan
 _MOST_LEVELS = 8  # of what is shown: below, a little more memory saves most of the time
 # Reaches are looked for among these, of three digits.
 _REACHES = [*range(1, 1000), *(n * 10**p for p in range(1, 5) for n in range(100, 1000))]
+FARTHEST = _REACHES[-1]
 _STEPS_PER_DOUBLING = 8
-_MOST_REACHES = 10  # between the longest at none, one and two extra forwards
+_FIRST_REACH, _MOST_REACHES = 100, 10  # beside the longest at none, one and two extra forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,13 @@ def reach_ladder(budget_bytes: PositiveInt, costs: Costs) -> Iterator[Reach]:
     longest = {farthest_reach(budget_bytes, costs, levels): levels for levels in (2, 1, 0)}
     low, high = min(longest), max(longest)
     round_numbers = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
-    between = [n for n in round_numbers if low / 5 <= n < high]
+    between = [n for n in round_numbers if min(low / 5, _FIRST_REACH) <= n < high]
     every = -(-len(between) // _MOST_REACHES)
     for num_steps in sorted({*between[::-1][::every], *longest} - {0}):
         yield Reach(
             quick_plan(num_steps, costs, budget_bytes),
             plan(num_steps, costs, strategy="retain"),
-            None if num_steps == _REACHES[-1] else longest.get(num_steps),  # the search ends there
+            None if num_steps == FARTHEST else longest.get(num_steps),  # the search ends there
         )
 
 

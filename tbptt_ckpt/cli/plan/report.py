@@ -14,7 +14,7 @@ from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan
 from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
 from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.planner.ladder import Reach
+from tbptt_ckpt.planner.ladder import FARTHEST, Reach
 from tbptt_ckpt.profiling.plots import draw_reaches, write_figure
 
 _LONGEST = {
@@ -133,10 +133,13 @@ def print_reaches(outcome: ReachOutcome) -> None:
 def _reach_table(what: str, within: ReachesWithin) -> Table:
     size = format_bytes(within.budget_bytes)
     given = size if within.budget == size.replace(" ", "") else f"{within.budget} ({size})"
+    note = "k2: steps an update reaches back; plain: with everything kept, as plain\n"
+    note += "BPTT has it; longest, 1 extra: no step runs forward more than once more"
+    if within.reaches[-1].plan.num_steps == FARTHEST:
+        note += "\nlonger windows, which fit, are not looked at"
     made = table(
         f"How far back within {given}: {what}",
-        "k2: steps an update reaches back; plain: with everything kept, as plain\n"
-        "BPTT has it; longest, 1 extra: no step runs forward more than once more",
+        note,
         pad_edge=False,
     )
     for name in ("k2", "plain\npeak", "peak", "time of\nan update", "over\nplain"):
