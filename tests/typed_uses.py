@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer, Uniform, evaluate, plan, unroll
+from tbptt_ckpt import (
+    TBPTT,
+    Batches,
+    Snapshots,
+    TensorSequence,
+    Trainer,
+    Uniform,
+    Validation,
+    evaluate,
+    plan,
+    profile_strategies,
+    unroll,
+)
 from tbptt_ckpt.schedule import Differentiate, parse_strategy
 from tbptt_ckpt.trainer import JsonLines
 
@@ -67,7 +79,13 @@ evaluation = evaluate(lstm, mse_loss, text)  # wrong
 
 trainer = Trainer(tbptt, Signal(), snapshots=Snapshots(directory="runs/a"))
 trainer = Trainer(tbptt, of_epoch, epochs=3, events=[JsonLines("events.jsonl")])
+batches = Batches([(x, x)], time_dim=1)
+trainer = Trainer(tbptt, batches, validation=Validation(source=batches, every_windows=5))
 trainer = Trainer(tbptt, 3)  # wrong
+trainer = Trainer(tbptt, batches, validation=batches)  # wrong
+result = tbptt.train(batches)  # wrong
+report = profile_strategies(lstm, mse_loss, x, x, k1=2, k2=4, strategies=["sqrt", Uniform(2)])
+report = profile_strategies(lstm, mse_loss, x, x, k1=2, k2=4, strategies=["squirt"])  # wrong
 windows = [float(window.seconds) for window in trainer.windows()]
 
 outputs, state = unroll(cell, x, (x[0], 0), per_step=True, strategy="sqrt")

@@ -31,7 +31,7 @@ from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 from tbptt_ckpt.updates.delivery import Deliveries
-from tbptt_ckpt.updates.updater import Updater
+from tbptt_ckpt.updates.updater import AnyOptimizer, Updater
 
 
 @checked
@@ -42,7 +42,7 @@ def measure_costs(
     targets: Any,
     init_state: Any = None,
     *,
-    optimizer: Any = None,
+    optimizer: AnyOptimizer | None = None,
     weight: Tensor | None = None,
     clip_grad_norm: AboveZero | None = None,
     per_step: bool | None = None,

@@ -30,7 +30,8 @@ class Batches:
     side see `LaneSource`.
 
     What the loader draws, its order included, is a function of `(seed, epoch)`, and draws by
-    others are none of its: so a pass is gone through again up to where a resumed run goes on.
+    others are none of its: so a pass is gone through again up to where a resumed run goes on. Only
+    workers that persist draw on from pass to pass; what they draw is not repeated.
 
     Args:
         loader: A `DataLoader`, or what else can be iterated anew for each pass, of pairs

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked, checked_where_used
 from tbptt_ckpt.budget.amount import MemoryBudget
 from tbptt_ckpt.data.source import described
+from tbptt_ckpt.engine.options import ExecutorName, Overlap
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.profiling.bench import BenchHere
@@ -19,10 +20,15 @@ from tbptt_ckpt.profiling.report import FAILED, MemoryReport
 from tbptt_ckpt.profiling.strategy_report import StrategyReport
 from tbptt_ckpt.profiling.sweep import Bench, Watch, measured, sweep, unwatched
 from tbptt_ckpt.profiling.workload import Workload
-from tbptt_ckpt.schedule.strategies import AnyStrategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, parse_strategy
+from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
+from tbptt_ckpt.updates.updater import AnyOptimizer
 
 # The peaks of all but `auto`, which chooses by measured times, repeat to the byte.
 DEFAULT_STRATEGIES = ("step", "uniform:32", "sqrt", "revolve:20", "auto")
+_BY_DEFAULT = tuple(map(parse_strategy, DEFAULT_STRATEGIES))
+# Each of them is looked at when configurations are made.
+Strategies = Annotated[Sequence[AnyStrategy], checked_where_used]
 _OPTIONS = ("loss", "reduction", "clip_grad_norm", "autocast_dtype")
 
 
@@ -36,12 +42,12 @@ def profile_window(
     *,
     k1: int,
     k2: int,
-    optimizer: Any = None,
+    optimizer: AnyOptimizer | None = None,
     strategy: AnyStrategy = "auto",
     memory_budget: MemoryBudget = None,
-    overlap: str = "refresh",
-    executor: str = "replay",
-    time_batching: bool | str = "auto",
+    overlap: Overlap = "refresh",
+    executor: ExecutorName = "replay",
+    time_batching: TimeBatchingChoice = "auto",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
     repeats: PositiveInt = 3,
@@ -103,12 +109,12 @@ def profile_strategies(
     *,
     k1: int | Sequence[int],
     k2: int | Sequence[int],
-    optimizer: Any = None,
-    strategies: Sequence[object] = DEFAULT_STRATEGIES,
+    optimizer: AnyOptimizer | None = None,
+    strategies: Strategies = _BY_DEFAULT,
     memory_budgets: Sequence[int | float | str | None] = (None,),
-    overlap: str = "refresh",
-    executor: str = "replay",
-    time_batching: bool | str = "auto",
+    overlap: Overlap = "refresh",
+    executor: ExecutorName = "replay",
+    time_batching: TimeBatchingChoice = "auto",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
     repeats: PositiveInt = 3,
