@@ -147,13 +147,16 @@ def test_4_what_is_said_to_fit_fits(capsys: pytest.CaptureFixture[str]) -> None:
         window_of(2 * found["longest"][2])
 
 
-def test_8_a_report_as_plain_data() -> None:
+def test_8_a_table_a_picture_and_plain_data(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     torch.set_default_dtype(torch.float32)
     report = done("profile_from_code")["report"]
     assert [row.strategy for row in report.rows] == ["retain", "sqrt"]
     assert report.rows[1].peak_bytes < report.rows[0].peak_bytes
     again = StrategyReport.from_json(Path("report.json").read_text(encoding="utf-8"))
     assert again.to_csv() == report.to_csv()
+    assert {"retain", "sqrt"} <= set(capsys.readouterr().out.split())
+    assert Path("report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_5_a_long_file() -> None:

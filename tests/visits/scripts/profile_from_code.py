@@ -1,4 +1,4 @@
-"""Visit 8: what strategies take, as plain data."""
+"""Visit 8: what strategies take, as a table, a picture and plain data."""
 
 from pathlib import Path
 
@@ -24,3 +24,4 @@ report = profile_strategies(
 )
 print(report)
 Path("report.json").write_text(report.to_json())
+report.plot().figure.savefig("report.png")
