@@ -153,7 +153,7 @@ def describe(error: Exception) -> str | None:
     # Typer's errors about options: which package defines them depends on its version.
     format_message = getattr(error, "format_message", None)
     if format_message is not None:
-        return str(format_message())
+        return str(format_message()).replace("Value error, ", "")
     from tbptt_ckpt.memory.exhausted import is_out_of_memory  # which needs torch
 
     if is_out_of_memory(error):

@@ -126,6 +126,13 @@ def test_without_steps_a_table_says_how_far_back_fits(
             assert f"{row['k2']:,} " in "\n".join(lines)
 
 
+def test_no_budget_of_a_very_long_window_is_shown_that_runs_its_steps_without_end() -> None:
+    costs = Costs.linear(state_bytes=64 << 10, step_bytes=230_000)
+    rungs = budget_ladder(1_000_000, costs, count=3)
+    assert rungs[0].plan.executed_steps <= 9_000_000
+    assert rungs[-1].plan.executed_steps == 1_000_000
+
+
 def test_a_part_of_the_free_memory_is_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     half = run_json(capsys, "--budget", "0.0001", *BY_HAND)["reaches"][0]
     assert half["budget_bytes"] == pytest.approx(1e-4 * free_memory(), rel=0.3)
