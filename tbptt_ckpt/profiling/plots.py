@@ -235,7 +235,7 @@ def _draw_line(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     times = [part[0][0] for part in parts]
     low, high = ([f(live for _, live in part) for part in parts] for f in (min, max))
-    axes.fill_between(times, low, high, color=_BLUE, alpha=0.35, linewidth=0)
+    axes.fill_between(times, low, high, step="post", color=_BLUE, alpha=0.35, linewidth=0)
     axes.plot(times, high, **_STAIRS, linewidth=0.7, label="measured")
 
 
