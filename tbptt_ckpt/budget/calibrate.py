@@ -12,7 +12,7 @@ from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
 from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
 from tbptt_ckpt.budget.probe import SegmentProbe
-from tbptt_ckpt.budget.samples import Peaks, QuietSample, SegmentBytes, peaks_curve
+from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes, peaks_curve
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
@@ -115,10 +115,17 @@ class _Measuring:
         began = time.perf_counter()
         self.bytes.append(self.probe.bytes_of(steps))
         if steps < self.limits.max_steps:
-            self.quiet.append(self.probe.quiet_bytes_of(steps))
+            self.quiet.append(self._quiet_bytes_of(self.bytes[-1]))
         if steps in _HOST_STEPS:
             self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
         self.spent = time.perf_counter() - began
+
+    def _quiet_bytes_of(self, sample: SegmentBytes) -> QuietSample:
+        joins = sample.peak + sample.gradients <= self.limits.room_bytes
+        quiet = self.probe.quiet_bytes_of(sample.steps, joins=joins)
+        if joins or sample.steps == 1 or self.probe.runner.recurrence.per_step:
+            return quiet
+        return replace(quiet, joined=JoinedBytes.at_most(sample))
 
     def _longest_that_fits(self) -> int:
         """The longest leaf to meter between two of the usual lengths, where room ends there.

@@ -82,7 +82,7 @@ def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: floa
         room_bytes: What it may take.
     """
     metered = costs.metered_steps or CHECKED_STEPS
-    anew = costs.fixed.gradients + 2 * costs.state_bytes
+    anew = 2 * costs.fixed.gradients + 2 * costs.state_bytes  # once more in joined pieces
     known = anew + max(curve(metered) for curve in _curves(costs))
     per_step = _STEEPER * max(curve.slope for curve in _curves(costs))
     fitting = metered + (room_bytes - known) / max(1.0, per_step)

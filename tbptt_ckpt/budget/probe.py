@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -82,8 +82,11 @@ class SegmentProbe:
         asks = any(b.resets is not None or b.weight is not None for b in self.blocks)
         return asks or not self.runner.recurrence.per_step
 
-    def quiet_bytes_of(self, steps: int) -> QuietSample:
-        """Measure an advance and a leaf of steps without a loss; one more step has it."""
+    def quiet_bytes_of(self, steps: int, *, joins: bool = True) -> QuietSample:
+        """Measure an advance and a leaf of steps without a loss; one more step has it.
+
+        `joins`: whether there is room for leaves in two pieces.
+        """
         joint = self.stop - 1
         actions = (
             Advance(joint - steps, joint),
@@ -99,7 +102,7 @@ class SegmentProbe:
             leaf=_peaks(begun, forward, leaf),
             graph=forward.now_bytes - begun.now_bytes,
             advance=advance.peak_bytes - before.now_bytes,
-            joined=self._joined_bytes_of(steps) if steps > 1 else None,
+            joined=self._joined_bytes_of(steps) if joins and steps > 1 else None,
         )
 
     def _joined_bytes_of(self, steps: int) -> JoinedBytes | None:
@@ -110,7 +113,8 @@ class SegmentProbe:
             parameter.grad = None
         with peak_memory(self.device, held=(), rss=False) as meter:
             readings = _Readings(meter.lap)
-            self._run((self._leaf(steps), self._leaf(steps)), readings, self.stop - 1)
+            joint = self.stop - 1
+            self._run((self._leaf(steps), self._leaf(steps)), readings, joint, stops_at=(joint,))
         begun, last_forward, last, forward, leaf = readings.found
         anew = last.now_bytes - begun.now_bytes
         return JoinedBytes(
@@ -172,11 +176,14 @@ class SegmentProbe:
         actions: Sequence[Advance | Differentiate],
         observer: Observer,
         loss_start: int | None = None,
+        *,
+        stops_at: Sequence[int] = (),
     ) -> StateGrads | None:
         """Run actions; losses begin where they do in the window, or where it is said."""
         start = min(action.start for action in actions)
         loss_start = self.loss_start if loss_start is None else loss_start
         this = self._pass(start, start, self.stop, max(start, loss_start), observer)
+        this = replace(this, stops_at=stops_at)
         route = Route(actions, self.stop - start)
         try:
             return ReplayExecutor().run(this, route, self._boundary_at(start))

@@ -59,6 +59,12 @@ class JoinedBytes:
     last_leaf: int  # peak of its backward before gradients exist, without those that it makes
     leaf: int  # the same afterwards
 
+    @classmethod
+    def at_most(cls, sample: SegmentBytes) -> JoinedBytes:
+        """No more than this, where it cannot be measured: gradients are held once more."""
+        last, held = sample.last_leaf_beside_gradients.backward, sample.gradients
+        return cls(last + held, sample.leaf.backward + held)
+
 
 def peaks_curve(samples: Iterable[tuple[int, Peaks]]) -> Curve:
     """The peak of leaves of any length."""

@@ -189,14 +189,8 @@ class WindowCosts:
         if quiet is None:
             return costs.with_leaves(added, last)
         more, graph = quiet.irregular, quiet.graph
-        joined, last_joined = quiet.joined, quiet.last_joined
-        quiet = replace(
-            quiet,
-            leaf=cut.added(quiet.leaf, more, spared),
-            graph=graph and cut.added(graph, more, _nothing),
-            joined=joined and cut.added(joined, more, spared),
-            last_joined=last_joined and cut.added(last_joined, more, spared),
-        )
+        quiet = quiet.changed(lambda curve: cut.added(curve, more, spared))
+        quiet = replace(quiet, graph=graph and cut.added(graph, more, _nothing))
 
         def raised(curve: Curve) -> Curve:
             return higher(added(curve), quiet.leaf)  # what planners take it for
@@ -275,9 +269,13 @@ class WindowCosts:
 
 
 def _cut_at_first_loss(costs: Costs, num_losses: int) -> Costs:
-    """Costs whose last leaf in time is a segment of so many losses and one before it."""
+    """Costs of leaves that may be two segments, of which only the later one has losses."""
     quiet, last = costs.quiet, costs.last_leaf_bytes
-    if quiet is None or quiet.graph is None or last is None:
+    if quiet is None or quiet.graph is None:
+        return costs
+    if quiet.joined is not None:
+        costs = replace(costs, leaf_bytes=higher(costs.leaf_bytes, quiet.joined))
+    if last is None:
         return costs
     bends = {steps for curve in (quiet.leaf, quiet.graph) for steps, _ in curve.points if steps}
     whole = {n: last(n) for n in (num_losses, *(steps for steps, _ in last.points))}

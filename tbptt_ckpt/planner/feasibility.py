@@ -44,7 +44,7 @@ class Way:
 def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
     """The ways to plan a stretch; what either takes for a plan is never less than it takes."""
     quiet, is_last = costs.quiet, stretch.is_last
-    everywhere = Way(_with_joined(costs), is_last)
+    everywhere = Way(replace(costs, quiet=None), is_last)
     if quiet is None or stretch.num_losses == stretch.steps:
         return (everywhere,)
     if stretch.num_losses == 0:
@@ -53,13 +53,6 @@ def ways(stretch: Stretch, costs: Costs) -> tuple[Way, ...]:
         return (everywhere,)
     last = _last_leaves(stretch, quiet, costs)
     return everywhere, Way(_quiet_before(quiet, last, costs), True, stretch.num_losses)
-
-
-def _with_joined(costs: Costs) -> Costs:
-    """Costs whose leaves take as much with losses as where they are joined from two pieces."""
-    last = costs.last_leaf_bytes and costs.joined_curve(is_last=True)
-    anywhere = costs.joined_curve(is_last=False)
-    return replace(costs, leaf_bytes=anywhere, last_leaf_bytes=last, quiet=None)
 
 
 def _quiet_before(quiet: QuietBytes, last: Curve, costs: Costs) -> Costs:

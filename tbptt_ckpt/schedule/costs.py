@@ -9,7 +9,7 @@ from typing import Any
 
 from tbptt_ckpt.arguments import Dimension, Size, check_fields, checked
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.schedule.curves import Curve, higher
+from tbptt_ckpt.schedule.curves import Curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +148,11 @@ class Costs:
         curve, without = self.leaf_curve(is_last=is_last), steps - num_losses
         if self.quiet is None or not without:
             return math.ceil(curve(steps))
-        most, joined = curve(steps), self._joined(is_last=is_last)
-        if not num_losses:
-            return math.ceil(min(self.quiet.leaf(steps), most))
-        makes = is_last and self.last_leaf_bytes is not None
-        peak = self.quiet.before_losses(without, num_losses, curve, makes_gradients=makes)
-        return math.ceil(min(peak, max(most, joined(steps)) if joined else most))
+        peak = self.quiet.leaf(steps)
+        if num_losses:
+            makes = is_last and self.last_leaf_bytes is not None
+            peak = self.quiet.before_losses(without, num_losses, curve, makes_gradients=makes)
+        return math.ceil(min(peak, curve(steps)))
 
     def advance_peak(self, steps: int, num_losses: int, most_steps: int) -> int:
         """Peak of an advance in calls of at most `most_steps`, whose last steps have a loss."""
@@ -176,16 +175,6 @@ class Costs:
     def leaf_curve(self, *, is_last: bool) -> Curve:
         """Bytes of a leaf whose steps all have losses."""
         return (self.last_leaf_bytes if is_last else None) or self.leaf_bytes
-
-    def joined_curve(self, *, is_last: bool) -> Curve:
-        """Bytes of a leaf wherever its losses begin."""
-        loud, joined = self.leaf_curve(is_last=is_last), self._joined(is_last=is_last)
-        return higher(loud, joined) if joined else loud
-
-    def _joined(self, *, is_last: bool) -> Curve | None:
-        if self.quiet is None:
-            return None
-        return self.quiet.last_joined if is_last and self.last_leaf_bytes else self.quiet.joined
 
     def with_leaves(
         self, change: Callable[[Curve], Curve], change_last: Callable[[Curve], Curve]
