@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tbptt_ckpt import Costs
@@ -45,16 +46,16 @@ class _Canvas:
         self._seconds = plan.predicted_seconds or 1.0
         self._advanced_steps = [0.0] * COLUMNS
         self._leaf_starts: set[int] = set()
-        # Columns by what happens there; the first mark that has a column is drawn.
-        marks = (DIFFERENTIATED, KEPT, ADVANCED)
+        # Columns by what happens there.
+        marks = (DIFFERENTIATED, ADVANCED)
         self._rows: list[dict[str, set[int]]] = [{m: set() for m in marks} for _ in range(ROWS)]
-        self._kept: set[int] = set()
-        self._clock, self._row = 0.0, 0
+        self._kept_by_row = [frozenset[int]()] * ROWS
+        self._kept = Counter[int]()  # states by column
+        self._columns_kept: frozenset[int] = frozenset()
+        self._clock = 0.0
         for action in plan.schedule:
-            if isinstance(action, Keep):
-                self._kept.add(action.step)
-            elif isinstance(action, Drop):
-                self._kept.discard(action.step)
+            if isinstance(action, Keep | Drop):
+                self._keep(self._column(action.step), 1 if isinstance(action, Keep) else -1)
             else:
                 self._run(action)
 
@@ -81,10 +82,24 @@ class _Canvas:
         return [
             _line(
                 format_seconds(self._seconds * number / ROWS),
-                "".join(next((m for m in row if c in row[m]), IDLE) for c in range(COLUMNS)),
+                "".join(self._mark(number, column) for column in range(COLUMNS)),
             )
-            for number, row in enumerate(self._rows)
+            for number in range(ROWS)
         ]
+
+    def _mark(self, number: int, column: int) -> str:
+        """What is drawn where several things happen."""
+        seen, kept = self._rows[number], self._kept_by_row[number]
+        if column in seen[DIFFERENTIATED]:
+            return DIFFERENTIATED
+        if column in kept:
+            return KEPT
+        return ADVANCED if column in seen[ADVANCED] else IDLE
+
+    def _keep(self, column: int, more: int) -> None:
+        before, self._kept[column] = self._kept[column], self._kept[column] + more
+        if not before or not self._kept[column]:
+            self._columns_kept ^= {column}
 
     def _run(self, action: Advance | Differentiate) -> None:
         start, stop = action.start - self._plan.first, action.stop - self._plan.first
@@ -102,7 +117,7 @@ class _Canvas:
                 seen[ADVANCED].update(self._span(low, high))
             else:  # a leaf is there as a whole until it is differentiated
                 seen[DIFFERENTIATED].update(self._span(start, stop))
-            seen[KEPT] = set(map(self._column, self._kept))
+            self._kept_by_row[row] = self._columns_kept
 
     def _row_parts(self, begun: float, ended: float) -> Iterator[tuple[int, tuple[float, float]]]:
         """Rows that a stretch of time touches, and which part of it lies in each."""
