@@ -37,6 +37,7 @@ class Bar:
                 "a progress bar needs the package rich: pip install 'tbptt-ckpt[cli]'"
             ) from error
         console = Console(stderr=True)
+        has_terminal = sys.stderr is not None and sys.stderr.isatty()  # a daemon has no stderr
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(None),
@@ -46,7 +47,7 @@ class Bar:
             console=console,
             transient=True,
             expand=True,
-            disable=not (sys.stderr.isatty() or console.is_jupyter),
+            disable=not (has_terminal or console.is_jupyter),
         )
         self._unit = unit
         self._task: Any = None
