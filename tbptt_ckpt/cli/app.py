@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tbptt_ckpt.cli.commands import doctor, init, plan, profile, snapshots, train
+from tbptt_ckpt.cli.commands import GIVEN, doctor, init, plan, profile, snapshots, train
 from tbptt_ckpt.cli.options import Command
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.profile.config import ProfileConfig
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the standard error; 130 and 143: stopped by SIGINT or SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    GIVEN.set(given)
     try:
         with interruptible(), warnings_in_one_line():
             command = typer.main.get_command(app)

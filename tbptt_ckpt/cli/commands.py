@@ -6,7 +6,10 @@ What needs torch is imported where it is used, so that a `--help` is quick.
 from __future__ import annotations
 
 import json as json_format
+import shlex
 import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +21,7 @@ from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.errors import ArgumentError
 
+GIVEN: ContextVar[Sequence[str]] = ContextVar("given", default=())  # what was typed
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -83,12 +87,12 @@ def profile(
     Options that take a list, separated by commas, measure every combination.
     """
     from tbptt_ckpt.cli.profile.job import run_profile
-    from tbptt_ckpt.cli.terminal import command_line, progress_bar, table_width
+    from tbptt_ckpt.cli.terminal import progress_bar, table_width
     from tbptt_ckpt.profiling.configuration import ProfileError
 
     try:
         with progress_bar("rows") as watch:
-            report = run_profile(config, watch, command=command_line())
+            report = run_profile(config, watch, command=shlex.join(["tbptt-ckpt", *GIVEN.get()]))
     except ProfileError as error:
         if traceback and error.remote_traceback:
             print(error.remote_traceback, file=sys.stderr)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,8 +66,3 @@ def format_seconds(seconds: float) -> str:
 def table_width() -> int:
     """Characters in a line: of the terminal, of COLUMNS, or what a page of text has."""
     return shutil.get_terminal_size((100, 24)).columns
-
-
-def command_line() -> str:
-    """The command as it was given, without the path of its program."""
-    return shlex.join(["tbptt-ckpt", *sys.argv[1:]])
