@@ -120,7 +120,7 @@ class LossCalls(TorchFunctionMode):
         # Tensors with all the elements of one that the loss was given: a target's place, or None.
         # Whoever writes into one of them makes other elements.
         self._origins: dict[int, tuple[Tensor, int, int | None]] = {}
-        self._returned = set(map(id, tensors_of(outputs)))
+        self._outputs = outputs
         for tensor in tensors_of(outputs):
             self._origins[id(tensor)] = tensor, _version_of(tensor), None
         for place, tensor in enumerate(tensors_of(targets)):
@@ -138,7 +138,7 @@ class LossCalls(TorchFunctionMode):
         if func in _BY_CLASS:
             named = {**dict(zip(_PARAMETERS[func], args, strict=False)), **given}
             y, target = named["input"], named["target"]
-            check_classes(func.__name__, y, target, as_returned=id(y) in self._returned)
+            check_classes(func.__name__, y, target, returned=self._outputs)
         value = func(*args, **given)
         if func in _PARAMETERS:
             self.last = self._noted(func, args, given, value)

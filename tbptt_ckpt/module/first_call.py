@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import is_compiled, modules_in, name_of
 from tbptt_ckpt.module.recurrence import Recurrence
-from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.module.trees import Tree, tensors_of
 
 
 def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
@@ -145,15 +145,16 @@ def check_agreement(recurrence: Recurrence, inputs: Any, outputs: Any, targets: 
         )
 
 
-def check_classes(name: str, outputs: Any, targets: Any, *, as_returned: bool) -> None:
+def check_classes(name: str, outputs: Any, targets: Any, *, returned: Tree) -> None:
     """Raise `ArgumentError` where a loss of torch's by class is given classes last.
 
     Layers give them so, and torch takes dimension 1 for them: it raises unless there are as many
-    lanes as classes, and takes one for the other where there are. Then only outputs `as_returned`
-    tell: a loss that has turned them knows what it does.
+    lanes as classes, and takes one for the other where there are. Then only outputs as the module
+    has `returned` them tell: a loss that has turned them knows what it does.
     """
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.dim() < 3:
         return
+    as_returned = any(outputs is tensor for tensor in tensors_of(returned))
     fits = outputs.shape[:1] + outputs.shape[2:] == targets.shape and not as_returned
     if outputs.shape[:-1] == targets.shape and not (targets.is_floating_point() or fits):
         raise ArgumentError(
