@@ -9,7 +9,7 @@ from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.curves import Curve
+from tbptt_ckpt.schedule.curves import Curve, higher
 
 _MOST_LONGER = 2  # than a measured leaf: what takes the square of its steps is caught in time
 _LEAST_LONGER = 1.1
@@ -103,4 +103,5 @@ def _raised(curve: Curve, steps: int, taken: float) -> Curve:
     """A curve that says no less at one length, and beyond it follows what it says by then."""
     if taken <= curve(steps):
         return curve
-    return Curve.through([*(point for point in curve.points if point[0] < steps), (steps, taken)])
+    shorter = [point for point in curve.points if point[0] < steps]
+    return higher(Curve.through([*shorter, (steps, taken)]), curve)

@@ -189,7 +189,7 @@ class WindowCosts:
         if quiet is None:
             return costs.with_leaves(added, last)
         more, graph = quiet.irregular, quiet.graph
-        quiet = quiet.changed(lambda curve: cut.added(curve, more, spared))
+        quiet = replace(quiet, graph=None).changed(lambda curve: cut.added(curve, more, spared))
         quiet = replace(quiet, graph=graph and cut.added(graph, more, _nothing))
 
         def raised(curve: Curve) -> Curve:
