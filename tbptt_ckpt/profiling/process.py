@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self, TypeVar, cast
 
+import torch
+
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, bench_error
@@ -93,6 +95,9 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
     with contextlib.suppress(OSError):  # not everywhere is Linux
         Path("/proc/self/oom_score_adj").write_text("1000")
+    # Gradients that vanish on the way end in denormal numbers, which take a CPU many times as long:
+    # rows would differ by how far their weights have learned.
+    torch.set_flush_denormal(True)
     pickled_workload = pipe.recv_bytes()
     bench: WindowBench | None = None
     while True:

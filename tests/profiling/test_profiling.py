@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from grids import covering
 from torch import nn
 
-from tbptt_ckpt import ArgumentError, profile_strategies, profile_window
+from tbptt_ckpt import ArgumentError, Workload, profile_strategies, profile_window
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.schedule import Sqrt
 
 MSE = nn.functional.mse_loss
 STRATEGIES = ("retain", "step", "uniform:5")
@@ -57,6 +61,19 @@ def test_peaks_are_the_same_in_processes_of_their_own():
     assert [row.strategy for row in fresh.rows] == ["retain", "sqrt"]
     assert fresh.rows[0].ratio == 1.0
     assert fresh.rows[1].ratio > 0
+
+
+def half_of_the_least(bench):
+    return (torch.full((8,), torch.finfo(torch.float32).tiny) * 0.5).sum().item()
+
+
+def test_rows_are_timed_without_denormal_numbers():
+    """On which a CPU is slow: how many there are depends on what the weights have learned."""
+    work = make(nn.GRUCell)
+    making = functools.partial(Workload, *work[:2], inputs=work[2], targets=work[3])
+    with ProcessBench(making, Configuration(strategy=Sqrt(), k1=4, k2=12)) as bench:
+        assert bench.ask(half_of_the_least) == 0.0
+    assert half_of_the_least(None) > 0.0  # this process keeps them
 
 
 def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
