@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,8 +21,9 @@ from tbptt_ckpt.schedule.plan import PredictedPlan
 
 _MOST_LEVELS = 8  # of what is shown: below, a little more memory saves most of the time
 # Reaches are looked for among these, of three digits.
-_REACHES = [*range(1, 1000), *(n * 10**p for p in range(1, 5) for n in range(100, 1000))]
+_REACHES = [*range(1, 1000), *(n * 10**p for p in range(1, 11) for n in range(100, 1000))]
 FARTHEST = _REACHES[-1]
+MOST_PLANNED = 9_990_000  # longer windows are found, not planned: an update would take hours
 _STEPS_PER_DOUBLING = 8
 _FIRST_REACH, _MOST_REACHES = 100, 10  # beside the longest at none, one and two extra forwards
 
@@ -51,25 +52,34 @@ class Reach:
 
 
 @checked
-def reach_ladder(budget_bytes: PositiveInt, costs: Costs) -> Iterator[Reach]:
-    """Windows that fit a budget, up to the longest at two extra forwards; one plan at a time.
-
-    Among them are the longest that plain BPTT can, and those at one and at two extra forwards.
+def longest_windows(budget_bytes: PositiveInt, costs: Costs) -> dict[int, int]:
+    """About the most steps that fit at none, at one and at two extra forwards.
 
     Raises:
         InfeasibleBudgetError: Not even one step fits.
     """
     plan(1, costs, budget_bytes=budget_bytes)
-    longest = {farthest_reach(budget_bytes, costs, levels): levels for levels in (2, 1, 0)}
-    low, high = min(longest), max(longest)
+    return {levels: farthest_reach(budget_bytes, costs, levels) for levels in (0, 1, 2)}
+
+
+def reach_ladder(
+    budget_bytes: int, costs: Costs, longest_by_levels: Mapping[int, int]
+) -> Iterator[Reach]:
+    """Windows that fit a budget, up to the longest at two extra forwards; one plan at a time.
+
+    Among them are the longest of `longest_windows`, if they have at most `MOST_PLANNED` steps.
+    """
+    longest = {longest_by_levels[levels]: levels for levels in sorted(longest_by_levels)[::-1]}
+    low, high = min(longest), min(MOST_PLANNED, max(longest))
     round_numbers = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
     between = [n for n in round_numbers if min(low / 5, _FIRST_REACH) <= n < high]
     every = -(-len(between) // _MOST_REACHES)
-    for num_steps in sorted({*between[::-1][::every], *longest} - {0}):
+    marked = {num_steps for num_steps in longest if 0 < num_steps <= high}
+    for num_steps in sorted({*between[::-1][::every], high, *marked}):
         yield Reach(
             quick_plan(num_steps, costs, budget_bytes),
             plan(num_steps, costs, strategy="retain"),
-            None if num_steps == FARTHEST else longest.get(num_steps),  # the search ends there
+            longest.get(num_steps),
         )
 
 
@@ -112,7 +122,7 @@ def _few_levels_budget(num_steps: int, most_bytes: int, costs: Costs) -> int:
 def farthest_reach(budget_bytes: PositiveInt, costs: Costs, levels: Dimension) -> int:
     """About the most steps that fit with none advanced more than `levels` times.
 
-    It is rounded down to three digits, and at most 9,990,000; 0 if not even one step fits.
+    It is rounded down to three digits, and at most `FARTHEST`; 0 if not even one step fits.
     """
 
     def misses(num_steps: int) -> bool:

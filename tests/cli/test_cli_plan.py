@@ -15,7 +15,13 @@ from tbptt_ckpt.cli.app import main
 from tbptt_ckpt.cli.plan.drawing import COLUMNS, LABEL, draw_plan
 from tbptt_ckpt.cli.terminal import format_seconds
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.planner.ladder import budget_ladder, farthest_reach, reach_ladder
+from tbptt_ckpt.planner.ladder import (
+    MOST_PLANNED,
+    budget_ladder,
+    farthest_reach,
+    longest_windows,
+    reach_ladder,
+)
 
 BY_HAND = ["--state-bytes", "64KiB", "--step-bytes", "230KB"]
 
@@ -92,12 +98,14 @@ def test_no_step_runs_more_often_up_to_the_farthest_reach(levels: int, budget: i
 
 def test_reaches_hold_the_budget_and_the_three_longest_are_marked() -> None:
     costs = Costs.linear(state_bytes=64 << 10, step_bytes=230_000)
-    reaches = list(reach_ladder(8 << 20, costs))
+    longest = longest_windows(8 << 20, costs)
+    reaches = list(reach_ladder(8 << 20, costs, longest))
     steps = [reach.plan.num_steps for reach in reaches]
     assert steps == sorted(set(steps))
     assert steps[-1] == farthest_reach(8 << 20, costs, 2)
     marked = {reach.levels: reach for reach in reaches if reach.levels is not None}
-    assert sorted(marked) == [0, 1, 2]
+    assert {levels: reach.plan.num_steps for levels, reach in marked.items()} == longest
+    assert sorted(longest) == [0, 1, 2]
     for reach in reaches:
         assert reach.plan.predicted_peak_bytes <= 8 << 20
         assert reach.retained == plan(reach.plan.num_steps, costs, strategy="retain")
@@ -105,6 +113,21 @@ def test_reaches_hold_the_budget_and_the_three_longest_are_marked() -> None:
         assert fits == (reach.plan.num_steps <= marked[0].plan.num_steps)
         full = plan(reach.plan.num_steps, costs, budget_bytes=8 << 20).predicted_seconds
         assert reach.plan.predicted_seconds == pytest.approx(full, rel=0.02)
+
+
+def test_longest_windows_that_are_too_long_to_plan_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_hand = ["--state-bytes", "1KiB", "--step-bytes", "6000"]
+    assert main(["plan", "--budget", "8MiB", *by_hand]) == 0
+    printed = capsys.readouterr().out
+    found = run_json(capsys, "--budget", "8MiB", *by_hand)["reaches"][0]
+    assert found["rows"][-1]["k2"] == MOST_PLANNED
+    assert [row["longest_at_extra_forwards"] for row in found["rows"]].count(None) > 1
+    longest = {int(levels): steps for levels, steps in found["longest_by_extra_forwards"].items()}
+    assert longest[1] < MOST_PLANNED < longest[2]
+    assert any(line.rstrip().endswith("longest, 1 extra") for line in printed.splitlines())
+    assert f"longest, 2 extra: {longest[2]:,} steps, too many" in printed
 
 
 @pytest.mark.parametrize("columns", ["80", "100"])

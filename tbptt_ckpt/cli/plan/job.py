@@ -14,7 +14,7 @@ from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.fastest import quick_plan
-from tbptt_ckpt.planner.ladder import Reach, Rung, budget_ladder, reach_ladder
+from tbptt_ckpt.planner.ladder import Reach, Rung, budget_ladder, longest_windows, reach_ladder
 from tbptt_ckpt.profiling.predicting import measure_workload
 from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
 from tbptt_ckpt.schedule import FixedBytes
@@ -47,6 +47,7 @@ class ReachesWithin:
 
     budget: str  # as it was given
     budget_bytes: int
+    longest: dict[int, int]  # extra forwards: steps, planned or not
     reaches: list[Reach]
 
 
@@ -70,10 +71,7 @@ def run_planning_job(
         budgets = {
             text: budget_bytes(text, "--budget", device) or 0 for text in config.budget or (HALF,)
         }
-        tables = [
-            ReachesWithin(text, size, _reaches(text, size, costs, watch))
-            for text, size in budgets.items()
-        ]
+        tables = [_reaches_within(text, size, costs, watch) for text, size in budgets.items()]
         return ReachOutcome(what=what, costs=costs, tables=tables)
     limit = budget_bytes(config.budget[0], "--budget", device) if config.budget else None
     watch(Progress("planning", 0, 1))
@@ -96,16 +94,18 @@ def _plan(num_steps: int, costs: Costs, limit: int | None, strategy: Any) -> Pre
     return plan_steps(num_steps, costs, budget_bytes=limit, strategy=strategy)
 
 
-def _reaches(text: str, num_bytes: int, costs: Costs, watch: Watch) -> list[Reach]:
-    found: list[Reach] = []
+def _reaches_within(text: str, num_bytes: int, costs: Costs, watch: Watch) -> ReachesWithin:
+    watch(Progress(f"looking how far {format_bytes(num_bytes)} reach", 0, _ROWS))
     try:
-        for reach in reach_ladder(num_bytes, costs):
-            found.append(reach)
-            watch(Progress(f"planning within {format_bytes(num_bytes)}", len(found), _ROWS))
+        longest = longest_windows(num_bytes, costs)
     except InfeasibleBudgetError as error:
         least = format_bytes(error.smallest_budget_bytes or 0)
         message = f"--budget {text}: not even one step fits into less than {least}"
         raise ArgumentError(message) from error
+    found = ReachesWithin(text, num_bytes, longest, [])
+    for reach in reach_ladder(num_bytes, costs, longest):
+        found.reaches.append(reach)
+        watch(Progress(f"planning within {format_bytes(num_bytes)}", len(found.reaches), _ROWS))
     return found
 
 

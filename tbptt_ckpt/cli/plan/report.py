@@ -14,7 +14,7 @@ from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan
 from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
 from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.planner.ladder import FARTHEST, Reach
+from tbptt_ckpt.planner.ladder import FARTHEST, MOST_PLANNED, Reach
 from tbptt_ckpt.profiling.plots import draw_reaches, write_figure
 
 _LONGEST = {
@@ -135,8 +135,10 @@ def _reach_table(what: str, within: ReachesWithin) -> Table:
     given = size if within.budget == size.replace(" ", "") else f"{within.budget} ({size})"
     note = "k2: steps an update reaches back; plain: with everything kept, as plain\n"
     note += "BPTT has it; longest, 1 extra: no step runs forward more than once more"
-    if within.reaches[-1].plan.num_steps == FARTHEST:
-        note += "\nlonger windows, which fit, are not looked at"
+    for levels, steps in within.longest.items():
+        if steps > MOST_PLANNED:
+            more = " or more" if steps == FARTHEST else ""
+            note += f"\n{_LONGEST[levels]}: {steps:,} steps{more}, too many to be planned here"
     made = table(
         f"How far back within {given}: {what}",
         note,
@@ -188,6 +190,7 @@ def reaches_json(outcome: ReachOutcome) -> str:
         {
             "budget": within.budget,
             "budget_bytes": within.budget_bytes,
+            "longest_by_extra_forwards": within.longest,
             "rows": [reach_row(reach) for reach in within.reaches],
         }
         for within in outcome.tables
