@@ -13,18 +13,23 @@ from contextlib import contextmanager, suppress
 import torch
 
 # Of torch's allocator, of C++, of oneDNN (which says "primitive descriptor" of what it cannot do
-# at all), of cuBLAS, cuDNN and the driver.
+# at all), of drivers and their libraries. cuDNN calls "not supported" what finds no workspace, too.
 _MESSAGES = re.compile(
     r"can't allocate memory|not enough memory|std::bad_alloc|bad allocation"
     r"|could not (create|execute) a primitive(?! desc)"
-    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUDA( driver)? error: out of memory"
+    r"|out[ _]?of[ _]?((device|host)[ _])?memory|MemoryAllocation\b|status_?memory_?error"
+    r"|STATUS\w*_?ALLOC(ATION)?_?FAILED|CUFFT_ALLOC_FAILED"
+    r"|CUDNN_STATUS_NOT_SUPPORTED\.|(GET|FIND) was unable to find an engine"
+    r"|unable to find a valid cuDNN algorithm",
+    re.IGNORECASE,
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had no memory left.
 
-    On the CPU torch has no type of its own for it: a plain `RuntimeError` of its allocator.
+    `torch.OutOfMemoryError` is that of an accelerator's allocator. What the CPU's says, a library
+    (its handle or workspace) or a driver (`torch.AcceleratorError`) is known by its text.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

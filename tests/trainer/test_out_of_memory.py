@@ -30,6 +30,8 @@ class Scarce(TorchDispatchMode):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     )
 
     def __init__(self, at: int, times: int = 1) -> None:
