@@ -30,6 +30,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that ask for a device run on each of this machine's."""
+    if "device" in metafunc.fixturenames:
+        import devices
+
+        metafunc.parametrize("device", devices.found(), ids=str, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The device on which a test runs; in full precision, as its references are."""
+    import devices
+    import torch
+
+    if request.param != devices.CPU:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with devices.running_on(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _auto_follows_from_the_window_alone(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -35,9 +35,12 @@ from cases import (
     tanh_cell,
     twin,
 )
+from devices import CPU, running_on
 from grids import parts
 
 from tbptt_ckpt import TBPTT
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NUM_STEPS = tuple(range(1, 10))
 K1 = tuple(range(1, 6))
@@ -139,7 +142,8 @@ class Setting:
 
 
 def reference(case: Case) -> list[naive.NaiveWindow]:
-    setting = Setting(case)
+    with running_on(CPU):
+        setting = Setting(case)
     problem = naive_problem(
         setting.module,
         setting.inputs,
