@@ -23,7 +23,7 @@ MODULE_LINES, FUNCTION_LINES, TEST_LINES, ROOT_NAMES = 300, 60, 600, 40
 # floors below its own only, so that rooms of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("arguments",),
+    ("arguments", "devices"),
     ("schedule", "memory", "module"),
     ("planner", "data", "updates", "snapshot", "time_batching"),
     ("executor",),

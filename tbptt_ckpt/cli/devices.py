@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from tbptt_ckpt.devices import accelerator, check_usable
 from tbptt_ckpt.errors import ArgumentError
 
 # Autocast keeps the weights in float32, so what is trained and saved is float32.
@@ -15,18 +16,22 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, which this machine must have; None is the accelerator or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    """The device of that name, which this machine must have; None is the accelerator or the CPU.
+
+    Whatever the name, it is one that can be used.
+    """
+    here = accelerator()
     if name is None:
-        return accelerator or torch.device("cpu")
+        return here or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ArgumentError(f"--device {name} is no device; write cpu, cuda or cuda:1") from error
     if device.type == "cpu":
         return torch.device("cpu")
-    if accelerator is None or accelerator.type != device.type:
-        present = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+    check_usable(f"--device {name}: tensors", device)
+    if here is None or here.type != device.type:
+        present = "cpu" if here is None else f"cpu and {here.type}"
         raise ArgumentError(f"--device {name} is not on this machine, which has {present}")
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from tbptt_ckpt.cli.terminal import figure_table
+from tbptt_ckpt.devices import accelerator
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.environment import describe_environment
@@ -26,9 +27,9 @@ _EXTRAS = {
 def examined() -> dict[str, Any]:
     """All of it, as plain data; no names of hosts or users."""
     devices = [{"device": "cpu", "free_bytes": free_memory()}]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    for index in range(torch.accelerator.device_count() if accelerator else 0):
-        device = f"{accelerator}:{index}"
+    here = accelerator()
+    for index in range(torch.accelerator.device_count() if here else 0):
+        device = f"{here}:{index}"
         devices.append({"device": device, "free_bytes": free_memory(device)})
     missing = {
         extra: [name for name in names if find_spec(name) is None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
+from tbptt_ckpt.devices import torch_generators
 from tbptt_ckpt.errors import ArgumentError, TbpttError, TbpttWarning, shown
 from tbptt_ckpt.executor.additivity import MeanCheck
 from tbptt_ckpt.executor.loss_sum import LossSum
@@ -192,7 +193,8 @@ class LossFunction:
         return value
 
     def _first_call(self, outputs: Tree, targets: Tree) -> tuple[Any, TorchCall | None]:
-        before = torch.get_rng_state()
+        generators = torch_generators(tensors_of((outputs, targets)))
+        before = [each.get_state() for each in generators]
         try:
             with LossCalls(outputs, targets) as calls:
                 value = self.loss_fn(outputs, targets)
@@ -205,7 +207,7 @@ class LossFunction:
                 "segments, and a few short ones measured, so that the number of steps varies"
             )
             raise
-        if not torch.equal(before, torch.get_rng_state()):
+        if not all(map(torch.equal, before, [each.get_state() for each in generators])):
             raise ArgumentError(
                 "loss_fn drew random numbers; it is not evaluated in every run of a step, so "
                 "draw them in the module, where they are replayed"

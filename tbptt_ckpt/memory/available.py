@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from tbptt_ckpt.arguments import AnyPath, checked, refused
+from tbptt_ckpt.devices import accelerator, check_usable
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -58,7 +59,8 @@ def accelerator_or_cpu(device: torch.device | str | None) -> torch.device:
     where = torch.device("cpu" if device is None else device)
     if where.type == "cpu":
         return torch.device("cpu")
-    here = torch.accelerator.current_accelerator(check_available=True)
+    check_usable(f"device={str(device)!r}: tensors", where)
+    here = accelerator()
     if here is None or here.type != where.type:
         has = "cpu" if here is None else f"cpu and {here.type}"
         raise ArgumentError(f"device={str(device)!r} is not on this machine, which has {has}")

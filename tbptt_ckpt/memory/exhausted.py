@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from tbptt_ckpt.devices import accelerator
+
 # Of torch's allocator, of C++, of oneDNN (which says "primitive descriptor" of what it cannot do
 # at all), of drivers and their libraries. cuDNN calls "not supported" what finds no workspace, too.
 _MESSAGES = re.compile(
@@ -44,7 +46,7 @@ def release_memory() -> None:
     Call it outside of the `except` block: the traceback holds the failed call's tensors.
     """
     gc.collect()
-    if torch.accelerator.is_available():
+    if accelerator() is not None:
         torch.accelerator.empty_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # only glibc has it

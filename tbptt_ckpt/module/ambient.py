@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
+from tbptt_ckpt.devices import accelerators, check_not_captured, default_generators
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
 from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorState, generator_places
@@ -56,10 +56,9 @@ class Ambient:
         self._buffers, self._census = find_buffers(roots), BufferCensus(roots)
         self._places = [*GLOBAL_PLACES, *generator_places(roots)]
         self._drawn = (False,) * len(self._places)  # from which of them a run has
-        # A tensor on each accelerator, to name those whose generators count.
-        found = {t.device: t for t in tensors if t.device.type not in ("cpu", "meta")}
-        self._examples = list(found.values())
-        self._device_ids = [tensor.get_device() for tensor in self._examples]
+        tensors = list(tensors)
+        self._devices = accelerators(tensors)
+        self._device_generators = default_generators(tensors)
         self._last: AmbientState | None = None
 
     def about_to_run(self) -> None:
@@ -69,6 +68,8 @@ class Ambient:
 
     def found(self) -> AmbientState:
         """The present state between windows, where others have drawn, or run the module."""
+        for device in self._devices:
+            check_not_captured(device)
         self.about_to_run()
         return self.capture(is_run=False)
 
@@ -78,7 +79,7 @@ class Ambient:
         Of `state`, the tensors that the module has just returned, a buffer may be a shadow.
         """
         cpu_random = torch.get_rng_state()
-        device_random = tuple(get_device_states(*self._examples)[1]) if self._examples else ()
+        device_random = tuple([each.get_state() for each in self._device_generators])
         buffers = tuple([buffer.capture(state) for buffer in self._buffers])
         generators = tuple([place.capture() for place in self._places])
         last = self._last
@@ -103,7 +104,7 @@ class Ambient:
 
     def digest(self) -> int:
         """A number that tells where the generators stand now."""
-        devices = get_device_states(*self._examples)[1] if self._examples else ()
+        devices = [each.get_state() for each in self._device_generators]
         own = [place.capture().digest for place in self._places]
         return hash((*map(checksum, (torch.get_rng_state(), *devices)), *own))
 
@@ -131,9 +132,9 @@ class Ambient:
     def restore(self, state: AmbientState) -> None:
         """Put generators and buffers back to `state`."""
         torch.set_rng_state(state.cpu_random)
-        if self._examples:
-            kind = self._examples[0].device.type
-            set_device_states(self._device_ids, list(state.device_random), device_type=kind)
+        for each, value in zip(self._device_generators, state.device_random, strict=False):
+            if not torch.equal(each.get_state(), value):  # where it is set, cuDNN's dropout
+                each.set_state(value)  # begins anew
         for place, generator in zip(self._places, state.generators, strict=False):
             place.restore(generator)
         self._restore_buffers(state)

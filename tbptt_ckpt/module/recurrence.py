@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tbptt_ckpt.devices import check_usable
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import (
     is_cell,
@@ -271,7 +272,7 @@ def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
 
 
 def check_initialised(name: str, module: object) -> None:
-    """Raise `ArgumentError` for weights that have no shape yet, or no values."""
+    """Raise `ArgumentError` for weights without a shape or values yet, or on a device of no use."""
     owner = owner_of(module)
     if not isinstance(owner, nn.Module):
         return
@@ -286,3 +287,4 @@ def check_initialised(name: str, module: object) -> None:
                 f"{name}: {path!r} is on the meta device, where nothing has values; call "
                 ".to_empty(device='cpu') on the module and load or initialise its weights"
             )
+        check_usable(f"{name}: {path!r}", tensor.device)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.devices import default_generators
 from tbptt_ckpt.module.trees import Tree, map_tensors
 
 
 def moved(run: dict[str, Any], saved: str, here: torch.device) -> dict[str, Any]:
     """The run with its states, buffers, gradients and held steps where the module is now.
 
-    Generators of the CPU stay; those of a device cannot be translated, and go on as they are here.
+    Generators stay, those of a device too where the other is of its kind; those of another kind
+    cannot be translated, and go on as they are here.
     """
     if saved == str(here):
         return run
@@ -34,16 +36,17 @@ def moved(run: dict[str, Any], saved: str, here: torch.device) -> dict[str, Any]
         ]
         found["reader"] = run["reader"] | {"held": held}
     if (records := run["records"]) is not None:
-        own = [] if here.type in ("cpu", "meta") else [_generator(here)]
-        devices = [len(records["random"]) + index for index in range(len(own))]
-        found["records"] = records | {
-            "random": [*records["random"], *own],
-            "ambients": [each | {"devices": devices} for each in records["ambients"]],
-            **{name: all_moved(records[name]) for name in ("values", "boundaries", "origin_state")},
-        }
+        carried = ("values", "boundaries", "origin_state")
+        found["records"] = records | {name: all_moved(records[name]) for name in carried}
+        if torch.device(saved).type != here.type:
+            found["records"] |= _with_generators_of(here, records)
     return found
 
 
-def _generator(device: torch.device) -> Tensor:
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+def _with_generators_of(here: torch.device, records: dict[str, Any]) -> dict[str, Any]:
+    own = [each.get_state() for each in default_generators([torch.empty(0, device=here)])]
+    devices = [len(records["random"]) + index for index in range(len(own))]
+    return {
+        "random": [*records["random"], *own],
+        "ambients": [each | {"devices": devices} for each in records["ambients"]],
+    }

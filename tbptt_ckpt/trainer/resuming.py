@@ -7,6 +7,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
@@ -34,7 +36,8 @@ def all_or_nothing(
     group, loss = parts.updater.group, parts.loss_function
     try:
         with ExitStack() as stack:
-            stack.callback(set_random_state, random_state())  # the last one called
+            used = parts.weights()
+            stack.callback(set_random_state, random_state(used), used)  # the last one called
             for owner in (*owners, group, loss):
                 stack.callback(owner.load_state_dict, copy.deepcopy(owner.state_dict()))
             stack.callback(passes.copied())
@@ -129,9 +132,11 @@ def resume_plan(parts: Parts, asked: str, plan: Mapping[str, Any], device: str) 
     measured = plan["measured"]
     if device != str(parts.device):
         measured = {}
+        is_alike = torch.device(device).type == parts.device.type
+        draws = "" if is_alike else ", and not where the device draws random numbers"
         messages.append(
             f"device {parts.device} replaces {device}; from here on the run equals the other to "
-            "rounding, and not where the device draws random numbers"
+            f"rounding{draws}"
         )
     if plan["asked"] == asked:
         shared = (parts.updater, parts.budget.strategy, *parts.parameters)

@@ -100,7 +100,7 @@ class RunState:
             "plan": plan_state(self._parts, self._asked),
             "identity": self.identity.state_dict(),
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
-            "random": random_state(),
+            "random": random_state(self._parts.weights()),
         }
 
     def load_state_dict(
@@ -123,7 +123,7 @@ class RunState:
                 resume_run(run, there, self._passes.limit, self._options.k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
                 self._extra[name].load_state_dict(state["extra"][name])
-            set_random_state(state["random"])
+            set_random_state(state["random"], self._parts.weights())
             messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
         self.progress, self.session, self.run = progress, Session(), run
         told = [("replanned", message) for message in messages]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.source import Source
 from tbptt_ckpt.data.steps import StepIterable, reader_for
+from tbptt_ckpt.devices import torch_generators
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import iterate_leaves
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
@@ -31,7 +32,8 @@ def sampled(source: Any, recurrence: Recurrence) -> dict[str, Any]:
     is_readable = isinstance(source, Sized) and isinstance(source, Source | Sequence)
     if not is_readable or not len(source):
         return nothing
-    generators = random_state()
+    used = recurrence.parameters
+    generators = random_state(used)
     load = getattr(source, "load_state_dict", None)
     before = source.state_dict() if load is not None else None
     try:
@@ -43,7 +45,7 @@ def sampled(source: Any, recurrence: Recurrence) -> dict[str, Any]:
     finally:
         if load is not None:
             load(before)
-        set_random_state(generators)
+        set_random_state(generators, used)
 
 
 def _starts(length: int) -> list[int]:
@@ -52,8 +54,10 @@ def _starts(length: int) -> list[int]:
 
 
 def _read(source: Any, recurrence: Recurrence, start: int) -> StepBlock:
-    for seed in (torch.manual_seed, random.seed, np.random.seed):  # what is augmented is so alike
-        seed(0)
+    for generator in torch_generators(recurrence.parameters):  # what is augmented is so alike
+        generator.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global one
     stop = min(start + _STEPS, len(source))
     if isinstance(source, Source):
         block = reader_for(source, recurrence).read_block(start, stop)
