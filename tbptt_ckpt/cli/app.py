@@ -8,8 +8,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from importlib.metadata import version
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -37,7 +37,10 @@ app.command("doctor")(doctor)
 
 def _say_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"tbptt-ckpt {version('tbptt-ckpt')}")
+        own = "unknown: it is not installed"
+        with suppress(PackageNotFoundError):
+            own = version("tbptt-ckpt")
+        typer.echo(f"tbptt-ckpt {own}")
         raise typer.Exit
 
 

@@ -11,30 +11,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
+
+from tbptt_ckpt.devices import accelerator
+from tbptt_ckpt.snapshot.writing import library_versions
 
 
 def describe_environment(*further: str) -> dict[str, Any]:
     """Versions, also of `further` distributions that are installed, machine and its load."""
-    installed = {}
+    installed, here = {}, accelerator()
     for name in further:
         with suppress(PackageNotFoundError):
             installed[name] = version(name)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "tbptt_ckpt": version("tbptt-ckpt"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **library_versions(),
         **installed,
-        "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "accelerator": "none" if here is None else torch.get_device_module(here).get_device_name(),
         "load_average": round(psutil.getloadavg()[0], 2),
     }
 

@@ -55,7 +55,7 @@ def library_versions() -> dict[str, str]:
     try:
         own = importlib.metadata.version("tbptt-ckpt")
     except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
+        own = "unknown"  # a tree that is not installed
     return {
         "tbptt_ckpt": own,
         "torch": str(torch.__version__),

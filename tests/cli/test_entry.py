@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -58,6 +60,20 @@ def test_without_the_extra_one_line_says_how_to_get_it(missing: list[str]) -> No
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"tbptt-ckpt {version('tbptt-ckpt')}\n"
+
+
+def test_from_a_tree_that_is_not_installed_all_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str) -> NoReturn:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", find)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "tbptt-ckpt unknown: it is not installed\n"
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tbptt_ckpt"], found["torch"]) == ("unknown", torch.__version__)
 
 
 def test_a_doctor_says_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
