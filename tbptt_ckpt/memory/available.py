@@ -19,10 +19,12 @@ def free_memory(device: Device | None = None, *, root: AnyPath = "/") -> int:
     """Bytes that can still be allocated on a device.
 
     On an accelerator: what the driver reports as free, and what torch's allocator has
-    reserved without using it. On the CPU (default): the least of the machine's available
-    RAM and, for every control group this process is in (v1 and v2, parents included),
-    its limit minus its usage. Clean file pages that are about to be dropped anyway do not
-    count as usage; without that, reading a large file would seem to fill the container.
+    reserved without using it, fragments among them; together no more than
+    `set_per_process_memory_fraction` leaves to this process. On the CPU (default): the
+    least of the machine's available RAM and, for every control group this process is in
+    (v1 and v2, parents included), its limit minus its usage. Clean file pages that are about
+    to be dropped anyway do not count as usage; without that, reading a large file would seem
+    to fill the container.
 
     Args:
         device: The device; None is the CPU.
@@ -33,9 +35,7 @@ def free_memory(device: Device | None = None, *, root: AnyPath = "/") -> int:
     """
     where = accelerator_or_cpu(device)
     if where.type != "cpu":
-        free = torch.accelerator.get_memory_info(where)[0]
-        idle = torch.accelerator.memory_reserved(where) - torch.accelerator.memory_allocated(where)
-        return free + idle
+        return _free_on_accelerator(where)
     left = [limit - used for limit, used in _group_memory(Path(root))]
     return max(0, min([psutil.virtual_memory().available, *left]))
 
@@ -65,7 +65,22 @@ def accelerator_or_cpu(device: torch.device | str | None) -> torch.device:
         has = "cpu" if here is None else f"cpu and {here.type}"
         raise ArgumentError(f"device={str(device)!r} is not on this machine, which has {has}")
     index = torch.accelerator.current_device_index() if where.index is None else where.index
+    if index >= (count := torch.accelerator.device_count()):
+        indices = "index 0 alone" if count == 1 else f"indices 0 to {count - 1}"
+        raise ArgumentError(
+            f"device={str(device)!r} is not on this machine, whose {where.type} has {indices}"
+        )
     return torch.device(where.type, index)
+
+
+def _free_on_accelerator(device: torch.device) -> int:
+    free, total = torch.accelerator.get_memory_info(device)
+    reserved = torch.accelerator.memory_reserved(device)
+    # Torch's allocator refuses what would take it above this share of the device.
+    fraction = getattr(torch.get_device_module(device), "get_per_process_memory_fraction", None)
+    allowed = total if fraction is None else int(fraction(device) * total)
+    growth = max(0, min(free, allowed - reserved))
+    return growth + reserved - torch.accelerator.memory_allocated(device)
 
 
 def _group_memory(root: Path) -> Iterator[tuple[int, int]]:

@@ -110,7 +110,8 @@ class WindowBench:
     def write_history(self, path: Path) -> None:
         """Run one warm window on CUDA and write PyTorch's memory history of it."""
         windows = self._warm_windows()
-        torch.cuda.memory._record_memory_history()
+        # The viewer groups by Python's frames; C++ ones take long to find names for.
+        torch.cuda.memory._record_memory_history(stacks="python")
         try:
             next(windows)
             torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]

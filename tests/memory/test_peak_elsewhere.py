@@ -6,8 +6,10 @@ import pytest
 import torch
 from measured_regions import MIB, needs_accelerator, run_script
 
+from tbptt_ckpt.budget.amount import parse_budget
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.available import free_memory
-from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.meter import can_measure, peak_memory
 
 # --- against memray -----------------------------------------------------------------------
 
@@ -157,7 +159,12 @@ class FakeAllocator:
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.live),
         }.items():
             monkeypatch.setattr(torch.accelerator, name, function)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+        self.share(monkeypatch, 1.0)
         return self
+
+    def share(self, monkeypatch, fraction):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
 
 
 def test_accelerator_figures_come_from_its_statistics(monkeypatch):
@@ -186,3 +193,24 @@ def test_free_accelerator_memory_includes_the_allocators_idle_blocks(monkeypatch
     memory.change(500)
     memory.change(-200)
     assert free_memory("cuda") == 1000 + 207
+
+
+@pytest.mark.parametrize(("fraction", "left"), [(0.15, 750 - 507 + 207), (0.1, 207)])
+def test_free_accelerator_memory_is_what_the_process_may_have(monkeypatch, fraction, left):
+    """The device has 5000 bytes, of which 507 are reserved and 300 allocated."""
+    memory = FakeAllocator().install(monkeypatch)
+    memory.change(500)
+    memory.change(-200)
+    memory.share(monkeypatch, fraction)
+    assert free_memory("cuda") == left
+    assert parse_budget(1.0).bytes_beside(300, torch.device("cuda")) == 300 + left
+
+
+@pytest.mark.parametrize(("count", "has"), [(1, "index 0 alone"), (4, "indices 0 to 3")])
+@pytest.mark.parametrize("ask", [free_memory, peak_memory, can_measure])
+def test_a_device_of_an_index_that_is_not_there_is_refused(monkeypatch, ask, count, has):
+    FakeAllocator().install(monkeypatch)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    words = f"device='cuda:7' is not on this machine, whose cuda has {has}"
+    with pytest.raises(ArgumentError, match=words):
+        ask("cuda:7")

@@ -13,12 +13,14 @@ from torch import nn
 from tbptt_ckpt import ArgumentError, Workload, profile_strategies, profile_window
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.profiling.bench import WindowBench
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.schedule import Sqrt
 
 MSE = nn.functional.mse_loss
 STRATEGIES = ("retain", "step", "uniform:5")
+ROW = Configuration(strategy=Sqrt(), k1=4, k2=12)
 
 
 def make(kind=nn.LSTM, width=8, num_steps=23, lanes=2):
@@ -51,6 +53,19 @@ def test_peaks_repeat_to_the_byte_in_any_order(kind):
     assert held["retain"] == 0 < held["uniform:5"] < held["step"]
 
 
+def test_a_memory_history_has_the_stacks_that_its_viewer_shows(monkeypatch, tmp_path):
+    """Stacks of C++, which torch records by default, take long to find names for."""
+    calls = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda *_, **options: calls.append(options)
+    )
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(path))
+    module, loss_fn, inputs, targets = make()
+    bench = WindowBench(Workload(module, loss_fn, inputs=inputs, targets=targets), ROW)
+    bench.write_history(tmp_path / "history")
+    assert calls == [{"stacks": "python"}, str(tmp_path / "history"), {"enabled": None}]
+
+
 def test_peaks_are_the_same_in_processes_of_their_own():
     work = make()
     options = {"k1": 4, "k2": 12, "repeats": 1, "strategies": ("sqrt",)}
@@ -71,7 +86,7 @@ def test_rows_are_timed_without_denormal_numbers():
     """On which a CPU is slow: how many there are depends on what the weights have learned."""
     work = make(nn.GRUCell)
     making = functools.partial(Workload, *work[:2], inputs=work[2], targets=work[3])
-    with ProcessBench(making, Configuration(strategy=Sqrt(), k1=4, k2=12)) as bench:
+    with ProcessBench(making, ROW) as bench:
         assert bench.ask(half_of_the_least) == 0.0
     assert half_of_the_least(None) > 0.0  # this process keeps them
 
