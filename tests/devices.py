@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import naive
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 CPU = torch.device("cpu")
 _places = [CPU]
@@ -44,7 +44,7 @@ def placed(thing: Any) -> Any:
     """A module, or a nesting of tensors, on the device of the test."""
     if isinstance(thing, nn.Module):
         return thing.to(here())
-    return naive.mapped(lambda tensor: tensor.to(here()), thing)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(here()), thing)
 
 
 def generator_states() -> list[Tensor]:

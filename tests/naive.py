@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from devices import generator_states, set_generator_states
 from torch import Tensor, nn
 
 State = Any
@@ -165,7 +166,7 @@ class FirstRuns:
 
     def __init__(self, problem: Problem, update_points: set[int]) -> None:
         self.problem, self.update_points = problem, update_points
-        self.generators: dict[int, Tensor] = {}
+        self.generators: dict[int, list[Tensor]] = {}
         self.buffers: dict[int, dict[str, Tensor]] = {}
 
     def begin_window(self, first: int, new_start: int) -> None:
@@ -177,16 +178,19 @@ class FirstRuns:
             return self._again(t, state)
         if t == self.new_start:
             set_buffers(self.problem.module, self.left)
-        self.generators[t] = torch.get_rng_state()
+        self.generators[t] = generator_states()
         self.buffers[t] = copied_buffers(self.problem.module)
         return self.problem.step(self.problem.inputs[t], state)
 
     def _again(self, t: int, state: State) -> tuple[Any, State]:
         if t == self.first or t in self.update_points:
             set_buffers(self.problem.module, self.buffers[t])
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.generators[t])
+        after = generator_states()
+        set_generator_states(self.generators[t])
+        try:
             return self.problem.step(self.problem.inputs[t], state)
+        finally:
+            set_generator_states(after)
 
 
 def loss_steps(problem: Problem, loss: str, new_start: int, stop: int) -> set[int]:

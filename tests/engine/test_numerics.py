@@ -1,4 +1,4 @@
-"""What is owed bitwise and what to 1e-12, in float64 on the CPU.
+"""What is owed bitwise, within one device, and what to 1e-12, in float64.
 
 Per-step modules: states, outputs and per-step losses have the same bits under every
 strategy; gradients agree to 1e-12, since a leaf is summed before it is added. The
@@ -36,11 +36,14 @@ from cases import (
     tanh_cell,
     twin,
 )
+from devices import placed
 from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, Revolve, TensorSequence, Uniform, run_window, unroll
 from tbptt_ckpt.schedule import Sqrt, Step
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NUM_STEPS, K1, K2 = 13, 3, 8
 EVERY_STRATEGY = (*STRATEGIES, "auto", "uniform:5", "uniform:100", "revolve:7")
@@ -65,7 +68,7 @@ class Recorder:
 def frozen_run(strategy: str, executor: str, overlap: str) -> tuple[Recorder, list[Any], list[Any]]:
     """Recorded losses, states and gradients per window, with frozen weights."""
     module, (inputs, targets) = lstm_cell(), random_data(NUM_STEPS)
-    data = {"value": targets, "step": torch.arange(NUM_STEPS)}
+    data = placed({"value": targets, "step": torch.arange(NUM_STEPS)})
     recorder, states, grads = Recorder(), [], []
     tbptt = TBPTT(module, recorder, K1, K2, overlap=overlap, strategy=strategy, executor=executor)
     for result in tbptt.windows(TensorSequence(inputs, data), None):
@@ -286,7 +289,8 @@ def test_unroll_of_nn_lstm_equals_the_module() -> None:
 def test_unroll_reads_nested_arrays() -> None:
     module, (inputs, _) = tanh_cell(), random_data(NUM_STEPS)
     expected, _ = unroll(module, inputs, strategy="uniform:4")
-    outputs, _ = unroll(lambda x, h: module(x["x"], h), {"x": inputs.numpy()}, strategy="uniform:4")
+    arrays = {"x": inputs.cpu().numpy()}
+    outputs, _ = unroll(lambda x, h: module(placed(x["x"]), h), arrays, strategy="uniform:4")
     assert torch.equal(outputs, expected)
 
 
