@@ -24,6 +24,8 @@ from tbptt_ckpt.time_batching.operations import Operation
 COMPUTED = "a weight that is computed in the step"
 SMALL = "too small to pay"
 CHANGED = "a weight that changed within the segment"
+COMPLEX, DTYPES, SHAPES = "complex numbers", "dtypes that differ", "shapes that differ"
+TYPES = "inputs of another type, or without a dimension"
 # How often an operation with a weight of a shape was batched, or for which reason it was left.
 Tally = Counter[tuple[str, tuple[int, ...], str]]
 
@@ -83,7 +85,7 @@ class Candidate:
         if not all(map(is_stable, weights)):
             return COMPUTED
         if self.weight.is_complex():
-            return "complex numbers"
+            return COMPLEX
         if self.cast is not None and any(w.dtype not in self._allowed for w in weights):
             return "dtypes that autocast leaves alone"
         return SMALL if self.weight.numel() < smallest else ""
@@ -92,9 +94,9 @@ class Candidate:
         """Why a call with these inputs is not batched; empty if it may be."""
         for x in inputs:
             if not is_plain(x) or not x.dim():
-                return "inputs of another type, or without a dimension"
+                return TYPES
             if x.dtype not in self._allowed and (x.is_floating_point() or x.is_complex()):
-                return "dtypes that differ"
+                return DTYPES
         return ""
 
     def tapped(self) -> tuple[Tensor, Tensor | None]:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.time_batching.candidates import (
     CHANGED,
+    COMPLEX,
     COMPUTED,
+    DTYPES,
+    SHAPES,
     SMALL,
+    TYPES,
     Tally,
     autocast_dtype,
     is_plain,
@@ -77,8 +81,8 @@ class CellCalls:
         weights = self._weights_of(cell)
         if weights is None:
             return self._left(kind, COMPUTED)
-        if not _fits(x, states, weights):
-            return self._left(kind, "no batch of lanes, autocast, or dtypes or shapes that differ")
+        if reason := _misfit(x, states, weights):
+            return self._left(kind, reason)
         if weights.hidden.numel() < self._smallest:
             return self._left(kind, SMALL)
         row = self._rows.find(x)
@@ -160,16 +164,28 @@ class CellCalls:
         return self._biases[key]
 
 
-def _fits(x: Any, states: tuple[Any, ...], weights: CellWeights) -> bool:
-    """Whether all is as the cells here want it; what does not fit is the plain cell's to judge."""
+def _misfit(x: Any, states: tuple[Any, ...], weights: CellWeights) -> str:
+    """What is not as the cells here want it, for the plain cell to judge; empty if all is."""
     hidden = weights.hidden
     dtype = hidden.dtype
-    if not is_plain(x) or x.dim() != 2 or x.dtype != dtype or not x.is_cpu or autocast_dtype(x):
-        return False
-    if x.shape[1] != weights.input.shape[1] or not dtype.is_floating_point:
-        return False
+    if not is_plain(x):
+        return TYPES
+    if not x.is_cpu:
+        return "a cell on another device than the CPU"
+    if autocast_dtype(x):
+        return "autocast"
+    if x.dim() != 2:
+        return "no batch of lanes"
+    if not dtype.is_floating_point:
+        return COMPLEX
+    if x.dtype != dtype:
+        return DTYPES
+    if x.shape[1] != weights.input.shape[1]:
+        return SHAPES
     shape = (x.shape[0], hidden.shape[1])
     for state in states:
-        if not is_plain(state) or state.dtype != dtype or state.shape != shape:
-            return False
-    return True
+        if not is_plain(state):
+            return TYPES
+        if state.dtype != dtype or state.shape != shape:
+            return SHAPES if state.dtype == dtype else DTYPES
+    return ""

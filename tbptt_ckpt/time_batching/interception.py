@@ -198,13 +198,15 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
+    kind = Convolution1d if dims == 1 else Convolution2d
     if not is_plain(input) or input.dim() != dims + 2 or isinstance(padding, str):
+        region.leave(kind.name, "an input of another type, no batch of lanes, or padding by a word")
         return None
     if region.chooses and input.numel() // max(input.shape[1], 1) > _MOST_POSITIONS:
+        region.leave(kind.name, "more positions than pay")
         return None
     sizes = (_each(size, dims) for size in (stride, padding, dilation))
     options = (*sizes, False, (0,) * dims, groups)
-    kind = Convolution1d if dims == 1 else Convolution2d
     return region.recorded(kind, (input,), weight, bias, (options,))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tbptt_ckpt.time_batching.candidates import (
     CHANGED,
     COMPUTED,
+    SHAPES,
     Candidate,
     Tally,
     autocast_dtype,
@@ -46,6 +47,7 @@ class Region:
         if candidate is None or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
         if bias is not None and bias.shape != weight.shape[:1]:
+            self.leave(Linear.name, SHAPES)
             return None
         output = self._of_row(candidate, self.rows.find(x)) if cast is None else None
         if output is not None:
@@ -90,7 +92,8 @@ class Region:
         if not is_plain(input) or not is_plain(weight):
             return None
         words, padding = len(weight), -1 if padding_idx is None else padding_idx
-        if max_norm is not None or scale_grad_by_freq or sparse or not -words <= padding < words:
+        if max_norm is not None or scale_grad_by_freq or sparse:
+            self.leave(Embedding.name, "max_norm, scale_grad_by_freq or sparse")
             return None
         options = (-1 if padding_idx is None else padding % words,)
         candidate = self._find(Embedding, weight, None, (), options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,6 +36,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_window
+from tbptt_ckpt.time_batching.cell_calls import CellCalls
+from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
+from tbptt_ckpt.time_batching.interception import opened
+from tbptt_ckpt.time_batching.region import Region
+from tbptt_ckpt.time_batching.rows import InputRows
 
 
 def test_a_second_derivative_within_a_step_is_refused_with_the_remedy() -> None:
@@ -352,6 +358,65 @@ def test_a_weight_that_is_written_to_unseen_is_that_of_the_first_step() -> None:
     expected = by_hand(module, [], make_data(), make_state(module))[0]
     assert relative_error([losses[False]], [expected]) <= 1e-12
     assert relative_error([losses[True]], [expected]) > 1e-3
+
+
+def zeros(*shape: int, **kind: Any) -> Tensor:
+    return torch.zeros(shape, **{"dtype": torch.float64, **kind})
+
+
+class _Other(Tensor):
+    """Not of the plain type."""
+
+
+MISFITS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # inputs and state, and of which kind
+    "a cell on another device than the CPU": (
+        *(zeros(LANES, 3, device="meta"), zeros(LANES, WIDTH, device="meta")),
+        {"device": "meta"},
+    ),
+    "no batch of lanes": (zeros(3), zeros(WIDTH), {}),
+    "complex numbers": (
+        *(zeros(LANES, 3, dtype=torch.complex64), zeros(LANES, WIDTH, dtype=torch.complex64)),
+        {"dtype": torch.complex64},
+    ),
+    "dtypes that differ": (zeros(LANES, 3), zeros(LANES, WIDTH, dtype=torch.float32), {}),
+    "shapes that differ": (zeros(LANES, 3), zeros(1, WIDTH), {}),
+    "inputs of another type, or without a dimension": (
+        *(zeros(LANES, 3), zeros(LANES, WIDTH).as_subclass(_Other)),
+        {},
+    ),
+    "": (zeros(LANES, 3), zeros(LANES, WIDTH), {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(nn.LSTMCell, LSTM()), (nn.GRUCell, GRU()), (nn.RNNCell, RNN("tanh"))]
+)
+@pytest.mark.parametrize("reason", [*MISFITS, "autocast"])
+def test_a_cell_says_why_it_is_left_alone(reason: str, make: Any, kind: Any) -> None:
+    x, state, how = MISFITS.get(reason, MISFITS[""])
+    cell, tally = make(3, WIDTH, **{"dtype": x.dtype, **how}), Counter[Any]()
+    calls = CellCalls(STEPS, 0, tally, InputRows())
+    with torch.autocast("cpu", enabled=reason == "autocast"):
+        result = calls.call(cell, kind, x, (state,) * kind.num_states)
+    assert (result is None) == bool(reason)
+    assert [key[2] for key in tally] == [reason]
+
+
+def test_other_operations_say_why_they_are_left_alone() -> None:
+    table, kernel = nn.Parameter(zeros(5, 3)), nn.Parameter(zeros(2, 1, 3))
+    words, row = torch.zeros(LANES, dtype=torch.long), zeros(LANES, 1, 600)
+    tally = Counter[Any]()
+    with opened(Region(STEPS, tally, 2)):
+        F.embedding(words, table, max_norm=1.0)
+        F.conv1d(row, kernel, padding="same")
+        F.conv1d(row, kernel)
+        F.linear(row, nn.Parameter(zeros(2, 600)), nn.Parameter(zeros(1)))
+    assert [key[::2] for key in tally] == [
+        ("embedding", "max_norm, scale_grad_by_freq or sparse"),
+        ("conv1d", "an input of another type, no batch of lanes, or padding by a word"),
+        ("conv1d", "more positions than pay"),
+        ("linear", "shapes that differ"),
+    ]
 
 
 def test_a_mode_around_the_run_leaves_all_plain_and_says_so() -> None:
