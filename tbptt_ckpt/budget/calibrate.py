@@ -44,15 +44,17 @@ class Limits:
     """What measuring may take.
 
     Attributes:
-        max_steps: Longest segment.
+        max_steps: Longest leaf.
         max_seconds: Time after which no longer segment is begun; segments of up to 8 steps
             are always run.
         room_bytes: Bytes above those live at the start; segments of one step are always run.
+        advance_steps: An advance of so many steps is run in any case.
     """
 
     max_steps: int
     max_seconds: float = 1.6
     room_bytes: float = float("inf")
+    advance_steps: int = 0
 
 
 def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
@@ -114,7 +116,7 @@ class _Measuring:
     def _meter(self, steps: int) -> None:
         began = time.perf_counter()
         self.bytes.append(self.probe.bytes_of(steps))
-        if steps < self.limits.max_steps:
+        if steps < self.probe.num_steps:
             self.quiet.append(self._quiet_bytes_of(self.bytes[-1]))
         if steps in _HOST_STEPS:
             self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
@@ -141,12 +143,12 @@ class _Measuring:
 
     def _meter_long_advance(self) -> None:
         """An advance may batch what short ones do not, and must not take more than foreseen."""
-        steps, longest = min(_LONG_ADVANCE, self.limits.max_steps), self.bytes[-1]
+        steps = min(max(_LONG_ADVANCE, self.limits.advance_steps), self.probe.num_steps)
+        longest = self.bytes[-1]
         per_step = (longest.advance + 3 * longest.graph) / longest.steps
         in_time = self._elapsed() + self.spent * steps / longest.steps / 2
-        if steps <= longest.steps or in_time > self.limits.max_seconds:
-            return
-        if per_step * steps <= self.limits.room_bytes:
+        fits = in_time <= self.limits.max_seconds and per_step * steps <= self.limits.room_bytes
+        if steps > longest.steps and (fits or steps <= self.limits.advance_steps):
             for has_losses in (True, False):
                 taken = self.probe.advance_bytes_of(steps, has_losses=has_losses)
                 self.long_advances[has_losses] = steps, taken

@@ -30,7 +30,7 @@ class LongLeaf:
     def of(cls, probe: SegmentProbe, steps: int) -> LongLeaf:
         """Meter one; gradients, generators and buffers are left as they were."""
         with measuring(probe) as (own, _):
-            is_whole = steps == own.stop - own.first
+            is_whole = steps == own.num_steps
             return cls(own.bytes_of(steps), None if is_whole else own.quiet_bytes_of(steps))
 
     def raise_costs(self, costs: Costs) -> Costs:

@@ -77,6 +77,11 @@ class SegmentProbe:
         )
 
     @property
+    def num_steps(self) -> int:
+        """Most steps of a segment."""
+        return self.stop - self.first
+
+    @property
     def may_be_irregular(self) -> bool:
         """Whether steps ask for it, or segments may be cut."""
         asks = any(b.resets is not None or b.weight is not None for b in self.blocks)

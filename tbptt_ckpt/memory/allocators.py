@@ -112,6 +112,7 @@ class AcceleratorSource:
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()
         self._live = 0
+        self._retries: int | None = None
 
     def attach(self, listener: Listener, held: object) -> None:
         """Report everything from now on; the allocator counts every free by itself."""
@@ -128,18 +129,21 @@ class AcceleratorSource:
     def drain(self) -> None:
         """Report everything up to now as a rise to the peak and a fall to what is live."""
         with self._lock:
-            peak = torch.accelerator.max_memory_allocated(self._device)
-            live = torch.accelerator.memory_allocated(self._device)
-            reserved = torch.accelerator.max_memory_reserved(self._device)
+            # Read once: gathering all of them takes most of the time of a reading.
+            statistics = torch.accelerator.memory_stats(self._device)
             torch.accelerator.reset_peak_memory_stats(self._device)
+            peak = statistics.get("allocated_bytes.all.peak", 0)  # none before a first allocation
+            live = statistics.get("allocated_bytes.all.current", 0)
+            reserved = statistics.get("reserved_bytes.all.peak", 0)
+            self._retries = statistics.get("num_alloc_retries")
             deltas = np.array([peak - self._live, live - peak], np.int64)
             self._live = live
             for listener in self._listeners:
                 listener((np.full(2, time.time()), deltas), reserved)
 
     def retries(self) -> int | None:
-        """How often the allocator had to free its cache and try again, ever."""
-        return torch.accelerator.memory_stats(self._device).get("num_alloc_retries")
+        """How often the allocator had freed its cache and tried again, by the last reading."""
+        return self._retries
 
 
 class _ThisThread(threading.local):

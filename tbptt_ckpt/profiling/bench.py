@@ -12,13 +12,14 @@ from typing import TypeVar
 import torch
 
 from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.memory.exhausted import release_memory
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration, bench_error
-from tbptt_ckpt.profiling.predicting import measure_workload, predict, with_predictions
+from tbptt_ckpt.profiling.predicting import predicted, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.workload import EndlessSource, Workload
@@ -84,27 +85,25 @@ class WindowBench:
             gc.enable()
 
     def measure(self, *, trace: bool = False) -> MemoryReport:
-        """One warm window under the meter, and what short segments predict for it."""
+        """One warm window under the meter, and then what short segments predict for it."""
         self._running = None
-        gc.collect()
-        reach = self._configuration.k1, self._configuration.k2
-        costs = measure_workload(self._work, self._engine.parts, *reach)
+        release_memory()  # what allocators keep of other windows is none of this one's
         window, meter, before_bytes = self._metered_window()
-        only_last = self._work.has_only_last_loss
-        predicted = predict(window, costs, self._configuration, only_last=only_last)
+        peak_bytes = before_bytes + meter.peak_bytes
+        found = predicted(self._work, self._engine.parts, window, self._configuration, peak_bytes)
         data = self._source.read(window.first, window.stop)  # read when the window begins
         return self._configuration.report(
             device=str(self._device),
-            peak_bytes=before_bytes + meter.peak_bytes,
+            peak_bytes=peak_bytes,
             fixed_bytes=before_bytes + tensor_bytes(data),
-            predicted_peak_bytes=predicted.peak_bytes,
+            predicted_peak_bytes=found and found.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             allocation_retries=meter.allocation_retries,
             window_steps=window.stop - window.first,
             executed_steps=window.executed_steps,
             held_states=self._watch.held_states,
             longest_leaf=window.plan.longest_leaf if window.plan else None,
-            trace=self._trace(meter, before_bytes, predicted) if trace else None,
+            trace=self._trace(meter, before_bytes, found) if trace else None,
         )
 
     def write_history(self, path: Path) -> None:
@@ -157,7 +156,7 @@ class WindowBench:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def _trace(self, meter: PeakMeter, before_bytes: int, predicted: Simulation) -> WindowTrace:
+    def _trace(self, meter: PeakMeter, before_bytes: int, found: Simulation | None) -> WindowTrace:
         """The metered window in time."""
         clock, spans = self._watch.clock, self._watch.spans
         points = [
@@ -167,7 +166,7 @@ class WindowBench:
             points.append((span.began_seconds, span.live_bytes))
             points.append((span.gradient_seconds or span.ended_seconds, span.peak_bytes))
         points.sort()
-        return WindowTrace(points[-1][0], tuple(points), with_predictions(spans, predicted))
+        return WindowTrace(points[-1][0], tuple(points), with_predictions(spans, found))
 
 
 class BenchHere:

@@ -16,27 +16,31 @@ from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.report import ActionSpan
 from tbptt_ckpt.profiling.workload import EndlessSource, Workload
+from tbptt_ckpt.schedule.actions import Advance
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
 from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
 
 _SECONDS = 0.6
+_ROOM = 2.0  # over the measured peak: a segment is run twice, beside gradients of its own
 
 
 def measure_workload(
-    work: Workload, parts: Parts, k1: int, k2: int, max_seconds: float = _SECONDS
+    work: Workload, parts: Parts, k1: int, num_steps: int, limits: Limits
 ) -> Costs:
-    """Run short segments of the work as its windows run them.
+    """Run short segments of `num_steps` steps of the work as its windows run them.
 
     Its gradients are left as they are; `parts` are those of the engine that runs its windows.
     """
-    inputs, targets = EndlessSource(work.source, 0).read(0, k2)
+    inputs, targets = EndlessSource(work.source, 0).read(0, num_steps)
     time_dim = getattr(work.source, "time_dim", 0)
     tensors = [*parts.parameters, *tensors_of(work.init_state), *tensors_of(inputs)]
     owners = (work.module, work.loss_fn)
@@ -45,20 +49,20 @@ def measure_workload(
     probe = SegmentProbe(
         runner=parts.runner,
         loss=parts.loss_function,
-        blocks=[StepBlock(0, k2, inputs, targets, None, time_dim)],
+        blocks=[StepBlock(0, num_steps, inputs, targets, None, time_dim)],
         ambient=ambient,
         parameters=parts.parameters,
         device=work.device,
         first=0,
-        stop=k2,
-        loss_start=k2 - (1 if work.has_only_last_loss else min(k1, k2)),
+        stop=num_steps,
+        loss_start=num_steps - (1 if work.has_only_last_loss else min(k1, num_steps)),
         boundary=Boundary(0, for_lanes(work.init_state, parts.runner.recurrence.lane_dim), found),
     )
     fixed = FixedBytes(
-        weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / k2
+        weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / num_steps
     )
     with parts.updater.deliveries.of(parts.parameters):  # of nothing: no hook runs
-        costs = calibrate(probe, Limits(k2, max_seconds), update_bytes(parts.updater), fixed)
+        costs = calibrate(probe, limits, update_bytes(parts.updater), fixed)
     if not costs.ambient_bytes:  # else each state has its own
         noted = tensor_bytes(*owners, found) - tensor_bytes(*owners)
         costs = replace(costs, fixed=replace(costs.fixed, other=noted))
@@ -67,10 +71,39 @@ def measure_workload(
     return costs
 
 
-def predict(
+def predicted(
+    work: Workload,
+    parts: Parts,
+    window: WindowResult,
+    configuration: Configuration,
+    peak_bytes: int,
+) -> Simulation | None:
+    """What a window was to take that took `peak_bytes`; None where segments find no memory.
+
+    No leaf is run that is longer than the window's own: the window may have had memory for these
+    alone.
+    """
+    assert window.plan is not None, "a measured window has a loss"
+    plan, room = window.plan, min(free_memory(work.device), _ROOM * peak_bytes)
+    advances = (a.stop - a.start for a in plan.schedule if isinstance(a, Advance))
+    advance_steps = min(plan.advance_steps, max(advances, default=0))
+    num_steps = min(window.stop - window.first, max(plan.longest_leaf + 1, advance_steps))
+    limits = Limits(plan.longest_leaf, _SECONDS, room, advance_steps)
+    try:
+        costs = measure_workload(work, parts, configuration.k1, num_steps, limits)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return _simulated(window, costs, configuration, only_last=work.has_only_last_loss)
+    release_memory()
+    return None
+
+
+def _simulated(
     window: WindowResult, costs: Costs, configuration: Configuration, *, only_last: bool
 ) -> Simulation:
-    """What a window was to take; `only_last` says that no other step had a loss."""
+    """A window with such costs; `only_last` says that no other step had a loss."""
     assert window.plan is not None, "a measured window has a loss"
     k1, k2, joints, other = configuration.k1, configuration.k2, range(0), costs.fixed.other
     if window.start < window.new_start:
@@ -88,13 +121,17 @@ def predict(
     )
 
 
-def with_predictions(spans: Sequence[ActionSpan], simulation: Simulation) -> tuple[ActionSpan, ...]:
+def with_predictions(
+    spans: Sequence[ActionSpan], simulation: Simulation | None
+) -> tuple[ActionSpan, ...]:
     """The spans with what was predicted for each; without it where there are very many."""
+    if simulation is None:
+        return tuple(spans)
     peaks = [peak_bytes for _, peak_bytes in simulation.timeline[:-1]]  # the update comes last
     if len(peaks) != sum(span.stop > span.start for span in spans):
         return tuple(spans)
-    predicted = iter(peaks)
+    expected = iter(peaks)
     return tuple(
-        replace(span, predicted_bytes=next(predicted)) if span.stop > span.start else span
+        replace(span, predicted_bytes=next(expected)) if span.stop > span.start else span
         for span in spans
     )

@@ -82,7 +82,8 @@ class MemoryReport:
         peak_bytes: Peak of tensor memory over one warm window and its update.
         fixed_bytes: Of these, what no schedule changes: weights, gradients, optimizer
             state, states carried over, the window's inputs and targets.
-        predicted_peak_bytes: The same peak, computed from measured costs.
+        predicted_peak_bytes: The same peak, computed from measured costs; None where there was
+            no memory to measure these.
         reserved_peak_bytes: What the accelerator's allocator took from the driver.
         allocation_retries: How often it had to give its cache back and try again.
         rss_peak_bytes: Peak of the process's resident memory, with no meter running.

@@ -139,22 +139,32 @@ class FakeAllocator:
     """An accelerator's allocator statistics; stands in for `torch.accelerator`."""
 
     def __init__(self):
-        self.live = self.peak = self.reserved = self.retried = 0
+        self.live = self.peak = self.reserved = self.retried = self.readings = 0
 
     def change(self, num_bytes):
         self.live += num_bytes
         self.peak = max(self.peak, self.live)
         self.reserved = max(self.reserved, self.live + 7)
 
+    def statistics(self, device):
+        self.readings += 1
+        return {
+            "allocated_bytes.all.current": self.live,
+            "allocated_bytes.all.peak": self.peak,
+            "reserved_bytes.all.current": self.reserved,
+            "reserved_bytes.all.peak": self.reserved,
+            "num_alloc_retries": self.retried,
+        }
+
     def install(self, monkeypatch):
         for name, function in {
             "current_accelerator": lambda check_available: torch.device("cuda"),
             "current_device_index": lambda: 3,
-            "max_memory_allocated": lambda device: self.peak,
-            "max_memory_reserved": lambda device: self.reserved,
-            "memory_allocated": lambda device: self.live,
-            "memory_reserved": lambda device: self.reserved,
-            "memory_stats": lambda device: {"num_alloc_retries": self.retried},
+            "max_memory_allocated": lambda device: self.statistics(device) and self.peak,
+            "max_memory_reserved": lambda device: self.statistics(device) and self.reserved,
+            "memory_allocated": lambda device: self.statistics(device) and self.live,
+            "memory_reserved": lambda device: self.statistics(device) and self.reserved,
+            "memory_stats": self.statistics,
             "get_memory_info": lambda device: (1000, 5000),
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.live),
         }.items():
@@ -186,6 +196,16 @@ def test_accelerator_figures_come_from_its_statistics(monkeypatch):
     assert [live for _, live in outer.timeline] == [0, 300, 300, 350, 290, 290, 290, 290, 200, 200]
     assert outer.reserved_peak_bytes == 907
     assert (inner.allocation_retries, outer.allocation_retries) == (1, 1)
+
+
+def test_an_accelerators_statistics_are_read_once_for_a_lap(monkeypatch):
+    memory = FakeAllocator().install(monkeypatch)
+    with peak_memory("cuda", rss=False) as meter:
+        assert memory.readings == 1
+        meter.lap()
+        assert memory.readings == 2
+    assert memory.readings == 3
+    assert meter.allocation_retries == 0
 
 
 def test_free_accelerator_memory_includes_the_allocators_idle_blocks(monkeypatch):

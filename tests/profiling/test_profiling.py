@@ -183,6 +183,80 @@ class Dropped(nn.Module):
         return state, state
 
 
+class Alive(torch.autograd.Function):
+    """The identity, of which so many may be in a graph at once."""
+
+    most, now, seen = 0, 0, 0
+
+    @classmethod
+    def count(cls, change):
+        cls.now += change
+        cls.seen = max(cls.seen, cls.now)
+        if cls.now > cls.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.requires_grad:
+            ctx.token = Token()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Token:
+    def __init__(self):
+        Alive.count(+1)
+
+    def __del__(self):
+        Alive.now -= 1
+
+
+class Bounded(nn.Module):
+    """A cell whose graph has room for a few steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 64)
+
+    def forward(self, x, state):
+        state = Alive.apply(self.cell(x, state))
+        return state, state
+
+
+@pytest.fixture
+def bounded(monkeypatch):
+    for name, value in {"most": 30, "now": 0, "seen": 0}.items():
+        monkeypatch.setattr(Alive, name, value)
+    _, _, inputs, targets = make(width=64, num_steps=40, lanes=16)
+    return Bounded(), MSE, inputs, targets
+
+
+def test_a_row_that_fits_is_measured_and_predicted_where_plain_bptt_does_not_fit(bounded):
+    optimizer = torch.optim.Adam(bounded[0].parameters())
+    report = profile(*bounded, strategy="uniform:8", k1=32, k2=128, optimizer=optimizer)
+    assert (report.status, report.longest_leaf, Alive.seen) == ("ok", 8, 8)
+    assert abs(report.prediction_error) < 0.03
+    assert profile(*bounded, strategy="retain", k1=32, k2=128).status == "out of memory"
+
+
+def test_a_prediction_that_finds_no_memory_leaves_the_row_as_it_was_measured(bounded, monkeypatch):
+    def without_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("tbptt_ckpt.profiling.predicting.calibrate", without_memory)
+    report = profile(*bounded, strategy="uniform:8", k1=32, k2=64)
+    assert (report.status, report.predicted_peak_bytes, report.prediction_error) == (
+        "ok",
+        None,
+        None,
+    )
+    assert report.peak_bytes > 0
+    assert all(action.predicted_bytes is None for action in report.trace.actions)
+
+
 class Noisy(nn.Module):
     """One step with dropout, and a buffer that counts."""
 

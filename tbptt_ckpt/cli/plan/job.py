@@ -9,7 +9,8 @@ from typing import Any
 
 from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError
 from tbptt_ckpt import plan as plan_steps
-from tbptt_ckpt.budget.amount import budget_bytes
+from tbptt_ckpt.budget.amount import AUTO_BUDGET, budget_bytes
+from tbptt_ckpt.budget.calibrate import Limits
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.memory.sizes import format_bytes
@@ -127,7 +128,8 @@ def _costs(config: PlanningConfig) -> tuple[str, Costs, str]:
     task = make_task(config)
     work, num_steps = task.workload, min(max(config.steps or MEASURED_STEPS, 2), MEASURED_STEPS)
     parts = work.engine(num_steps, num_steps, strategy="retain").parts
-    costs = measure_workload(work, parts, num_steps, num_steps, _MEASURING_SECONDS)
+    limits = Limits(num_steps, _MEASURING_SECONDS, AUTO_BUDGET.bytes_beside(0, work.device))
+    costs = measure_workload(work, parts, num_steps, num_steps, limits)
     device = str(work.device)
     return f"{config.model} on {task.data}, measured on {device}", costs, device
 
