@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, checked
 from tbptt_ckpt.data.blocks import StepBlock, to_time_dim
@@ -21,7 +22,7 @@ from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.first_call import call_first
-from tbptt_ckpt.module.inside import owner_of
+from tbptt_ckpt.module.inside import is_layer, modules_in, owner_of
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
     following_time_dim,
@@ -30,6 +31,9 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import Tree, state_as_leaves, tensors_of
 from tbptt_ckpt.schedule.strategies import AnyStrategy
+
+# Ten bits of a factor, over the steps and products of a window.
+_OF_TF32 = 1e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +110,9 @@ def verify(
         executor: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
-        tolerance: Largest relative difference; the square root of the machine epsilon by
-            default.
+        tolerance: Largest relative difference; by default the square root of the machine epsilon,
+            or 0.01 where products are in TF32, as cuDNN's are by default. To hold the module to
+            float32, set `torch.backends.cudnn.allow_tf32 = False` before.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -137,6 +142,9 @@ def verify(
         )
         found = [_grad(p) for p in named.values()]
     planned_loss = torch.zeros_like(loss) if window.loss is None else window.loss
+    in_tf32 = loss.dtype == torch.float32 and multiplies_in_tf32(module, loss.device)
+    rounding = _OF_TF32 if in_tf32 else torch.finfo(loss.dtype).eps ** 0.5
+    products = ", products in TF32" if in_tf32 else ""
     return Verification(
         loss_error=_difference([planned_loss], [loss]),
         state_error=_difference(tensors_of(window.state), tensors_of(state)),
@@ -144,9 +152,23 @@ def verify(
             name: _difference([ours], [theirs])
             for name, ours, theirs in zip(named, found, expected, strict=True)
         },
-        tolerance=torch.finfo(loss.dtype).eps ** 0.5 if tolerance is None else tolerance,
-        description=f"{len(sequence)} steps, strategy {strategy}, executor {executor}",
+        tolerance=rounding if tolerance is None else tolerance,
+        description=f"{len(sequence)} steps, strategy {strategy}, executor {executor}{products}",
     )
+
+
+def multiplies_in_tf32(module: object, device: torch.device) -> bool:
+    """Whether libraries may take float32 factors to ten bits, as Ampere and later cards can."""
+    if device.type != "cuda" or not torch.cuda.is_tf32_supported():
+        return False
+    layers = [layer for _, layer in modules_in(module)]
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [torch.backends.cuda.matmul]
+    if not layers or any(map(is_layer, layers)):
+        settings.append(cudnn.rnn)
+    if not layers or any(isinstance(layer, _ConvNd) for layer in layers):
+        settings.append(cudnn.conv)
+    return any(setting.fp32_precision == "tf32" for setting in settings)
 
 
 def _plain_loop(

@@ -22,6 +22,7 @@ from cases import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import verify
+from tbptt_ckpt.engine.verification import multiplies_in_tf32
 
 NUM_STEPS = 7
 
@@ -92,6 +93,54 @@ def test_state_outside_of_the_state_is_found_out(executor: str) -> None:
     assert not found.ok
     assert found.max_relative_error > 1e-3
     assert "DIFFERENT" in str(found)
+
+
+class Nested(nn.Module):
+    """A module with a layer inside."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "expected"),
+    [
+        (Nested(nn.LSTM(2, 3)), None, True),  # cuDNN's are by default
+        (Nested(nn.Conv1d(2, 3, 1)), None, True),
+        (Nested(nn.LSTMCell(2, 3)), None, False),  # cuBLAS's are not
+        (Nested(nn.LSTMCell(2, 3)), torch.backends.cuda.matmul, True),
+        (lambda x, state: (x, state), None, True),  # of which nothing is known
+    ],
+)
+def test_products_in_tf32_are_known(
+    monkeypatch: pytest.MonkeyPatch, module: Any, setting: Any, expected: bool
+) -> None:
+    card, before = torch.device("cuda:0"), setting and setting.fp32_precision
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    try:
+        if setting is not None:
+            setting.fp32_precision = "tf32"
+        assert multiplies_in_tf32(module, card) == expected
+        assert not multiplies_in_tf32(module, torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: False)
+        assert not multiplies_in_tf32(module, card)
+    finally:
+        if setting is not None:
+            setting.fp32_precision = before
+
+
+def test_what_tf32_rounds_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [tensor.float() for tensor in random_data(NUM_STEPS)]
+    usual = verify(tanh_cell().float(), mean_loss, *data)
+    assert usual.tolerance < 1e-3
+    assert "TF32" not in str(usual)
+    monkeypatch.setattr("tbptt_ckpt.engine.verification.multiplies_in_tf32", lambda *_: True)
+    found = verify(tanh_cell().float(), mean_loss, *data)
+    assert found.tolerance == 1e-2
+    assert "products in TF32: equal to rounding" in str(found)
+    assert verify(tanh_cell().double(), mean_loss, *random_data(NUM_STEPS)).tolerance < 1e-7
+    assert verify(tanh_cell().float(), mean_loss, *data, tolerance=1e-4).tolerance == 1e-4
 
 
 def test_a_complex_difference_is_seen() -> None:
