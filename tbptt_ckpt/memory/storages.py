@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,27 @@ def distinct_storages(tree: object, *, grads: bool = False) -> list[torch.Untype
             storage = tensor.untyped_storage()
             found[storage._cdata] = storage
     return list(found.values())
+
+
+def copy_sharing(trees: Any) -> Any:
+    """A deep copy whose parameters share storages as the originals do.
+
+    Those of a cuDNN module are views of one flat buffer. Copied one by one, as torch does, they are
+    another module: each call gathers them into a buffer of its own, and takes longer for it.
+    """
+    sharing: dict[int, list[nn.Parameter]] = {}
+    for each in _tensors(trees, grads=False):
+        if type(each) is nn.Parameter:
+            sharing.setdefault(each.untyped_storage()._cdata, []).append(each)
+    known: dict[int, Any] = {}
+    for parameters in sharing.values():
+        if len(parameters) > 1:
+            storage = parameters[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+            for each in parameters:
+                place = each.storage_offset(), each.shape, each.stride()
+                data = torch.empty(0, dtype=each.dtype, device=each.device).set_(storage, *place)
+                known[id(each)] = nn.Parameter(data, each.requires_grad)
+    return copy.deepcopy(trees, known)
 
 
 def live_storages() -> list[torch.UntypedStorage]:

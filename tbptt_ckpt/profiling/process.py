@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -39,10 +40,12 @@ class ProcessBench:
     """
 
     def __init__(self, make: MakeWorkload, configuration: Configuration) -> None:
-        # Pickled here: torch's own way through a pipe would put tensors in shared memory,
-        # which the tensor allocator does not count.
+        # Saved here: torch's own way through a pipe would put tensors in shared memory,
+        # which the tensor allocator does not count. A plain pickle has of each tensor its whole
+        # storage, of which all weights of a cuDNN module are views.
+        saved = io.BytesIO()
         try:
-            pickled = pickle.dumps(make)
+            torch.save(make, saved, pickle_protocol=pickle.HIGHEST_PROTOCOL)
         except Exception as error:  # whatever the user's __reduce__ raises
             raise ArgumentError(
                 f"the module, its loss, data or optimizer cannot be sent to a fresh process "
@@ -57,7 +60,7 @@ class ProcessBench:
         # Sent once it runs: large arguments of a process that dies in its first moments,
         # as in a script without its `if __name__ == "__main__":`, would block for ever.
         with contextlib.suppress(ConnectionError):
-            self._pipe.send_bytes(pickled)
+            self._pipe.send_bytes(saved.getbuffer())
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +92,7 @@ class ProcessBench:
 
 
 def serve(pipe: Connection, configuration: Configuration) -> None:
-    """Answer requests, after a pickled workload, with what they return or a `BenchError`."""
+    """Answer requests, after a saved workload, with what they return or a `BenchError`."""
     # Leaves the terminal to the parent, and is the first to go when memory runs out.
     os.dup2(2, 1)  # what the user's module prints must not mix with a report
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
@@ -98,7 +101,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
     # Gradients that vanish on the way end in denormal numbers, which take a CPU many times as long:
     # rows would differ by how far their weights have learned.
     torch.set_flush_denormal(True)
-    pickled_workload = pipe.recv_bytes()
+    saved_workload = pipe.recv_bytes()
     bench: WindowBench | None = None
     while True:
         try:
@@ -107,7 +110,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
             return
         try:
             if bench is None:
-                work = pickle.loads(pickled_workload)()
+                work = torch.load(io.BytesIO(saved_workload), weights_only=False)()
                 bench = WindowBench(work, configuration, alone=True)
             answer = request(bench)
         except Exception as error:

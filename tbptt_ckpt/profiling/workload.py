@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import LossSteps, Reduction
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.memory.storages import copy_sharing
 from tbptt_ckpt.module.recurrence import parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
@@ -118,7 +118,7 @@ class Workload:
     def copied(self) -> Workload:
         """The same with copies of what training changes; `ArgumentError` if there are none."""
         try:
-            module, loss_fn, optimizer, state = copy.deepcopy(self.held())
+            module, loss_fn, optimizer, state = copy_sharing(self.held())
         except Exception as error:  # whatever the user's own __deepcopy__ raises
             raise ArgumentError(
                 f"module, loss_fn, optimizer and init_state must be copied, so that yours stay as "

@@ -78,6 +78,52 @@ def test_peaks_are_the_same_in_processes_of_their_own():
     assert fresh.rows[1].ratio > 0
 
 
+def flattened(module):
+    """The weights as cuDNN wants them: views of one buffer, in any order and with gaps."""
+    weights = list(module.parameters())
+    buffer, offset = torch.zeros(sum(w.numel() for w in weights) + 16 * len(weights)), 0
+    with torch.no_grad():
+        for weight in reversed(weights):
+            view = buffer[offset : offset + weight.numel()].view_as(weight).copy_(weight)
+            weight.set_(view)
+            offset += weight.numel() + 16
+    return module
+
+
+def places(module):
+    starts = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return len(starts), [(p.storage_offset(), p.stride()) for p in module.parameters()]
+
+
+def places_in(bench):
+    work = bench._work
+    return places(work.module), tensor_bytes(work.module), work.optimizer.param_groups[0]["lr"]
+
+
+def test_weights_that_share_a_buffer_share_one_in_copies_and_in_fresh_processes():
+    """The warning of cuDNN about weights in many chunks is of what profiles would measure."""
+    module, loss_fn, inputs, targets = make(nn.LSTM, width=32)
+    module = flattened(module)
+    optimizer = torch.optim.Adam([{"params": module.parameters(), "lr": 0.25}])
+    work = Workload(module, loss_fn, inputs=inputs, targets=targets, optimizer=optimizer)
+    expected = places(module), tensor_bytes(module), 0.25
+    assert expected[0][0] == 1
+    copied = work.copied()
+    assert places_in(WindowBench(copied, ROW)) == expected
+    assert copied.optimizer.param_groups[0]["params"][1] is copied.module.weight_hh_l0
+    assert copied.module._flat_weights[1] is copied.module.weight_hh_l0
+    assert all(map(torch.equal, copied.module.parameters(), module.parameters()))
+    with torch.no_grad():
+        copied.module.weight_hh_l0.zero_()
+    assert module.weight_hh_l0.any()
+    with ProcessBench(functools.partial(itself, work), ROW) as bench:
+        assert bench.ask(places_in) == expected
+
+
+def itself(work):
+    return work
+
+
 def half_of_the_least(bench):
     return (torch.full((8,), torch.finfo(torch.float32).tiny) * 0.5).sum().item()
 
