@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,22 @@ def accelerator() -> torch.device | None:
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Those that tensors are on, each once."""
     return list({t.device: None for t in tensors if t.device.type not in _HOST})
+
+
+def device_of(weights: Sequence[Tensor]) -> torch.device:
+    """Where the weights are; the CPU where none are known."""
+    return weights[0].device if weights else torch.device("cpu")
+
+
+def check_on_one(asked: str, weights: Iterable[Tensor]) -> None:
+    """Raise `ArgumentError` for weights on several devices, where something is measured on one."""
+    places = sorted({str(weight.device) for weight in weights})
+    if len(places) > 1:
+        raise ArgumentError(
+            f"{asked}: the weights are on {' and '.join(places)}, and bytes are measured on one "
+            "device; move them to one, or use a fixed strategy, such as 'sqrt', without "
+            "memory_budget and measure_memory"
+        )
 
 
 def check_usable(what: str, device: torch.device) -> None:

@@ -10,7 +10,14 @@ from cases import WIDTH, mean_loss, random_data
 from torch import Tensor, nn
 from training_jobs import EXACT, Job, assert_equal
 
-from tbptt_ckpt import TBPTT, TensorSequence, run_window, unroll
+from tbptt_ckpt import (
+    TBPTT,
+    TensorSequence,
+    Workload,
+    measure_costs,
+    run_window,
+    unroll,
+)
 from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.doctor import examined
 from tbptt_ckpt.devices import accelerator, default_generators
@@ -20,6 +27,8 @@ from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import release_memory
 from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.profiling.bench import WindowBench
+from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.trainer.devices import moved
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 
@@ -198,6 +207,59 @@ class TestAnAcceleratorOfNoUse:
         module.bias_hh = nn.Parameter(on_card(module.bias_hh, _OnMac))
         with pytest.raises(ArgumentError, match=f"^module: 'bias_hh' {words}"):
             TBPTT(module, mean_loss, 2, 2)
+
+
+class Spread(nn.Module):
+    """A cell with a readout on another device."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.cell, self.out = cases.tanh_cell(), nn.Linear(WIDTH, WIDTH).double()
+        self.out.weight = nn.Parameter(on_card(self.out.weight, kind))
+
+    def forward(self, x, h):
+        h = self.cell(x, h)[1]
+        return self.out(h).as_subclass(Tensor), h
+
+
+class TestWeightsOnSeveralDevices:
+    WORDS = r": the weights are on cpu and cuda:0, and bytes are measured on one device"
+
+    @pytest.mark.parametrize(
+        ("how", "named"),
+        [
+            ({}, "strategy='auto', memory_budget=None"),
+            ({"strategy": "sqrt", "memory_budget": "1MiB"}, "memory_budget='1MiB'"),
+            ({"strategy": "optimal", "memory_budget": "1MiB"}, "strategy='optimal'"),
+            ({"strategy": "sqrt", "measure_memory": True}, "measure_memory=True"),
+        ],
+    )
+    def test_are_refused_where_bytes_are_measured(self, how, named):
+        with pytest.raises(ArgumentError, match=f"{named}.*{self.WORDS}"):
+            TBPTT(Spread(_Elsewhere), mean_loss, 2, 4, **how)
+
+    def test_are_refused_by_measure_costs_and_profiles(self):
+        inputs, targets = random_data(STEPS, lanes=LANES)
+        with pytest.raises(ArgumentError, match=f"^measure_costs{self.WORDS}"):
+            measure_costs(Spread(_Elsewhere), mean_loss, inputs, targets)
+        work = Workload(Spread(_Elsewhere), mean_loss, inputs=inputs, targets=targets)
+        with pytest.raises(ArgumentError, match=f"a profile{self.WORDS}"):
+            WindowBench(work, Configuration(k1=2, k2=4, strategy="sqrt"))
+
+    @pytest.mark.parametrize("strategy", ["retain", "sqrt", "uniform:3"])
+    def test_train_under_a_fixed_strategy_as_on_one(self, cards, strategy):
+        results = []
+        for kind in (Tensor, _Elsewhere):
+            torch.manual_seed(0)
+            module, (inputs, targets) = Spread(kind), random_data(STEPS, lanes=LANES)
+            tbptt = TBPTT(
+                *(module, mean_loss, 2, 6),
+                optimizer=torch.optim.SGD(module.parameters(), 0.1),
+                strategy=strategy,
+            )
+            tbptt.train(TensorSequence(inputs, targets))
+            results.append([p.detach().as_subclass(Tensor) for p in module.parameters()])
+        assert_equal(results[1], results[0], EXACT)
 
 
 @pytest.mark.parametrize("call", ["run_window", "unroll", "windows"])

@@ -15,6 +15,7 @@ from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.runner import make_runner
@@ -22,7 +23,6 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import (
     check_differentiable,
-    device_of,
     parameters_of,
     recognise,
     time_of,
@@ -87,6 +87,7 @@ def measure_costs(
     runner = make_runner(recurrence, autocast_dtype, time_batching)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
+    check_on_one("measure_costs", parameters)
     num_steps = len(sequence)
     block = StepBlock(
         0, num_steps, sequence.inputs, sequence.targets, sequence.weight, sequence.time_dim

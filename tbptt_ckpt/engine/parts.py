@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.budget.growing import GrowingBudget
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
+from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
@@ -28,7 +29,6 @@ from tbptt_ckpt.module.recurrence import (
     Recurrence,
     check_differentiable,
     check_initialised,
-    device_of,
     parameters_of,
     renormalised_in,
 )
@@ -106,6 +106,8 @@ def make_parts(
     deliveries = Deliveries(module, loss_fn, once=options.deliver == "once")
     updater = _make_updater(optimizer, parameters, options, deliveries)
     _check_optimized(updater, module, loss_fn)
+    if options.measure_memory:
+        check_on_one("measure_memory=True", (*parameters, *updater.optimized()))
     given = options.executor
     executor: Executor = _EXECUTORS[given]() if isinstance(given, str) else given
     return Parts(
@@ -200,10 +202,9 @@ def _make_budget(
                 "and no strategy='optimal' bounds; use executor='replay'"
             )
     elif finds_fastest or amount is not None:
+        given = f"strategy={shown(options.strategy)}, memory_budget={shown(options.memory_budget)}"
+        check_on_one(given, (*parameters, *updater.optimized()))
         if updater.deliveries.wrappers.is_sharded:
-            given = (
-                f"strategy={shown(options.strategy)}, memory_budget={shown(options.memory_budget)}"
-            )
             raise ArgumentError(
                 f"{given}: every run of a step of module gathers weights from all processes "
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "

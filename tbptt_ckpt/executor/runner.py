@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
+from tbptt_ckpt.devices import device_of
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.sinks import LossSink, Sink
@@ -25,7 +26,6 @@ from tbptt_ckpt.module.recurrence import (
     check_autocast,
     check_initialised,
     check_segment_output,
-    device_of,
     following_time_dim,
     split_result,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,11 +211,6 @@ def renormalised_in(*owners: object) -> frozenset[int]:
         for layer in module.modules()
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None
     )
-
-
-def device_of(weights: Sequence[Tensor]) -> torch.device:
-    """Where the weights are; the CPU where none are known."""
-    return weights[0].device if weights else torch.device("cpu")
 
 
 def check_differentiable(module: object, device_types: Iterable[str] | None = None) -> None:

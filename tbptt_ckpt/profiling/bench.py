@@ -11,12 +11,14 @@ from typing import TypeVar
 
 import torch
 
+from tbptt_ckpt.devices import check_on_one
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.memory.exhausted import release_memory
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration, bench_error
 from tbptt_ckpt.profiling.predicting import predicted, with_predictions
@@ -45,6 +47,7 @@ class WindowBench:
         self, work: Workload, configuration: Configuration, *, alone: bool = False
     ) -> None:
         self._work, self._configuration, self._alone = work, configuration, alone
+        check_on_one("a profile", parameters_of(work.module))
         self._device = work.device
         k1, k2 = configuration.k1, configuration.k2
         self._silent_windows = max(0, k2 // k1)
