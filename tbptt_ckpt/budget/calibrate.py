@@ -63,13 +63,19 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
     Hooks on weights run, unless within a delivery. Of `fixed`, weights and inputs are known; the
     rest is filled in.
     """
-    begun = time.perf_counter()
     with measuring(probe) as (own, before):
-        samples = _Measuring(own, limits, begun)
+        own.warm_up()
+        samples = _Measuring(own, limits, time.perf_counter())
         samples.run()
         costs = samples.costs(kept_bytes(own.boundary, before), update, fixed)
     _log.info(samples.summary(costs))
     return costs
+
+
+def warm_up(probe: SegmentProbe) -> None:
+    """Have done what first steps alone do; all else is left as it was."""
+    with measuring(probe) as (own, _):
+        own.warm_up()
 
 
 @contextmanager

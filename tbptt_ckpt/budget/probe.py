@@ -141,6 +141,10 @@ class SegmentProbe:
         begun, _, leaf, advance = readings.found
         return leaf - begun, advance - leaf
 
+    def warm_up(self) -> None:
+        """Run a leaf and an advance: libraries load kernels, and make what they keep, for good."""
+        self._run((self._leaf(1), self._advance(1)), UNOBSERVED)
+
     def host_bytes_of(self, sample: SegmentBytes) -> int | None:
         """Host memory of a leaf's graph besides its tensors; None where nobody says."""
         readings = _Readings(malloc_bytes)

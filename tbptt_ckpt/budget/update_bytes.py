@@ -9,6 +9,7 @@ straight lines in that length, factored optimizers included.
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.updates.updater import Updater
 
 _SMALL_BYTES = 1 << 20  # weights up to this size have stand-ins of full size
-_SHORT = (32, 64)  # lengths of the first dimension, where the weight's own is longer
+# Stand-ins are so large, and of so many times as many rows, that what an allocator rounds up is
+# little of them, or nothing.
+_STAND_IN_BYTES, _ROWS, _EVEN_ROWS = 1 << 16, 32, 512
 _ALL = 1.75  # held together for two weights over one, above which all are taken to be held
 # Where the class cannot be made again: Adam's state, and as much once more in a step.
 _ASSUMED_STATES, _ASSUMED_TRANSIENTS = 2, 2
@@ -78,18 +81,26 @@ def _on_stand_ins(updater: Updater, trained: Sequence[Tensor]) -> UpdateBytes:
 
 
 def _extrapolated(updater: Updater, weight: Tensor) -> tuple[float, float]:
-    shape = tuple(weight.shape)
-    if not shape or shape[0] <= _SHORT[1]:
+    shape, rows = tuple(weight.shape), _rows(weight)
+    if not shape or shape[0] <= 2 * rows:
         return _one_step(updater, [shape], [weight])
-    short, long = (_one_step(updater, [(n, *shape[1:])], [weight]) for n in _SHORT)
-    factor = (shape[0] - _SHORT[0]) / (_SHORT[1] - _SHORT[0])
+    short, long = (_one_step(updater, [(n, *shape[1:])], [weight]) for n in (rows, 2 * rows))
+    factor = shape[0] / rows - 1
     state, transient = (a + (b - a) * factor for a, b in zip(short, long, strict=True))
     return state, transient
 
 
+def _rows(weight: Tensor) -> int:
+    """Of the shorter stand-in for a weight; the longer one has twice as many."""
+    row_bytes = max(1, weight.nbytes // weight.shape[0]) if weight.dim() and weight.numel() else 1
+    if _ROWS * row_bytes >= _STAND_IN_BYTES:
+        return _ROWS
+    return _EVEN_ROWS * math.ceil(_STAND_IN_BYTES / row_bytes / _EVEN_ROWS)
+
+
 def _held_together(updater: Updater, weight: Tensor) -> float:
     """What a step allocates for two equal weights over what it allocates for one."""
-    shape = (min(weight.shape[0], _SHORT[1]), *weight.shape[1:]) if weight.dim() else ()
+    shape = (min(weight.shape[0], 2 * _rows(weight)), *weight.shape[1:]) if weight.dim() else ()
     _, one = _one_step(updater, [shape], [weight])
     _, two = _one_step(updater, [shape] * 2, [weight] * 2)
     return max(1.0, two / one) if one else 1.0

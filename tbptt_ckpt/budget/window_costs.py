@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.calibrate import Limits, calibrate, warm_up
 from tbptt_ckpt.budget.checked_costs import (
     CHECKED_STEPS,
     ROUNDING_BYTES,
@@ -243,9 +243,12 @@ class WindowCosts:
         self, request: Request, limits: Limits, planned: Callable[[Costs], PredictedPlan]
     ) -> Costs:
         """Measured costs, with steps batched over time or plain: what takes less time decides."""
-        batching, most, begun = self._batching, limits.max_seconds, time.perf_counter()
-        if not batching.is_open(request.make_probe().runner.recurrence.per_step):
+        batching, most, probe = self._batching, limits.max_seconds, request.make_probe()
+        if not batching.is_open(probe.runner.recurrence.per_step):
             return self._measured(request, limits)
+        with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
+            warm_up(probe)
+        begun = time.perf_counter()
         costs = self._measured(request, replace(limits, max_seconds=_FIRST_SHARE * most))
         left = most - (time.perf_counter() - begun)
         if not batching.has_batched or left < _LEAST_SHARE * most:

@@ -6,12 +6,14 @@ import copy
 import importlib
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, Costs, measure_costs
 from tbptt_ckpt.budget.update_bytes import update_bytes
+from tbptt_ckpt.memory.allocators import CpuSource
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule import Curve
@@ -227,6 +229,29 @@ def test_an_update_takes_what_was_foreseen(name, exists):
     later = update()
     assert later.peak_bytes <= foreseen.transient + 64
     assert foreseen.transient <= 1.05 * max(transient, later.peak_bytes) + 64
+
+
+def rounding_to_512_bytes(report):
+    """What an accelerator's allocator reports in the place of the CPU's."""
+
+    def rounded(self, events):
+        seconds, deltas = events
+        report(self, (seconds, np.sign(deltas) * -(-abs(deltas) // 512) * 512))
+
+    return rounded
+
+
+@pytest.mark.parametrize("shape", [(400_000,), (300_000, 2), (3000, 200), (200, 4096)])
+@pytest.mark.parametrize("name", ["Adam", "momentum"])
+def test_no_rounding_of_an_allocator_hides_an_optimizers_state(name, shape, monkeypatch):
+    """Few rows of a narrow weight take one block of 512 bytes, and twice as many no more."""
+    monkeypatch.setattr(CpuSource, "_report", rounding_to_512_bytes(CpuSource._report))
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer = OPTIMIZERS[name]([weight])
+    foreseen = update_bytes(Updater(optimizer, (), None, None, None))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert foreseen.state == pytest.approx(tensor_bytes(optimizer), abs=1024)
 
 
 def test_a_foreign_optimizer_is_taken_to_be_like_adam():
