@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
-from tbptt_ckpt.budget.own_inputs import begun as begun_on_copies
+from tbptt_ckpt.budget.measuring import measuring
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes, peaks_curve
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
-from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
 
@@ -70,24 +66,6 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         costs = samples.costs(kept_bytes(own.boundary, before), update, fixed)
     _log.info(samples.summary(costs))
     return costs
-
-
-def warm_up(probe: SegmentProbe) -> None:
-    """Have done what first steps alone do; all else is left as it was."""
-    with measuring(probe) as (own, _):
-        own.warm_up()
-
-
-@contextmanager
-def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
-    """A probe two steps later, and the state before these; all is left as it was."""
-    with (
-        untouched(probe.loss.loss_fn),
-        untouched(tensors=probe.parameters, ambient=probe.ambient),
-        older_garbage_kept(),
-        probe.runner.counters.paused(True),
-    ):
-        yield begun_on_copies(probe)
 
 
 @dataclass(slots=True)

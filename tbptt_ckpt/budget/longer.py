@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tbptt_ckpt.budget.calibrate import measuring
 from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
+from tbptt_ckpt.budget.measuring import measuring
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.schedule.costs import Costs

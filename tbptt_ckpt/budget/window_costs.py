@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tbptt_ckpt.budget.calibrate import Limits, calibrate, warm_up
+from tbptt_ckpt.budget.calibrate import Limits, calibrate
 from tbptt_ckpt.budget.checked_costs import (
     CHECKED_STEPS,
     ROUNDING_BYTES,
@@ -20,6 +20,7 @@ from tbptt_ckpt.budget.checked_costs import (
 )
 from tbptt_ckpt.budget.irregular import IrregularSteps
 from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
+from tbptt_ckpt.budget.measuring import warm_up
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape

@@ -1,16 +1,38 @@
-"""The first steps of a measurement, on inputs of their own: a module may write into them."""
+"""How a measurement begins, and how it leaves all as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.memory.exhausted import older_garbage_kept
+from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
 
 
-def begun(probe: SegmentProbe) -> tuple[SegmentProbe, Boundary]:
+def warm_up(probe: SegmentProbe) -> None:
+    """Have done what first steps alone do; all else is left as it was."""
+    with measuring(probe) as (own, _):
+        own.warm_up()
+
+
+@contextmanager
+def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
+    """A probe two steps later, and the state before these; all is left as it was."""
+    with (
+        untouched(probe.loss.loss_fn),
+        untouched(tensors=probe.parameters, ambient=probe.ambient),
+        older_garbage_kept(),
+        probe.runner.counters.paused(True),
+    ):
+        yield _begun(probe)
+
+
+def _begun(probe: SegmentProbe) -> tuple[SegmentProbe, Boundary]:
     """The probe two steps later, and the state before the last of them.
 
     Where a step writes into its inputs, the probe has copies of all; else it takes no memory.
