@@ -15,7 +15,8 @@ from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.budget.window_budget import Cuts, Request
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.schedule.actions import Differentiate
-from tbptt_ckpt.schedule.curves import Curve
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.curves import Curve, higher
 from tbptt_ckpt.schedule.plan import Plan
 
 _SEVERAL = 5  # cuts that are measured at once
@@ -225,3 +226,20 @@ def weighed_step_bytes(probe: SegmentProbe, samples: Sequence[SegmentBytes]) -> 
     blocks = narrow_blocks(probe.blocks, probe.stop - sample.steps, probe.stop)
     such = replace(probe, blocks=[block.leaving_out_lanes() for block in blocks])
     return max(0, such.bytes_of(sample.steps).leaf.most - sample.leaf.most) / sample.steps
+
+
+def cut_at_first_loss(costs: Costs, num_losses: int) -> Costs:
+    """Costs of leaves that may be two segments, of which only the later one has losses."""
+    quiet, last = costs.quiet, costs.last_leaf_bytes
+    if quiet is None or quiet.graph is None:
+        return costs
+    if quiet.joined is not None:
+        costs = replace(costs, leaf_bytes=higher(costs.leaf_bytes, quiet.joined))
+    if last is None:
+        return costs
+    bends = {steps for curve in (quiet.leaf, quiet.graph) for steps, _ in curve.points if steps}
+    whole = {n: last(n) for n in (num_losses, *(steps for steps, _ in last.points))}
+    for steps in {n + num_losses for n in bends} | {n for n in whole if n > num_losses}:
+        parts = quiet.before_losses(steps - num_losses, num_losses, last, makes_gradients=True)
+        whole[steps] = max(last(steps), parts)
+    return replace(costs, last_leaf_bytes=Curve.through(whole.items()))

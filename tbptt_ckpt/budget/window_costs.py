@@ -18,7 +18,7 @@ from tbptt_ckpt.budget.checked_costs import (
     not_below,
     with_host_bytes,
 )
-from tbptt_ckpt.budget.irregular import IrregularSteps
+from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
 from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
 from tbptt_ckpt.budget.update_bytes import update_bytes
@@ -132,7 +132,7 @@ class WindowCosts:
         """Costs with the fixed part as it is in a window of some shape."""
         fixed, costs = costs.fixed, self._with_irregular(costs, shape.cuts)
         if shape.new_steps < shape.num_steps:
-            costs = _cut_at_first_loss(costs, shape.new_steps)
+            costs = cut_at_first_loss(costs, shape.new_steps)
         if not self._promised and request.device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self.optimizer_bytes()
@@ -270,23 +270,6 @@ class WindowCosts:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             return calibrate(request.make_probe(), limits, update, FixedBytes())
-
-
-def _cut_at_first_loss(costs: Costs, num_losses: int) -> Costs:
-    """Costs of leaves that may be two segments, of which only the later one has losses."""
-    quiet, last = costs.quiet, costs.last_leaf_bytes
-    if quiet is None or quiet.graph is None:
-        return costs
-    if quiet.joined is not None:
-        costs = replace(costs, leaf_bytes=higher(costs.leaf_bytes, quiet.joined))
-    if last is None:
-        return costs
-    bends = {steps for curve in (quiet.leaf, quiet.graph) for steps, _ in curve.points if steps}
-    whole = {n: last(n) for n in (num_losses, *(steps for steps, _ in last.points))}
-    for steps in {n + num_losses for n in bends} | {n for n in whole if n > num_losses}:
-        parts = quiet.before_losses(steps - num_losses, num_losses, last, makes_gradients=True)
-        whole[steps] = max(last(steps), parts)
-    return replace(costs, last_leaf_bytes=Curve.through(whole.items()))
 
 
 def _nothing(steps: int) -> float:
