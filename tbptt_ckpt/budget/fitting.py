@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, Amount
+from tbptt_ckpt.budget.reserved import Slack
 from tbptt_ckpt.budget.window_budget import Cuts, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.sizes import format_bytes
@@ -38,6 +39,7 @@ class FittingPlans:
         promised: Whether the budget is held.
         finds_fastest: Whether plans are chosen by their seconds.
         budget_bytes: The budget; None before the first window, see `budget`.
+        slack: Of a budget of reserved bytes, those that are none of the run's tensors.
     """
 
     def __init__(self, strategy: Strategy, amount: Amount | None) -> None:
@@ -45,6 +47,7 @@ class FittingPlans:
         self.finds_fastest = isinstance(strategy, Auto | Optimal)
         self._amount = amount or AUTO_BUDGET
         self.budget_bytes: int | None = None
+        self.slack = Slack(self._amount.is_reserved)
         self._room: int | None = None  # for states and leaves, since memory was missing
         self._reserve = _RESERVE if self.promised else 0.0
         self._plans: OrderedDict[Shape, tuple[int, PredictedPlan]] = (
@@ -54,10 +57,16 @@ class FittingPlans:
         self._longest_seen = 0  # windows up to this reach were found to fit
 
     def fix_budget(self, live_bytes: int, device: torch.device) -> int:
-        """The budget in bytes, of a run that holds some already; the same ever after."""
+        """What a run's tensors may take that holds some already; fixed by the first window."""
+        self.slack.begin(device)
         if self.budget_bytes is None:
             self.budget_bytes = self._amount.bytes_beside(live_bytes, device)
-        return self.budget_bytes
+        return self.budget
+
+    def reserves_too_much(self, reserved_bytes: int | None, peak_bytes: int) -> bool:
+        """Whether a window reserved more than the budget is of; plans leave room for it then."""
+        whole = self.budget + self.slack.num_bytes
+        return self.slack.exceeds(whole, reserved_bytes, peak_bytes)
 
     def check_fullest(self, shape: Shape, costs: Costs) -> None:
         """Raise `InfeasibleBudgetError` now, if larger windows will not fit a promised budget."""
@@ -147,25 +156,26 @@ class FittingPlans:
         return plan(
             stop - start,
             replace(costs, update_bytes=0, fixed=FixedBytes(other=beside_bytes)),
-            budget_bytes=self.budget_bytes,
+            budget_bytes=self.budget,
             new_steps=num_losses,
             first=start,
         )
 
     def explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
         """The planner's error about a window of that shape as one about `memory_budget`."""
-        smallest, optimal = error.smallest_budget_bytes, error.optimal_budget_bytes
-        assert smallest is not None
-        who, choices = "", [f"raise it to {smallest} bytes"]
+        assert error.smallest_budget_bytes is not None
+        smallest = error.smallest_budget_bytes + self.slack.num_bytes
+        optimal = error.optimal_budget_bytes and error.optimal_budget_bytes + self.slack.num_bytes
+        given = self._amount.described(self.budget + self.slack.num_bytes)
+        who, choices = "", [f"raise it to {smallest} bytes{self._amount.kind}"]
         if not self.finds_fastest:
             who = f" under strategy={self.strategy}"
             choices.append(f"use strategy='optimal', which works from {optimal} bytes")
         elif error.largest_steps:
             choices.append(f"lower k2 to {error.largest_steps}")
         return InfeasibleBudgetError(
-            f"memory_budget={self._amount.described(self.budget)} is below the "
-            f"{format_bytes(smallest)} that a reach of {shape.num_steps} steps needs{who}; "
-            f"{', or '.join(choices)}",
+            f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
+            f"{shape.num_steps} steps needs{who}{self.slack.note()}; {', or '.join(choices)}",
             smallest_budget_bytes=smallest,
             optimal_budget_bytes=optimal,
             largest_steps=error.largest_steps,
@@ -185,6 +195,7 @@ class FittingPlans:
         """Plain data."""
         return {
             "budget_bytes": self.budget_bytes,
+            "slack_bytes": self.slack.num_bytes,
             "room_bytes": self._room,
             "reserve": self._reserve,
             "plans": [
@@ -201,7 +212,9 @@ class FittingPlans:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the same plans; a budget in bytes stays as it is given now."""
         self.budget_bytes = self._amount.num_bytes or state["budget_bytes"]
-        self._room = state.get("room_bytes")  # older ones have none
+        # Older ones have neither of the two.
+        self.slack = Slack(self._amount.is_reserved, state.get("slack_bytes", 0))
+        self._room = state.get("room_bytes")
         self._reserve = state["reserve"]
         for entry in state["plans"]:
             plain = {"cuts": 0, **entry["shape"]}  # older ones have none
@@ -213,9 +226,9 @@ class FittingPlans:
 
     @property
     def budget(self) -> int:
-        """The budget in bytes."""
+        """What the run's tensors may take, in bytes."""
         assert self.budget_bytes is not None, "it is fixed before the first plan"
-        return self.budget_bytes
+        return self.budget_bytes - self.slack.num_bytes
 
     def _keep(self, shape: Shape, fixed_bytes: int, plan: PredictedPlan) -> None:
         self._plans[shape] = fixed_bytes, plan

@@ -66,9 +66,11 @@ class GrowingBudget(WindowBudget):
         """Whether memory can be measured now."""
         return self._present.can_meter(device)
 
-    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+    def learn(
+        self, planned: PlannedWindow, update: Lap, peak_bytes: int, reserved_bytes: int | None
+    ) -> None:
         """Correct the costs by a measured window."""
-        self._present.learn(planned, update, peak_bytes)
+        self._present.learn(planned, update, peak_bytes, reserved_bytes)
 
     def shrink(self, window: Window) -> str | None:
         """Plan with less from here on."""

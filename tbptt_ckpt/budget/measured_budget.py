@@ -23,6 +23,7 @@ from tbptt_ckpt.budget.window_budget import (
 )
 from tbptt_ckpt.budget.window_costs import WindowCosts
 from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.memory.exhausted import empty_cache
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -136,7 +137,9 @@ class MeasuredBudget(WindowBudget):
             self._plans.forget()
             known = self._prepared(request, held_bytes)
 
-    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+    def learn(
+        self, planned: PlannedWindow, update: Lap, peak_bytes: int, reserved_bytes: int | None
+    ) -> None:
         """Correct the costs by a measured window; the plans made from wrong ones are dropped."""
         known = self._costs.known
         if not isinstance(planned, WatchedWindow) or known is None:
@@ -155,7 +158,9 @@ class MeasuredBudget(WindowBudget):
             format_bytes(peak_bytes),
             "" if is_right else "; costs corrected",
         )
-        if is_right and self._plans.confirm(shape):
+        if self._plans.reserves_too_much(reserved_bytes, peak_bytes):
+            empty_cache()  # what this plan made the allocator keep is none of the next one's
+        elif is_right and self._plans.confirm(shape):
             return
         self._costs.adopt(costs)
         self._plans.start_over()
@@ -227,7 +232,10 @@ class MeasuredBudget(WindowBudget):
             return self._plans.fitting(fullest, of_fullest)
 
         finds_fastest = self._plans.finds_fastest
+        is_new = self._costs.must_measure
         costs = self._costs.prepare(request, room, planned if finds_fastest else None)
+        if is_new:  # caches are empty: what is reserved beside the run will be
+            self._plans.slack.begins_beside(live_bytes)
         self._plans.check_fullest(fullest, self._costs.of(costs, fullest, request, held_bytes))
         return costs
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.memory.exhausted import older_garbage_kept
+from tbptt_ckpt.memory.exhausted import empty_cache, older_garbage_kept
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
 
@@ -30,6 +30,7 @@ def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
         probe.runner.counters.paused(True),
     ):
         yield _begun(probe)
+    empty_cache()  # segments are as long as memory allows, and others may need it
 
 
 def _begun(probe: SegmentProbe) -> tuple[SegmentProbe, Boundary]:

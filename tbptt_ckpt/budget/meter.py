@@ -28,6 +28,7 @@ class UnmeteredWindow(ExitStack):
     """Measures nothing."""
 
     peak_bytes: int | None = None
+    reserved_peak_bytes: int | None = None
 
     def runner(self, runner: Runner) -> Runner:
         """The same runner."""
@@ -66,6 +67,11 @@ class WindowMeter(ExitStack):
     def peak_bytes(self) -> int | None:
         """Peak of device memory, everything that belongs to the run included."""
         return self.base_bytes + self._meter.peak_bytes
+
+    @property
+    def reserved_peak_bytes(self) -> int | None:
+        """Most that an accelerator's allocator had reserved."""
+        return self._meter.reserved_peak_bytes
 
     def __enter__(self) -> Self:
         self.enter_context(older_garbage_kept())

@@ -204,7 +204,9 @@ class WindowBudget:
                 self._fixed_plans[shape] = plan
         return PlannedWindow(plan.at(first))
 
-    def learn(self, planned: PlannedWindow, update: Lap, peak_bytes: int) -> None:
+    def learn(
+        self, planned: PlannedWindow, update: Lap, peak_bytes: int, reserved_bytes: int | None
+    ) -> None:
         """A window was measured, its update included."""
 
     def shrink(self, window: Window) -> str | None:

@@ -194,6 +194,8 @@ def _make_budget(
             the graph of a whole window, which no schedule bounds.
     """
     strategy, amount = options.parsed_strategy(), options.parsed_budget()
+    if amount is not None:
+        amount.check_device(device_of(parameters or updater.optimized()))
     finds_fastest = measured and isinstance(strategy, Auto | Optimal)
     if executor.one_graph:
         if amount is not None or isinstance(strategy, Optimal):

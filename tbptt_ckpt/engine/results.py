@@ -20,6 +20,8 @@ class WindowFigures(Window):
         recomputed_steps: Module steps run beyond one run of each new step.
         num_tokens: Valid new steps of all lanes.
         peak_bytes: Peak of tensor memory in bytes; None if it was not measured.
+        reserved_peak_bytes: Most that an accelerator's allocator had reserved meanwhile, for the
+            whole process and with what it keeps for later; None on the CPU, or if not measured.
         drift: Relative change of recorded states when they are recomputed with today's
             weights; 0.0 where no step of an earlier window runs again.
         seconds: Wall-clock time.
@@ -29,6 +31,7 @@ class WindowFigures(Window):
     recomputed_steps: int
     num_tokens: int
     peak_bytes: int | None
+    reserved_peak_bytes: int | None
     drift: float
     seconds: float
     updated: bool

@@ -135,7 +135,7 @@ class SequenceRun:
             updated = parts.updater.update(is_last, self.initial.leaves(), self._observer)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
-            parts.budget.learn(planned, lap, peak_bytes)
+            parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
         result = WindowResult(
             index=window.index,
             start=window.start,
@@ -146,6 +146,7 @@ class SequenceRun:
             recomputed_steps=opened.executed_steps - window.num_new_steps,
             num_tokens=opened.num_tokens(),
             peak_bytes=peak_bytes,
+            reserved_peak_bytes=meter.reserved_peak_bytes,
             drift=opened.notes.drift,
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,

@@ -66,7 +66,8 @@ class TBPTT:
             "revolve:STATES", the equal object, a list of actions, or a function
             `(start, stop) -> actions`.
         memory_budget: Peak of tensor memory on the device, everything included: bytes, text
-            such as "512MiB", or a fraction of what is free. The first window measures what
+            such as "512MiB", or a fraction of what is free; "8GiB reserved" is of what an
+            accelerator's allocator reserves. The first window measures what
             steps take. With a fixed strategy the budget is only checked.
         executor: "replay" holds the graph of one leaf at a time; "checkpoint" is one graph
             of nested `torch.utils.checkpoint` calls; or an executor, such as

@@ -40,6 +40,11 @@ def free_memory(device: Device | None = None, *, root: AnyPath = "/") -> int:
     return max(0, min([psutil.virtual_memory().available, *left]))
 
 
+def reserved_memory(device: torch.device) -> int | None:
+    """Bytes that torch's allocator has taken from an accelerator; None on the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.memory_reserved(device)
+
+
 def check_device(name: str, value: Any, alternative: str | None = None) -> None:
     """Raise `ArgumentError` unless `value` is a device that this machine has, or "meta"."""
     try:

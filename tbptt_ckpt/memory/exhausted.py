@@ -46,11 +46,16 @@ def release_memory() -> None:
     Call it outside of the `except` block: the traceback holds the failed call's tensors.
     """
     gc.collect()
-    if accelerator() is not None:
-        torch.accelerator.empty_cache()
+    empty_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def empty_cache() -> None:
+    """Give the driver back what an accelerator's allocator keeps for later requests."""
+    if accelerator() is not None:
+        torch.accelerator.empty_cache()
 
 
 @contextmanager
