@@ -63,7 +63,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         own.warm_up()
         samples = _Measuring(own, limits, time.perf_counter())
         samples.run()
-        costs = samples.costs(kept_bytes(own.boundary, before), update, fixed)
+        costs = samples.costs(kept_bytes(own.boundary, before, own.device), update, fixed)
     _log.info(samples.summary(costs))
     return costs
 

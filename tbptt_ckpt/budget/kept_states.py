@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import torch
+
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.resident import malloc_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -13,14 +15,18 @@ from tbptt_ckpt.module.trees import copy_containers, tensors_of
 _NUM_BOUNDARIES = 32
 
 
-def kept_bytes(later: Boundary, before: Boundary) -> tuple[int, int, int]:
-    """What keeping a state takes, of it generators and buffers, and what is kept once for all."""
+def kept_bytes(later: Boundary, before: Boundary, device: torch.device) -> tuple[int, int, int]:
+    """What keeping a state takes, of it generators and buffers, and what is kept once for all.
+
+    Bytes of the device: a generator's state may be the host's.
+    """
     handed_on = sum(later.handed_on(before).values())
-    state, ambient = tensor_bytes(later.state) - handed_on, _ambient_bytes(later, before.ambient)
+    state = tensor_bytes(later.state, device=device) - handed_on
+    ambient = _ambient_bytes(later, before.ambient, device)
     return state + ambient, ambient, handed_on
 
 
-def _ambient_bytes(later: Boundary, earlier: AmbientState) -> int:
+def _ambient_bytes(later: Boundary, earlier: AmbientState, device: torch.device) -> int:
     """Generators and buffers that a state is kept with, as an earlier one lacks them."""
     ambient = later.ambient
     if ambient is earlier:
@@ -32,8 +38,8 @@ def _ambient_bytes(later: Boundary, earlier: AmbientState) -> int:
     own += [tensor for new, old in moved if new is not old for tensor in tensors_of(new.values)]
     changed = zip(ambient.buffers, earlier.buffers, strict=True)
     # A value that is restored has a second tensor, to stand in the module.
-    buffers = tensor_bytes([new.values for new, old in changed if new is not old])
-    return tensor_bytes(own) + 2 * buffers
+    moved_buffers = [new.values for new, old in changed if new is not old]
+    return tensor_bytes(own, device=device) + 2 * tensor_bytes(moved_buffers, device=device)
 
 
 def host_state_bytes(boundary: Boundary) -> float:

@@ -26,7 +26,6 @@ from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.exhausted import empty_cache
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
@@ -95,7 +94,7 @@ class MeasuredBudget(WindowBudget):
             return unmeasured.plan(window, joints, make_request)
         if self._costs.take_irregular(request):
             self._plans.forget()
-        held_bytes = tensor_bytes(*request.held) + request.ahead_bytes
+        held_bytes = request.bytes_of(*request.held) + request.ahead_bytes
         try:
             shape, costs, chosen = self._chosen(request, held_bytes)
         except ChangingStateError as error:
@@ -223,7 +222,7 @@ class MeasuredBudget(WindowBudget):
 
     def _prepared(self, request: Request, held_bytes: int) -> Costs:
         """Fix the budget, know the costs, and make sure that larger windows will fit."""
-        live_bytes = held_bytes + tensor_bytes(*request.recorded) + request.input_bytes
+        live_bytes = held_bytes + request.bytes_of(*request.recorded) + request.input_bytes
         budget_bytes = self._plans.fix_budget(live_bytes, request.device)
         fullest, room = request.fullest, budget_bytes - held_bytes - request.input_bytes
 
@@ -270,7 +269,7 @@ class MeasuredBudget(WindowBudget):
         handed_on = costs.handed_on_bytes
         made = request.makes_first_state * (costs.state_bytes + handed_on)
         coming = request.shape.coming_states * costs.state_bytes + handed_on
-        recorded = max(0, tensor_bytes(*request.recorded) - handed_on)
+        recorded = max(0, request.bytes_of(*request.recorded) - handed_on)
         absent = max(0, costs.fixed.states - coming - made - recorded)
         if missing or absent:
             chosen = as_measured_now(request, chosen, costs, missing, absent)

@@ -75,7 +75,8 @@ class WindowMeter(ExitStack):
 
     def __enter__(self) -> Self:
         self.enter_context(older_garbage_kept())
-        self.base_bytes = tensor_bytes(*self._held, grads=True) + self._input_bytes
+        self.base_bytes = tensor_bytes(*self._held, grads=True, device=self._device)
+        self.base_bytes += self._input_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
         self.enter_context(self._meter)
         self._held = ()

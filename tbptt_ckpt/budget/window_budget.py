@@ -15,6 +15,7 @@ from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.meter import Lap, can_measure
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.plan import Plan, plan_window
@@ -121,6 +122,10 @@ class Request:
     def input_bytes(self) -> int:
         """Bytes of its steps."""
         return sum(block.num_bytes() for block in self.blocks)
+
+    def bytes_of(self, *trees: object) -> int:
+        """Bytes of tensors where memory counts: counters of an optimizer may be elsewhere."""
+        return tensor_bytes(*trees, device=self.device)
 
     @property
     def absolute_joints(self) -> tuple[int, ...]:

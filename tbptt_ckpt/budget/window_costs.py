@@ -24,6 +24,7 @@ from tbptt_ckpt.budget.measuring import warm_up
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
+from tbptt_ckpt.devices import device_of
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
@@ -216,8 +217,9 @@ class WindowCosts:
         return replace(costs, fixed=replace(costs.fixed, optimizer=largest))
 
     def optimizer_bytes(self) -> int:
-        """State of the optimizer that exists."""
-        return tensor_bytes(self._updater.optimizer)
+        """State of the optimizer that exists, where the weights are."""
+        device = device_of(self._parameters or self._updater.optimized())
+        return tensor_bytes(self._updater.optimizer, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""

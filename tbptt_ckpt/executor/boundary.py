@@ -37,10 +37,14 @@ class Boundary:
         object.__setattr__(self, "_versions", self._state_versions())
 
     def copied(self, handed_on: Container[int] = ()) -> Boundary:
-        """The same in memory of its own, but for tensors at addresses that were `handed_on`."""
+        """The same in memory of its own, but for tensors at addresses that were `handed_on`.
+
+        What lies alone in an accelerator's memory stays there: that is no heap to be split.
+        """
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor if _address(tensor) in handed_on else tensor.clone()
+            stays = _address(tensor) in handed_on or _lies_alone(tensor)
+            return tensor if stays else tensor.clone()
 
         return Boundary(self.step, map_tensors(copy, self.state), self.ambient)
 
@@ -66,6 +70,14 @@ def _address(tensor: Tensor) -> int:
     """Where its values are; 0 for tensors that are made of others."""
     plain = type(tensor) is Tensor and tensor.layout is torch.strided
     return tensor.data_ptr() if plain else 0
+
+
+def _lies_alone(tensor: Tensor) -> bool:
+    """Whether it is all of its memory, in blocks of an accelerator's allocator."""
+    if tensor.device.type == "cpu" or type(tensor) is not Tensor:
+        return False
+    is_plain = tensor.layout is torch.strided
+    return is_plain and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 class _Rejoin(torch.autograd.Function):

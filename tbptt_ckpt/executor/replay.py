@@ -9,7 +9,9 @@ NOTE [Why a kept state is copied]
 A run leaves its last state in the middle of what it took and is giving back. On the CPU that
 splits the heap: the next run's blocks do not fit into the pieces, it takes new ones, and a
 million steps of a small `nn.LSTM` came to hold up to 209 MiB where 6 were live. A copy made when
-the run's memory is free lies among other small blocks. What a run handed on unchanged, such as an
+the run's memory is free lies among other small blocks. An accelerator's allocator has small blocks
+in pools of their own, and gives a block back whole: there a state is copied only where it is part
+of more. What a run handed on unchanged, such as an
 encoder's memory, is no part of what it took, and is kept once for all states that have it.
 """
 

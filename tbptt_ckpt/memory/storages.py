@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def tensor_bytes(*trees: object, grads: bool = False) -> int:
-    """Bytes of the distinct storages that the trees hold, on whatever device they are.
+def tensor_bytes(*trees: object, grads: bool = False, device: torch.device | None = None) -> int:
+    """Bytes of the distinct storages that the trees hold.
 
     A storage counts once and whole, however many views of it there are.
 
@@ -23,8 +23,10 @@ def tensor_bytes(*trees: object, grads: bool = False) -> int:
             the parameters), and nested tuples, lists, sets, dicts and dataclasses of
             these. Anything else holds no bytes.
         grads: Whether the `.grad` of each leaf tensor counts too.
+        device: Where they count; None is everywhere.
     """
-    return sum(storage.nbytes() for storage in distinct_storages(trees, grads=grads))
+    storages = distinct_storages(trees, grads=grads)
+    return sum(each.nbytes() for each in storages if device is None or each.device == device)
 
 
 def distinct_storages(tree: object, *, grads: bool = False) -> list[torch.UntypedStorage]:
