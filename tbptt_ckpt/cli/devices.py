@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -44,16 +42,12 @@ def autocast_dtype(dtype: str) -> torch.dtype | None:
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 
-@contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """Ask the device's libraries for the same bits in every run; the CPU gives them anyway."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
+def ask_for_equal_bits(device: torch.device) -> None:
+    """Have the device's libraries give the same bits in every run; the CPU gives them anyway.
+
+    For the rest of the process, before anything runs there. Every command asks for it, since the
+    kernels that are chosen then have other workspaces and take other times.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.backends.cudnn.deterministic = True

@@ -13,7 +13,12 @@ from torch import nn
 from tbptt_ckpt import Workload
 from tbptt_ckpt.cli.bytes.models import VOCAB_SIZE, build_model
 from tbptt_ckpt.cli.bytes.score import byte_task
-from tbptt_ckpt.cli.devices import DTYPES, autocast_dtype, find_device
+from tbptt_ckpt.cli.devices import (
+    DTYPES,
+    ask_for_equal_bits,
+    autocast_dtype,
+    find_device,
+)
 from tbptt_ckpt.cli.factory import call_factory
 from tbptt_ckpt.cli.lanes import Array, EqualLanes, parts
 from tbptt_ckpt.cli.losses import find_loss
@@ -40,6 +45,7 @@ def make_task(options: ModelOptions, *, lr: float | None = None, seed: int = 0) 
     """
     torch.manual_seed(seed)
     device = find_device(options.device)
+    ask_for_equal_bits(device)
     if ":" not in options.model:
         module = build_model(options.model, hidden=options.hidden, layers=options.layers)
         options.refuse(ABOUT_ARRAYS, f"{options.model} reads the bytes of a text")

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from tbptt_ckpt import NonFiniteError
-from tbptt_ckpt.cli.devices import find_device, repeatable
 from tbptt_ckpt.cli.files import check_target, file_digest, save_weights, weights_digest
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.task import Task
@@ -31,8 +30,7 @@ def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> Traini
     a loss that became infinite or NaN.
     """
     config.check()
-    with repeatable(find_device(config.device)):
-        return _Job(config, make_task(config, lr=config.lr, seed=config.seed), watch).run()
+    return _Job(config, make_task(config, lr=config.lr, seed=config.seed), watch).run()
 
 
 class _Job:
