@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,18 @@ from tbptt_ckpt.memory.recorders import (
 )
 from tbptt_ckpt.memory.storages import distinct_storages, live_storages
 
-# Takes in changes, in order, and the allocator's reserved peak if it has one.
-Listener = Callable[[Events, int | None], None]
+
+class CachePeaks(NamedTuple):
+    """Peaks of a caching allocator since it was read before, of the whole process."""
+
+    reserved_bytes: int | None = None
+    requested_bytes: int | None = None
+
+
+NO_CACHE = CachePeaks()
+
+# Takes in changes, in order.
+Listener = Callable[[Events, CachePeaks], None]
 
 
 class CpuSource:
@@ -98,7 +109,7 @@ class CpuSource:
 
     def _report(self, events: Events) -> None:
         for listener in self._listeners:
-            listener(events, None)
+            listener(events, NO_CACHE)
 
 
 class AcceleratorSource:
@@ -134,12 +145,15 @@ class AcceleratorSource:
             torch.accelerator.reset_peak_memory_stats(self._device)
             peak = statistics.get("allocated_bytes.all.peak", 0)  # none before a first allocation
             live = statistics.get("allocated_bytes.all.current", 0)
-            reserved = statistics.get("reserved_bytes.all.peak", 0)
+            cache = CachePeaks(
+                statistics.get("reserved_bytes.all.peak", 0),
+                statistics.get("requested_bytes.all.peak"),
+            )
             self._retries = statistics.get("num_alloc_retries")
             deltas = np.array([peak - self._live, live - peak], np.int64)
             self._live = live
             for listener in self._listeners:
-                listener((np.full(2, time.time()), deltas), reserved)
+                listener((np.full(2, time.time()), deltas), cache)
 
     def retries(self) -> int | None:
         """How often the allocator had freed its cache and tried again, by the last reading."""

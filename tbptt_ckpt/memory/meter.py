@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.memory.allocators import Source, accelerator_source, cpu_source
+from tbptt_ckpt.memory.allocators import CachePeaks, Source, accelerator_source, cpu_source
 from tbptt_ckpt.memory.available import Device, accelerator_or_cpu
 from tbptt_ckpt.memory.recorders import Events, profiler_is_active
 from tbptt_ckpt.memory.resident import RssSampler
@@ -91,6 +91,9 @@ class PeakMeter:
     Attributes:
         reserved_peak_bytes: Highest total of an accelerator's memory that its allocator
             has taken from the driver, unused blocks included; None on the CPU.
+        requested_peak_bytes: Highest total of what tensors of the process asked for: allocated
+            without what its allocator rounds up, which depends on what ran before. None on the
+            CPU, where that is `peak_bytes`, and where an allocator does not say.
         allocation_retries: How often the accelerator's allocator had to give its cache
             back and try again; None where it does not say.
     """
@@ -101,6 +104,7 @@ class PeakMeter:
         self._started = time.time()
         self._state: Literal["new", "open", "closed"] = "new"
         self.reserved_peak_bytes: int | None = None
+        self.requested_peak_bytes: int | None = None
         self.allocation_retries: int | None = None
 
     @property
@@ -181,11 +185,15 @@ class PeakMeter:
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self.flush())  # type: ignore[no-untyped-call]
 
-    def _observe(self, events: Events, reserved_bytes: int | None) -> None:
+    def _observe(self, events: Events, cache: CachePeaks) -> None:
         seconds, deltas = events
         self._live.fold(seconds - self._started, deltas)
-        if reserved_bytes is not None:
-            self.reserved_peak_bytes = max(self.reserved_peak_bytes or 0, reserved_bytes)
+        self.reserved_peak_bytes = _higher(self.reserved_peak_bytes, cache.reserved_bytes)
+        self.requested_peak_bytes = _higher(self.requested_peak_bytes, cache.requested_bytes)
+
+
+def _higher(known: int | None, found: int | None) -> int | None:
+    return known if found is None else max(known or 0, found)
 
 
 class _LiveBytes:

@@ -101,6 +101,7 @@ class WindowBench:
             fixed_bytes=before_bytes + tensor_bytes(data),
             predicted_peak_bytes=found and found.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
+            requested_peak_bytes=meter.requested_peak_bytes,
             allocation_retries=meter.allocation_retries,
             window_steps=window.stop - window.first,
             executed_steps=window.executed_steps,

@@ -85,6 +85,8 @@ class MemoryReport:
         predicted_peak_bytes: The same peak, computed from measured costs; None where there was
             no memory to measure these.
         reserved_peak_bytes: What the accelerator's allocator took from the driver.
+        requested_peak_bytes: What tensors of the process asked for; `peak_bytes` of an accelerator
+            are what its allocator made of that, and depend on what ran before.
         allocation_retries: How often it had to give its cache back and try again.
         rss_peak_bytes: Peak of the process's resident memory, with no meter running.
         rss_before_bytes: Resident memory with the model and data loaded.
@@ -113,6 +115,7 @@ class MemoryReport:
     fixed_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     reserved_peak_bytes: int | None = None
+    requested_peak_bytes: int | None = None
     allocation_retries: int | None = None
     rss_peak_bytes: int | None = None
     rss_before_bytes: int | None = None

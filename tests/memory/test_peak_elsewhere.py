@@ -153,6 +153,7 @@ class FakeAllocator:
             "allocated_bytes.all.peak": self.peak,
             "reserved_bytes.all.current": self.reserved,
             "reserved_bytes.all.peak": self.reserved,
+            "requested_bytes.all.peak": self.peak - 1,
             "num_alloc_retries": self.retried,
         }
 
@@ -195,6 +196,7 @@ def test_accelerator_figures_come_from_its_statistics(monkeypatch):
     assert (outer.peak_bytes, outer.net_bytes) == (350, 200)
     assert [live for _, live in outer.timeline] == [0, 300, 300, 350, 290, 290, 290, 290, 200, 200]
     assert outer.reserved_peak_bytes == 907
+    assert (outer.requested_peak_bytes, inner.requested_peak_bytes) == (849, 849)
     assert (inner.allocation_retries, outer.allocation_retries) == (1, 1)
 
 
