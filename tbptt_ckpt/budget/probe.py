@@ -258,7 +258,7 @@ class _UndividedLoss(WindowLoss):
     def divisor(self) -> float:
         return 1.0
 
-    def is_empty(self, *, waits: bool = True) -> bool:
+    def is_known_empty(self) -> bool:
         return False
 
 

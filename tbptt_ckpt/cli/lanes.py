@@ -12,6 +12,7 @@ from torch import Tensor
 from tbptt_ckpt.arguments import PositiveInt, checked
 from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.host import sent
 
 Array = NDArray[Any]
 
@@ -104,7 +105,7 @@ class EqualLanes:
         whole = array.dtype.kind in "biu"
         rows = np.array(rows, np.int64 if whole else _IN_NUMPY[self._dtype], order="C")
         rows = rows[..., None] if not whole and rows.ndim == 2 else rows
-        return torch.from_numpy(rows).to(self._device)
+        return sent(torch.from_numpy(rows), self._device)
 
 
 def parts(array: Array) -> tuple[Array, Array]:

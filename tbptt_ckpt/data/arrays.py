@@ -15,6 +15,7 @@ from tbptt_ckpt.arguments import AnyPath, Dimension, checked
 from tbptt_ckpt.data.source import check_mapped, check_range, check_same_source
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import Device
+from tbptt_ckpt.module.host import sent
 
 Array = NDArray[Any]
 
@@ -105,7 +106,7 @@ class ArraySequence:
         check_same_source(state, self.state_dict())
 
     def _moved(self, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return rows.to(device=self._device, dtype=dtype or rows.dtype)
+        return sent(rows.to(dtype or rows.dtype), self._device)
 
 
 @checked

@@ -15,6 +15,7 @@ from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
 from tbptt_ckpt.data.source import Source, as_tensors, check_range, check_same_source, rows_of
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import Device
+from tbptt_ckpt.module.host import sent
 from tbptt_ckpt.module.trees import Tree, replace_tensors, structure, tensors_of
 
 
@@ -201,7 +202,9 @@ class _LaneBatch:
     def result(self, device: torch.device | str | None) -> Tree:
         """The tree of tensors [n, B, ...]."""
         assert self._tensors is not None, "some lane runs at every step"
-        return replace_tensors(self._tree, [t.to(device) for t in self._tensors])
+        if device is None:
+            return replace_tensors(self._tree, self._tensors)
+        return replace_tensors(self._tree, [sent(t, torch.device(device)) for t in self._tensors])
 
 
 def _stretch_lengths(source: Source, lanes: int, lengths: Iterable[int] | None) -> Integers:

@@ -19,6 +19,7 @@ from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
+from tbptt_ckpt.module.host import Numbers
 from tbptt_ckpt.module.recurrence import check_time_dim, parameters_of, recognise
 from tbptt_ckpt.module.trees import Tree, copy_containers, detach_state
 
@@ -134,7 +135,8 @@ def _run(
             resets=Resets(blocks, initial, lane_dim),
         )
         state = piece.run(position, stop, state, piece.sink(graph=False))
-        if loss.loss_sum is not None and not loss.is_empty():
+        loss.ask(Numbers())
+        if loss.has_losses and not loss.is_empty():
             loss_sum, weight = loss_sum + loss.loss_sum, weight + float(loss.weight)
         position = stop
     return loss_sum, weight, position, detach_state(state)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import NonFiniteError
 from tbptt_ckpt.executor.observer import Observer
+from tbptt_ckpt.module.host import Number, Numbers
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.windows import Window
 
@@ -15,11 +16,18 @@ from tbptt_ckpt.schedule.windows import Window
 class FiniteLoss(Observer):
     """Raises before the update that such a loss would make."""
 
+    def __init__(self) -> None:
+        self._loss = Number(0.0)
+
+    def asks(self, numbers: Numbers, loss: Tensor | None, states: list[Tree]) -> None:
+        """Ask for the loss."""
+        self._loss = Number(0.0) if loss is None else numbers.ask(loss)
+
     def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
         """Look at the loss."""
-        if loss is not None and not math.isfinite(loss):
+        if loss is not None and not math.isfinite(self._loss):
             raise NonFiniteError(
                 f"window {window.index}, steps {window.new_start} to {window.stop}: the loss is "
-                f"{float(loss)}, and the weights were not updated; check_finite=False makes such "
-                "updates, Trainer(non_finite=NonFinite(policy='skip')) leaves such windows out"
+                f"{float(self._loss)}, and the weights were not updated; check_finite=False makes "
+                "such updates, Trainer(non_finite=NonFinite(policy='skip')) leaves such windows out"
             )

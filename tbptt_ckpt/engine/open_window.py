@@ -19,6 +19,7 @@ from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Notes, Records
+from tbptt_ckpt.engine.window_numbers import WindowNumbers
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -44,6 +45,7 @@ class OpenWindow:
         loss: Its loss, once it has run.
         executed_steps: Module steps run for it.
         notes: What was noted in passing.
+        numbers: What is read of it.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class OpenWindow:
         self._observer = observer
         self._resets = Resets(blocks, initial.attached, parts.recurrence.lane_dim)
         self._loss_start = options.loss_start(window)
-        self.notes = Notes(options, window, num_steps, records)
+        self.numbers = WindowNumbers(parts.updater, initial, observer)
+        self.notes = Notes(options, window, num_steps, records, self.numbers)
         # The state that an earlier window left is a constant: nobody sees its gradient.
         self._wants_state_grads = window.start == records.origin
         self.loss: WindowLoss = NO_LOSS
@@ -138,8 +141,10 @@ class OpenWindow:
         grads = parts.executor.run(this_pass, route, first)
         parts.cuts.check(this_pass, first, found, self.notes.left)
         self.executed_steps = this_pass.executed_steps
+        this_pass.completed()  # where the executor has not told
         if grads is None or loss.is_empty() or not loss.has_losses:
             put_back()  # a device's count shows only now that nothing counted
+            self.numbers.drop_loss()
             return None
         self._check_graph(loss)
         self.loss = loss
@@ -162,6 +167,7 @@ class OpenWindow:
             next_start = self.notes.next_start
             nearest = self._records.last_at_or_before(next_start)
             self._advance(nearest or self._boundary_at(window.first), next_start, guard)
+        self.numbers.complete(NO_LOSS, self.notes.states())
 
     def restore_ambient(self) -> None:
         """Leave generators and buffers as the first run of the new steps left them."""
@@ -224,6 +230,8 @@ class OpenWindow:
             calls=self._records.calls,
             checks_replays=self._parts.checks_replays,
             has_room=options.memory_budget is None,
+            completed=lambda: self.numbers.complete(loss, self.notes.states()),
+            numbers=self.numbers,
         )
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:

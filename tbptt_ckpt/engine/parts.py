@@ -33,8 +33,9 @@ from tbptt_ckpt.module.recurrence import (
     renormalised_in,
 )
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
+from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
-from tbptt_ckpt.updates.updater import Accumulation, Updater
+from tbptt_ckpt.updates.updater import Updater
 
 _EXECUTORS: dict[str, Callable[[], Executor]] = {
     "replay": ReplayExecutor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.buffers import BufferValue
 from tbptt_ckpt.module.generators import GeneratorState
-from tbptt_ckpt.module.trees import Tree, detach_state, relative_change
+from tbptt_ckpt.module.host import Number, Numbers
+from tbptt_ckpt.module.trees import Tree, detach_state, norms_of_change
 from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
 
 
@@ -90,11 +91,42 @@ class Records:
         return {s: self.ambients[s] for s in sorted(self.ambients) if s == first or s % k1 == 0}
 
 
+class Drift:
+    """How far recorded states have drifted: the most of them, relative, all tensors together."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+        self._norms: list[list[tuple[Number, Number]]] = []
+
+    def add(self, state: Tree, recorded: Tree) -> None:
+        """A recorded state was reached again."""
+        ask = self._numbers.ask
+        norms = norms_of_change(state, recorded)
+        self._norms.append([(ask(change), ask(size)) for change, size in norms])
+
+    @property
+    def value(self) -> float:
+        """The largest relative change; 0.0 where nothing was reached again."""
+        return max([0.0, *map(_relative, self._norms)])
+
+
+def _relative(norms: Sequence[tuple[Number, Number]]) -> float:
+    change, size = (sum(float(pair[side]) ** 2 for pair in norms) for side in (0, 1))
+    if change == 0.0:
+        return 0.0
+    return (change / size) ** 0.5 if size else float("inf")
+
+
 class Notes:
     """What one window notes in passing: states that later windows start from, and their drift."""
 
     def __init__(
-        self, options: Options, window: Window, num_steps: int | None, records: Records
+        self,
+        options: Options,
+        window: Window,
+        num_steps: int | None,
+        records: Records,
+        numbers: Numbers,
     ) -> None:
         self._options, self._window, self._records = options, window, records
         upcoming = window_at(window.index + 1, num_steps, options.k1, options.k2)
@@ -106,7 +138,7 @@ class Notes:
         self.left = records.ambients[window.new_start]
         self._noted: dict[int, Boundary] = {}
         self._final: Boundary | None = None
-        self.drift = 0.0
+        self.drift = Drift(numbers)
 
     @property
     def final(self) -> Boundary:
@@ -143,8 +175,7 @@ class Notes:
         is_old = step <= window.new_start
         is_block = is_stale and step % self._options.k1 == 0
         if step == window.new_start or (is_old and is_block):
-            recorded = records.boundaries[step].state
-            self.drift = max(self.drift, relative_change(state, recorded))
+            self.drift.add(state, records.boundaries[step].state)
         if not is_old:
             records.note_ambient(step, ambient)
         if is_old and is_stale:

@@ -51,6 +51,7 @@ class WindowResult(WindowFigures):
     Attributes:
         loss: What was differentiated: a detached tensor without dimensions, or None where
             no step has a target.
+        loss_value: The same as a number, for which no device has to be waited for any more.
         state: The detached state at `stop`.
         init_state_grad: Of `run_window`: nested like the initial state, with the gradient of each
             of its tensors, or None where there is none.
@@ -58,6 +59,7 @@ class WindowResult(WindowFigures):
     """
 
     loss: Tensor | None
+    loss_value: float | None
     state: Any = field(repr=False)  # tensors would bury the rest
     init_state_grad: Any = field(default=None, repr=False)
     plan: Plan | None = field(repr=False)
@@ -100,7 +102,7 @@ class Totals:
     def plus(self, window: WindowFigures, loss: WindowLoss) -> Totals:
         """The sums with one more window."""
         return Totals(
-            loss_sum=self.loss_sum + (loss.loss_sum or 0.0),
+            loss_sum=self.loss_sum + loss.loss_sum,
             weight=self.weight + float(loss.weight),
             num_steps=window.stop,
             num_windows=window.index + 1,

@@ -18,7 +18,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
 from tbptt_ckpt.engine.standing import Mark, Standing, load_standing
-from tbptt_ckpt.errors import ArgumentError, InfeasibleBudgetError, ReplayMismatchError, TbpttError
+from tbptt_ckpt.errors import ArgumentError, TbpttError
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
@@ -122,7 +122,7 @@ class SequenceRun:
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             meter.lap()  # what checks took, some of them once, is none of the update's
-            loss = opened.loss.value
+            loss = opened.numbers.loss
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
             if loss is not None:
@@ -142,12 +142,13 @@ class SequenceRun:
             new_start=window.new_start,
             stop=window.stop,
             loss=loss,
+            loss_value=opened.numbers.loss_value,
             state=opened.notes.final.state,
             recomputed_steps=opened.executed_steps - window.num_new_steps,
             num_tokens=opened.num_tokens(),
             peak_bytes=peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
-            drift=opened.notes.drift,
+            drift=opened.notes.drift.value,
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
@@ -190,7 +191,7 @@ class SequenceRun:
                 return None
             scale = self._parts.updater.grad_scale(self._parts.device)
             return opened.differentiate(guard, scale, planned, meter, put_back)
-        except (InfeasibleBudgetError, ReplayMismatchError):  # half a gradient is none
+        except TbpttError:  # half a gradient is none
             put_back()
             opened.notes.forget()
             raise

@@ -3,7 +3,8 @@
 NOTE [What is asked]
 A whole segment against two unequal parts of it tells sums, sparse masks and distant couplings;
 three steps cost less and show near ones larger. They take turns. A mask shows where the number of
-targets that it may stand for changes from one step to the next: such steps are asked at once.
+targets that it may stand for changes from one step to the next: such steps are asked at once; on a
+device, where counting them makes the host wait, as often as the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.weighted_steps import narrow
+from tbptt_ckpt.module.host import is_waited_for, sent
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 # The share of the time that asking may take, once it has been done so many times.
@@ -47,9 +49,10 @@ class MeanCheck:
         """A window begins, with the targets of so many steps."""
         self._window_steps = num_steps
         if self._number:  # there are segments, of two steps and more
-            self._looks_at_targets = any(
-                any(_numbers(tensors_of(part), self._masks)) for part in targets
-            )
+            parts = [tensors_of(part) for part in targets]
+            waits = any(is_waited_for(target) for part in parts for target in part)
+            looks = self._is_due(time.perf_counter()) or not waits
+            self._looks_at_targets = looks and any(any(_numbers(p, self._masks)) for p in parts)
 
     def check(self, part: tuple[Tree, Tree], num_steps: int, time_dim: int) -> None:
         """A call over so many steps was taken as a mean.
@@ -62,7 +65,7 @@ class MeanCheck:
         if self._looks_at_targets:
             self._follow_targets(part, num_steps, time_dim)
         begun = time.perf_counter()
-        if self._number >= _AT_ONCE and begun < self._due:
+        if not self._is_due(begun):
             return
         self._number = number = self._number + 1
         if number % 2 and num_steps > 3:
@@ -72,6 +75,9 @@ class MeanCheck:
             self._ask(part, num_steps, time_dim, (0, 1 + (7 * number) % (num_steps - 1), num_steps))
         ended = time.perf_counter()
         self._due = ended + (ended - begun) / _SHARE
+
+    def _is_due(self, now: float) -> bool:
+        return self._number < _AT_ONCE or now >= self._due
 
     def _follow_targets(self, part: tuple[Tree, Tree], num_steps: int, time_dim: int) -> None:
         """Ask two steps whose numbers of a target differ, where a segment has other numbers."""
@@ -184,7 +190,7 @@ def _knows_order(
 
 
 def _index(order: list[int], tensor: Tensor) -> Tensor:
-    return torch.tensor(order, device=tensor.device)
+    return sent(torch.tensor(order), tensor.device)
 
 
 def _hits(targets: Tensor, mask: float) -> Tensor:

@@ -80,7 +80,7 @@ class CheckpointExecutor:
         leaves = tensors_of(state)  # before the run: a module may write into the containers
         with Differentiating(window.guard, window.inputs, window.stop):
             totals, _ = spans.run(parse_spans(actions, window.start, window.stop), state)
-            if window.loss.is_empty(waits=False):
+            if window.loss.is_known_empty():
                 return None
             # A module that differentiates inside may have had steps recomputed already.
             losses_of = {id(sink.losses.total): sink.losses for sink in first_run}
@@ -90,10 +90,11 @@ class CheckpointExecutor:
             _differentiate(window, parts)
         spans.finish()
         window.observer.ends()
-        with SilenceableHooks():
-            check.settle()
         for losses in parts:
             window.loss.add(losses)
+        window.completed()
+        with SilenceableHooks():
+            check.settle()
         return [leaf.grad for leaf in leaves]
 
     def __repr__(self) -> str:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.module.host import Number, Numbers
 from tbptt_ckpt.module.trees import (
     Tree,
     checksum,
@@ -88,18 +88,18 @@ def fingerprint(state: Tree, *, sketched: bool, in_half: bool) -> Fingerprint:
     return Fingerprint([_sketch(t) for t in tensors], near, _rest(state, tensors))
 
 
-def read(prints: Sequence[Fingerprint]) -> list[Fingerprint]:
-    """The same with their numbers on the host; waits for a device once."""
-    found = [value for p in prints for value in p.values if isinstance(value, Tensor)]
-    numbers = iter(torch.cat([n.double().flatten() for n in found]).tolist() if found else [])
+def read(prints: Sequence[Fingerprint], numbers: Numbers | None = None) -> list[Fingerprint]:
+    """The same with their numbers on the host, and with them all `numbers` asked for."""
+    numbers = Numbers() if numbers is None else numbers
+    asked = [[_asked(value, numbers) for value in p.values] for p in prints]
+    return [
+        replace(p, values=[number.value for number in values])
+        for p, values in zip(prints, asked, strict=True)
+    ]
 
-    def take(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        taken = list(islice(numbers, value.numel()))
-        return taken if value.dim() else taken[0]
 
-    return [replace(p, values=[take(value) for value in p.values]) for p in prints]
+def _asked(value: Any, numbers: Numbers) -> Number:
+    return numbers.ask(value) if isinstance(value, Tensor) else Number(value)
 
 
 def step_difference(state: Tree, other: Tree, *, in_half: bool) -> tuple[float, bool]:
@@ -144,7 +144,7 @@ def _bits(tensor: Tensor) -> Any:
         return checksum(tensor)
     words = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(words.element_size(), torch.uint8)
-    return words.view(wide).sum(dtype=torch.int64) % (1 << 52)
+    return words.view(wide).sum(dtype=torch.int64)
 
 
 def _sketch(tensor: Tensor) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tbptt_ckpt.module.ambient import AmbientState
+from tbptt_ckpt.module.host import Numbers
 from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.windows import Window
@@ -39,6 +40,12 @@ class Observer(UpdateWatch):
     def ends(self) -> None:
         """All actions of a window are done."""
 
+    def asks(self, numbers: Numbers, loss: Tensor | None, states: list[Tree]) -> None:
+        """The same as of `differentiated` is to be said: ask for numbers to look at then.
+
+        All are read at once, since reading waits for a device.
+        """
+
     def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
         """A window's gradient is complete, and its update comes next.
 
@@ -52,7 +59,16 @@ class Observer(UpdateWatch):
 UNOBSERVED = Observer()
 
 
-_TOLD = ("planned", "begins", "differentiates", "arrives", "ends", "differentiated", "takes_norm")
+_TOLD = (
+    "planned",
+    "begins",
+    "differentiates",
+    "arrives",
+    "ends",
+    "asks",
+    "differentiated",
+    "takes_norm",
+)
 _WANTED = ("wants_norm", "wants_undo", "wants_copies")
 
 

@@ -48,6 +48,7 @@ class ReplayExecutor:
                 if not replay.take(action, route.advance_steps):
                     return None
             window.observer.ends()
+            window.completed()
             check.settle()
         return replay.state_grads
 
@@ -98,7 +99,7 @@ class _Replay:
         sink = window.sink(graph=True, looks_at=self._check.looks_at(stop))
         with Differentiating(window.guard, window.inputs, window.stop):
             state_out = window.run(boundary.step, stop, state, sink, found=boundary.ambient)
-            if stop == window.stop and window.loss.is_empty(waits=False):
+            if stop == window.stop and window.loss.is_known_empty():
                 return False
             self._check.replayed(boundary.step, stop, state_out, sink.take_seen())
             window.observer.differentiates()

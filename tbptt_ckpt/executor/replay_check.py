@@ -190,7 +190,7 @@ class WindowCheck:
 
     def _read_suspects(self) -> list[Suspect]:
         pairs = [p for each in self._suspects for p in (each.before.seen, each.reached.seen)]
-        prints = iter(read(pairs))
+        prints = iter(read(pairs, self._window.numbers))
         return [each.with_prints(next(prints), next(prints)) for each in self._suspects]
 
     def _settlement(self) -> Settlement:

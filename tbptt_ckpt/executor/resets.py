@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.host import sent
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, structure, tensors_of
 
 
@@ -37,6 +38,7 @@ class Resets:
             if found and block.resets is not None:
                 rows.append(block.resets[found])
         self._rows = torch.cat(rows) if rows else None
+        self._sent: dict[torch.device, Tensor] = {}  # the same where states are
 
     def of(self, blocks: Sequence[StepBlock]) -> Resets:
         """Those of other blocks, to the same state."""
@@ -62,11 +64,11 @@ class Resets:
         position = bisect_left(self.steps, step)
         if self._rows is None or position == len(self.steps) or self.steps[position] != step:
             return state
-        row = self._rows[position]
         tensors = tensors_of(state)
         pairs = zip(tensors, self._initial_for(state), strict=True)
         return replace_tensors(
-            state, [torch.where(self._mask(row, old), new.to(old.dtype), old) for old, new in pairs]
+            state,
+            [torch.where(self._mask(position, old), new.to(old.dtype), old) for old, new in pairs],
         )
 
     def _initial_for(self, state: Tree) -> list[Tensor]:
@@ -79,9 +81,12 @@ class Resets:
             )
         return tensors_of(self._initial)
 
-    def _mask(self, row: Tensor, tensor: Tensor) -> Tensor:
+    def _mask(self, position: int, tensor: Tensor) -> Tensor:
         """The lanes that reset, in a shape that spreads over a state's tensor."""
-        mask = row.to(tensor.device)
+        assert self._rows is not None, "a lane resets"
+        if (device := tensor.device) not in self._sent:
+            self._sent[device] = sent(self._rows, device)
+        mask = self._sent[device][position]
         if mask.dim() == 0:
             return mask
         dim, num_lanes = self._lane_dim, mask.shape[0]

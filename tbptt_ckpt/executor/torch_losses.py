@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.module.first_call import check_classes
+from tbptt_ckpt.module.host import is_waited_for, sent
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
@@ -103,11 +104,6 @@ def counts_of(
 def on_host(count: Tensor) -> float | Tensor:
     """A count as a number, unless somebody would have to wait for it."""
     return count if is_waited_for(count) else float(count)
-
-
-def is_waited_for(tensor: Tensor) -> bool:
-    """Whether a device has to come to a tensor before it can be read."""
-    return tensor.device.type != "cpu"
 
 
 class LossCalls(TorchFunctionMode):
@@ -256,7 +252,7 @@ class Counting:
             hits, full = on_host(counts.sum()), rows.shape[0]
             return self.steps_of(hits, full)
         by_weight = counts.reshape(*weight.shape, -1).sum(-1)
-        return on_host((by_weight * weight.to(by_weight.device)).sum()) / self.unit
+        return on_host((by_weight * sent(weight, by_weight.device)).sum()) / self.unit
 
 
 def _version_of(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepWeight
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.host import sent
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
 
@@ -61,7 +62,7 @@ def select(tree: Tree, lanes: list[int], dim: int) -> Tree:
     def chosen(tensor: Tensor) -> Tensor:
         if len(lanes) == tensor.shape[dim]:
             return tensor
-        return tensor.index_select(dim, torch.tensor(lanes, device=tensor.device))
+        return tensor.index_select(dim, sent(torch.tensor(lanes), tensor.device))
 
     return map_tensors(chosen, tree)
 

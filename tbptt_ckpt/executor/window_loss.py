@@ -12,6 +12,7 @@ from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
 
 
 class WindowLoss:
@@ -41,6 +42,7 @@ class WindowLoss:
         self._first_run_until = 0
         self._has_looked = self._all_count = False
         self._losses = LossSum()
+        self._total = self._weighed = Number(0.0)
         self.has_graph = self.lacks_graph = False
 
     @property
@@ -54,7 +56,7 @@ class WindowLoss:
     def divisor(self) -> float | Tensor:
         """What the summed loss is divided by; not zero, where nobody has looked at it yet."""
         weight = self.weight
-        if self._waits_for(weight):
+        if _is_on_device(weight):
             weight = torch.where(weight == 0, 1, weight)
         return self.function.divisor(weight, self._counted, self.reduction)
 
@@ -94,11 +96,17 @@ class WindowLoss:
         """Whether any loss was added."""
         return self._losses.total is not None
 
+    def ask(self, numbers: Numbers) -> None:
+        """All has run: ask for what the host is to know of it."""
+        counted, total = self._what_counts(), self._losses.total
+        self._weighed = numbers.ask(counted) if isinstance(counted, Tensor) else Number(counted)
+        if total is not None:
+            self._total = numbers.ask(total)
+
     @property
-    def loss_sum(self) -> float | None:
-        """The summed loss, not divided."""
-        losses = self._losses
-        return None if losses.total is None else float(losses.total) * losses.factor
+    def loss_sum(self) -> float:
+        """The summed loss, not divided, once it was asked for; 0.0 of nothing."""
+        return float(self._total) * self._losses.factor
 
     def add(self, losses: LossSum, *, constant: bool = False) -> None:
         """Add losses that were differentiated, or that are constant."""
@@ -107,24 +115,22 @@ class WindowLoss:
             self.lacks_graph = self.lacks_graph or not (constant or losses.total.requires_grad)
             self._losses.add(losses.total.detach(), 0.0, losses.factor)
 
-    def _waits_for(self, weight: float | Tensor) -> TypeGuard[Tensor]:
-        """Whether a device counts it, which would have to be waited for."""
-        return isinstance(weight, Tensor) and self.function.counting is not None
+    def is_known_empty(self) -> bool:
+        """Whether the weights, now that all are known, sum to zero, as far as the host knows."""
+        return not _is_on_device(counted := self._what_counts()) and self._is_zero(float(counted))
 
-    def is_empty(self, *, waits: bool = True) -> bool:
-        """Whether the weights, now that all are known, sum to zero: every position was masked.
-
-        Unless it `waits`, a count on a device is not read, and taken not to be zero.
+    def is_empty(self) -> bool:
+        """Whether the weights that were asked for sum to zero: every position was masked.
 
         Raises:
             ArgumentError: A sum that no divisor can be.
         """
-        counted = self._what_counts()
-        if self._waits_for(counted) and not waits:
-            return False
-        weight = float(counted)
-        if self._waits_for(counted):
-            self._foretold = self._summed = weight  # read once
+        if _is_on_device(self._what_counts()):
+            self._foretold = self._summed = float(self._weighed)  # read once
+        return self._is_zero(float(self._weighed))
+
+    @staticmethod
+    def _is_zero(weight: float) -> bool:
         if not 0 <= weight < float("inf"):
             raise ArgumentError(
                 f"loss_fn returned weights that sum to {weight} in a window; they must be finite "
@@ -144,6 +150,11 @@ class WindowLoss:
         self._first_run_until = end
         self._summed = self._summed + piece.weight
         return True
+
+
+def _is_on_device(weight: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether a device counts it, which would have to be waited for."""
+    return isinstance(weight, Tensor) and is_waited_for(weight)
 
 
 def _never_called(output: object, target: object) -> NoReturn:

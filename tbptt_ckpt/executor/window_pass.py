@@ -23,6 +23,7 @@ from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import silent_hooks
+from tbptt_ckpt.module.host import Numbers
 from tbptt_ckpt.module.trees import (
     Tree,
     check_no_hidden_tensors,
@@ -85,6 +86,9 @@ class WindowPass:
     new_start: int = 0  # first step that no earlier window ran
     checks_replays: bool = False  # whether replays are held against what they repeat
     has_room: bool = False  # whether that may take the memory of a few steps
+    # Called once all is differentiated, before any of the numbers that were asked for is read.
+    completed: Callable[[], None] = UNOBSERVED.ends
+    numbers: Numbers = field(default_factory=Numbers)
     executed_steps: int = 0  # module steps run so far
     # Steps that were run in one call of a segment module, by earlier windows too.
     calls: set[tuple[int, int]] = field(default_factory=set)

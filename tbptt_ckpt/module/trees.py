@@ -206,17 +206,12 @@ def state_as_leaves(state: Tree) -> Tree:
     )
 
 
-def relative_change(recomputed: Tree, recorded: Tree) -> float:
-    """`||recomputed - recorded||_2 / ||recorded||_2` over all floating tensors together."""
-    change, size = 0.0, 0.0
+def norms_of_change(recomputed: Tree, recorded: Tree) -> Iterator[tuple[Tensor, Tensor]]:
+    """`||recomputed - recorded||_2` and `||recorded||_2` of each floating tensor."""
     with torch.no_grad():
         for new, old in zip(tensors_of(recomputed), tensors_of(recorded), strict=True):
             if is_differentiable(old):
-                change += float(torch.linalg.vector_norm(new - old)) ** 2
-                size += float(torch.linalg.vector_norm(old)) ** 2
-    if change == 0.0:
-        return 0.0
-    return (change / size) ** 0.5 if size else float("inf")
+                yield torch.linalg.vector_norm(new - old), torch.linalg.vector_norm(old)
 
 
 def checksum(tensor: Tensor) -> int:

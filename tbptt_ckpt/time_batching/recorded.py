@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.module.host import sent
 from tbptt_ckpt.time_batching.candidates import Candidate
 from tbptt_ckpt.time_batching.operations import Operation
 from tbptt_ckpt.time_batching.rows import Row, Rows, cut
@@ -112,7 +113,7 @@ class _OfRows(torch.autograd.Function):
         if unused:
             # A gradient taken within a step may free the node, to which the others come later.
             ctx.rescued = x
-            x = x.index_fill(0, torch.tensor(unused, device=x.device), 0)
+            x = x.index_fill(0, sent(torch.tensor(unused), x.device), 0)
         zeros = torch.zeros_like(next(grad for grad in grads if grad is not None))
         grad = torch.stack([zeros if grad is None else grad for grad in grads])
         row_grads: Gradients = (None,) * len(row_needs)

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.module.host import Number
 from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
 
 _log = logging.getLogger("tbptt_ckpt")
@@ -35,7 +34,7 @@ class Announcer:
         event = WindowEvent.of(result, steps=self._steps, total_steps=total_steps, epoch=epoch)
         self._tell("on_window", event)
 
-    def update(self, updates: int, norm: Tensor | None, learning_rate: float) -> None:
+    def update(self, updates: int, norm: Number | None, learning_rate: float) -> None:
         """The weights were updated; `norm` is that of the gradients."""
         assert norm is not None, "the norm is watched"
         grad_norm, steps = float(norm), self._steps

@@ -38,7 +38,7 @@ class WindowEvent(WindowFigures):
             steps=steps,
             total_steps=total_steps,
             epoch=epoch,
-            loss=None if result.loss is None else float(result.loss),
+            loss=result.loss_value,
             steps_per_second=result.num_new_steps / result.seconds,
             executed_steps_per_step=1 + result.recomputed_steps / result.num_new_steps,
             **{each.name: getattr(result, each.name) for each in fields(WindowFigures)},

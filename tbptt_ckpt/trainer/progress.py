@@ -76,7 +76,7 @@ class Progress:
             self.recomputed_steps += result.recomputed_steps
             self.drift += result.drift
             self.updates += result.updated
-            self.loss = self.loss if result.loss is None else float(result.loss)
+            self.loss = self.loss if result.loss_value is None else result.loss_value
 
     @property
     def place(self) -> tuple[int, int, int]:

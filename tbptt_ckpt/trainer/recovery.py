@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import torch
@@ -17,7 +18,8 @@ from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.module.trees import Tree, is_differentiable, iterate_tensors
+from tbptt_ckpt.module.host import Number, Numbers
+from tbptt_ckpt.module.trees import Tree, is_differentiable, tensors_of
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.learning_state import poisoned
@@ -41,6 +43,7 @@ class Recovery(Observer):
         self._non_finite, self._out_of_memory = non_finite, out_of_memory
         self._skipped_in_a_row = 0
         self._window: Window | None = None
+        self._loss = self._largest = Number(0.0)
         self.wants_norm = self.wants_undo = True
         self.wants_copies = out_of_memory.protect_update
 
@@ -90,19 +93,26 @@ class Recovery(Observer):
             self._shrink_or_stop(window, attempt, str(failure))
         raise AssertionError("count does not end")
 
+    def asks(self, numbers: Numbers, loss: Tensor | None, states: list[Tree]) -> None:
+        """Ask for a window's loss, and for the largest magnitude in its states."""
+        floating = _floating(states)
+        self._loss = Number(0.0) if loss is None else numbers.ask(loss)
+        self._largest = numbers.ask(torch.nn.utils.get_total_norm(floating, math.inf))
+
     def differentiated(self, window: Window, loss: Tensor | None, states: list[Tree]) -> None:
         """Look for NaN and infinity in a window's loss and states."""
-        if loss is not None and not bool(torch.isfinite(loss)):
-            self._found(f"the loss is {float(loss)}")
-        for state in states:
-            for tensor in iterate_tensors(state):
-                if is_differentiable(tensor) and not bool(torch.isfinite(tensor).all()):
-                    self._found(f"the state, {tuple(tensor.shape)}, holds NaN or infinity")
-                    return
+        if loss is not None and not math.isfinite(self._loss):
+            self._found(f"the loss is {float(self._loss)}")
+        if math.isfinite(self._largest):
+            return
+        for tensor in _floating(states):
+            if not bool(torch.isfinite(tensor).all()):
+                self._found(f"the state, {tuple(tensor.shape)}, holds NaN or infinity")
+                return
 
-    def takes_norm(self, norm: Tensor) -> None:
+    def takes_norm(self, norm: Number) -> None:
         """Look for NaN and infinity in the gradients; a scaler does that itself."""
-        if self._parts.updater.scaler is None and not bool(torch.isfinite(norm)):
+        if self._parts.updater.scaler is None and not math.isfinite(norm):
             self._found(f"the norm of the gradients is {float(norm)}")
 
     def weights_are_sound(self, steps: int) -> bool:
@@ -172,6 +182,10 @@ class Recovery(Observer):
             f"{format_bytes(free_memory(device))} free on {device}, "
             f"{format_bytes(rss_bytes().total)} resident"
         )
+
+
+def _floating(states: list[Tree]) -> list[Tensor]:
+    return [t for t in tensors_of(states) if is_differentiable(t) and t.numel()]
 
 
 def _first_line(error: BaseException) -> str:

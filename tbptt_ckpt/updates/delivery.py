@@ -53,11 +53,15 @@ class Deliveries:
         is_waited_for = hooks or self._once or id(weight) in self.wrappers.weights
         return bool(is_waited_for) and weight.requires_grad
 
+    def any_waits(self, weights: Iterable[Tensor]) -> bool:
+        """Whether any of `weights` does, or something that cannot be seen."""
+        return self._once or self.wrappers.is_any or any(map(self.waits, weights))
+
     def of(self, weights: Iterable[Tensor]) -> Delivery:
         """The delivery of one window's gradient to those of `weights`, and their own, that wait."""
         distinct = {id(weight): weight for weight in weights} | self.wrappers.weights
         waiting = [weight for weight in distinct.values() if self.waits(weight)]
-        if not (waiting or self._once or self.wrappers.is_any):
+        if not (waiting or self.any_waits(())):
             return NOTHING_WAITS
         return Delivery(waiting, self.wrappers, collects=self._once)
 

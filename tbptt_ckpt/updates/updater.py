@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.module.host import Number, Numbers
+from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
 
@@ -34,59 +36,11 @@ class UpdateWatch:
     wants_undo = False  # of updates that are cut short, as long as they have changed nothing
     wants_copies = False  # during each of those, so that it can be taken back in any case
 
-    def takes_norm(self, norm: Tensor) -> None:
+    def takes_norm(self, norm: Number) -> None:
         """The norm of an update's gradients, before they are clipped."""
 
 
 UNWATCHED = UpdateWatch()
-
-
-class Accumulation:
-    """Counts the windows of a group, and averages their gradients.
-
-    With reduction "mean" an update takes the mean of its windows' gradients, as users of
-    PyTorch do who divide each loss by the number of backward passes; with "sum" it takes
-    their sum. Windows without a loss do not count. The last group of a sequence may be
-    short, and is then the mean of the windows that it has.
-    """
-
-    def __init__(self, num_windows: int, averages: bool) -> None:
-        self.num_windows, self._averages = num_windows, averages
-        self.pending = 0
-        self._loss_sum: Tensor | None = None
-
-    def begin(self) -> None:
-        """A new group, of no window yet."""
-        self.pending, self._loss_sum = 0, None
-
-    def add(self, loss: Tensor) -> None:
-        """A window has added its gradients."""
-        self.pending += 1
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-
-    def is_due(self, is_last: bool) -> bool:
-        """Whether an update comes now: the group is full, or the sequence ends with it."""
-        return self.pending == self.num_windows or (is_last and self.pending > 0)
-
-    def average(self, grad: Tensor) -> None:
-        """Divide a gradient of the group by the number of its windows."""
-        if self._averages and self.pending > 1:
-            grad.div_(self.pending)
-
-    def end(self) -> Tensor:
-        """The mean loss of the windows in the group, after which another one begins."""
-        assert self._loss_sum is not None, "a group that is due has a window"
-        loss = self._loss_sum if self.pending == 1 else self._loss_sum / self.pending
-        self.begin()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the group stands; the gradients themselves are in `.grad`."""
-        return {"pending": self.pending, "loss_sum": self._loss_sum}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
-        self.pending, self._loss_sum = state["pending"], state["loss_sum"]
 
 
 class Updater:
@@ -112,7 +66,8 @@ class Updater:
         self.optimizer, self.scaler, self.scheduler = optimizer, scaler, scheduler
         self._clip, self._cleared, self._scale = clip_grad_norm, list(parameters), 1.0
         self._update: Update | None = None  # while one is going on
-        self.grad_norm: Tensor | None = None  # the last one
+        self.grad_norm: Number | None = None  # the last one
+        self._known_norm: tuple[Tensor, Number] | None = None  # of a window's gradients
 
     @property
     def learning_rate(self) -> float:
@@ -135,6 +90,7 @@ class Updater:
 
     def clear(self, init_state_leaves: Iterable[Tensor]) -> None:
         """Forget all gradients, unless they accumulate."""
+        self._known_norm = None
         if self.optimizer is None or self.group.pending:
             return
         tensors = (*self._cleared, *init_state_leaves)
@@ -151,6 +107,15 @@ class Updater:
             # The scaler makes its scale when it first scales a tensor.
             self._scale = float(self.scaler.scale(torch.ones((), device=device)))
         return self._scale
+
+    def ask_norm(
+        self, numbers: Numbers, init_state_leaves: Sequence[Tensor], watch: UpdateWatch = UNWATCHED
+    ) -> None:
+        """A window's gradients are complete: ask for their norm, if no update finds others."""
+        if not self._needs_norm(watch) or not self.clears_gradients or init_state_leaves:
+            return
+        if self.scaler is None and not self.deliveries.any_waits(self.optimized()):
+            self._known_norm = self._norm(numbers)
 
     def add(self, loss: Tensor) -> None:
         """A window has added its gradients."""
@@ -241,18 +206,24 @@ class Updater:
         return list(dict.fromkeys((*self._cleared, *init_state_leaves, *self.optimized())))
 
     def _measure_and_clip(self, watch: UpdateWatch) -> None:
-        if self._clip is None and not watch.wants_norm:
+        if not self._needs_norm(watch):
             return
         has_grads = any(p.grad is not None for p in self.optimized())
         if self.scaler is not None and has_grads:
             self.scaler.unscale_(self.optimizer)
-        if self._clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.optimized(), self._clip)
-        else:
-            grads = [p.grad for p in self.optimized() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-        self.grad_norm = norm.detach()
+        known, self._known_norm = self._known_norm, None
+        norm, self.grad_norm = known or self._norm(Numbers())
         watch.takes_norm(self.grad_norm)
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.optimized(), self._clip, norm)
+
+    def _needs_norm(self, watch: UpdateWatch) -> bool:
+        return self._clip is not None or watch.wants_norm
+
+    def _norm(self, numbers: Numbers) -> tuple[Tensor, Number]:
+        grads = [p.grad for p in self.optimized() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).detach()
+        return norm, numbers.ask(norm)
 
     def _step_optimizer(self) -> bool:
         if self.scaler is None or all(p.grad is None for p in self.optimized()):
