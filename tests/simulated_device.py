@@ -72,13 +72,20 @@ class OnDevice(Tensor):
         )
         if "device" in given:
             given = {**given, "device": torch.device("cpu")}
-        inner_args, inner_kwargs = tree_map_only(OnDevice, lambda t: t.values, (args, given))
-        out = func(*inner_args, **inner_kwargs)
+        inner_args = _inside(args)
+        out = func(*inner_args, **{name: _inside(value) for name, value in given.items()})
         if to_host or (operation is _ATEN.copy_ and not isinstance(args[0], OnDevice)):
             return out
         if func._schema.is_mutable and isinstance(args[0], OnDevice) and out is inner_args[0]:
             return args[0]
-        return tree_map_only(Tensor, OnDevice, out)
+        return OnDevice(out) if isinstance(out, Tensor) else tree_map_only(Tensor, OnDevice, out)
+
+
+def _inside(given: Any) -> Any:
+    """The values of tensors on the device, in lists and tuples as well."""
+    if isinstance(given, OnDevice):
+        return given.values
+    return type(given)(map(_inside, given)) if isinstance(given, list | tuple) else given
 
 
 class SimulatedWaits(Waits):
@@ -150,10 +157,7 @@ def on_host(tree: Any) -> Any:
 
 
 def _check_one_device(func: Any, args: Any, kwargs: Any) -> None:
-    others = [
-        t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cpu and t.dim()
-    ]
-    if others and func.overloadpacket not in (_ATEN.index, _ATEN.index_put_):
-        raise RuntimeError(
-            f"{func}: tensors are on two devices, of the CPU {tuple(others[0].shape)}"
-        )
+    """A number may lie elsewhere, and so may what a list holds: indices."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor) and given.is_cpu and given.dim():
+            raise RuntimeError(f"{func}: a tensor {tuple(given.shape)} is on the CPU")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.window_budget import (
@@ -122,7 +124,7 @@ class OpenWindow:
     def differentiate(
         self,
         guard: WeightGuard,
-        grad_scale: float,
+        grad_scale: float | Tensor,
         planned: PlannedWindow,
         meter: WindowMeter | UnmeteredWindow,
         put_back: Callable[[], None],
@@ -201,7 +203,7 @@ class OpenWindow:
         guard: WeightGuard,
         runner: Runner,
         loss: WindowLoss = NO_LOSS,
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor = 1.0,
     ) -> WindowPass:
         """A pass over `[first, stop)` that differentiates `[start, stop)`."""
         window, records, options = self._window, self._records, self._options

@@ -17,7 +17,7 @@ from tbptt_ckpt.executor.guard import GradientWatch
 from tbptt_ckpt.executor.settlement import KEPT_OUTSIDE, Reached, Settlement, Suspect
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.module.trees import Tree
 
 _CHECKED_STEPS = 8  # one leaf in so many steps is checked, each where leaves are as long
 _SETTLED_LEAVES = 4  # of a window, spread over those that differ
@@ -228,7 +228,7 @@ class _Nothing(WindowCheck):
 
 
 class CheckInBackward(_Nothing):
-    """Checks the replays of what a user differentiates, each as it comes.
+    """Checks the replays of what a user differentiates: each as it comes, on a device all at last.
 
     Nothing is settled by running steps again. On the CPU, where equal runs are equal bit by bit,
     what differs by more than rounding is an error; elsewhere kernels may differ: a warning.
@@ -238,32 +238,44 @@ class CheckInBackward(_Nothing):
         self._window = window
         self._leaves: dict[int, int] = {}  # the one in so many steps that is looked at
         self._prints: dict[int, Fingerprint] = {}
-        self._warned = False
+        self._unread: list[tuple[int, int, Fingerprint]] = []
 
     def ran(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
         """A leaf ran, whether for the first time or again."""
-        self.replayed(start, stop, state, shown)
-
-    def replayed(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
-        """The same where its graph is kept."""
         if self._leaves.setdefault(stop // _CHECKED_STEPS, stop) != stop:
             return
-        tree = (state, shown)
         in_half = self._window.runner.is_in_half(state)
-        seen = read([fingerprint(tree, sketched=True, in_half=in_half)])[0]
-        if seen.is_near(self._prints.setdefault(stop, seen)):
-            return
-        problem = f"steps [{start}, {stop}) ran again and gave something else: {KEPT_OUTSIDE}"
-        if all(tensor.is_cpu for tensor in tensors_of(tree)):
+        seen = fingerprint((state, shown), sketched=True, in_half=in_half)
+        before = self._prints.setdefault(stop, seen)
+        if not seen.is_on_host:
+            self._unread += [] if before is seen else [(start, stop, seen)]
+        elif not seen.is_near(before):
             raise ReplayMismatchError(
-                f"{problem}; check_replays=False leaves replays unchecked",
+                f"{_differs(start, stop)}; check_replays=False leaves replays unchecked",
                 start=start,
                 stop=stop,
                 difference=0.0,
             )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{problem}; or its kernels are not exact", TbpttWarning, stacklevel=2)
+
+    def replayed(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
+        """The same where its graph is kept; the first steps are the last of a backward."""
+        self.ran(start, stop, state, shown)
+        if start == self._window.start and self._unread:
+            self._read()
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        seen = read([*self._prints.values(), *(each[2] for each in unread)])
+        self._prints = dict(zip(self._prints, seen, strict=False))
+        pairs = zip(unread, seen[len(self._prints) :], strict=True)
+        differ = [each for each, found in pairs if not found.is_near(self._prints[each[1]])]
+        for start, stop, _ in differ[:1]:
+            problem = f"{_differs(start, stop)}; or its kernels are not exact"
+            warnings.warn(problem, TbpttWarning, stacklevel=2)
+
+
+def _differs(start: int, stop: int) -> str:
+    return f"steps [{start}, {stop}) ran again and gave something else: {KEPT_OUTSIDE}"
 
 
 UNCHECKED = _Nothing()

@@ -71,7 +71,7 @@ class WindowPass:
     runner: Runner
     loss: WindowLoss = NO_LOSS
     guard: WeightGuard = field(default_factory=lambda: WeightGuard(()))
-    grad_scale: float = 1.0  # factor on the gradients, of a `GradScaler`
+    grad_scale: float | Tensor = 1.0  # factor on the gradients, of a `GradScaler`
     stops_at: Sequence[int] = ()  # where runs are cut, in order, under every strategy
     # Generators and buffers to restore when a run begins at a step.
     ambients: Mapping[int, AmbientState] = field(default_factory=dict)
@@ -175,7 +175,11 @@ class WindowPass:
 
     def _gradient_of(self, total: Tensor, factor: float) -> Tensor | None:
         """The gradient of the window's loss with respect to `total`, a part's sum over `factor`."""
-        divisor, scale = self.loss.divisor, self.grad_scale * factor
+        divisor = self.loss.divisor
+        if isinstance(self.grad_scale, Tensor):  # as precise as below
+            scaled = self.grad_scale.to(total.device).double() * factor
+            return (scaled / divisor).to(total.dtype)
+        scale = self.grad_scale * factor
         if not isinstance(divisor, float):
             return torch.full_like(total, scale) / divisor
         # torch makes the gradient one by itself, faster than it checks one that is given.

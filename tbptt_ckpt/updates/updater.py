@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError, shown
-from tbptt_ckpt.module.host import Number, Numbers
+from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
 from tbptt_ckpt.updates.undo import Update
@@ -64,7 +64,8 @@ class Updater:
         self.group = Accumulation(1, averages=True) if group is None else group
         self.deliveries = Deliveries() if deliveries is None else deliveries
         self.optimizer, self.scaler, self.scheduler = optimizer, scaler, scheduler
-        self._clip, self._cleared, self._scale = clip_grad_norm, list(parameters), 1.0
+        self._clip, self._cleared = clip_grad_norm, list(parameters)
+        self._scale: float | Tensor = 1.0
         self._update: Update | None = None  # while one is going on
         self.grad_norm: Number | None = None  # the last one
         self._known_norm: tuple[Tensor, Number] | None = None  # of a window's gradients
@@ -101,12 +102,17 @@ class Updater:
         for tensor in tensors:
             tensor.grad = None
 
-    def grad_scale(self, device: torch.device) -> float:
-        """The factor on gradients of this window."""
+    def grad_scale(self, device: torch.device) -> float | Tensor:
+        """The factor on gradients of this window; a tensor where a device has it."""
         if self.scaler is not None:
             # The scaler makes its scale when it first scales a tensor.
-            self._scale = float(self.scaler.scale(torch.ones((), device=device)))
+            scale = self.scaler.scale(torch.ones((), device=device))
+            self._scale = scale if is_waited_for(scale) else float(scale)
         return self._scale
+
+    @property
+    def _is_scaled(self) -> bool:
+        return isinstance(self._scale, Tensor) or self._scale != 1.0
 
     def ask_norm(
         self, numbers: Numbers, init_state_leaves: Sequence[Tensor], watch: UpdateWatch = UNWATCHED
@@ -134,12 +140,12 @@ class Updater:
         """
         if self.optimizer is None or not self.group.is_due(is_last):
             return False
-        if self.group.pending > 1 or self._scale != 1.0:
+        if self.group.pending > 1 or self._is_scaled:
             owned = {id(tensor) for tensor in self.optimized()}
             for tensor in self._changed(init_state_leaves):
                 if tensor.grad is not None:
                     self.group.average(tensor.grad)
-                    if id(tensor) not in owned and self._scale != 1.0:
+                    if id(tensor) not in owned and self._is_scaled:
                         tensor.grad.div_(self._scale)  # from the others the scaler takes it
         return self.step(self.group.end(), watch)
 
@@ -197,7 +203,7 @@ class Updater:
                 update.take_back()
             if self.scaler is not None and self.scaler.is_enabled():
                 # The one public way to forget that gradients were unscaled; the scale stays.
-                self.scaler.update(new_scale=self.grad_scale(device))
+                self.scaler.update(new_scale=float(self.grad_scale(device)))
 
         return rewind
 
@@ -230,6 +236,12 @@ class Updater:
             # A scaler raises where there is no gradient at all.
             self.optimizer.step()
             return True
+        if isinstance(self._scale, Tensor) and _tells_of_steps(self.optimizer):
+            steps: list[bool] = []
+            with self.optimizer.register_step_post_hook(lambda *_: steps.append(True)):
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return bool(steps)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -257,3 +269,9 @@ class Updater:
             raise ArgumentError(f"scaler={shown(scaler)} is not a torch.amp.GradScaler")
         if scheduler is not None and not hasattr(scheduler, "step"):
             raise ArgumentError(f"scheduler={shown(scheduler)} has no step(); pass a LRScheduler")
+
+
+def _tells_of_steps(optimizer: Any) -> bool:
+    """Whether a hook of it runs after each step, and no step that a scaler skips is begun."""
+    is_hooked = getattr(type(optimizer).step, "hooked", False)
+    return is_hooked and not getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -15,12 +15,10 @@ from grids import covering
 from models_for_tests import moving
 from runs_of_data import batch_first_lstm
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, run_window, verify
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
-from tbptt_ckpt.executor.observer import Observer
 
 NUM_STEPS, K1, K2 = 14, 3, 7
 IGNORED = -100
@@ -372,66 +370,3 @@ def test_padding_that_begins_late_is_counted(strategy: str) -> None:
         torch.testing.assert_close(window.loss, whole.detach(), rtol=1e-12, atol=0)
     for mine, parameter in zip(found, module.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-11, atol=1e-14)
-
-
-class Reads(TorchDispatchMode):
-    """Counts what a device would have to be waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.events.append("read")
-        return func(*args, **(kwargs or {}))
-
-
-class Told(Observer):
-    def __init__(self, events: list[str]) -> None:
-        self.events = events
-
-    def planned(self, window: Any) -> None:
-        self.events.append("begin")
-
-    def differentiates(self) -> None:
-        self.events.append("leaf")
-
-
-@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
-@pytest.mark.parametrize("name", ["cell", "lstm"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_nothing_on_a_device_waits_for_the_count(
-    reduction: str, name: str, executor: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the CPU, taken for a device: no window reads anything before its last leaf."""
-    inputs, targets = random_data(4 * K1)[0], classes()[: 4 * K1]
-    options = {"strategy": "uniform:2", "executor": executor, "check_replays": False}
-
-    def train(observer: Observer) -> tuple[list[Any], list[Tensor]]:
-        module = MODULES[name]()
-        optimizer = torch.optim.SGD(module.parameters(), 0.1)
-        loss_fn = by_class()(reduction)
-        tbptt = TBPTT(module, loss_fn, K1, K1, optimizer, observer=observer, **options)
-        found = [
-            (window.updated, window.loss, gradients(module.parameters()))
-            for window in tbptt.windows(TensorSequence(inputs, targets))
-        ]
-        return found, list(module.parameters())
-
-    expected = train(Observer())
-    monkeypatch.setattr("tbptt_ckpt.executor.torch_losses.is_waited_for", lambda tensor: True)
-    with Reads() as reads:
-        found = train(Told(reads.events))
-    for (updated, loss, grads), (was_updated, was_loss, were) in zip(
-        found[0], expected[0], strict=True
-    ):
-        assert updated == was_updated
-        assert (loss is None) == (was_loss is None)
-        assert all((g is None) == (w is None) for g, w in zip(grads, were, strict=True))
-        assert relative_error([loss, *grads], [was_loss, *were]) < 1e-12
-    assert not all(updated for updated, *_ in found[0])
-    assert relative_error(found[1], expected[1]) < 1e-12
-    windows = " ".join(reads.events).split("begin")[2:]  # the first learns how the loss counts
-    assert len(windows) == 3
-    assert all("read" in window and "read leaf" not in window for window in windows)
