@@ -118,9 +118,11 @@ class Updater:
         self, numbers: Numbers, init_state_leaves: Sequence[Tensor], watch: UpdateWatch = UNWATCHED
     ) -> None:
         """A window's gradients are complete: ask for their norm, if no update finds others."""
-        if not self._needs_norm(watch) or not self.clears_gradients or init_state_leaves:
+        if not self._needs_norm(watch) or not self.clears_gradients or self.scaler is not None:
             return
-        if self.scaler is None and not self.deliveries.any_waits(self.optimized()):
+        optimized = {id(tensor) for tensor in self.optimized()} if init_state_leaves else set()
+        adds = any(id(leaf) in optimized for leaf in init_state_leaves)
+        if not adds and not self.deliveries.any_waits(self._changed(init_state_leaves)):
             self._known_norm = self._norm(numbers)
 
     def add(self, loss: Tensor) -> None:
