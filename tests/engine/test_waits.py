@@ -30,7 +30,7 @@ from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor import additivity
 from tbptt_ckpt.module import host
 
-NUM_STEPS, K1, WARM = 25, 3, 4  # windows after which modules and losses are known
+NUM_STEPS, K1, WARM = 19, 3, 4  # windows after which modules and losses are known
 INPUTS, TARGETS = random_data(NUM_STEPS)
 CLASSES = torch.randint(WIDTH, (NUM_STEPS, LANES), generator=torch.Generator().manual_seed(1))
 CLASSES[::2, 0] = CLASSES[5 * K1 : 6 * K1] = -100  # nothing counts in a window
