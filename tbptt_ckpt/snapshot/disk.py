@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,10 +93,17 @@ class NewFile:
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def raise_failure(self) -> None:
-        """Raise the first error of `write` again, if there was one."""
-        if self._failure is not None:
-            raise OSError(*self._failure) from None
+    def raise_failure(self, hidden: BaseException | None = None) -> None:
+        """Raise the first error of `write` again, if there was one.
+
+        The error that hides it is its context; what was written is not kept alive by that.
+        """
+        if self._failure is None:
+            return
+        while hidden is not None:
+            traceback.clear_frames(hidden.__traceback__)
+            hidden = hidden.__context__
+        raise OSError(*self._failure) from None
 
 
 @contextmanager
@@ -114,7 +122,7 @@ def new_file(path: Path, disk: Disk) -> Iterator[NewFile]:
         with contextlib.suppress(OSError):
             disk.close(descriptor)
         if isinstance(error, Exception):
-            file.raise_failure()
+            file.raise_failure(error)
         raise
     disk.close(descriptor)
 
