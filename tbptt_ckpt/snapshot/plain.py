@@ -21,6 +21,7 @@ from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.module.generators import described, from_description
 
+_EXTRA = "_extra_state"  # how torch ends the name of a module's
 _TAG = "tbptt_ckpt.kind"
 
 
@@ -145,6 +146,23 @@ def from_plain(value: Any) -> Any:
             return deque(items, value["maximum"])
         return owner(dict(items) if issubclass(owner, dict) else items)
     return _from_fields(kind, value)
+
+
+def kept_on_host(plain: Any) -> Any:
+    """The same plain data, of which `from_plain` moves no tensor to the device it was on.
+
+    But for the extra state of modules: they take it as it is, and copy nothing from it.
+    """
+    if isinstance(plain, tuple | list):
+        return type(plain)(map(kept_on_host, plain))
+    if not isinstance(plain, dict):
+        return plain
+    if plain.get(_TAG) == "tensor":
+        return {**plain, "device": "cpu"}
+    return {
+        key: item if isinstance(key, str) and key.endswith(_EXTRA) else kept_on_host(item)
+        for key, item in plain.items()
+    }
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import stat
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,19 @@ import torch
 from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.snapshot.digests import file_digests
 from tbptt_ckpt.snapshot.manifest import MANIFEST, STATE_FILE, Manifest, decode_manifest
-from tbptt_ckpt.snapshot.plain import from_plain
+from tbptt_ckpt.snapshot.plain import from_plain, kept_on_host
 
 _MOST_MANIFEST_BYTES = 64 << 20  # of a state of 3 TiB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A snapshot that was verified and read."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+    state: Any
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -67,8 +79,11 @@ def verify_files(folder: Path) -> Manifest:
     return manifest
 
 
-def load_state(folder: Path) -> Any:
+def load_state(folder: Path, copied: Sequence[tuple[str, str]] = ()) -> Any:
     """The state in a snapshot that was verified; nothing in it is executed.
+
+    What will be `copied` to where it belongs, by the two keys where it is, stays on the host: a
+    device may have no room for it twice.
 
     Raises:
         SnapshotError: It holds what `weights_only` refuses, or is no state at all.
@@ -78,6 +93,13 @@ def load_state(folder: Path) -> Any:
         # Always explicit: an environment variable can turn the default off, not this.
         plain = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         _check_is_a_tree(plain)
+        for key, inner in copied:
+            if (
+                isinstance(plain, dict)
+                and isinstance(part := plain.get(key), dict)
+                and inner in part
+            ):
+                part[inner] = kept_on_host(part[inner])
         return from_plain(plain)
     except SnapshotError:
         raise

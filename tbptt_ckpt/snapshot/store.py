@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -18,9 +18,8 @@ from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttWarning
 from tbptt_ckpt.module.trees import iterate_tensors
 from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.lock import DirectoryLock
-from tbptt_ckpt.snapshot.manifest import Manifest
 from tbptt_ckpt.snapshot.plain import to_plain
-from tbptt_ckpt.snapshot.reading import load_state, read_manifest, verify_files
+from tbptt_ckpt.snapshot.reading import Loaded, load_state, read_manifest, verify_files
 from tbptt_ckpt.snapshot.writing import write_files
 
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -29,16 +28,6 @@ _TEMPORARY = re.compile(r"\.(step-[0-9]+)\.(part|old|replaced)")
 
 class SnapshotWarning(TbpttWarning):
     """A snapshot was passed over, or something about the directory needs attention."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Loaded:
-    """A snapshot that was verified and read."""
-
-    step: int
-    path: Path
-    manifest: Manifest
-    state: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +56,20 @@ class SnapshotStore:
         directory: Where they are; made by the first save.
         keep: How many of the newest valid ones stay after a save.
         disk: The system calls.
+        copied: What of a loaded state stays on the host; see `load_state`.
     """
 
     @checked
-    def __init__(self, directory: AnyPath, keep: PositiveInt = 3, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        directory: AnyPath,
+        keep: PositiveInt = 3,
+        disk: Disk | None = None,
+        copied: Sequence[tuple[str, str]] = (),
+    ) -> None:
         directory = Path(directory)
         self.directory, self.keep, self._disk = directory, keep, disk or Disk()
+        self._copied = copied
         self._lock = DirectoryLock(directory)
         self._removing: Thread | None = None
         self._removal_problem: str | None = None
@@ -170,7 +167,7 @@ class SnapshotStore:
         path = self.path(step)
         try:
             manifest = verify_files(path)
-            loaded = Loaded(step, path, manifest, load_state(path))
+            loaded = Loaded(step, path, manifest, load_state(path, self._copied))
             use(loaded)
         except SnapshotError as error:
             raise SnapshotError(f"{path}: {error}") from error

@@ -16,8 +16,11 @@ from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.module.generators import GeneratorPlace, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
-from tbptt_ckpt.updates.undo import copied
+from tbptt_ckpt.updates.undo import copied, copy_on_host
 from tbptt_ckpt.updates.updater import Updater
+
+# Of a run's state what `load_learning_state` copies to where it belongs, all but the optimizer's.
+COPIED = tuple(("learning", name) for name in ("modules", "loose", "grads"))
 
 
 def modules_of(parts: Parts) -> dict[str, nn.Module]:
@@ -126,11 +129,11 @@ def _take_own(
 
 
 def copied_learning_state(parts: Parts) -> Callable[[], None]:
-    """Copy what `load_learning_state` changes; what is returned puts it back."""
+    """Copy what `load_learning_state` changes to the host; what is returned puts it back."""
     updater, modules = parts.updater, list(modules_of(parts).values())
     owners = [owner for module in modules for owner in module.modules()]
     buffers = [
-        (owner._buffers, name, tensor, None if tensor is None else tensor.detach().clone())
+        (owner._buffers, name, tensor, None if tensor is None else copy_on_host(tensor))
         for owner in owners
         for name, tensor in owner._buffers.items()
     ]
@@ -138,9 +141,9 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
     generators = [(place, place.capture()) for place in _generators(parts)]
     grads = [(weight, weight.grad) for weight in parts.weights()]
     optimized = {id(weight) for weight in updater.optimized()}
-    weights = [(w, w.detach().clone()) for w in parts.weights() if id(w) not in optimized]
+    weights = [(w, copy_on_host(w)) for w in parts.weights() if id(w) not in optimized]
     put_update_back = (
-        copied(updater.optimizer, updater.scheduler, updater.scaler)
+        copied(updater.optimizer, updater.scheduler, updater.scaler, copy_tensor=copy_on_host)
         if updater.optimizer is not None
         else lambda: None
     )

@@ -66,7 +66,8 @@ class OutOfMemory:
         retries: How often one window is tried again before an error is raised.
         protect_update: Copy weights and optimizer state for the time of each update, when the
             window's memory is free again, so that an update that was cut short can be undone
-            too. False saves that memory; an update cut short then raises.
+            too. They lie on the device: with Adam three times the weights. False saves that
+            memory; an update cut short then raises.
     """
 
     retries: Dimension = 8

@@ -10,9 +10,11 @@ from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.snapshot.disk import Disk
-from tbptt_ckpt.snapshot.store import Loaded, SnapshotStore, SnapshotWarning
+from tbptt_ckpt.snapshot.reading import Loaded
+from tbptt_ckpt.snapshot.store import SnapshotStore, SnapshotWarning
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.json_lines import JsonLines
+from tbptt_ckpt.trainer.learning_state import COPIED
 from tbptt_ckpt.trainer.options import Snapshots
 
 LOG = "events.jsonl"
@@ -27,7 +29,7 @@ class Saving:
 
     def __init__(self, options: Snapshots, disk: Disk | None = None) -> None:
         self._options = options
-        self._store = SnapshotStore(Path(options.directory), options.keep, disk)
+        self._store = SnapshotStore(Path(options.directory), options.keep, disk, COPIED)
         self._saved_steps = self._tried_steps = -1
         self._saved_at = time.monotonic()
         self._continues = False

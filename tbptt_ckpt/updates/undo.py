@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tbptt_ckpt.errors import TbpttError
-from tbptt_ckpt.module.trees import map_tensors, tensors_of
+from tbptt_ckpt.module.trees import map_tensors, replace_tensors, tensors_of
 
 
 class Update:
@@ -44,14 +45,23 @@ class Update:
         return [tensor._version for tensor in (*weights, *states)]
 
 
-def copied(optimizer: Any, *others: Any) -> Callable[[], None]:
+def copy_on_host(tensor: Tensor) -> Tensor:
+    """Its values where no device has to have room for them."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _copy_there(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def copied(
+    optimizer: Any, *others: Any, copy_tensor: Callable[[Tensor], Tensor] = _copy_there
+) -> Callable[[], None]:
     """Copy what an update changes, or a load; what is returned puts it back."""
     groups = [dict(group) for group in optimizer.param_groups]
-    weights = [(p, p.detach().clone()) for group in groups for p in group["params"]]
-    states = {
-        key: map_tensors(lambda tensor: tensor.detach().clone(), state)
-        for key, state in optimizer.state.items()
-    }
+    weights = [(p, copy_tensor(p)) for group in groups for p in group["params"]]
+    states = {key: map_tensors(copy_tensor, state) for key, state in optimizer.state.items()}
+    places = {key: [t.device for t in tensors_of(each)] for key, each in optimizer.state.items()}
     saved = [(each, copy.deepcopy(each.state_dict())) for each in others if each is not None]
 
     def restore() -> None:
@@ -59,7 +69,9 @@ def copied(optimizer: Any, *others: Any) -> Callable[[], None]:
             for parameter, values in weights:
                 parameter.copy_(values)
         optimizer.state.clear()
-        optimizer.state.update(states)
+        for key, state in states.items():
+            pairs = zip(tensors_of(state), places[key], strict=True)
+            optimizer.state[key] = replace_tensors(state, [t.to(place) for t, place in pairs])
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()  # a load may have brought more
             group.update(before)
