@@ -40,12 +40,12 @@ class Entry:
         """What it needs and is not installed."""
         return [module for module in self.needs if find_spec(module) is None]
 
-    def make(self, work: Work, budget_bytes: int | None = None) -> Peer:
-        """The peer, with a byte budget for its temporaries if it takes one."""
+    def make(self, work: Work, budget_bytes: int | None = None, **further: Any) -> Peer:
+        """The peer, with a byte budget for its temporaries if it takes one, on a `device` too."""
         module, _, name = self.place.partition(":")
         limit = {} if budget_bytes is None else {"budget_bytes": budget_bytes}
         peer: Peer = getattr(importlib.import_module(f"benchmarks.peers.{module}"), name)(
-            work, **self.options, **limit
+            work, **self.options, **limit, **further
         )
         return peer
 

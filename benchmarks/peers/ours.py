@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.peers.torch_peer import WARMUP_STEPS, TorchPeer
@@ -23,13 +24,20 @@ class OursPeer(TorchPeer):
         work: What to do.
         fused: Whether the model is `nn.LSTM`, run per segment.
         budget_bytes: Peak of temporaries that is allowed; None leaves it to the options.
+        device: Where it is done.
         options: Further arguments of `TBPTT`.
     """
 
     def __init__(
-        self, work: Work, *, fused: bool, budget_bytes: int | None = None, **options: Any
+        self,
+        work: Work,
+        *,
+        fused: bool,
+        budget_bytes: int | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
     ) -> None:
-        super().__init__(work, fused=fused)
+        super().__init__(work, fused=fused, device=device)
         self.has_budget = budget_bytes is not None
         if budget_bytes is not None:
             # The package's budget counts what is there anyway: weights, gradients, inputs.

@@ -20,16 +20,18 @@ class TorchPeer(ABC):
     Args:
         work: What to do.
         fused: Whether the model is `nn.LSTM`.
+        device: Where it is done.
     """
 
-    def __init__(self, work: Work, *, fused: bool) -> None:
-        self.fused = fused
-        self.model = (ByteLSTM if fused else ByteCell)(work.size.width)
+    def __init__(self, work: Work, *, fused: bool, device: torch.device | str = "cpu") -> None:
+        self.fused, self.device = fused, device
+        self.model = (ByteLSTM if fused else ByteCell)(work.size.width).to(device)
         self._weights = _by_name(self.model)
         for name, weight in self._weights.items():
             weight.data.copy_(torch.from_numpy(work.weights[name]))
             weight.grad = torch.zeros_like(weight)  # exists before, so that no peak has it
-        self.inputs, self.targets = torch.from_numpy(work.inputs), torch.from_numpy(work.targets)
+        self.inputs = torch.from_numpy(work.inputs).to(device)
+        self.targets = torch.from_numpy(work.targets).to(device)
 
     @abstractmethod
     def accumulate(self, inputs: Tensor, targets: Tensor) -> float:
@@ -49,10 +51,10 @@ class TorchPeer(ABC):
         return self.accumulate(self.inputs, self.targets)
 
     def gradients(self) -> Arrays:
-        return {name: weight.grad.numpy() for name, weight in self._weights.items()}
+        return {name: weight.grad.cpu().numpy() for name, weight in self._weights.items()}
 
     def peak_bytes(self) -> int:
-        with peak_memory(rss=False) as memory:
+        with peak_memory(self.device, rss=False) as memory:
             self.run()
         return memory.peak_bytes
 

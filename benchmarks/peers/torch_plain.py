@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +18,7 @@ class PlainPeer(TorchPeer):
         return float(loss.detach())
 
     def _over_steps(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        state, total = None, torch.zeros(())
+        state, total = None, inputs.new_zeros(())
         for x, target in zip(inputs.unbind(), targets.unbind(), strict=True):
             logits, state = self.model(x, state)
             total = total + cross_entropy(logits, target)
