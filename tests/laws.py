@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from torch.utils._device import _device_constructors
+
 import tbptt_ckpt
 
 PACKAGE = Path(tbptt_ckpt.__file__).parent
@@ -50,6 +52,8 @@ GIVEN_OUT = {
     "showwarning",  # of `warnings`
     "default_map",  # of a command's context
 }
+# What a default device (`torch.set_default_device`) changes.
+MAKERS = {f"torch.{function.__name__}" for function in _device_constructors()}
 # `ctx` carries values from forward to backward; a thread's own is its module's.
 OWN = {"self", "cls", "ctx", "_thread", "_this_thread"}
 
@@ -160,6 +164,17 @@ def outside_assignments(text: str) -> set[str]:
         elif isinstance(node, ast.Call) and _sets_attribute(node):
             found.add(ast.unparse(node))
     return found
+
+
+def without_device(text: str) -> list[str]:
+    """Tensors that are made on whatever device is the user's default."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in MAKERS
+        and all(keyword.arg != "device" for keyword in node.keywords)
+    ]
 
 
 def _sets_attribute(call: ast.Call) -> bool:

@@ -12,16 +12,20 @@ from training_jobs import EXACT, Job, assert_equal
 
 from tbptt_ckpt import (
     TBPTT,
+    BurnIn,
+    LaneSource,
     TensorSequence,
     Workload,
     measure_costs,
     run_window,
     unroll,
+    verify,
 )
 from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.doctor import examined
 from tbptt_ckpt.devices import accelerator, default_generators
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.fingerprint import _directions
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.memory.available import free_memory
@@ -207,6 +211,39 @@ class TestAnAcceleratorOfNoUse:
         module.bias_hh = nn.Parameter(on_card(module.bias_hh, _OnMac))
         with pytest.raises(ArgumentError, match=f"^module: 'bias_hh' {words}"):
             TBPTT(module, mean_loss, 2, 2)
+
+
+SOURCES = {
+    "weights": lambda x, y: TensorSequence(x, y, weight=torch.linspace(0.0, 1.0, len(x))),
+    "resets": lambda x, y: TensorSequence(x, y, resets=torch.arange(len(x)) % 3 == 2),
+    "steps without targets": lambda x, y: [
+        (step, target if index % 2 else None)
+        for index, (step, target) in enumerate(zip(x, y, strict=True))
+    ],
+    "burn-in": lambda x, y: BurnIn(TensorSequence(x, y), 2),
+    "lanes": lambda x, y: LaneSource(
+        [TensorSequence(x[:n, 0], y[:n, 0]) for n in (5, 9, 3, 7)], LANES
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_default_device_changes_nothing(name):
+    """`torch.set_default_device`: what is made here is made where it belongs."""
+    results = []
+    for default in (None, "meta"):
+        module, source = cases.tanh_cell(), SOURCES[name](*random_data(16, lanes=LANES))
+        tbptt = TBPTT(module, mean_loss, 2, 6, strategy="uniform:3", overlap="stale")
+        some = random_data(STEPS, lanes=LANES)
+        _directions.cache_clear()
+        torch.set_default_device(default)
+        try:
+            tbptt.train(source)
+            verify(module, mean_loss, *some, strategy="step")
+        finally:
+            torch.set_default_device(None)
+        results.append([p.grad for p in module.parameters()])
+    assert_equal(results[1], results[0], EXACT)
 
 
 class Spread(nn.Module):

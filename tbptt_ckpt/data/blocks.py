@@ -84,13 +84,13 @@ class StepBlock:
 
     def with_resets(self, start: int) -> StepBlock:
         """The same with a reset at every step from `start` on."""
-        return replace(self, resets=torch.arange(self.start, self.stop) >= start)
+        return replace(self, resets=torch.arange(self.start, self.stop, device="cpu") >= start)
 
     def leaving_out_lanes(self) -> StepBlock:
         """The same with another lane left out of every step, where lanes have weights."""
         if self.weight is None or self.weight.dim() != 2 or self.weight.shape[1] < 2:
             return self
-        weight, rows = torch.ones_like(self.weight), torch.arange(len(self.weight))
+        weight, rows = torch.ones_like(self.weight), torch.arange(len(self.weight), device="cpu")
         weight[rows, rows % weight.shape[1]] = 0.0
         return replace(self, weight=weight)
 

@@ -94,11 +94,11 @@ class BurnIn:
     def _steps_since_beginning(self, start: int, stop: int) -> Tensor:
         """[n] or [n, B]: steps since a sequence began, or `num_burn_in_steps` if more."""
         first = max(0, start - self.num_burn_in_steps + 1)
-        resets = self.resets(first, stop)
-        begins = torch.zeros(stop - first, dtype=torch.bool) if resets is None else resets.clone()
+        steps, resets = torch.arange(stop - first, device="cpu"), self.resets(first, stop)
+        begins = steps < 0 if resets is None else resets.clone()
         if first == 0:
             begins[0] = True
-        rows = torch.arange(stop - first).reshape(-1, *[1] * (begins.dim() - 1)).expand_as(begins)
+        rows = steps.reshape(-1, *[1] * (begins.dim() - 1)).expand_as(begins)
         # A sequence that began before `first` has burnt in.
         long_ago = -self.num_burn_in_steps
         last = torch.where(begins, rows, long_ago).cummax(0).values

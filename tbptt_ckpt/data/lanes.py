@@ -101,7 +101,7 @@ class LaneSource:
 
     def weights(self, start: int, stop: int) -> Tensor:
         """[n, lanes]: the sequences' own weights, or one; zero in padding."""
-        weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64)
+        weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64, device="cpu")
         for piece in self._layout.pieces(start, stop):
             rows = self._rows_of(piece, "weights")
             column = weights[piece.start - start : piece.stop - start, piece.lane]
@@ -110,7 +110,7 @@ class LaneSource:
 
     def resets(self, start: int, stop: int) -> Tensor:
         """[n, lanes]: where a lane begins a sequence, or the sequence itself has a reset."""
-        resets = torch.zeros(stop - start, self.lanes, dtype=torch.bool)
+        resets = torch.zeros(stop - start, self.lanes, dtype=torch.bool, device="cpu")
         for piece in self._layout.pieces(start, stop):
             rows = self._rows_of(piece, "resets")
             if rows is not None:

@@ -48,7 +48,9 @@ def pack_steps(steps: Sequence[tuple[Any, Any]], start: int) -> StepBlock:
     known = next((t for t in targets if t is not None), None)
     weight = None
     if known is not None and any(t is None for t in targets):
-        weight = torch.tensor([0.0 if t is None else 1.0 for t in targets], dtype=torch.float64)
+        weight = torch.tensor(
+            [0.0 if t is None else 1.0 for t in targets], dtype=torch.float64, device="cpu"
+        )
         blank = map_tensors(torch.zeros_like, known)
         targets = [blank if t is None else t for t in targets]
     return StepBlock(
@@ -104,5 +106,5 @@ def _joined_weight(parts: Sequence[StepBlock]) -> Tensor | None:
         else:
             value = 0.0 if part.targets is None else 1.0
             shape = (part.stop - part.start, *lanes)
-            rows.append(torch.full(shape, value, dtype=torch.float64))
+            rows.append(torch.full(shape, value, dtype=torch.float64, device="cpu"))
     return torch.cat(rows)

@@ -125,7 +125,7 @@ def _checked_rows(name: str, rows: object, num_steps: int) -> Tensor:
     if not isinstance(rows, Tensor | np.ndarray | list):
         raise ArgumentError(f"{name}={shown(rows)} must be a tensor [{num_steps}] or with lanes")
     try:
-        tensor = torch.as_tensor(rows).detach().cpu()
+        tensor = torch.as_tensor(rows, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{name}={shown(rows)} cannot be read: {error}") from error
     if tensor.dim() not in (1, 2) or tensor.shape[0] != num_steps:

@@ -157,7 +157,7 @@ def unroll(
     spans = CheckpointedSpans(whole, new_sink, context_fn, check)
     collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
     ambient.check_complete()
-    frame = map_tensors(lambda _: torch.empty(0), sinks[0].outputs[0])
+    frame = map_tensors(lambda _: torch.empty(0, device="cpu"), sinks[0].outputs[0])
     return _over_time(collected, frame, runner.recurrence.per_step, time_dim), state
 
 

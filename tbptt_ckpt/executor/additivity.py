@@ -190,7 +190,7 @@ def _knows_order(
 
 
 def _index(order: list[int], tensor: Tensor) -> Tensor:
-    return sent(torch.tensor(order), tensor.device)
+    return sent(torch.tensor(order, device="cpu"), tensor.device)
 
 
 def _hits(targets: Tensor, mask: float) -> Tensor:

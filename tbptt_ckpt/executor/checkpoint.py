@@ -269,7 +269,7 @@ def _differentiate(window: WindowPass, parts: Sequence[LossSum]) -> None:
         ) from error
 
 
-_NO_TENSOR = torch.empty(0)
+_NO_TENSOR = torch.empty(0, device="cpu")
 
 
 def _without_tensors(state: Tree) -> Tree:

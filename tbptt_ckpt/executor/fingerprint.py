@@ -237,10 +237,10 @@ def _directions(
     so that what differs in one row, or is swapped between two, is seen.
     """
     height, width = _grid(size)
-    source = torch.Generator().manual_seed(size)
-    signs = torch.randint(0, 2, (height,), generator=source) * 2 - 1
-    rows = signs * (0.5 + torch.rand(height, generator=source, dtype=torch.float64))
-    columns = torch.randn(width, _PROJECTIONS, generator=source, dtype=torch.float64)
+    source, kind = torch.Generator().manual_seed(size), torch.float64
+    signs = torch.randint(0, 2, (height,), generator=source, device="cpu") * 2 - 1
+    rows = signs * (0.5 + torch.rand(height, generator=source, dtype=kind, device="cpu"))
+    columns = torch.randn(width, _PROJECTIONS, generator=source, dtype=kind, device="cpu")
     return rows.to(device, dtype), columns.to(device, dtype)
 
 

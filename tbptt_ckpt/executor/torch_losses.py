@@ -235,7 +235,7 @@ class Counting:
             return block.weight_sum()
         if isinstance(block.targets, Column):
             steps = [tensors_of(value)[self.leaf] for value in block.targets.values]
-            weights = torch.ones(len(steps)) if block.weight is None else block.weight
+            weights = torch.ones(len(steps), device="cpu") if block.weight is None else block.weight
             pairs = zip(steps, weights, strict=True)
             return sum(self._weighed(row[None], weight[None]) for row, weight in pairs)
         rows = tensors_of(block.targets)[self.leaf].movedim(block.time_dim, 0)

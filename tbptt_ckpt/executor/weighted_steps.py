@@ -62,7 +62,7 @@ def select(tree: Tree, lanes: list[int], dim: int) -> Tree:
     def chosen(tensor: Tensor) -> Tensor:
         if len(lanes) == tensor.shape[dim]:
             return tensor
-        return tensor.index_select(dim, sent(torch.tensor(lanes), tensor.device))
+        return tensor.index_select(dim, sent(torch.tensor(lanes, device="cpu"), tensor.device))
 
     return map_tensors(chosen, tree)
 

@@ -259,7 +259,7 @@ def _cpu_runs_lstm(dtype: torch.dtype) -> bool:
         # With a graph: oneDNN has some dtypes on some CPUs for inference only.
         with torch.inference_mode(False), torch.enable_grad():
             with torch.autocast("cpu", dtype=dtype):
-                outputs, _ = lstm(torch.zeros(1, 1, 1))
+                outputs, _ = lstm(torch.zeros(1, 1, 1, device="cpu"))
             torch.autograd.grad(outputs.sum(), list(lstm.parameters()))
     except RuntimeError:
         return False

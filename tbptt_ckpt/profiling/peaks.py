@@ -87,7 +87,7 @@ def _measure(work: Workload, window: Window, num_steps: int) -> int:
     new_steps = max(1, round((window.stop - window.new_start) * share))
     reach = max(1, round((window.stop - window.start) * share))
     inputs, targets = work.source.read(window.stop - num_steps, window.stop)
-    weight = (torch.arange(num_steps) >= num_steps - new_steps).float()
+    weight = (torch.arange(num_steps, device="cpu") >= num_steps - new_steps).float()
     mine = work.copied()
     engine = mine.engine(num_steps, reach, strategy="retain", measure_memory=True)
     with untouched(mine.module):

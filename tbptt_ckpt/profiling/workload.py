@@ -175,7 +175,7 @@ class EndlessSource:
 
     def _rows(self, method: str, start: int, stop: int) -> Tensor | None:
         parts = [rows_of(self._source, method, *piece) for piece in self._pieces(start, stop)]
-        known = [torch.as_tensor(part) for part in parts if part is not None]
+        known = [torch.as_tensor(part, device="cpu") for part in parts if part is not None]
         return torch.cat(known) if known else None
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,7 @@ def _find_onednn() -> Callable[..., Tensor] | None:
         return None
     try:
         operator: Any = torch.ops.mkldnn._linear_pointwise.default
-        x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        x, weight = torch.ones(2, 3, device="cpu"), torch.ones(4, 3, device="cpu")
         works = torch.equal(operator(x, weight, None, "none", [], ""), x @ weight.t())
     except (AttributeError, RuntimeError, TypeError):
         return None

@@ -113,7 +113,7 @@ class _OfRows(torch.autograd.Function):
         if unused:
             # A gradient taken within a step may free the node, to which the others come later.
             ctx.rescued = x
-            x = x.index_fill(0, sent(torch.tensor(unused), x.device), 0)
+            x = x.index_fill(0, sent(torch.tensor(unused, device="cpu"), x.device), 0)
         zeros = torch.zeros_like(next(grad for grad in grads if grad is not None))
         grad = torch.stack([zeros if grad is None else grad for grad in grads])
         row_grads: Gradients = (None,) * len(row_needs)

@@ -61,7 +61,7 @@ class Wrappers:
                     "different processes may have different ones; give all processes as many steps"
                 )
             with torch.no_grad():
-                _handed_through(reducer, [torch.zeros(())])
+                _handed_through(reducer, [torch.zeros((), device="cpu")])
 
     def no_sync(self) -> ExitStack:
         """While entered, no gradient is reduced."""
