@@ -130,7 +130,7 @@ class SequenceRun:
                 if window.start == records.origin and not records.has_origin_state:
                     self.initial.collect(state_grads)
                 delivery.deliver()
-                parts.updater.add(loss)
+                parts.updater.add(loss, opened.numbers.loss_number)
             is_last = window.stop == self._reader.num_steps
             updated = parts.updater.update(is_last, self.initial.leaves(), self._observer)
             lap, peak_bytes = meter.lap(), meter.peak_bytes

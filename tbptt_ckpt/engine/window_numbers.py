@@ -17,19 +17,20 @@ class WindowNumbers(Numbers):
 
     Attributes:
         loss: What was differentiated, detached; None where nothing was.
+        loss_number: The same for the host, where something was.
     """
 
     def __init__(self, updater: Updater, initial: InitialState, observer: Observer) -> None:
         super().__init__()
         self._updater, self._initial, self._observer = updater, initial, observer
         self._is_complete = False
-        self._loss: Number | None = None
         self.loss: Tensor | None = None
+        self.loss_number = Number(None)
 
     @property
     def loss_value(self) -> float | None:
         """The loss as a number."""
-        return None if self.loss is None or self._loss is None else float(self._loss)
+        return None if self.loss is None else float(self.loss_number)
 
     def complete(self, loss: WindowLoss, states: list[Tree]) -> None:
         """All has run, and later windows start from `states`: ask for the rest, once."""
@@ -40,7 +41,7 @@ class WindowNumbers(Numbers):
         self.loss = loss.value
         self._observer.asks(self, self.loss, states)
         if self.loss is not None:
-            self._loss = self.ask(self.loss)
+            self.loss_number = self.ask(self.loss)
             self._updater.ask_norm(self, self._initial.leaves(), self._observer)
 
     def drop_loss(self) -> None:

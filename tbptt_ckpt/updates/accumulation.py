@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor
+
+from tbptt_ckpt.module.host import Number
 
 
 class Accumulation:
@@ -20,14 +22,15 @@ class Accumulation:
         self.num_windows, self._averages = num_windows, averages
         self.pending = 0
         self._loss_sum: Tensor | None = None
+        self._last: SupportsFloat = 0.0  # window's, which no device has to be asked for
 
     def begin(self) -> None:
         """A new group, of no window yet."""
         self.pending, self._loss_sum = 0, None
 
-    def add(self, loss: Tensor) -> None:
-        """A window has added its gradients."""
-        self.pending += 1
+    def add(self, loss: Tensor, number: Number) -> None:
+        """A window has added its gradients; `number` is its loss for the host."""
+        self.pending, self._last = self.pending + 1, number
         self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
 
     def is_due(self, is_last: bool) -> bool:
@@ -39,10 +42,10 @@ class Accumulation:
         if self._averages and self.pending > 1:
             grad.div_(self.pending)
 
-    def end(self) -> Tensor:
+    def end(self) -> SupportsFloat:
         """The mean loss of the windows in the group, after which another one begins."""
         assert self._loss_sum is not None, "a group that is due has a window"
-        loss = self._loss_sum if self.pending == 1 else self._loss_sum / self.pending
+        loss = self._last if self.pending == 1 else self._loss_sum / self.pending
         self.begin()
         return loss
 
@@ -53,3 +56,4 @@ class Accumulation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called."""
         self.pending, self._loss_sum = state["pending"], state["loss_sum"]
+        self._last = 0.0 if self._loss_sum is None else self._loss_sum

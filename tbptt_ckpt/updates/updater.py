@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +125,10 @@ class Updater:
         if not adds and not self.deliveries.any_waits(self._changed(init_state_leaves)):
             self._known_norm = self._norm(numbers)
 
-    def add(self, loss: Tensor) -> None:
-        """A window has added its gradients."""
+    def add(self, loss: Tensor, number: Number) -> None:
+        """A window has added its gradients; `number` is its loss for the host."""
         if self.optimizer is not None:
-            self.group.add(loss)
+            self.group.add(loss, number)
 
     def update(
         self,
@@ -151,7 +151,7 @@ class Updater:
                         tensor.grad.div_(self._scale)  # from the others the scaler takes it
         return self.step(self.group.end(), watch)
 
-    def step(self, loss: Tensor, watch: UpdateWatch = UNWATCHED) -> bool:
+    def step(self, loss: SupportsFloat, watch: UpdateWatch = UNWATCHED) -> bool:
         """Update the weights from the gradients at hand; False where a scaler skipped it."""
         self._measure_and_clip(watch)
         if watch.wants_undo:

@@ -98,11 +98,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Put], Any], dict[
     "weighed_classes": (tanh_cell, classes, tensors(CLASSES, weight=WEIGHT[:, 0]), {"k2": 2}),
     "array": (tanh_cell, F.mse_loss, array, {"k2": 2}),
     "lanes": (tanh_cell, F.mse_loss, lanes, {"k2": 2}),
+    "plateau": (tanh_cell, F.mse_loss, tensors(), {"k2": 2}),
     "group": (tanh_cell, F.mse_loss, tensors(), {"k2": 2, "accumulate": 2}),
 }
 # Those that are run each time, with what `Trainer` asks for besides.
 CHOSEN = {
     "clipped": True,
+    "plateau": False,
     "masked_window": False,
     "resets": False,
     "stale_far": True,
@@ -116,6 +118,8 @@ def ran(name: str, put: Put, waits: SimulatedWaits, *, trainer: bool) -> tuple[l
     options = {"strategy": "sqrt", **options}
     module = put(make())
     optimizer = torch.optim.Adam(module.parameters(), 0.05)
+    if name == "plateau":
+        options["scheduler"] = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     k2 = K1 * options.pop("k2")
     tbptt = TBPTT(module, loss_fn, K1, k2, optimizer, **options)
     windows = Trainer(tbptt, data(put)).windows() if trainer else tbptt.windows(data(put))
@@ -141,7 +145,8 @@ def test_every_window_waits_once(name: str, trainer: bool, monkeypatch: pytest.M
 
 
 def check(name: str, monkeypatch: pytest.MonkeyPatch, *, trainer: bool) -> None:
-    monkeypatch.setattr(additivity, "_SHARE", 1e-9)  # a check that is due now and then is not
+    monkeypatch.setattr(additivity, "_SHARE", 1e-9)  # a check that is due now and then is not,
+    monkeypatch.setattr(additivity, "_AT_ONCE", 2)  # after the first ones
     _, expected = ran(name, lambda tree: tree, SimulatedWaits(), trainer=trainer)
     with SimulatedWaits() as waits:
         counts, found = ran(name, on_device, waits, trainer=trainer)
