@@ -123,7 +123,7 @@ class FittingPlans:
             whole = self._planned(shape, costs, self.budget)
         except InfeasibleBudgetError as error:
             if self.promised or shape.num_steps > self._longest_seen:
-                raise self.explained(error, shape) from None
+                raise self.explained(error, shape, costs) from None
             _log.warning("windows take slightly more than was free at first: %s", error)
             return self._planned(shape, costs, error.smallest_budget_bytes or 0)
         if not self.finds_fastest:  # a fixed strategy has but one plan
@@ -161,12 +161,16 @@ class FittingPlans:
             first=start,
         )
 
-    def explained(self, error: InfeasibleBudgetError, shape: Shape) -> InfeasibleBudgetError:
+    def explained(
+        self, error: InfeasibleBudgetError, shape: Shape, costs: Costs
+    ) -> InfeasibleBudgetError:
         """The planner's error about a window of that shape as one about `memory_budget`."""
         assert error.smallest_budget_bytes is not None
         smallest = error.smallest_budget_bytes + self.slack.num_bytes
         optimal = error.optimal_budget_bytes and error.optimal_budget_bytes + self.slack.num_bytes
         given = self._amount.described(self.budget + self.slack.num_bytes)
+        libraries = costs.fixed.libraries
+        of_it = f", {format_bytes(libraries)} of it what libraries keep" if libraries else ""
         who, choices = "", [f"raise it to {smallest} bytes{self._amount.kind}"]
         if not self.finds_fastest:
             who = f" under strategy={self.strategy}"
@@ -175,7 +179,8 @@ class FittingPlans:
             choices.append(f"lower k2 to {error.largest_steps}")
         return InfeasibleBudgetError(
             f"memory_budget={given} is below the {format_bytes(smallest)} that a reach of "
-            f"{shape.num_steps} steps needs{who}{self.slack.note()}; {', or '.join(choices)}",
+            f"{shape.num_steps} steps needs{who}{of_it}{self.slack.note()}; "
+            f"{', or '.join(choices)}",
             smallest_budget_bytes=smallest,
             optimal_budget_bytes=optimal,
             largest_steps=error.largest_steps,
@@ -189,7 +194,7 @@ class FittingPlans:
             self._planned(shape, costs, self.budget)
         except InfeasibleBudgetError as whole:
             error = whole
-        return self.explained(error, shape)
+        return self.explained(error, shape, costs)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""

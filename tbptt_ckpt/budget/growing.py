@@ -33,6 +33,7 @@ class GrowingBudget(WindowBudget):
 
     def __init__(self, make: Callable[[], MeasuredBudget]) -> None:
         self._make, self._present = make, make()
+        self._library_bytes: int | None = None
         self._sizes: Sizes | None = None  # of the steps that it knows
         self._is_smaller = False  # whether the present sequence has steps below these
         self.times_made = 1

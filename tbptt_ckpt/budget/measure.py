@@ -19,6 +19,7 @@ from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.runner import make_runner
+from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import (
@@ -113,6 +114,7 @@ def measure_costs(
     fixed = FixedBytes(
         weights=tensor_bytes(module, loss_fn),
         step_inputs=sum(t.nbytes for t in tensors_of([inputs, targets])) / num_steps,
+        libraries=library_bytes(device_of(parameters)),
     )
     with deliveries.of(parameters):  # of nothing: no hook runs
         return calibrate(probe, Limits(num_steps, max_seconds, room), update, fixed)

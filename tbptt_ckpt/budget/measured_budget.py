@@ -94,7 +94,7 @@ class MeasuredBudget(WindowBudget):
             return unmeasured.plan(window, joints, make_request)
         if self._costs.take_irregular(request):
             self._plans.forget()
-        held_bytes = request.bytes_of(*request.held) + request.ahead_bytes
+        held_bytes = request.bytes_of(*request.held) + request.ahead_bytes + request.library_bytes
         try:
             shape, costs, chosen = self._chosen(request, held_bytes)
         except ChangingStateError as error:

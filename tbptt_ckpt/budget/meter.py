@@ -52,15 +52,15 @@ class WindowMeter(ExitStack):
     Args:
         device: What is measured.
         held: Trees of what is live at the start and belongs to the run.
-        input_bytes: Inputs and targets of the window.
+        beside_bytes: Inputs and targets of the window, and what libraries keep.
 
     Attributes:
-        base_bytes: Live bytes at the start, gradients and inputs included.
+        base_bytes: Live bytes at the start, gradients, inputs and libraries included.
     """
 
-    def __init__(self, device: torch.device, held: Sequence[object], input_bytes: int) -> None:
+    def __init__(self, device: torch.device, held: Sequence[object], beside_bytes: int) -> None:
         super().__init__()
-        self._device, self._held, self._input_bytes = device, held, input_bytes
+        self._device, self._held, self._beside_bytes = device, held, beside_bytes
         self.base_bytes = 0
 
     @property
@@ -76,7 +76,7 @@ class WindowMeter(ExitStack):
     def __enter__(self) -> Self:
         self.enter_context(older_garbage_kept())
         self.base_bytes = tensor_bytes(*self._held, grads=True, device=self._device)
-        self.base_bytes += self._input_bytes
+        self.base_bytes += self._beside_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
         self.enter_context(self._meter)
         self._held = ()

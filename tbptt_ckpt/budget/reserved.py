@@ -9,7 +9,7 @@ from tbptt_ckpt.memory.sizes import format_bytes
 
 
 class Slack:
-    """Pieces between the run's tensors, workspaces of libraries, other tensors of the process.
+    """Pieces between the run's tensors, and other tensors of the process.
 
     Args:
         counts: Whether the budget is of reserved bytes; else there is none.

@@ -14,6 +14,7 @@ import torch
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.window_pass import Route
+from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.meter import Lap, can_measure
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.actions import Action
@@ -112,6 +113,7 @@ class Request:
     ahead_bytes: int  # steps after it that a stream has given already
     packing_bytes: int  # taken beside the blocks while steps are packed, between windows
     copies_weights: bool  # whether its update copies what it changes
+    library_bytes: int  # what libraries keep of the device's memory
     loss_start: int  # the first step that has a loss
     cuts: Sequence[int]  # where segments are cut whatever the plan
     blocks: Sequence[StepBlock]  # its steps
@@ -163,6 +165,7 @@ class WindowBudget:
         self._strategy = strategy
         self._fixed_plans: dict[tuple[int, ...], Plan] = {}
         self._has_warned = False
+        self._library_bytes: int | None = None
 
     @property
     def strategy(self) -> Strategy:
@@ -184,6 +187,12 @@ class WindowBudget:
                 "unmeasured as long as it is, and a memory_budget is held by what is known before"
             )
         return can_meter
+
+    def library_bytes(self, device: torch.device) -> int:
+        """What libraries keep of a device's memory, counted once: it is there in any case."""
+        if self._library_bytes is None:
+            self._library_bytes = library_bytes(device)
+        return self._library_bytes
 
     def plan(
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]

@@ -156,7 +156,7 @@ class WindowCosts:
                 tensor_bytes(self._updater.deliveries.wrappers.buckets),
             ),
             fixed=FixedBytes(
-                weights=held_bytes - exists,
+                weights=held_bytes - exists - request.library_bytes,
                 # Where they accumulate, those before a window are kept until it is checked, and
                 # those that wait for their hooks are set aside.
                 gradients=(fixed.gradients or tensor_bytes(trained)) * (1 if clears else 2)
@@ -165,6 +165,7 @@ class WindowCosts:
                 states=state_bytes,
                 step_inputs=request.input_bytes / request.shape.run_steps,
                 other=fixed.other + 2 * ROUNDING_BYTES,
+                libraries=request.library_bytes,
             ),
         )
 

@@ -114,6 +114,7 @@ class OpenWindow:
             ahead_bytes=reader.ahead_bytes(window.stop),
             packing_bytes=reader.packing_bytes(),
             copies_weights=copies_weights,
+            library_bytes=self._parts.budget.library_bytes(self._parts.device),
             loss_start=self._loss_start,
             cuts=self._cuts(),
             blocks=self._blocks,
@@ -190,10 +191,11 @@ class OpenWindow:
         new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
         return sum(block.num_tokens() for block in new)
 
-    def num_input_bytes(self, reader: WindowReader) -> int:
-        """Bytes of its steps, and of those that have been read ahead."""
-        held = sum(block.num_bytes() for block in self._blocks)
-        return held + reader.ahead_bytes(self._window.stop)
+    def beside_bytes(self, reader: WindowReader) -> int:
+        """Bytes of its steps, of those that have been read ahead, and of what libraries keep."""
+        steps = sum(block.num_bytes() for block in self._blocks)
+        kept = self._parts.budget.library_bytes(self._parts.device)
+        return steps + reader.ahead_bytes(self._window.stop) + kept
 
     def _pass(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.memory.libraries import make_workspaces
 from tbptt_ckpt.memory.recorders import (
     Events,
     Recorder,
@@ -127,6 +128,7 @@ class AcceleratorSource:
 
     def attach(self, listener: Listener, held: object) -> None:
         """Report everything from now on; the allocator counts every free by itself."""
+        make_workspaces(self._device)
         with self._lock:
             self.drain()
             self._listeners.append(listener)

@@ -39,14 +39,11 @@ class WindowBench:
 
     Windows without targets lead up to the first one that reaches back all of `k2` steps and
     does not touch the start of the sequence, so that it is like those in the middle of a run.
-    Weights and optimizer of the work change as in training. `alone` says that nothing else
-    has tensors on the device, so that its own count of live bytes can be trusted.
+    Weights and optimizer of the work change as in training.
     """
 
-    def __init__(
-        self, work: Workload, configuration: Configuration, *, alone: bool = False
-    ) -> None:
-        self._work, self._configuration, self._alone = work, configuration, alone
+    def __init__(self, work: Workload, configuration: Configuration) -> None:
+        self._work, self._configuration = work, configuration
         check_on_one("a profile", parameters_of(work.module))
         self._device = work.device
         k1, k2 = configuration.k1, configuration.k2
@@ -99,6 +96,7 @@ class WindowBench:
             device=str(self._device),
             peak_bytes=peak_bytes,
             fixed_bytes=before_bytes + tensor_bytes(data),
+            library_bytes=self._library_bytes(),
             predicted_peak_bytes=found and found.peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             requested_peak_bytes=meter.requested_peak_bytes,
@@ -123,14 +121,15 @@ class WindowBench:
 
     def _metered_window(self) -> tuple[WindowResult, PeakMeter, int]:
         """A warm window, its meter, and the tensor bytes that were live before it."""
-        base = self._live_bytes_before()
-        with peak_memory(self._device, held=self._held(), rss=False) as outer:
+        held, device = self._held(), self._device
+        base = tensor_bytes(*held, grads=True, device=device) + self._library_bytes()
+        with peak_memory(device, held=held, rss=False) as outer:
             with self._work.reading(outer.flush):
                 windows = self._warm_windows()
             outer.flush()
             before = base + outer.net_bytes
             with (
-                peak_memory(self._device, held=(), rss=False) as meter,
+                peak_memory(device, held=(), rss=False) as meter,
                 self._watch.watching(meter, before),
                 self._work.reading(self._watch.read),
             ):
@@ -147,10 +146,8 @@ class WindowBench:
                 break
         return windows
 
-    def _live_bytes_before(self) -> int:
-        if self._alone and self._device.type != "cpu":
-            return torch.accelerator.memory_allocated(self._device)
-        return tensor_bytes(*self._held(), grads=True)
+    def _library_bytes(self) -> int:
+        return self._engine.parts.budget.library_bytes(self._device)
 
     def _held(self) -> tuple[object, ...]:
         """The trees of tensors that are there before a sequence begins."""

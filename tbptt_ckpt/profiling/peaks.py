@@ -29,11 +29,11 @@ T = TypeVar("T")
 def metered(work: Workload, act: Callable[[], T]) -> tuple[T, int]:
     """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile."""
     device = work.device
-    if device.type == "cpu":
-        live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
-    else:
-        live = torch.accelerator.memory_allocated(device)
     with peak_memory(device, rss=False) as meter, work.reading(meter.flush):
+        if device.type == "cpu":
+            live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
+        else:
+            live = torch.accelerator.memory_allocated(device)
         result = act()
     return result, live + meter.peak_bytes
 

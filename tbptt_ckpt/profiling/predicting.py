@@ -18,6 +18,7 @@ from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
+from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.trees import tensors_of
@@ -59,7 +60,9 @@ def measure_workload(
         boundary=Boundary(0, for_lanes(work.init_state, parts.runner.recurrence.lane_dim), found),
     )
     fixed = FixedBytes(
-        weights=tensor_bytes(*owners), step_inputs=tensor_bytes(inputs, targets) / num_steps
+        weights=tensor_bytes(*owners),
+        step_inputs=tensor_bytes(inputs, targets) / num_steps,
+        libraries=library_bytes(work.device),
     )
     with parts.updater.deliveries.of(parts.parameters):  # of nothing: no hook runs
         costs = calibrate(probe, limits, update_bytes(parts.updater), fixed)

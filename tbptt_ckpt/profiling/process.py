@@ -111,7 +111,7 @@ def serve(pipe: Connection, configuration: Configuration) -> None:
         try:
             if bench is None:
                 work = torch.load(io.BytesIO(saved_workload), weights_only=False)()
-                bench = WindowBench(work, configuration, alone=True)
+                bench = WindowBench(work, configuration)
             answer = request(bench)
         except Exception as error:
             answer = bench_error(error, traceback.format_exc())

@@ -81,7 +81,9 @@ class MemoryReport:
         message: Why it is not "ok".
         peak_bytes: Peak of tensor memory over one warm window and its update.
         fixed_bytes: Of these, what no schedule changes: weights, gradients, optimizer
-            state, states carried over, the window's inputs and targets.
+            state, states carried over, the window's inputs and targets, what libraries keep.
+        library_bytes: Of these, what libraries keep of an accelerator's memory, such as cuBLAS's
+            workspaces: no tensor has it.
         predicted_peak_bytes: The same peak, computed from measured costs; None where there was
             no memory to measure these.
         reserved_peak_bytes: What the accelerator's allocator took from the driver.
@@ -113,6 +115,7 @@ class MemoryReport:
     message: str | None = None
     peak_bytes: int | None = None
     fixed_bytes: int | None = None
+    library_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     reserved_peak_bytes: int | None = None
     requested_peak_bytes: int | None = None

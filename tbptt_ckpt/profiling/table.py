@@ -116,6 +116,9 @@ def _notes(rows: Sequence[MemoryReport], environment: Mapping[str, Any]) -> list
             f"of each peak {format_bytes(max(fixed))} are there whatever the schedule: weights, "
             "gradients, optimizer state, inputs, states carried over"
         )
+    kept = max((row.library_bytes or 0 for row in rows), default=0)
+    if kept:
+        notes[-1] += f", and {format_bytes(kept)} that libraries keep"
     if environment:
         notes.append("torch {torch}, {threads} threads, {processor}".format(**environment))
     return notes

@@ -24,6 +24,7 @@ class FixedBytes:
             later windows.
         step_inputs: Inputs and targets, for each step of a window.
         other: Anything else that is live.
+        libraries: What libraries keep of an accelerator's memory, such as cuBLAS's workspaces.
     """
 
     weights: Dimension = 0
@@ -32,6 +33,7 @@ class FixedBytes:
     states: Dimension = 0
     step_inputs: Size = 0.0
     other: Dimension = 0
+    libraries: Dimension = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -39,6 +41,7 @@ class FixedBytes:
     def total(self, window_steps: int) -> int:
         """All of it for a window of that many steps."""
         held = self.weights + self.gradients + self.optimizer + self.states + self.other
+        held += self.libraries
         return held + math.ceil(self.step_inputs * window_steps)
 
 

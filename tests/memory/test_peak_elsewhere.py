@@ -9,6 +9,7 @@ from measured_regions import MIB, needs_accelerator, run_script
 from tbptt_ckpt.budget.amount import parse_budget
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.available import free_memory
+from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.meter import can_measure, peak_memory
 
 # --- against memray -----------------------------------------------------------------------
@@ -127,6 +128,14 @@ class TestAccelerator:
         assert (inner.peak_bytes, inner.net_bytes) == (2 * MIB, 0)
         assert (outer.peak_bytes, outer.net_bytes) == (12 * MIB, -4 * MIB)
         assert max(live for _, live in outer.timeline) == outer.peak_bytes
+
+    def test_products_find_their_workspaces_made(self):
+        with peak_memory(self.device) as meter:
+            factor = torch.ones(64, 64, device=self.device, requires_grad=True)
+            (factor @ factor).sum().backward()
+        assert meter.net_bytes == 2 * factor.nbytes
+        if self.device.type == "cuda":
+            assert library_bytes(torch.device("cuda", torch.cuda.current_device())) > 0
 
     def test_free_memory_is_what_is_left(self):
         before = free_memory(self.device)
