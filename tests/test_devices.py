@@ -24,7 +24,7 @@ from tbptt_ckpt import (
 from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.doctor import examined
 from tbptt_ckpt.devices import accelerator, default_generators
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, ReplayMismatchError
 from tbptt_ckpt.executor.fingerprint import _directions
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
@@ -138,6 +138,24 @@ class TestRandomNumbers:
             results.append((*window(module, strategy, *data()), cards[0].get_state()))
         for found in results[1:]:
             assert_equal(found, results[0], 1e-12)
+
+    @pytest.mark.parametrize("draws", [1, 2])
+    def test_that_take_turns_once_a_call_are_refused_where_calls_are_cut(self, cards, draws):
+        """As cuDNN's of two layers do; those of one draw do not depend on the cut."""
+
+        class Segments(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.RNN(cases.WIDTH_IN, WIDTH).double()
+
+            def forward(self, x, state):
+                y, state = self.layer(x.as_subclass(Tensor) * cards[0].draw(x.shape), state)
+                return y * cards[0].draw(y.shape) if draws == 2 else y, state
+
+        tbptt = TBPTT(Segments(), mean_loss, 4, 8, strategy="revolve:1", per_step=False)
+        refused = pytest.raises(ReplayMismatchError, match="depend on where its calls are cut")
+        with refused if draws == 2 else contextlib.nullcontext():
+            tbptt.train(TensorSequence(*data()))
 
     def test_a_generator_that_stands_where_it_should_is_left_alone(self, cards):
         """Where it is set, cuDNN makes what its dropout needs anew."""
