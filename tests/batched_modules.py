@@ -9,6 +9,7 @@ import naive
 import torch
 import torch.nn.functional as F
 from cases import clear_gradients, gradients, relative_error
+from devices import placed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -141,23 +142,24 @@ CELLS: dict[str, Callable[..., nn.RNNCellBase]] = {
 
 def make_cell(name: str, bias: bool = True, before: str = "inputs") -> WithCell:
     torch.manual_seed(0)
-    return WithCell(CELLS[name](INPUTS, WIDTH, bias=bias), before).double()
+    return placed(WithCell(CELLS[name](INPUTS, WIDTH, bias=bias), before).double())
 
 
 def make_linears(step: Any, bias: bool = True) -> OfLinears:
     torch.manual_seed(0)
-    return OfLinears(step, bias).double()
+    return placed(OfLinears(step, bias).double())
 
 
 def make_data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(STEPS, LANES, INPUTS, generator=generator, dtype=dtype)
-    return inputs, torch.randn(STEPS, LANES, OUTPUTS, generator=generator, dtype=dtype)
+    targets = torch.randn(STEPS, LANES, OUTPUTS, generator=generator, dtype=dtype)
+    return placed(inputs), placed(targets)
 
 
 def make_state(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
     generator = torch.Generator().manual_seed(2)
-    h, c = torch.randn(2, LANES, WIDTH, generator=generator, dtype=dtype)
+    h, c = placed(torch.randn(2, LANES, WIDTH, generator=generator, dtype=dtype))
     return (h, c) if isinstance(getattr(module, "cell", None), nn.LSTMCell) else h
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import LANES, WIDTH, WIDTH_IN, lstm, random_data, random_state, tanh_cell
+from devices import here, placed
 from torch import Tensor, nn
 
 from tbptt_ckpt import (
@@ -113,9 +114,9 @@ def module(
     make: Callable[[], nn.Module], message: str, when: str = "within", **changed: Any
 ) -> Bad:
     def run(bench: Bench) -> None:
-        own = bench.watch(make())
+        own = bench.watch(placed(make()))
         arguments = {"module": own, "optimizer": torch.optim.SGD(own.parameters(), lr=0.1)}
-        bench.train(**arguments | changed)
+        bench.train(**arguments | placed(changed))
 
     return Bad(run, message, when=when)
 
@@ -301,7 +302,7 @@ def made_in_inference_mode(tensor: Tensor) -> Tensor:
 
 
 def inputs_with_graph(bench: Bench) -> Tensor:
-    embedding = nn.Linear(WIDTH_IN, WIDTH_IN).double()
+    embedding = placed(nn.Linear(WIDTH_IN, WIDTH_IN).double())
     bench.watch(bench.module)  # the layer drew random numbers
     return embedding(bench.inputs)
 
@@ -333,7 +334,8 @@ class BufferUnderTwoNames(Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("memory", torch.zeros(()))
+        # Moved, it would be two.
+        self.register_buffer("memory", torch.zeros((), device=here()))
         self.register_buffer("again", self.memory)
 
     def result(self, y: Tensor, h: Tensor) -> Any:

@@ -16,6 +16,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from devices import placed
 from disks import HastyDisk
 from torch import Tensor, nn
 
@@ -109,7 +110,7 @@ class Job:
 
     def build(self, **options: Any) -> tuple[Trainer, nn.Module, Listener]:
         torch.manual_seed(3)
-        module = self.module().double()
+        module = placed(self.module().double())
         optimizer = None
         scheduler = None
         if self.optimizer is not None:

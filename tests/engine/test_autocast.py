@@ -21,6 +21,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from devices import here
 from grids import covering
 from models_for_tests import check_same_windows, moving, observe
 from small_runs import K1, K2, NUM_STEPS, STRATEGIES
@@ -51,7 +52,7 @@ def autocast_loop(
     for start, new_start, stop in naive.windows(NUM_STEPS, K1, K2):
         optimizer.zero_grad()
         state, losses = states[start], []
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(here().type, dtype=torch.bfloat16):
             for t in range(start, stop):
                 y, state = module(inputs[t], state)
                 states[t + 1] = naive.mapped(Tensor.detach, state)
@@ -66,6 +67,7 @@ def autocast_loop(
 @pytest.mark.parametrize("make", [tanh_cell, lstm_cell])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.usefixtures("device")
 def test_autocast_equals_a_naive_loop_under_autocast(
     executor: str, strategy: str, make: Any
 ) -> None:
@@ -89,18 +91,19 @@ def test_autocast_equals_a_naive_loop_under_autocast(
     assert relative_error([seen[0].loss], [loss]) <= 1e-6  # before rounding has moved weights
 
 
+@pytest.mark.usefixtures("device")
 def test_autocast_reaches_module_and_loss() -> None:
     module, inputs, targets = single_precision(tanh_cell())
     seen = []
 
     def loss_fn(y: Tensor, target: Tensor) -> Tensor:
-        seen.append((y.dtype, torch.is_autocast_enabled("cpu")))
+        seen.append((y.dtype, torch.is_autocast_enabled(here().type)))
         return mean_loss(y, target)
 
     tbptt = TBPTT(module, loss_fn, K1, K2, autocast_dtype=torch.bfloat16)
     tbptt.train(TensorSequence(inputs, targets))
     assert set(seen) == {(torch.bfloat16, True)}
-    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled(here().type)
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
@@ -126,6 +129,7 @@ def test_a_function_runs_under_the_autocast_of_what_it_is_given(
 
 
 @covering(executor=EXECUTORS, overlap=OVERLAPS, strategy=STRATEGIES, dtype=[None, torch.bfloat16])
+@pytest.mark.usefixtures("device")
 def test_inside_the_callers_autocast_every_weight_has_a_gradient(
     executor: str, overlap: str, strategy: str, dtype: torch.dtype | None
 ) -> None:
@@ -143,7 +147,7 @@ def test_inside_the_callers_autocast_every_weight_has_a_gradient(
         autocast_dtype=dtype,
     )
     sequence = TensorSequence(inputs, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         with torch.no_grad():
             module(inputs[0], None)  # fills the cache
         inside = observe(tbptt, sequence, parameters=module.parameters())
@@ -163,10 +167,11 @@ def test_inside_the_callers_autocast_every_weight_has_a_gradient(
     check_same_windows(inside, observe(tbptt, sequence, parameters=other.parameters()))
 
 
+@pytest.mark.usefixtures("device")
 def test_autocast_after_the_run_still_trains_the_callers_own_steps() -> None:
     """Nothing of the run stays in the cache of the autocast around it."""
     module, inputs, targets = single_precision(tanh_cell())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         TBPTT(module, mean_loss, K1, K2).train(TensorSequence(inputs, targets))
         clear_gradients(list(module.parameters()))
         y, _ = module(inputs[0], None)

@@ -380,14 +380,15 @@ TABLE: dict[str, Bad] = {
         r"^sequence is a Tensor of shape \(6, 2, 2\); wrap it: TensorSequence\(inputs, targets\)",
     ),
     "array_as_sequence": sequence(
-        lambda bench: bench.inputs.numpy(), r"^sequence is a ndarray of shape \(6, 2, 2\); wrap it"
+        lambda bench: bench.inputs.cpu().numpy(),
+        r"^sequence is a ndarray of shape \(6, 2, 2\); wrap it",
     ),
     "array_of_texts": Bad(
         lambda _: TensorSequence(np.array(["a", "b"])),
         r"^a numpy array of dtype <U1, shape \(2,\) .*cannot be read as a tensor; convert or copy",
     ),
     "array_in_reverse": Bad(
-        lambda bench: TensorSequence(bench.inputs.numpy()[::-1]),
+        lambda bench: TensorSequence(bench.inputs.cpu().numpy()[::-1]),
         r"^a numpy array of dtype float64, .* cannot be read as a tensor; convert or copy",
     ),
     "number_as_sequence": sequence(lambda _: 5, r"^sequence=5 is neither an iterable of"),
@@ -505,6 +506,7 @@ def test_the_table_is_long_enough() -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.usefixtures("device")
 def test_bad_input_raises_one_helpful_line(name: str) -> None:
     row, bench = TABLE[name], Bench()
     with pytest.raises(row.error) as caught:
@@ -523,6 +525,7 @@ def test_argument_errors_are_value_errors() -> None:
         Bench().make(k1=0)
 
 
+@pytest.mark.usefixtures("device")
 def test_after_an_error_the_same_tbptt_runs() -> None:
     bench = Bench()
     tbptt = bench.make()

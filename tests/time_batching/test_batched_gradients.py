@@ -40,6 +40,7 @@ from batched_modules import (
     used_twice,
 )
 from cases import bitwise, clear_gradients, gradients, relative_error
+from devices import here, placed
 from grids import covering
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -84,6 +85,7 @@ def test_the_linear_maps_of_these_tests_are_batched(step: Any) -> None:
     strategy=STRATEGIES,
     executor=EXECUTORS,
 )
+@pytest.mark.usefixtures("device")
 def test_cells_have_the_gradients_of_plain_bptt(
     cell: str, bias: bool, before: str, strategy: str, executor: str
 ) -> None:
@@ -92,6 +94,7 @@ def test_cells_have_the_gradients_of_plain_bptt(
 
 @covering(step=LINEAR_STEPS, bias=[True, False], strategy=STRATEGIES, executor=EXECUTORS)
 @pytest.mark.usefixtures("_where_gradients_go")
+@pytest.mark.usefixtures("device")
 def test_linear_maps_have_the_gradients_of_plain_bptt(
     step: Any, bias: bool, strategy: str, executor: str
 ) -> None:
@@ -101,6 +104,7 @@ def test_linear_maps_have_the_gradients_of_plain_bptt(
 @pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("frozen", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "all"])
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("device")
 def test_frozen_weights_of_cells_stay_without_gradient(cell: str, frozen: str) -> None:
     module = make_cell(cell, before="tanh")
     for name, parameter in module.cell.named_parameters():
@@ -109,6 +113,7 @@ def test_frozen_weights_of_cells_stay_without_gradient(cell: str, frozen: str) -
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.usefixtures("device")
 def test_frozen_linear_maps_stay_without_gradient(frozen: str) -> None:
     module = make_linears(elman)
     for layer in (module.wx, module.wh, module.wy):
@@ -136,10 +141,11 @@ class Stacked(nn.Module):
 @pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.usefixtures("device")
 def test_stacked_shared_and_repeated_cells(strategy: str, executor: str) -> None:
     torch.manual_seed(0)
-    module, data = Stacked().double(), make_data()
-    g, h, c = torch.randn(3, LANES, WIDTH, dtype=torch.float64)
+    module, data = placed(Stacked().double()), make_data()
+    g, h, c = placed(torch.randn(3, LANES, WIDTH, dtype=torch.float64))
     state, parameters = {"g": g, "s": (h, c)}, list(module.parameters())
     _, expected = by_hand(module, parameters, data, state)
     _, found = by_window(module, parameters, data, state, strategy=strategy, executor=executor)
@@ -154,6 +160,7 @@ def test_parametrised_weights_are_left_to_the_plain_operation() -> None:
     check(module, strategy="uniform:3")
 
 
+@pytest.mark.usefixtures("device")
 def test_a_module_behind_functional_call() -> None:
     module = make_cell("lstm")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -177,7 +184,7 @@ def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str
     data, state = make_data(torch.float32), make_state(module, torch.float32)
 
     def autocast(x: Tensor, state: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(here().type, torch.bfloat16):
             return module(x, state)
 
     exact = by_hand(module, parameters, data, state)[1]
@@ -194,6 +201,7 @@ def test_under_autocast_gradients_are_those_of_autocast(make: Any, executor: str
 @pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("strategy", ["retain", "uniform:3", "step"])
 @pytest.mark.parametrize("make", [lambda: make_cell("lstm"), lambda: make_linears(used_twice)])
+@pytest.mark.usefixtures("device")
 def test_gradient_hooks_fire_once_per_weight(make: Any, strategy: str) -> None:
     module = make()
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -212,6 +220,7 @@ def test_gradient_hooks_fire_once_per_weight(make: Any, strategy: str) -> None:
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
+@pytest.mark.usefixtures("device")
 def test_a_hook_may_change_the_gradient() -> None:
     module = make_cell("gru")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -223,6 +232,7 @@ def test_a_hook_may_change_the_gradient() -> None:
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.usefixtures("device")
 def test_the_same_run_twice_has_the_same_bits(cell: str, executor: str) -> None:
     module = make_cell(cell)
     arguments = (module, list(module.parameters()), make_data(), make_state(module))
@@ -234,6 +244,7 @@ def test_the_same_run_twice_has_the_same_bits(cell: str, executor: str) -> None:
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize(("k1", "k2"), [(2, 5), (3, 2), (4, None)])
+@pytest.mark.usefixtures("device")
 def test_overlapping_windows(k1: int, k2: int | None, executor: str, overlap: str) -> None:
     module = make_cell("lstm")
     parameters, (inputs, targets) = list(module.parameters()), make_data()
@@ -335,6 +346,7 @@ class OfOperations(nn.Module):
 @pytest.mark.usefixtures("_where_gradients_go")
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.usefixtures("device")
 def test_products_with_a_weight(strategy: str, executor: str) -> None:
     check(make_linears(products), strategy=strategy, executor=executor)
 
@@ -345,7 +357,7 @@ def test_products_with_a_weight(strategy: str, executor: str) -> None:
 @pytest.mark.parametrize("tie", [False, True])
 def test_embeddings_bilinear_maps_and_convolutions(tie: bool, strategy: str, executor: str) -> None:
     torch.manual_seed(0)
-    module = OfOperations(tie).double()
+    module = placed(OfOperations(tie).double())
     check(module, strategy=strategy, executor=executor)
     found = batched(module, make_data(), make_state(module), strategy="retain")
     assert {"embedding", "bilinear", "conv1d", "conv2d", "linear"} <= found
@@ -362,9 +374,9 @@ def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
             return h, h
 
     torch.manual_seed(0)
-    module = Words().double()
-    tokens = torch.randint(WORDS, (STEPS, LANES))
-    targets = torch.randn(STEPS, LANES, WIDTH, dtype=torch.float64)
+    module = placed(Words().double())
+    tokens = placed(torch.randint(WORDS, (STEPS, LANES)))
+    targets = placed(torch.randn(STEPS, LANES, WIDTH, dtype=torch.float64))
     parameters, state = list(module.parameters()), make_state(module)
     expected = by_hand(module, parameters, (tokens, targets), state)[1]
     found = by_window(module, parameters, (tokens, targets), state, strategy="uniform:3")[1]
@@ -374,6 +386,7 @@ def test_embeddings_of_the_inputs_are_made_for_all_steps_at_once() -> None:
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
+@pytest.mark.usefixtures("device")
 def test_gradients_add_up_in_grad() -> None:
     module = make_cell("gru", before="tanh")
     parameters, data, state = list(module.parameters()), make_data(), make_state(module)
@@ -386,6 +399,7 @@ def test_gradients_add_up_in_grad() -> None:
 
 
 @pytest.mark.usefixtures("_where_gradients_go")
+@pytest.mark.usefixtures("device")
 def test_a_gradient_taken_within_a_step_leaves_grad_alone() -> None:
     """Of a weight, too, whose `.grad` exists by then."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from devices import CPU, here, placed
 from grids import parts
 from torch import Tensor, nn
 from training_jobs import Stream
@@ -21,6 +22,18 @@ from tbptt_ckpt.snapshot.store import SnapshotStore
 from tbptt_ckpt.trainer.trainer import Trainer
 
 STEPS, K1, K2 = 13, 2, 5
+
+
+@pytest.fixture
+def _same_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a device does not promise by itself."""
+    if device == CPU:
+        yield
+        return
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class Hasty(Disk):
@@ -60,7 +73,7 @@ class SetLater(Restless):
 
     def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.calls is None:
-            self.calls, self.trace = torch.zeros(()), x.new_zeros(cases.WIDTH)
+            self.calls, self.trace = x.new_zeros((), dtype=torch.float32), x.new_zeros(cases.WIDTH)
         return super().forward(x, h)
 
 
@@ -104,13 +117,17 @@ class Drawing(nn.Module):
         count += rng.random()
         draws = [random.random(), np.random.randn(), *(each.random() for each in self.rngs[:2])]  # noqa: NPY002
         scale = 0.2 * (sum(draws) + self.rngs[2].randn() + float(count[0]))
-        h = self.cell(x * (scale + torch.rand((), generator=self.torchs)), h)
+        h = self.cell(x * (scale + float(torch.rand((), generator=self.torchs))), h)
         return h, (h, rng, count)
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(5)
-    return make().double()
+    return placed(make().double())
+
+
+def _drawn_state() -> Tensor:
+    return torch.randn(cases.LANES, cases.WIDTH, dtype=torch.float64, device=here())
 
 
 class FusedWithDropout(nn.Module):
@@ -150,7 +167,7 @@ class Case:
             extra = [cases.random_state(lanes=1).requires_grad_()]
             init_state = SharedState(extra[0], cases.LANES)
         elif self.init == "random":
-            init_state = lambda: torch.randn(cases.LANES, cases.WIDTH, dtype=torch.float64)  # noqa: E731
+            init_state = _drawn_state
         optimizer: Any = None
         if self.optimizer == "adam":
             optimizer = torch.optim.AdamW([*module.parameters(), *extra], lr=0.05)
@@ -177,7 +194,7 @@ class Case:
             self.k2,
             optimizer,
             scheduler=schedulers[self.scheduler](),
-            scaler=torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+            scaler=torch.amp.GradScaler(here().type, init_scale=4.0, growth_interval=2)
             if self.scaler
             else None,
             **({"strategy": "uniform:2"} | (self.engine or {})),
@@ -193,7 +210,7 @@ class Case:
         if self.source == "tensors":
             return TensorSequence(inputs, targets)
         if self.source == "masked":
-            weight = torch.ones(STEPS)
+            weight = torch.ones(STEPS, device=here())
             weight[2:7] = 0
             return TensorSequence(inputs, targets, weight=weight)
         if self.source == "stream":
@@ -281,7 +298,7 @@ class Account:
 def _bits(value: Any) -> Any:
     """Comparable by ==, tensors by their bytes."""
     if isinstance(value, Tensor):
-        return (str(value.dtype), tuple(value.shape), value.detach().numpy().tobytes())
+        return (str(value.dtype), tuple(value.shape), value.detach().cpu().numpy().tobytes())
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, dict):
@@ -321,6 +338,7 @@ def _run_and_stop(trainer: Trainer, count: int) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("part", parts(4))
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("_same_bits")
 def test_a_resumed_run_is_bitwise_one_that_never_stopped(
     name: str, part: int, tmp_path: Any
 ) -> None:
@@ -345,6 +363,7 @@ def test_a_resumed_run_is_bitwise_one_that_never_stopped(
 
 
 @pytest.mark.parametrize("name", ["dropout and buffers, stale", "fused with dropout", "masked"])
+@pytest.mark.usefixtures("_same_bits")
 def test_resuming_at_every_window_is_bitwise_too(name: str, tmp_path: Any) -> None:
     case = CASES[name]
     expected = _finish(case.build()[0], [])
@@ -391,6 +410,7 @@ def test_a_run_that_is_given_more_steps_goes_on_or_says_why_not(
     assert _finish(resumed, windows) == expected
 
 
+@pytest.mark.usefixtures("_same_bits")
 def test_saving_between_windows_changes_nothing() -> None:
     case = CASES["dropout and buffers, stale"]
     expected = _finish(case.build()[0], [])

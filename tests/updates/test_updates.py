@@ -21,6 +21,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from devices import here
 from models_for_tests import check_same_windows, moving, observe
 from small_runs import K1, K2, NUM_STEPS, data, run
 from torch import nn
@@ -30,6 +31,8 @@ from torch.optim.optimizer import (
 )
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # Clipping
 
@@ -74,7 +77,7 @@ def test_clipping_takes_the_norm_of_the_optimizers_parameters_only() -> None:
     tbptt = TBPTT(module, mean_loss, K1, K2, optimizer, clip_grad_norm=0.01)
     for _ in tbptt.windows(data()):
         clipped = torch.stack([p.grad.norm() for p in module.readout.parameters()]).norm()
-        assert clipped == pytest.approx(0.01, rel=1e-4)
+        assert float(clipped) == pytest.approx(0.01, rel=1e-4)
         assert module.recurrence.weight.grad.norm() > 0.01
 
 
@@ -114,7 +117,7 @@ def test_plateau_scheduler_is_given_the_loss_of_each_window() -> None:
 
 
 def scaler(initial_scale: float = 2.0**12, **options: Any) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=initial_scale, **options)
+    return torch.amp.GradScaler(here().type, init_scale=initial_scale, **options)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -221,7 +224,7 @@ def test_a_disabled_scaler_is_none() -> None:
         )
         return observe(tbptt, data(), parameters=module.parameters())
 
-    check_same_windows(run(torch.amp.GradScaler("cpu", enabled=False)), run(None))
+    check_same_windows(run(torch.amp.GradScaler(here().type, enabled=False)), run(None))
 
 
 # Who wants to see a step is called
