@@ -138,6 +138,25 @@ class TestAccelerator:
         if self.device.type == "cuda":
             assert library_bytes(torch.device("cuda", torch.cuda.current_device())) > 0
 
+    def test_requested_is_what_was_asked_for(self):
+        with peak_memory(self.device):
+            self.blob(1)  # the device is in use, and libraries have what they keep
+        before = torch.accelerator.memory_stats(self.device)["requested_bytes.all.current"]
+        with peak_memory(self.device) as meter:
+            self.blob(4 * MIB + 1)
+        assert meter.requested_peak_bytes - before == 4 * MIB + 1
+        assert meter.peak_bytes > 4 * MIB + 1
+
+    def test_free_memory_is_within_what_the_process_may_have(self):
+        module = torch.get_device_module(self.device)
+        before, total = free_memory(self.device), torch.accelerator.get_memory_info(self.device)[1]
+        module.set_per_process_memory_fraction(0.05)
+        try:
+            assert free_memory(self.device) <= 0.05 * total
+        finally:
+            module.set_per_process_memory_fraction(1.0)
+        assert free_memory(self.device) == pytest.approx(before, rel=0.05)
+
     def test_free_memory_is_what_is_left(self):
         before = free_memory(self.device)
         kept = self.blob(64 * MIB)

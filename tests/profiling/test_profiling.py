@@ -120,6 +120,19 @@ def test_weights_that_share_a_buffer_share_one_in_copies_and_in_fresh_processes(
         assert bench.ask(places_in) == expected
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs cuDNN")
+@pytest.mark.filterwarnings("error")
+def test_copies_of_a_cudnn_module_are_as_flat_as_it_is():
+    module, loss_fn, inputs, targets = make(nn.LSTM, width=32)
+    module, inputs, targets = (each.cuda() for each in (module, inputs, targets))
+    expected = places(module)
+    assert expected[0] == 1
+    copied = Workload(module, loss_fn, inputs=inputs, targets=targets).copied().module
+    assert places(copied) == expected
+    assert torch.equal(copied(inputs)[0], module(inputs)[0])
+
+
 def itself(work):
     return work
 
