@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import CPU, here, placed
 from grids import covering
 from models_for_tests import skip_unless_torch_runs_lstm
 from torch import nn
@@ -30,7 +31,6 @@ from tbptt_ckpt import (
     plan,
     run_window,
 )
-from tbptt_ckpt.budget.amount import parse_budget
 from tbptt_ckpt.budget.checked_costs import not_below
 from tbptt_ckpt.budget.watched_window import Ratios
 from tbptt_ckpt.executor.observer import ActionTrace
@@ -102,19 +102,29 @@ def loss_fn(logits, targets):
 def data(num_steps):
     torch.manual_seed(1)
     inputs = torch.randn(num_steps, LANES, WIDTH)
-    return TensorSequence(inputs, torch.randint(0, CLASSES, (num_steps, LANES)))
+    targets = torch.randint(0, CLASSES, (num_steps, LANES))
+    return TensorSequence(placed(inputs), placed(targets))
 
 
 def make(name, k1=60, k2=60, **options):
     torch.manual_seed(0)
     build, per_step = MODULES[name]
-    module = build()
+    module = placed(build())
     optimizer = options.pop("optimizer", torch.optim.Adam(module.parameters()))
     return TBPTT(module, loss_fn, k1, k2, optimizer, per_step=per_step, **options)
 
 
-@functools.cache
 def smallest_budget(name, num_steps=120, **options):
+    return _smallest_budget(here(), name, num_steps, **options)
+
+
+def room(factor):
+    """Of the least budget; an accelerator's allocator rounds, not each time at the same place."""
+    return factor if here() == CPU else 1.05 * factor
+
+
+@functools.cache
+def _smallest_budget(device, name, num_steps, **options):
     with pytest.raises(InfeasibleBudgetError, match="memory_budget=1 B is below") as raised:
         make(name, memory_budget=1, **options).train(data(num_steps))
     return raised.value.smallest_budget_bytes
@@ -132,13 +142,14 @@ CASES = [*((name, None) for name in MODULES), *((name, torch.bfloat16) for name 
 
 @pytest.mark.parametrize("factors", [(1.0,), pytest.param((0.9, 1.2, 3.0), marks=EXHAUSTIVE)])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.usefixtures("device")
 def test_peaks_are_predicted_and_budgets_kept_from_the_first_window_on(name, dtype, factors):
     if name == "nn.LSTM" and dtype is not None:
         skip_unless_torch_runs_lstm(dtype)
     options = {"k1": 40, "k2": 40, "autocast_dtype": dtype}
     smallest = smallest_budget(name, 80, **options)
     for factor in factors:
-        budget, sequence = int(factor * smallest), data(80)
+        budget, sequence = int(room(factor) * smallest), data(80)
         tbptt = make(name, memory_budget=budget, measure_memory=True, **options)
         if factor < 1.0:
             with pytest.raises(InfeasibleBudgetError):
@@ -163,10 +174,11 @@ def test_the_peak_is_what_a_meter_around_the_window_sees():
 @pytest.mark.parametrize("factor", [1.0, pytest.param(1.3, marks=EXHAUSTIVE)])
 @pytest.mark.parametrize(("k1", "k2"), [(10, 25), (10, 10), (25, 10), (20, None)])
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.usefixtures("device")
 def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
     options = {"k1": k1, "k2": k2, "overlap": overlap}
     smallest = smallest_budget("LSTMCell loop", 83, **options)
-    budget = int(factor * smallest)
+    budget = int(room(factor) * smallest)
     tbptt = make("LSTMCell loop", memory_budget=budget, measure_memory=True, **options)
     for window in tbptt.windows(data(83)):
         assert window.peak_bytes <= budget
@@ -174,6 +186,7 @@ def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
 
 
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.usefixtures("device")
 def test_a_budget_changes_no_gradient(overlap):
     def losses(**options):
         tbptt = make("LSTMCell loop", 20, 45, overlap=overlap, **options)
@@ -195,6 +208,7 @@ def test_a_budget_changes_no_gradient(overlap):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("device")
 def test_nothing_has_changed_when_a_budget_is_refused():
     tbptt = make("LSTMCell loop", memory_budget=1000)
     parameters = tbptt.parts.parameters
@@ -231,6 +245,7 @@ def test_the_largest_reach_that_is_named_works_and_one_more_step_does_not():
         run(largest + 1, budget)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_fixed_strategy_is_held_against_the_budget():
     tbptt = make("LSTMCell loop", strategy="uniform:6", memory_budget="100MB", measure_memory=True)
     for window in tbptt.windows(data(120)):
@@ -429,25 +444,6 @@ def test_a_fraction_is_of_what_is_free():
     assert tbptt.parts.budget.budget_bytes == pytest.approx(0.25 * free, rel=0.2)
 
 
-@pytest.mark.parametrize(
-    ("text", "fraction"),
-    [("0.5", 0.5), (".25", 0.25), ("1.0", 1.0), ("50%", 0.5), (" 100 % ", 1.0), ("12.5%", 0.125)],
-)
-def test_a_fraction_may_be_text(text, fraction):
-    assert parse_budget(text).fraction == parse_budget(fraction).fraction == fraction
-
-
-@pytest.mark.parametrize("text", ["0.0", "0%", "101%", "0.0%", 1.5, 0.0, float("nan")])
-def test_a_part_above_all_or_of_nothing_is_refused(text):
-    with pytest.raises(ArgumentError, match=r"^--budget=.* must be above 0 and at most 1"):
-        parse_budget(text, "--budget")
-
-
-@pytest.mark.parametrize(("text", "num_bytes"), [("1", 1), ("8G", 2**33), ("8e9", 8 * 10**9)])
-def test_a_size_is_read_as_everywhere(text, num_bytes):
-    assert parse_budget(text).num_bytes == num_bytes
-
-
 def test_auto_needs_no_budget_and_measures_no_window():
     tbptt = make("LSTMCell loop")
     windows = list(tbptt.windows(data(120)))
@@ -490,6 +486,7 @@ def test_given_costs_are_taken_and_only_short_segments_held_against_them(caplog)
     assert tbptt.parts.budget.costs.leaf_seconds == costs.leaf_seconds
 
 
+@pytest.mark.usefixtures("device")
 def test_plans_and_costs_go_on_as_they_were_saved(caplog):
     budget = int(1.3 * smallest_budget("LSTMCell loop"))
     first = make("LSTMCell loop", memory_budget=budget)
@@ -527,6 +524,7 @@ def test_one_window_is_not_worth_measuring():
 
 
 @pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+@pytest.mark.usefixtures("device")
 def test_peaks_are_measured_on_demand(executor):
     tbptt = make("LSTMCell loop", strategy="uniform:7", executor=executor, measure_memory=True)
     windows = list(tbptt.windows(data(120)))

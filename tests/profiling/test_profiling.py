@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from devices import placed
 from grids import covering
 from torch import nn
 
@@ -27,7 +28,7 @@ def make(kind=nn.LSTM, width=8, num_steps=23, lanes=2):
     torch.manual_seed(0)
     module = kind(3, width)
     data = torch.randn(num_steps, lanes, 3), torch.randn(num_steps, lanes, width)
-    return module, MSE, *data
+    return placed(module), MSE, *placed(data)
 
 
 def profile(*work, strategy="sqrt", k1=4, k2=12, **options):
@@ -40,6 +41,7 @@ def peaks(report):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+@pytest.mark.usefixtures("device")
 def test_peaks_repeat_to_the_byte_in_any_order(kind):
     work = make(kind)
     optimizer = torch.optim.Adam(work[0].parameters())
@@ -174,6 +176,7 @@ def test_the_peak_of_plain_bptt_is_that_of_a_loop_by_hand():
 
 
 @covering(together=1, kind=[nn.LSTM, nn.GRUCell], reach=[(8, 48), (24, 10)])
+@pytest.mark.usefixtures("device")
 def test_peaks_are_predicted_within_three_percent(kind, reach):
     k1, k2 = reach
     work = make(kind, width=64, num_steps=48, lanes=32)
@@ -196,6 +199,7 @@ def test_generators_that_windows_note_are_predicted(kind):
 
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+@pytest.mark.usefixtures("device")
 def test_figures_of_a_schedule(overlap, executor):
     options = {"overlap": overlap, "executor": executor}
     report = profile(*make(), strategy="uniform:5", **options)
