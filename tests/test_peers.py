@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY))  # last: the installed package comes first
 
+from benchmarks.peers.__main__ import main  # noqa: E402
 from benchmarks.peers.campaign import Job, Records, rounds  # noqa: E402
 from benchmarks.peers.entries import BASELINE, ENTRIES, OURS, Entry  # noqa: E402
 from benchmarks.peers.forum import RewiredBPTT  # noqa: E402
@@ -102,15 +102,19 @@ def test_a_verdict_takes_our_fastest_within_the_peers_memory() -> None:
     assert over(peers[2], ours[0]).ratio == pytest.approx(2.0 / 0.9)
 
 
-def test_one_command_measures_publishes_and_does_nothing_twice(tmp_path: Path) -> None:
+def test_one_command_measures_publishes_and_does_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     records, result = tmp_path / "records", tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.peers", "--quick", "--parts", "peaks", "times"]
-    command += ["--only", "ours-cell-retain", "--threads", "1", "--records", str(records)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    command = ["peers", "--quick", "--parts", "peaks", "times", "--only", "ours-cell-retain"]
+    command += ["--threads", "1", "--records", str(records)]
+    monkeypatch.chdir(REPOSITORY)  # measured processes find the benchmarks there
+    monkeypatch.setattr(sys, "argv", command)
+    main()
     written = (records / "records.jsonl").read_text()
-    command += ["--json", str(result)]
-    done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    assert "ours, LSTMCell, retain" in done.stdout
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(result)])
+    main()
+    assert "ours, LSTMCell, retain" in capsys.readouterr().out
     assert (records / "records.jsonl").read_text() == written
     measured = json.loads(result.read_text())["measured"]
     assert {line["job"]["entry"] for line in measured} == {BASELINE.key, "ours-cell-retain"}
