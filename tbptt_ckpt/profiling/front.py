@@ -25,7 +25,8 @@ def pareto_front(rows: Sequence[MemoryReport]) -> tuple[MemoryReport, ...]:
 def are_in_turns(rows: Sequence[MemoryReport]) -> bool:
     """Whether all rows are of the same windows and were timed in turns with plain BPTT."""
     alike = len({(row.k1, row.k2) for row in rows}) == 1
-    return alike and all(row.ratio is not None for row in rows)
+    # One after the other there is a ratio and no range of it; that of plain BPTT is 1.
+    return alike and all(row.ratio == 1.0 or row.ratio_range is not None for row in rows)
 
 
 def comparable_times(rows: Sequence[MemoryReport]) -> list[float]:

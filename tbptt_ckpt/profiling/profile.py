@@ -127,7 +127,8 @@ def profile_strategies(
 
     Every combination of `k1`, `k2`, strategy and budget is a row. Rows are timed in turns
     with plain BPTT, which retains everything and batches nothing over time, and `ratio` is
-    the median of the ratios of neighbours.
+    the median of the ratios of neighbours. On an accelerator, and where plain BPTT takes much of
+    the memory, it is gone by then: `ratio` is that of the medians, and has no range.
 
     Arguments that are not explained here are those of `profile_window`. `k1` and `k2` are one
     number or several; `memory_budgets` are bytes, sizes such as "512MiB", or None for no budget;

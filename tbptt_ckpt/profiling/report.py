@@ -94,8 +94,9 @@ class MemoryReport:
         rss_before_bytes: Resident memory with the model and data loaded.
         seconds: Median time of a warm window and its update, with no meter running.
         seconds_range: The fastest and the slowest of these windows.
-        ratio: Median time over that of plain BPTT at the same k1 and k2, run in turns.
-        ratio_range: The least and the greatest of these ratios.
+        ratio: Median time over that of plain BPTT at the same k1 and k2.
+        ratio_range: The least and the greatest ratio of neighbours, which were run in turns; None
+            where plain BPTT ran before, as on an accelerator or where both are too large.
         window_steps: Steps of the window.
         executed_steps: Module steps it ran, recomputed ones included.
         held_states: Most boundary states kept at once.

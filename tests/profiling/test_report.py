@@ -12,6 +12,7 @@ import pytest
 
 from tbptt_ckpt import ArgumentError
 from tbptt_ckpt.profiling import MemoryReport, StrategyReport, pareto_front
+from tbptt_ckpt.profiling.front import comparable_times
 from tbptt_ckpt.profiling.report import ActionSpan, WindowTrace
 
 TRACE = WindowTrace(
@@ -110,3 +111,12 @@ def test_the_front_is_what_no_other_row_beats():
         front = [(row.peak_bytes, row.seconds) for row in pareto_front([*rows, LOST])]
         beaten = {a for a in figures for b in figures if a != b and b[0] <= a[0] and b[1] <= a[1]}
         assert front == sorted({(a, float(s)) for a, s in figures if (a, s) not in beaten})
+
+
+def test_rows_that_ran_one_after_the_other_are_compared_by_their_seconds():
+    """As on an accelerator, where plain BPTT makes room for them."""
+    plain = MemoryReport(strategy="retain", k1=1, k2=8, seconds=2.0, ratio=1.0)
+    later = MemoryReport(strategy="step", k1=1, k2=8, seconds=3.0, ratio=1.5)
+    in_turns = replace(later, ratio_range=(1.4, 1.6))
+    assert comparable_times([plain, later]) == [2.0, 3.0]
+    assert comparable_times([plain, in_turns]) == [1.0, 1.5]
