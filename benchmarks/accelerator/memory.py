@@ -69,11 +69,11 @@ def _row(bench: Bench, case: Case, sizes: Sizes, strategy: str) -> Iterator[Chec
     }
     near = is_near(report.predicted_peak_bytes, report.peak_bytes)
     yield promised(near, f"{what}: predicted", error=report.prediction_error, **figures)
-    if bench.is_accelerator:
-        is_own = report.reserved_peak_bytes <= 1.3 * (seen.reserved - empty) + 64 * MIB
-        yield promised(is_own, f"{what}: a profile's reserved bytes are the window's", **figures)
-    else:
+    if report.reserved_peak_bytes is None:
         yield skipped(f"{what}: requested and reserved bytes", "a CPU has no such allocator")
+        return
+    is_own = report.reserved_peak_bytes <= 1.3 * (seen.reserved - empty) + 64 * MIB
+    yield promised(is_own, f"{what}: a profile's reserved bytes are the window's", **figures)
 
 
 def is_near(predicted: int, measured: int) -> bool:
