@@ -8,8 +8,8 @@ below the smallest has to raise.
 
 Sources that make new tensors in every read, streams that are read ahead, and lanes that reset run
 too, with k1 at a third of k2. There a meter around the whole run, reading included, says what was
-live from the second window on: what an earlier window leaves behind is in it. Predictions may be
-above that, since they count the most resets and cuts that a leaf can have, but not below.
+live once windows have their full reach: what an earlier one leaves behind is in it. Predictions
+may be above that, since they count the most resets and cuts that a leaf can have, but not below.
 
 The smallest budget holds one state and a leaf of one step, if nothing else takes more; then a
 step runs again for each step after it. Beyond some hundred steps that takes hours, so there the
@@ -222,7 +222,9 @@ class Setting:
                 fixed, live = 2 * tensor_bytes(module) + state + inputs, around.lap().peak_bytes
                 assert window.peak_bytes is not None
                 # The package's meter counts what is read of tensors that lie outside.
-                within = 0 if self.source == TENSORS or not window.index else base + live
+                # While windows grow, so does what a longer leaf takes that is measured in between.
+                is_growing = self.source == TENSORS or window.start == 0
+                within = 0 if is_growing else base + live
                 yield window, fixed, max(window.peak_bytes, within)
                 state = tensor_bytes(optimizer)
 

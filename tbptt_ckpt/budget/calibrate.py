@@ -45,12 +45,14 @@ class Limits:
             are always run.
         room_bytes: Bytes above those live at the start; segments of one step are always run.
         advance_steps: An advance of so many steps is run in any case.
+        leaf_steps: So is a leaf, unless memory is short.
     """
 
     max_steps: int
     max_seconds: float = 1.6
     room_bytes: float = float("inf")
     advance_steps: int = 0
+    leaf_steps: int = 0
 
 
 def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
@@ -90,6 +92,9 @@ class _Measuring:
             self._meter(steps)
         while (steps := self._longest_that_fits()) > self.bytes[-1].steps:
             self._meter(steps)
+        last, asked = self.bytes[-1].steps, self.limits.leaf_steps
+        if asked > last and self._peak(asked) <= self.limits.room_bytes:
+            self._meter(asked)
         self._meter_long_advance()
         lengths = self._timed_lengths()
         for number in range(_ROUNDS):
@@ -222,6 +227,8 @@ class _Measuring:
         is_loop = self.probe.runner.recurrence.per_step  # its steps may be batched over time
         graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
         joined = [(s.steps, s.joined) for s in self.quiet if s.joined is not None]
+        if not joined and not is_loop:  # two pieces of one step did not fit
+            joined = [(2, JoinedBytes.at_most(self.bytes[0]))]
         alone = (1, 0)  # in one piece
         return QuietBytes(
             leaf=self._peaks_curve((s.steps, s.leaf) for s in self.quiet),

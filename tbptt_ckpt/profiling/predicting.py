@@ -88,10 +88,11 @@ def predicted(
     """
     assert window.plan is not None, "a measured window has a loss"
     plan, room = window.plan, min(free_memory(work.device), _ROOM * peak_bytes)
+    longest = plan.longest_leaf
     advances = (a.stop - a.start for a in plan.schedule if isinstance(a, Advance))
     advance_steps = min(plan.advance_steps, max(advances, default=0))
-    num_steps = min(window.stop - window.first, max(plan.longest_leaf + 1, advance_steps))
-    limits = Limits(plan.longest_leaf, _SECONDS, room, advance_steps)
+    num_steps = min(window.stop - window.first, max(longest + 1, advance_steps))
+    limits = Limits(longest, _SECONDS, room, advance_steps, leaf_steps=longest)
     try:
         costs = measure_workload(work, parts, configuration.k1, num_steps, limits)
     except Exception as error:

@@ -10,7 +10,7 @@ from torch import nn
 
 import tbptt_ckpt.budget.calibrate as calibrate
 import tbptt_ckpt.budget.window_costs as window_costs
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
 from tbptt_ckpt.schedule.curves import Curve, higher
 
 pytestmark = pytest.mark.times_the_module
@@ -22,7 +22,8 @@ class Tagger(nn.Module):
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
-        self.embedding, self.rnn, self.out = nn.Embedding(20, 16), rnn, nn.Linear(32, 5)
+        self.embedding, self.rnn = nn.Embedding(20, rnn.input_size), rnn
+        self.out = nn.Linear(rnn.hidden_size, 5)
 
     def forward(self, x, state):
         y, state = self.rnn(self.embedding(x), state)
@@ -103,6 +104,24 @@ def test_a_leaf_in_two_pieces_whose_gradients_meet_is_within_its_budget():
     options = {"memory_budget": 150_000, "measure_memory": True, "per_step": False}
     tbptt = TBPTT(module, cross_entropy, 50, 200, torch.optim.Adam(module.parameters()), **options)
     assert [w.index for w in tbptt.windows(data) if w.peak_bytes > 150_000] == []
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("above", [0, 15_000, 35_000])
+def test_the_smallest_budgets_hold_that_leave_no_room_to_measure_two_steps(rnn, above):
+    torch.manual_seed(0)
+    module = Tagger(rnn(64, 64))
+    data = TensorSequence(torch.randint(20, (60, 8)), torch.randint(5, (60, 8)))
+
+    def windows(budget):
+        optimizer, options = torch.optim.Adam(module.parameters()), {"measure_memory": True}
+        options |= {"memory_budget": budget, "per_step": False}
+        return TBPTT(module, cross_entropy, 10, 30, optimizer, **options).windows(data)
+
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        next(windows(1))
+    budget = refused.value.smallest_budget_bytes + above
+    assert [w.index for w in windows(budget) if w.peak_bytes > budget] == []
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "a loop over cells"])
