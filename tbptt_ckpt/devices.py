@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
 
-_HOST = ("cpu", "meta")
+HOST = ("cpu", "meta")  # types of devices that are none
 # Of a device's module in torch: where random numbers come from, and what memory is taken.
 _NEEDED = ("default_generators", "memory_stats")
 
@@ -23,7 +23,7 @@ def accelerator() -> torch.device | None:
 
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Those that tensors are on, each once."""
-    return list({t.device: None for t in tensors if t.device.type not in _HOST})
+    return list({t.device: None for t in tensors if t.device.type not in HOST})
 
 
 def device_of(weights: Sequence[Tensor]) -> torch.device:
@@ -83,4 +83,4 @@ def check_not_captured(device: torch.device) -> None:
 
 def _is_usable(device: torch.device) -> bool:
     module = getattr(torch, device.type, None)
-    return device.type in _HOST or all(hasattr(module, name) for name in _NEEDED)
+    return device.type in HOST or all(hasattr(module, name) for name in _NEEDED)

@@ -85,7 +85,7 @@ def fingerprint(state: Tree, *, sketched: bool, in_half: bool) -> Fingerprint:
     if not sketched:
         return Fingerprint([_bits(t) for t in tensors], [0.0] * len(tensors), _rest(state, tensors))
     near = [_tolerances(t.dtype, in_half)[0] for t in tensors]
-    return Fingerprint([_sketch(t) for t in tensors], near, _rest(state, tensors))
+    return Fingerprint(_sketches(tensors), near, _rest(state, tensors))
 
 
 def read(prints: Sequence[Fingerprint], numbers: Numbers | None = None) -> list[Fingerprint]:
@@ -147,6 +147,11 @@ def _bits(tensor: Tensor) -> Any:
     return words.view(wide).sum(dtype=torch.int64)
 
 
+@np.errstate(invalid="ignore", over="ignore")
+def _sketches(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_sketch(tensor) for tensor in tensors]
+
+
 def _sketch(tensor: Tensor) -> Any:
     """Random projections of a tensor; the bits of one that is not of floating numbers."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
@@ -163,8 +168,7 @@ class _Layout:
     """Small contiguous tensors of one size and dtype on the CPU, projected where they lie.
 
     Between the large operations of a leaf whatever is called is cold: an operation of torch's
-    takes some 40 us, one of numpy's 10. `dot` looks at no flags of the processor, so that NaN
-    needs no `errstate`.
+    takes some 40 us, one of numpy's 10.
     """
 
     memory: type[ctypes.Array[ctypes.c_char]]

@@ -7,6 +7,7 @@ import threading
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tbptt_ckpt.devices import HOST
 from tbptt_ckpt.memory.storages import live_storages
 
 _made: set[tuple[int, torch.device, int]] = set()  # by thread, device and stream
@@ -18,8 +19,10 @@ def make_workspaces(device: torch.device) -> None:
     cuBLAS has one for each thread and stream from torch's allocator, and keeps it: 32 MiB on
     Hopper. What is measured afterwards does not see it made.
     """
+    if device.type in HOST:
+        return
     in_use = getattr(torch.get_device_module(device), "is_initialized", lambda: False)
-    if device.type == "cpu" or not in_use():
+    if not in_use():
         return
     key = threading.get_ident(), device, torch.accelerator.current_stream(device).stream_id
     if key not in _made:
@@ -46,7 +49,7 @@ def library_bytes(device: torch.device) -> int:
     They are workspaces, and what sizes were rounded up by. A graph that is alive counts too, as far
     as only C++ holds it. Takes some 10 ms for each 100,000 objects of the process.
     """
-    if device.type == "cpu":
+    if device.type in HOST:
         return 0
     make_workspaces(device)
     tensors = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
