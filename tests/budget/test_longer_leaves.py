@@ -107,7 +107,9 @@ def test_a_leaf_in_two_pieces_whose_gradients_meet_is_within_its_budget():
 
 
 @pytest.mark.parametrize("rnn", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("above", [0, 15_000, 35_000])
+@pytest.mark.parametrize(
+    "above", [0, *(pytest.param(more, marks=EXHAUSTIVE) for more in (15_000, 35_000))]
+)
 def test_the_smallest_budgets_hold_that_leave_no_room_to_measure_two_steps(rnn, above):
     torch.manual_seed(0)
     module = Tagger(rnn(64, 64))

@@ -293,6 +293,7 @@ def test_flushing_from_a_foreign_thread_raises():
 
 
 @needs_proc
+@pytest.mark.exhaustive
 def test_the_meter_itself_stays_under_64_mib():
     """200,000 allocations and as many frees; without flushes far fewer take more than that."""
     script = """

@@ -40,7 +40,7 @@ def peaks(report):
     return {(row.strategy, row.k1, row.k2): row.peak_bytes for row in report.rows}
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRUCell, marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("device")
 def test_peaks_repeat_to_the_byte_in_any_order(kind):
     work = make(kind)
