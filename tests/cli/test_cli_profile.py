@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 
@@ -38,6 +39,7 @@ MIB = 2**20
 class Run:
     """One run of the command with everything it writes."""
 
+    device: torch.device
     folder: Path
     printed: dict
 
@@ -45,23 +47,23 @@ class Run:
 STRATEGIES = ("revolve:3",)  # each row is a process that imports torch
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=devices.found(), ids=str)
+def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    options = ["--strategy", ",".join(STRATEGIES)]
+    options = ["--strategy", ",".join(STRATEGIES), "--device", str(request.param)]
     options += ["--csv", str(folder / "rows.csv"), "--trace", str(folder / "trace.json")]
     if importlib.util.find_spec("matplotlib"):
         options += ["--plot", str(folder / "picture.png")]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["profile", *SMALL, *options, "--json"]) == 0
-    return Run(folder, json.loads(printed.getvalue()))
+    return Run(request.param, folder, json.loads(printed.getvalue()))
 
 
 def test_rows_with_plain_bptt_first(run):
     rows = run.printed["rows"]
     assert [row["strategy"] for row in rows] == ["retain", *STRATEGIES]
-    assert all(row["status"] == "ok" and row["device"] == "cpu" for row in rows)
+    assert all(row["status"] == "ok" and row["device"] == str(run.device) for row in rows)
     assert rows[0]["ratio"] == 1.0
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
     assert all(row["fixed_bytes"] < row["peak_bytes"] < row["rss_peak_bytes"] for row in rows)
