@@ -153,7 +153,7 @@ class WindowCosts:
                 costs.update_bytes,
                 request.packing_bytes,
                 2 * max(waiting, default=0),
-                tensor_bytes(self._updater.deliveries.wrappers.buckets),
+                self._updater.deliveries.wrappers.bucket_bytes,
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists - request.library_bytes,

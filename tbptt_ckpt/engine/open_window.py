@@ -114,7 +114,7 @@ class OpenWindow:
             ahead_bytes=reader.ahead_bytes(window.stop),
             packing_bytes=reader.packing_bytes(),
             copies_weights=copies_weights,
-            library_bytes=self._parts.budget.library_bytes(self._parts.device),
+            library_bytes=self._parts.library_bytes(),
             loss_start=self._loss_start,
             cuts=self._cuts(),
             blocks=self._blocks,
@@ -194,7 +194,7 @@ class OpenWindow:
     def beside_bytes(self, reader: WindowReader) -> int:
         """Bytes of its steps, of those that have been read ahead, and of what libraries keep."""
         steps = sum(block.num_bytes() for block in self._blocks)
-        kept = self._parts.budget.library_bytes(self._parts.device)
+        kept = self._parts.library_bytes()
         return steps + reader.ahead_bytes(self._window.stop) + kept
 
     def _pass(

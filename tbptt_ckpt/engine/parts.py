@@ -75,7 +75,12 @@ class Parts:
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""
         owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
-        return (self.parameters, *owners, self.updater.deliveries.wrappers.buckets)
+        return (self.parameters, *owners)
+
+    def library_bytes(self) -> int:
+        """What libraries keep where the weights are; on an accelerator buckets are among it."""
+        buckets = self.updater.deliveries.wrappers.bucket_bytes
+        return max(buckets, self.budget.library_bytes(self.device))
 
     @property
     def device(self) -> torch.device:

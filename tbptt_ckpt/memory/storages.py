@@ -23,11 +23,10 @@ def tensor_bytes(*trees: object, grads: bool = False, device: torch.device | Non
             the parameters), and nested tuples, lists, sets, dicts and dataclasses of
             these. Anything else holds no bytes.
         grads: Whether the `.grad` of each leaf tensor counts too.
-        device: Where they count, with those on "meta", which stand for such; None is everywhere.
+        device: Where they count; None is everywhere.
     """
     storages = distinct_storages(trees, grads=grads)
-    counted = None if device is None else (device, torch.device("meta"))
-    return sum(each.nbytes() for each in storages if counted is None or each.device in counted)
+    return sum(each.nbytes() for each in storages if device is None or each.device == device)
 
 
 def distinct_storages(tree: object, *, grads: bool = False) -> list[torch.UntypedStorage]:

@@ -32,6 +32,7 @@ class Wrappers:
     Attributes:
         is_sharded: Whether weights are gathered from all processes in every run of a step.
         weights: Those whose gradients are reduced over processes, by their identity.
+        bucket_bytes: What reducers gather gradients in, which nobody else can reach.
 
     Raises:
         ArgumentError: One that cannot be given a window's gradient at once.
@@ -44,8 +45,7 @@ class Wrappers:
         self.is_sharded = any(is_a(module, "torch", "FSDPModule") for module in found.values())
         self._reducers = [m for m in found.values() if isinstance(m, DistributedDataParallel)]
         self.weights = {id(p): p for m in self._reducers for p in m.parameters() if p.requires_grad}
-        # As large as what reducers gather gradients in, which nobody else can reach.
-        self.buckets = [torch.empty_like(p, device="meta") for p in self.weights.values()]
+        self.bucket_bytes = sum(weight.nbytes for weight in self.weights.values())
 
     @property
     def is_any(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt.budget.kept_states import kept_bytes
+from tbptt_ckpt.budget.meter import WindowMeter
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
@@ -43,8 +44,7 @@ def test_bytes_of_the_host_are_none_of_a_devices() -> None:
     boundaries = Boundary(2, state, later), Boundary(1, state.clone(), before)
     random_bytes = before.cpu_random.nbytes
     assert kept_bytes(*boundaries, META) == (40, 0, 0)
-    # What is on "meta" stands for memory of any device.
-    assert kept_bytes(*boundaries, torch.device("cpu")) == (40 + random_bytes, random_bytes, 0)
+    assert kept_bytes(*boundaries, torch.device("cpu")) == (random_bytes, random_bytes, 0)
     module = nn.Linear(3, 5, device=META)
     optimizer = torch.optim.Adam(module.parameters())
     for weight in module.parameters():
@@ -52,3 +52,5 @@ def test_bytes_of_the_host_are_none_of_a_devices() -> None:
         optimizer.state[weight] = {"step": torch.zeros(()), **moments}
     assert tensor_bytes(module, optimizer) == 3 * 80 + 2 * 4
     assert tensor_bytes(module, optimizer, device=META) == 3 * 80
+    with WindowMeter(torch.device("cpu"), (module, optimizer), 7) as meter:
+        assert meter.base_bytes == 2 * 4 + 7
