@@ -190,6 +190,14 @@ class TestRandomNumbers:
         set_random_state(state, [on_card(torch.ones(1))])
         assert torch.equal(cards[0].draw(3), expected)
 
+    def test_go_on_on_the_card_that_they_are_of(self, cards):
+        """A process that has another one leaves that alone."""
+        here, counts = on_card(torch.ones(1), _Second), [card.count for card in cards]
+        state, expected = random_state([here]), cards[1].draw(3)
+        set_random_state(state, [here])
+        assert torch.equal(cards[1].draw(3), expected)
+        assert [card.count for card in cards] == [counts[0], counts[1] + 1]
+
     def test_of_records_go_on_on_another_device_of_the_kind(self):
         records = {
             **{"random": [torch.ones(2), torch.ones(3)], "values": [], "boundaries": []},

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LANES, WIDTH, lstm, lstm_cell, masked_loss, random_data, tanh_cell
-from simulated_device import DEVICE, SimulatedWaits, on_device, on_host
+from simulated_device import DEVICE, OnDevice, SimulatedWaits, on_device, on_host
 from torch import Tensor, nn
 
 from tbptt_ckpt import (
@@ -26,6 +26,7 @@ from tbptt_ckpt import (
     evaluate,
     unroll,
 )
+from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor import additivity
 from tbptt_ckpt.module import host
@@ -203,6 +204,23 @@ def test_a_replay_that_differs_is_found_before_the_update() -> None:
         list(tbptt.windows(tensors()(on_device)))
     assert all(p.grad is None for p in module.parameters())
     torch.testing.assert_close(on_host(list(module.parameters())), before, rtol=0, atol=0)
+
+
+READS = {
+    "arrays": array,
+    "lanes": lanes,
+    "equal lanes": lambda _: EqualLanes(INPUTS.numpy(), None, device=DEVICE),
+    "bytes": lambda _: EqualLanes(np.arange(60, dtype=np.uint8), LANES, device=DEVICE),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_is_read_is_sent_ahead(name: str) -> None:
+    with SimulatedWaits() as waits:
+        inputs, targets = READS[name](on_device).read(2, 9)[:2]
+    assert not waits.total, waits.found
+    assert isinstance(inputs, OnDevice)
+    assert isinstance(targets, OnDevice)
 
 
 @pytest.mark.parametrize("where", ["loss", "state", "gradient"])
