@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tbptt_ckpt import TBPTT, TensorSequence, profile_window
 from tbptt_ckpt.budget.kept_states import kept_bytes
 from tbptt_ckpt.budget.meter import WindowMeter
 from tbptt_ckpt.executor.boundary import Boundary
@@ -54,3 +55,16 @@ def test_bytes_of_the_host_are_none_of_a_devices() -> None:
     assert tensor_bytes(module, optimizer, device=META) == 3 * 80
     with WindowMeter(torch.device("cpu"), (module, optimizer), 7) as meter:
         assert meter.base_bytes == 2 * 4 + 7
+
+
+def test_what_lies_elsewhere_is_in_no_budget_and_no_profile() -> None:
+    module, loss_fn, data = nn.GRU(3, 5), nn.functional.mse_loss, torch.randn(2, 8, 2, 5)
+    inputs, targets = data[0, ..., :3], data[1]
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    optimizer.state["elsewhere"] = {"sums": torch.zeros(1 << 30, device=META)}
+    tbptt = TBPTT(module, loss_fn, 4, 8, optimizer, memory_budget="1MiB", measure_memory=True)
+    windows = list(tbptt.windows(TensorSequence(inputs, targets)))
+    assert all((window.peak_bytes or 0) < 1 << 20 for window in windows)
+    how = {"k1": 4, "k2": 8, "optimizer": optimizer, "repeats": 1}
+    row = profile_window(module, loss_fn, inputs, targets, **how)
+    assert (row.peak_bytes or 0) < 1 << 20
