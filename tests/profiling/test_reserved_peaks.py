@@ -7,8 +7,10 @@ from torch import nn
 
 from tbptt_ckpt import profile_window
 from tbptt_ckpt.memory import exhausted
-from tbptt_ckpt.memory.meter import PeakMeter
+from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
 from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.profiling import bench
+from tbptt_ckpt.profiling.predicting import predicted
 from tbptt_ckpt.profiling.table import table_of
 
 
@@ -30,8 +32,15 @@ class Caching:
         self.kept = 0
 
 
-def test_a_row_says_what_it_reserved_and_nothing_of_what_ran_before(monkeypatch):
+def test_a_row_says_what_it_reserved_and_nothing_of_what_else_ran(monkeypatch):
     Caching(monkeypatch, kept=1 << 30)
+
+    def foretold(*given):
+        with peak_memory():
+            torch.zeros(1 << 20, dtype=torch.uint8)
+        return predicted(*given)
+
+    monkeypatch.setattr(bench, "predicted", foretold)
     inputs, targets = torch.randn(8, 4, 3), torch.randn(8, 4, 32)
     row = profile_window(
         nn.GRUCell(3, 32), nn.functional.mse_loss, inputs, targets, k1=8, k2=8, repeats=1
