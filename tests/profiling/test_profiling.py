@@ -306,7 +306,10 @@ def test_a_row_that_fits_is_measured_and_predicted_where_plain_bptt_does_not_fit
 
 
 def test_a_prediction_that_finds_no_memory_leaves_the_row_as_it_was_measured(bounded, monkeypatch):
-    def without_memory(*_):
+    rooms = []
+
+    def without_memory(_, limits, *__):
+        rooms.append(limits.room_bytes)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("tbptt_ckpt.profiling.predicting.calibrate", without_memory)
@@ -316,7 +319,7 @@ def test_a_prediction_that_finds_no_memory_leaves_the_row_as_it_was_measured(bou
         None,
         None,
     )
-    assert report.peak_bytes > 0
+    assert rooms == [2 * report.peak_bytes] != [0]
     assert all(action.predicted_bytes is None for action in report.trace.actions)
 
 
