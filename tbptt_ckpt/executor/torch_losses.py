@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ _SELECT = frozenset(
     for name in ("argwhere", "index_select", "masked_select", "nonzero", "take", "unique", "where")
     if hasattr(owner, name)
 )
+
+# Positions that are counted at once, before a window has anything else in memory: a host copies
+# them into wider numbers, a device sums them as they are and takes as long for few as for many.
+_COUNTED_ON_HOST, _COUNTED_ON_DEVICE = 1 << 10, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +251,23 @@ class Counting:
 
     def _weighed(self, rows: Tensor, weight: Tensor | None) -> float | Tensor:
         """Counts of steps [n, ...], weighed by [n] or [n, B], in steps."""
+        most = _COUNTED_ON_DEVICE if is_waited_for(rows) else _COUNTED_ON_HOST
+        num_steps = max(1, most * len(rows) // max(1, rows.numel()))
+        weights = repeat(None) if weight is None else torch.split(weight, num_steps)
+        parts = zip(torch.split(rows, num_steps), weights, strict=False)
+        hits: float | Tensor = 0.0
+        for part in parts:
+            hits = hits + self._hits(*part)
+        return self.steps_of(hits, len(rows)) if weight is None else hits / self.unit
+
+    def _hits(self, rows: Tensor, weight: Tensor | None) -> float | Tensor:
+        """The same of a few steps, in positions."""
         counts = counts_of(rows, self.ignore_index, self.class_weight)
         counts = torch.ones_like(rows, dtype=torch.bool) if counts is None else counts
         if weight is None:
-            hits, full = on_host(counts.sum()), rows.shape[0]
-            return self.steps_of(hits, full)
+            return on_host(counts.sum())
         by_weight = counts.reshape(*weight.shape, -1).sum(-1)
-        return on_host((by_weight * sent(weight, by_weight.device)).sum()) / self.unit
+        return on_host((by_weight * sent(weight, by_weight.device)).sum())
 
 
 def _version_of(tensor: Tensor) -> int:

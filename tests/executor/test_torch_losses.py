@@ -17,8 +17,11 @@ from runs_of_data import batch_first_lstm
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, evaluate, run_window, verify
+from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.executor.torch_losses import Counting
+from tbptt_ckpt.memory import peak_memory
 
 NUM_STEPS, K1, K2 = 14, 3, 7
 IGNORED = -100
@@ -370,3 +373,23 @@ def test_padding_that_begins_late_is_counted(strategy: str) -> None:
         torch.testing.assert_close(window.loss, whole.detach(), rtol=1e-12, atol=0)
     for mine, parameter in zip(found, module.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("class_weight", [None, CLASS_WEIGHT], ids=["classes", "weighed classes"])
+@pytest.mark.parametrize("shape", [None, (5000,), (5000, 8)], ids=["whole", "steps", "lanes"])
+def test_what_a_window_counts_takes_no_memory_that_grows_with_it(
+    shape: tuple[int, ...] | None, class_weight: Tensor | None
+) -> None:
+    """Near a smallest budget a long window was above it before its first action."""
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randint(-1, 3, (5000, 8), generator=generator)
+    weight = None if shape is None else torch.randint(3, shape, generator=generator).double()
+    block = StepBlock(0, 5000, torch.zeros(5000, 8), targets, weight, 0)
+    counting = Counting("cross_entropy", "mean", 8.0, True, 0, -1, class_weight)
+    with peak_memory(held=(), rss=False) as meter:
+        found = counting.foretell([block], 0, 5000)
+    counted = torch.ones(3) if class_weight is None else class_weight
+    each = torch.where(targets >= 0, counted.double()[targets.clamp(min=0)], 0.0)
+    rows = torch.ones(5000, 1) if weight is None else weight.reshape(5000, -1)
+    assert found == pytest.approx(float((each * rows).sum()) / 8.0, rel=1e-12)
+    assert meter.peak_bytes < targets.nbytes / 5
