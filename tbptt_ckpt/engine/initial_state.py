@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.trees import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates.updater import Updater
@@ -123,7 +123,17 @@ class InitialState:
         return {places[key]: grad for key, grad in self._sums.items()}
 
     def set_collected(self, collected: dict[int, Tensor]) -> None:
-        """Put back what `collected` gave."""
+        """Put back what `collected` gave.
+
+        Raises:
+            SnapshotError: It is of another state.
+        """
+        shapes = {place: tensor.shape for place, tensor in enumerate(self._tensors)}
+        if wrong := [place for place, grad in collected.items() if grad.shape != shapes.get(place)]:
+            found = {place: list(grad.shape) for place, grad in collected.items()}
+            raise SnapshotError(
+                f"it holds gradients {found} of a first state, of others at {wrong}"
+            )
         self._sums = {id(self._tensors[place]): grad for place, grad in collected.items()}
 
     def backward(self) -> None:

@@ -283,18 +283,17 @@ class SequenceRun:
             self._parts.loss_function.load_state_dict(state["returns_pairs"])
         self._standing, self._present = load_standing(state, self._weights())
 
-    def unkept_window(self, limit: int | None) -> Window | None:
-        """The first one whose first state is not kept, where the end is at `limit` at most."""
+    def unkept_window(self, limit: int | None, *, changed: bool = True) -> Window | None:
+        """The first one without its first state, up to `limit`; that or the data has `changed`."""
         if self.totals.num_steps % self._options.k1:
             self._reader.look_ahead(self.totals.num_steps + 1)
-        ends = [end for end in (self._reader.num_steps, limit) if end is not None]
-        return self._standing.unkept_window(min(ends, default=None), self._options)
+        ends = filter(None, (self._reader.num_steps, limit))
+        at_records = self._options.is_stale and not (changed or self._has_length)
+        return self._standing.unkept_window(min(ends, default=None), self._options, at_records)
 
     def _present_ambient(self) -> AmbientState | None:
         """Generators and buffers now; None before devices are known."""
-        if self._ambient is None:
-            return self._present
-        return self._ambient.found()
+        return self._present if self._ambient is None else self._ambient.found()
 
     def _weights(self) -> object:
         return self._parts.guard(self._parts.weights()).fingerprint()

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.records import Records, load_records, store_records
+from tbptt_ckpt.engine.records import Records
 from tbptt_ckpt.engine.results import Totals
+from tbptt_ckpt.engine.stored_records import load_records, store_records
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.schedule.windows import Window, window_at
+from tbptt_ckpt.schedule.windows import Window, joint_steps, window_at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +36,14 @@ class Standing:
         self.records.restart_at(window.stop, ambient)
         return replace(self, index=window.index + 1, totals=self.totals.skipping(window))
 
-    def unkept_window(self, num_steps: int | None, options: Options) -> Window | None:
+    def unkept_window(
+        self, num_steps: int | None, options: Options, at_records: bool
+    ) -> Window | None:
         """The first window to come, of a sequence of so many steps, whose first state is not there.
 
-        One that has updated off the grid, where the sequence does not end, is such a window too.
+        One that has updated off the grid, where the sequence does not end, is such a window too,
+        and one with steps whose states it would need. With `at_records` windows begin where
+        there is a state.
         """
         k1, k2, done, index = options.k1, options.k2, self.totals.num_steps, self.index
         if done % k1 and num_steps != done:
@@ -47,8 +52,12 @@ class Standing:
             window = window_at(index, num_steps, k1, k2)
             if index > self.index and (window.start >= done or not options.is_stale):
                 break  # its state is one that windows to come pass
-            placed = self.records.placed(window, must_be_recorded=False)
-            if not self.records.has(placed.first):
+            placed = self.records.placed(window, must_be_recorded=at_records)
+            needed = {placed.first}
+            if index == self.index:
+                needed |= {placed.new_start, *(joint_steps(placed, k1) if options.is_stale else ())}
+                needed -= {self.records.origin} & {placed.new_start}  # it finds what it needs there
+            if not all(map(self.records.has, needed)):
                 return placed
             index += 1
         return None

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.first_call import check_classes
 from tbptt_ckpt.module.host import is_waited_for, sent
 from tbptt_ckpt.module.trees import Tree, tensors_of
@@ -239,15 +240,25 @@ class Counting:
         if self.leaf is None:
             return block.weight_sum()
         if isinstance(block.targets, Column):
-            steps = [tensors_of(value)[self.leaf] for value in block.targets.values]
+            steps = [self._counted(value) for value in block.targets.values]
             weights = torch.ones(len(steps), device="cpu") if block.weight is None else block.weight
             pairs = zip(steps, weights, strict=True)
             return sum(self._weighed(row[None], weight[None]) for row, weight in pairs)
-        rows = tensors_of(block.targets)[self.leaf].movedim(block.time_dim, 0)
+        rows = self._counted(block.targets).movedim(block.time_dim, 0)
         weighed = rows.shape[0] if block.weight is None else block.weight.numel()
         if self.ignore_index is None and rows.numel() == self.unit * weighed:
             return block.weight_sum()  # all count, in steps as large as the first
         return self._weighed(rows, block.weight)
+
+    def _counted(self, targets: Tree) -> Tensor:
+        """Of them the tensor that is counted."""
+        found, place = tensors_of(targets), self.leaf or 0
+        if place >= len(found):
+            raise ArgumentError(
+                f"targets hold {len(found)} tensors, of which {self.name} counts number {place}; "
+                "give every step targets of one structure"
+            )
+        return found[place]
 
     def _weighed(self, rows: Tensor, weight: Tensor | None) -> float | Tensor:
         """Counts of steps [n, ...], weighed by [n] or [n, B], in steps."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.devices import accelerators, check_not_captured, default_generators
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
 from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
@@ -139,11 +139,40 @@ class Ambient:
             place.restore(generator)
         self._restore_buffers(state)
 
-    def adopt(self, state: AmbientState) -> None:
-        """Put buffers back to `state`, and take the generators to be there already.
+    def check_fits(self, states: Iterable[AmbientState]) -> None:
+        """Raise unless states from another process can be put back; all stays as it is.
 
-        They may since have been used to read the first steps, and then count as changed.
+        Raises:
+            ArgumentError: There are other buffers or generators than here.
+            SnapshotError: A buffer or a generator cannot be set to what one of them holds.
         """
+        here = [place.capture() for place in self._places]
+        tried: dict[int, tuple[torch.Generator, Tensor]] = {}
+        try:
+            for state in states:
+                self._check_counts(state)
+                for buffer, value in zip(self._buffers, state.buffers, strict=True):
+                    buffer.check_fits(value)
+                cpu = torch.Generator("cpu")
+                tried |= {id(state.cpu_random): (cpu, state.cpu_random)}
+                pairs = zip(self._device_generators, state.device_random, strict=False)
+                tried |= {id(v): (torch.Generator(each.device), v) for each, v in pairs}
+                for place, generator in zip(self._places, state.generators, strict=False):
+                    place.restore(generator)
+            for scratch, random in tried.values():
+                scratch.set_state(random)
+        except TbpttError:
+            raise
+        except Exception as error:  # any value can have been signed
+            raise SnapshotError(
+                "random generators cannot be put back to where it says that they stood at a step: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for place, generator in zip(self._places, here, strict=True):
+                place.restore(generator)
+
+    def _check_counts(self, state: AmbientState) -> None:
         if len(state.buffers) != len(self._buffers):
             raise ArgumentError(
                 f"the module has {len(self._buffers)} buffers, the saved one had "
@@ -155,6 +184,12 @@ class Ambient:
                 f"saved one held {len(state.generators) - len(GLOBAL_PLACES)}; a saved run goes on "
                 "with a module of the same generators"
             )
+
+    def adopt(self, state: AmbientState) -> None:
+        """Put buffers back to `state`, and take the generators to be there already.
+
+        They may since have been used to read the first steps, and then count as changed.
+        """
         for place, generator in zip(self._places, state.generators, strict=False):
             place.adopt(generator)
         self._drawn = state.drawn or self._drawn  # older snapshots have none of both

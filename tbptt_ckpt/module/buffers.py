@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError, shown
 from tbptt_ckpt.module.tripwires import is_tripwire, tripwire
 
 # Larger buffers are lookup tables rather than statistics: their versions are believed.
@@ -71,6 +71,17 @@ class Buffer:
         """The tensor that is in the module now."""
         buffers = self._module._buffers  # a scripted module's has no `get`
         return buffers[self._name] if self._name in buffers else None  # noqa: SIM401
+
+    def check_fits(self, value: BufferValue) -> None:
+        """Raise `SnapshotError` where a saved value can never have been this buffer's."""
+        tensor, saved = self.present(), value.values
+        if tensor is None or saved is None:  # set by a step, to what is not known here
+            return
+        if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+            raise SnapshotError(
+                f"module buffer {self._name!r} held {shown(saved)} at a step, where this one holds "
+                f"{shown(tensor)}"
+            )
 
     def about_to_run(self) -> None:
         """The module may change the buffer from here on."""

@@ -16,6 +16,8 @@ from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.module.generators import GeneratorPlace, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
+from tbptt_ckpt.trainer.schema import check_alike
+from tbptt_ckpt.updates.rehearsal import step_rehearsal
 from tbptt_ckpt.updates.undo import copied, copy_on_host
 from tbptt_ckpt.updates.updater import Updater
 
@@ -82,21 +84,34 @@ def load_learning_state(
         kept = updater.optimizer.param_groups
         if "scheduler" in accepted:
             accepted = {*accepted, *(name for group in kept for name in group if name != "params")}
+        problem_of_a_step = step_rehearsal(updater.optimizer)
         updater.optimizer.load_state_dict(state["optimizer"])
+        if problem := problem_of_a_step():
+            raise SnapshotError(
+                f"the optimizer's state is none of this {type(updater.optimizer).__name__}, which "
+                f"could take no step from it: {problem}"
+            )
         with_schedule = updater.scheduler is not None and "scheduler" not in accepted
         if with_schedule:
             schedule = state["scheduler"]
             if "lr" in accepted and "base_lrs" in schedule:
                 schedule = {**schedule, "base_lrs": [group["initial_lr"] for group in kept]}
-            updater.scheduler.load_state_dict(schedule)
+            _load_alike(updater.scheduler, schedule, "the schedule's state")
         _take_own(updater, kept, accepted, with_schedule)
     if updater.scaler is not None and "scaler" not in accepted:
-        updater.scaler.load_state_dict(state["scaler"])
+        _load_alike(updater.scaler, state["scaler"], "the scaler's state")
     if state["grads"] is not None:
         for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
             parameter.grad = None if grad is None else grad.to(parameter.device)
     if problem := poisoned(parts.weights()):
         raise SnapshotError(problem)
+
+
+def _load_alike(owner: Any, state: Mapping[str, Any], name: str) -> None:
+    """Load what torch takes without a look; classes of others' may hold what they like."""
+    if type(owner).__module__.startswith("torch."):
+        check_alike(state, owner.state_dict(), name)
+    owner.load_state_dict(state)
 
 
 def poisoned(weights: list[Tensor]) -> str:

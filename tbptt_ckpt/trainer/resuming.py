@@ -11,8 +11,10 @@ import torch
 
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.engine.stored_records import check_records, load_records
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
+from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.trainer.learning_state import copied_learning_state
 from tbptt_ckpt.trainer.options import Stateful
 from tbptt_ckpt.trainer.passes import Passes, refitted
@@ -76,6 +78,13 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
     return progress
 
 
+def check_run(run: Mapping[str, Any] | None, parts: Parts) -> None:
+    """Raise unless what windows have left in a saved run can be put back here."""
+    if run is not None and run["records"] is not None:
+        ambient = Ambient([parts.recurrence.module], parts.parameters)
+        check_records(*load_records(run["records"]), ambient)
+
+
 def resume_run(
     run: SequenceRun | None,
     state: Mapping[str, Any],
@@ -92,15 +101,17 @@ def resume_run(
         number = state["progress"]["sequence"]
         raise ArgumentError(f"the source has no batch {number} any more, in which the run stood")
     reader = refitted(state["run"]["reader"], state["limit"], limit)
-    changed = "data" in accepted or "lanes" in accepted
+    changed = "data" in accepted or "lanes" in accepted or limit != state["limit"]
     run.load_state_dict({**state["run"], "reader": reader}, accepted)
-    if (changed or limit != state["limit"]) and (window := run.unkept_window(limit)) is not None:
+    if (window := run.unkept_window(limit, changed=changed)) is not None:
         done = run.totals.num_steps
         problem = (
             f"window {window.start} to {window.stop} starts at a state that was not kept"
             if done % k1 == 0
             else f"it has updated at step {done}, between two update points"
         )
+        if not changed:
+            raise SnapshotError(f"it stands at step {done}, and {problem}")
         raise ArgumentError(
             f"this pass cannot go on from step {done}: it ends elsewhere than it did when it was "
             f"saved, and {problem}. Go on from an earlier snapshot (remove the last), and let "

@@ -18,6 +18,7 @@ from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 from tbptt_ckpt.trainer.resuming import (
     all_or_nothing,
+    check_run,
     loaded_progress,
     plan_state,
     resume_plan,
@@ -116,11 +117,13 @@ class RunState:
         with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
             accepted = self.identity.differences(state, accept)
             progress = loaded_progress(state, self._options.k1, self._max_steps)
+            there = moved(state["run"], state["device"], self._parts.device)
+            check_run(there, self._parts)
             load_learning_state(self._parts, state["learning"], accepted)
-            if state["run"] is not None:
+            if there is not None:
                 run = self._passes.begin(*progress.place, state["init_state"])
-                there = {**state, "run": moved(state["run"], state["device"], self._parts.device)}
-                resume_run(run, there, self._passes.limit, self._options.k1, accepted)
+                saved = {**state, "run": there}
+                resume_run(run, saved, self._passes.limit, self._options.k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
                 self._extra[name].load_state_dict(state["extra"][name])
             set_random_state(state["random"], self._parts.weights())

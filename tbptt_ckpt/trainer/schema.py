@@ -11,7 +11,8 @@ from tbptt_ckpt.errors import SnapshotError, shown
 
 _LARGEST = 2**62
 # A type stands for its values, ints below zero apart; a list for lists of what is in it; a tuple
-# for any of these; a dict with types as keys for dicts of such, others for dicts of these keys.
+# for any of these; a dict with types as keys for dicts of such, others for dicts of these keys; a
+# range for ints in it.
 _RECORDS = {
     "random": [Tensor],
     "values": [(Tensor, None)],
@@ -39,6 +40,15 @@ _TOTALS = {
     "num_tokens": int,
     "peak_bytes": (int, None),
 }
+_COUNTING = {
+    "name": str,
+    "reduction": str,
+    "unit": float,
+    "foretold": bool,
+    "leaf": (int, None),
+    "ignore_index": (range(-_LARGEST, _LARGEST), None),
+    "class_weight": (Tensor, None),
+}
 _RUN = {
     "index": int,
     "records": (_RECORDS, None),
@@ -46,7 +56,7 @@ _RUN = {
     "weights": str,
     "collected": {int: Tensor},
     "group": {"pending": int, "loss_sum": (Tensor, None)},
-    "returns_pairs": {"pairs": (bool, None), "counting": (dict, None), "segments": bool},
+    "returns_pairs": {"pairs": (bool, None), "counting": (_COUNTING, None), "segments": bool},
     "reader": dict,
 }
 _PROGRESS = {
@@ -68,6 +78,7 @@ _LEARNING = {
     "scaler": (dict, None),
     "generators": [object],
 }
+_KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
 _LATER = {"generators", "drawn", "sequence"}  # which older snapshots lack
 STATE = {
     "learning": _LEARNING,
@@ -93,6 +104,26 @@ def check_schema(value: Any, schema: Any = STATE, name: str = "state") -> None:
         raise SnapshotError(f"{name} is {shown(value)}, which no run has there")
 
 
+def check_alike(value: Any, own: Any, name: str) -> None:
+    """Raise `SnapshotError` where a run has a number, a text or so many, and a value is none.
+
+    Nothing is known where the run has None, nor of keys that it has not.
+    """
+    if isinstance(own, dict) and isinstance(value, dict):
+        for key in own.keys() & value.keys():
+            check_alike(value[key], own[key], f"{name}[{key!r}]")
+        return
+    if isinstance(own, list | tuple) and isinstance(value, list | tuple) and len(own) == len(value):
+        for index, (item, known) in enumerate(zip(value, own, strict=True)):
+            check_alike(item, known, f"{name}[{index}]")
+        return
+    known_as = next((kind for kind in _KINDS if isinstance(own, kind)), None)
+    if known_as is not None and (
+        not isinstance(value, known_as) or isinstance(value, bool) != isinstance(own, bool)
+    ):
+        raise SnapshotError(f"{name} is {shown(value)}, where this run has {shown(own)}")
+
+
 def _fits(value: Any, schema: Any, name: str) -> bool:
     if isinstance(schema, tuple):
         known = [each for each in schema if not isinstance(each, list | dict)]
@@ -111,6 +142,8 @@ def _fits(value: Any, schema: Any, name: str) -> bool:
         return isinstance(value, Tensor) and value.layout == torch.strided
     if schema is dict:
         return isinstance(value, dict)
+    if isinstance(schema, range):
+        return type(value) is int and value in schema
     return type(value) is schema and (schema is not int or 0 <= value <= _LARGEST)
 
 
