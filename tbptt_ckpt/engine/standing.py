@@ -50,8 +50,8 @@ class Standing:
             return window_at(index - 1, num_steps, k1, k2)
         while done and (num_steps is None or index * k1 < num_steps):
             window = window_at(index, num_steps, k1, k2)
-            if index > self.index and (window.start >= done or not options.is_stale):
-                break  # its state is one that windows to come pass
+            if index > self.index and (k2 is None or window.start >= done or not options.is_stale):
+                break  # its state is one that windows to come pass, or the first one's
             placed = self.records.placed(window, must_be_recorded=at_records)
             needed = {placed.first}
             if index == self.index:

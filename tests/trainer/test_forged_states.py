@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from training_jobs import EXACT, Injected, Job, Noisy, assert_equal, with_snapshots
+from training_jobs import EXACT, Injected, Job, Noisy, Stream, assert_equal, with_snapshots
 
 from tbptt_ckpt import TBPTT, SnapshotError, TbpttError, TensorSequence, Trainer
 from tbptt_ckpt.snapshot.store import SnapshotStore, SnapshotWarning
@@ -324,4 +324,25 @@ def test_an_optimizer_without_a_state_yet_goes_on() -> None:
     other.train()
     trainer, _, _ = JOB.build()
     trainer.train()
+    assert_equal(other.state_dict()["learning"], trainer.state_dict()["learning"], EXACT)
+
+
+@pytest.mark.parametrize("k2", [None, 4])
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_stream_whose_end_is_not_known_goes_on(
+    k2: int | None, overlap: str, windows: int
+) -> None:
+    def build() -> Trainer:
+        job = Job(k1=2, k2=k2, engine={"overlap": overlap})
+        return Trainer(job.build()[0].tbptt, Stream(9))
+
+    trainer, other = build(), build()
+    rest = trainer.windows()
+    for _ in range(windows):
+        next(rest)
+    state = copy.deepcopy(trainer.state_dict())
+    list(rest)
+    other.load_state_dict(state)
+    other.train()
     assert_equal(other.state_dict()["learning"], trainer.state_dict()["learning"], EXACT)
