@@ -254,10 +254,7 @@ class Counting:
         """Of them the tensor that is counted."""
         found, place = tensors_of(targets), self.leaf or 0
         if place >= len(found):
-            raise ArgumentError(
-                f"targets hold {len(found)} tensors, of which {self.name} counts number {place}; "
-                "give every step targets of one structure"
-            )
+            raise ArgumentError(f"targets are {len(found)} tensors, of which {place} is to count")
         return found[place]
 
     def _weighed(self, rows: Tensor, weight: Tensor | None) -> float | Tensor:
