@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from tbptt_ckpt.cli.options import path_of
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.profile.config import ProfileConfig
 from tbptt_ckpt.cli.train.config import TrainingConfig
@@ -104,7 +105,12 @@ def profile(
 
 
 def snapshots(
-    directory: Annotated[Path, typer.Argument(help="Directory that --snapshot-dir named.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory that --snapshot-dir named.", parser=path_of, metavar="DIRECTORY"
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """List the snapshots in a directory and verify every byte of them.
@@ -140,7 +146,10 @@ def snapshots(
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="File to write, such as mine.py.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="File to write, such as mine.py.", parser=path_of, metavar="FILE"),
+    ],
     force: Annotated[bool, typer.Option("--force", help="Replace a file.")] = False,
 ) -> None:
     """Write a workload to start from: your own cell, its loss and its data.

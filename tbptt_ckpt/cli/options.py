@@ -118,8 +118,20 @@ def _use_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def path_of(text: str) -> Path:
+    """A path; an empty one would be the working directory."""
+    if not text:
+        raise typer.BadParameter("it is empty; write the path of a file or a directory, such as .")
+    return Path(text)
+
+
 _CONFIG = typer.Option(
-    "--config", is_eager=True, callback=_use_file, help="Take options from this TOML file: k2 = 512"
+    "--config",
+    is_eager=True,
+    callback=_use_file,
+    parser=path_of,
+    metavar="PATH",
+    help="Take options from this TOML file: k2 = 512",
 )
 
 
@@ -150,7 +162,11 @@ class _Option:
         said, metavar = self._marks[str], None
         if get_origin(kind) is Literal:
             said, metavar = f"{', '.join(get_args(kind))}. {said}", "<name>"
-        option = typer.Option(*self.flags, help=said, show_default=shown, metavar=metavar)
+        parser = path_of if kind in (Path, Path | None) else None
+        metavar = metavar if parser is None else "PATH"
+        option = typer.Option(
+            *self.flags, help=said, show_default=shown, metavar=metavar, parser=parser
+        )
         return _parameter(self.name, Annotated[kind, option], default)
 
     def value(self, given: Any) -> Any:

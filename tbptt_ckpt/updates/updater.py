@@ -229,7 +229,9 @@ class Updater:
         return self._clip is not None or watch.wants_norm
 
     def _norm(self, numbers: Numbers) -> tuple[Tensor, Number]:
-        grads = [p.grad for p in self.optimized() if p.grad is not None]
+        found = [p.grad for p in self.optimized() if p.grad is not None]
+        # torch has no norm of sparse ones, such as of `nn.Embedding(sparse=True)`.
+        grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
         norm = torch.nn.utils.get_total_norm(grads).detach()
         return norm, numbers.ask(norm)
 

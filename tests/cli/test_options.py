@@ -42,6 +42,25 @@ def run(configuration: type[Any], words: list[str]) -> list[Any]:
     return called
 
 
+def test_an_empty_path_is_none_and_not_the_working_directory() -> None:
+    from tbptt_ckpt.cli.app import app
+
+    command: Any = typer.main.get_command(app)
+    told, paths = 0, ("PATH", "DIRECTORY", "FILE")
+    for name, each in command.commands.items():
+        required = [p for p in each.params if p.param_type_name == "argument" and p.required]
+        for parameter in (p for p in each.params if p.metavar in paths):
+            words = ["" if p is parameter else "x" for p in required]
+            words += [] if parameter in required else [parameter.opts[0], ""]
+            with pytest.raises(Exception, match="it is empty; write the path") as caught:
+                each.make_context(name, words)
+            assert caught.value.exit_code == 2  # type: ignore[attr-defined]
+            assert caught.value.param is parameter  # type: ignore[attr-defined]
+            told += 1
+    assert told >= 12
+    assert run(Options, ["--where", "."])[0].where == Path()
+
+
 @pytest.mark.parametrize("configuration", [Options, TrainingConfig, PlanningConfig, ProfileConfig])
 def test_without_options_a_configuration_has_its_defaults(configuration: type[Any]) -> None:
     assert run(configuration, []) == [configuration(), False]

@@ -61,6 +61,34 @@ def test_clipped_gradients_equal_a_naive_loop_and_are_what_is_yielded(executor: 
     assert relative_error(list(module.parameters()), list(reference.parameters())) <= 1e-12
 
 
+class _Looking(nn.Module):
+    """Adds the rows of words that steps name."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(7, 3, sparse=sparse, dtype=torch.float64)
+
+    def forward(self, words: torch.Tensor, state: torch.Tensor) -> Any:
+        state = torch.tanh(state + self.rows(words))
+        return state, state
+
+
+@pytest.mark.parametrize("strategy", ["retain", "uniform:2"])
+def test_sparse_gradients_are_clipped_as_dense_ones(strategy: str) -> None:
+    words, targets = torch.arange(24).reshape(8, 3) % 5, torch.ones(8, 3, 3, dtype=torch.float64)
+
+    def trained(sparse: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = _Looking(sparse)
+        options: dict[str, Any] = {"clip_grad_norm": 0.01, "strategy": strategy}
+        sgd = torch.optim.SGD(module.parameters(), 0.1)
+        tbptt = TBPTT(module, nn.functional.mse_loss, 2, 4, sgd, **options)
+        tbptt.train(TensorSequence(words, targets), torch.zeros(3, 3, dtype=torch.float64))
+        return [module.rows.weight]
+
+    assert relative_error(trained(sparse=True), trained(sparse=False)) <= 1e-12
+
+
 def test_a_limit_above_the_norm_changes_nothing() -> None:
     def run(**clip: float) -> list[Any]:
         module = tanh_cell()
