@@ -1,0 +1,47 @@
+"""A step in three parts: what its input alone decides, what the next state needs, and the rest.
+
+Only the transition is sequential. What is before it and after it runs once for a whole segment, with
+time folded into the lanes: a tensor [B, ...] of one step is [L * B, ...] of so many steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tbptt_ckpt.module.trees import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class BareCell:
+    """A transition that is one `nn.LSTMCell` and nothing else, whose features are the new h.
+
+    Attributes:
+        cell: The cell.
+        split: From the module's state to (h, c).
+        join: From (h, c) to the module's state.
+    """
+
+    cell: nn.LSTMCell
+    split: Callable[[Tree], tuple[Tensor, Tensor]]
+    join: Callable[[Tensor, Tensor], Tree]
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """The parts of a step.
+
+    Attributes:
+        encode: From the inputs of steps, folded, to what the others need of them, folded.
+        transition: `(encoded, state) -> (features, state)` of one step.
+        readout: `(features, encoded) -> outputs`, folded.
+        cell: What the transition is, where it is a cell that has a fused kernel.
+    """
+
+    encode: Callable[[Tree], Tree]
+    transition: Callable[[Tree, Tree], tuple[Tree, Tree]]
+    readout: Callable[[Tree, Tree], Any]
+    cell: BareCell | None = None
