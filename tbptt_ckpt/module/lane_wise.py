@@ -1,0 +1,364 @@
+"""Which operations treat every lane by itself, so that many steps' lanes are one call.
+
+An allow-list, with the dimensions of each: what is not in it is taken to mix lanes. Lanes are
+dimension 0. Nothing here changes a tensor in place, draws random numbers or counts lanes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What is known of a value in a step, whatever it holds.
+
+    Attributes:
+        shape: Of a tensor; None for what is none. Dimension 0 is that of the example.
+        has_lanes: Dimension 0 is one row a lane, for any number of lanes, and no other depends
+            on that number.
+        is_constant: The same at every step: of weights and literals, or a dtype or device.
+        items: Those of a tuple.
+    """
+
+    shape: tuple[int, ...] | None
+    has_lanes: bool = False
+    is_constant: bool = False
+    items: tuple[Value, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape or ())
+
+
+class Call:
+    """Arguments of a call, where `Value`s stand for those that are computed."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.args, self.kwargs = tuple(args), dict(kwargs)
+        self.values = [*_values_in(self.args), *_values_in(self.kwargs)]
+        self.first = self.get(0, "input", self.kwargs.get("self"))
+
+    def get(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by its place or its name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    @property
+    def only_first(self) -> bool:
+        """Whether the first argument is a tensor of lanes and everything else is literal."""
+        return len(self.values) == 1 and isinstance(self.first, Value) and self.first.has_lanes
+
+    def are_constant(self, *wanted: tuple[int, str]) -> bool:
+        """Whether the arguments are constant or left out, and the first is all that has lanes."""
+        rest = [self.get(*each) for each in wanted]
+        known = [value for value in rest if isinstance(value, Value)]
+        return (
+            isinstance(self.first, Value)
+            and self.first.has_lanes
+            and len(self.values) == 1 + len(known)
+            and all(value.is_constant for value in known)
+        )
+
+
+Rule = Callable[[Call], bool]
+
+
+def _values_in(arguments: Any) -> list[Value]:
+    if isinstance(arguments, Value):
+        return [arguments]
+    if isinstance(arguments, Mapping):
+        return [value for each in arguments.values() for value in _values_in(each)]
+    if isinstance(arguments, list | tuple):
+        return [value for each in arguments for value in _values_in(each)]
+    if isinstance(arguments, slice):
+        return _values_in((arguments.start, arguments.stop, arguments.step))
+    return []
+
+
+def _elementwise(call: Call) -> bool:
+    """Tensors of lanes are of one rank, and constants reach no further than the dimensions after."""
+    ranks = {value.rank for value in call.values if value.has_lanes}
+    if len(ranks) != 1 or call.kwargs.keys() & {"generator", "out"}:
+        return False
+    rank = ranks.pop()
+    return rank > 0 and all(v.has_lanes or _spares_lanes(v, rank) for v in call.values)
+
+
+def _spares_lanes(value: Value, rank: int) -> bool:
+    shape = value.shape
+    return value.is_constant and (
+        shape is None or len(shape) < rank or (len(shape) == rank and shape[0] == 1)
+    )
+
+
+def _trailing(dims: Any, rank: int) -> bool:
+    """Whether these are dimensions after the lanes."""
+    every = dims if isinstance(dims, list | tuple) else (dims,)
+    whole = all(isinstance(d, int) and not isinstance(d, bool) for d in every)
+    return whole and bool(every) and all(0 < (d + rank if d < 0 else d) < rank for d in every)
+
+
+def _over(position: int, name: str = "dim", default: Any = None, extra: int = 0) -> Rule:
+    """Over dimensions after the lanes that are named; `extra` where the result has more."""
+
+    def rule(call: Call) -> bool:
+        dims = call.get(position, name, default)
+        return call.only_first and _trailing(dims, call.first.rank + extra)
+
+    return rule
+
+
+def _over_all_given(start: int = 1, name: str = "dims") -> Rule:
+    """Dimensions one by one, or in one sequence."""
+
+    def rule(call: Call) -> bool:
+        given = call.args[start:] or (call.kwargs.get(name),)
+        dims = given[0] if len(given) == 1 else given
+        return call.only_first and _trailing(dims, call.first.rank)
+
+    return rule
+
+
+def _two_dims(call: Call) -> bool:
+    dims = (call.get(1, "dim0"), call.get(2, "dim1"))
+    return call.only_first and _trailing(dims, call.first.rank)
+
+
+def _permute(call: Call) -> bool:
+    given = call.args[1:] or (call.kwargs.get("dims"),)
+    dims = given[0] if len(given) == 1 else given
+    is_one = call.only_first and isinstance(dims, list | tuple) and bool(dims)
+    return is_one and dims[0] == 0 and _trailing(dims[1:], call.first.rank)
+
+
+def _flatten(call: Call) -> bool:
+    dims = (call.get(1, "start_dim", 0), call.get(2, "end_dim", -1))
+    return call.only_first and _trailing(dims, call.first.rank)
+
+
+def _join(extra: int) -> Rule:
+    def rule(call: Call) -> bool:
+        tensors = call.get(0, "tensors")
+        if not isinstance(tensors, list | tuple) or len(call.values) != len(tensors):
+            return False
+        same = all(v.has_lanes and v.rank == call.values[0].rank for v in call.values)
+        return same and _trailing(call.get(1, "dim", 0), call.values[0].rank + extra)
+
+    return rule
+
+
+def _index(call: Call) -> bool:
+    if call.first.items:  # one of several results
+        return isinstance(call.args[1], int)
+    parts = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    if not call.only_first or not parts:
+        return False
+    used = sum(part is not None and part is not Ellipsis for part in parts)
+    plain = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
+    from_lanes = parts[0] == slice(None) or (parts[0] is Ellipsis and used < call.first.rank)
+    return plain and from_lanes
+
+
+def _gather(call: Call) -> bool:
+    dim, index = call.get(1, "dim"), call.get(2, "index")
+    both = [call.first, index]
+    if len(call.values) != 2 or not all(isinstance(v, Value) and v.has_lanes for v in both):
+        return False
+    return bool(call.first.rank == index.rank and _trailing(dim, index.rank))
+
+
+def _linear(call: Call) -> bool:
+    return call.are_constant((1, "weight"), (2, "bias")) and call.first.rank > 1
+
+
+def _matmul(call: Call) -> bool:
+    other = call.get(1, "other", call.kwargs.get("mat2"))
+    if not isinstance(other, Value) or not isinstance(call.first, Value) or len(call.values) != 2:
+        return False
+    if other.is_constant:
+        return call.first.has_lanes and call.first.rank > 1 and other.rank in (1, 2)
+    both = call.first.has_lanes and other.has_lanes
+    return both and call.first.rank == other.rank > 2  # a product for each lane
+
+
+def _addmm(call: Call) -> bool:
+    bias, x, weight = (call.get(i, n) for i, n in enumerate(("input", "mat1", "mat2")))
+    if len(call.values) != 3 or not all(isinstance(v, Value) for v in (bias, x, weight)):
+        return False
+    return x.has_lanes and weight.is_constant and (bias.has_lanes or _spares_lanes(bias, 2))
+
+
+def _embedding(call: Call) -> bool:
+    writes_or_counts = (
+        call.get(3, "max_norm") is not None or call.get(5, "scale_grad_by_freq") is True
+    )
+    is_sparse = call.get(6, "sparse") is True
+    return call.are_constant((1, "weight")) and not writes_or_counts and not is_sparse
+
+
+def _one_hot(call: Call) -> bool:
+    classes = call.get(1, "num_classes", -1)
+    return call.only_first and isinstance(classes, int) and classes > 0
+
+
+def _layer_norm(call: Call) -> bool:
+    shape = call.get(1, "normalized_shape")
+    known = isinstance(shape, list | tuple) and all(isinstance(n, int) for n in shape)
+    return known and call.are_constant((2, "weight"), (3, "bias")) and len(shape) < call.first.rank
+
+
+def _group_norm(call: Call) -> bool:
+    return call.are_constant((2, "weight"), (3, "bias")) and call.first.rank > 1
+
+
+def _convolution(dims: int) -> Rule:
+    def rule(call: Call) -> bool:
+        return call.are_constant((1, "weight"), (2, "bias")) and call.first.rank == dims + 2
+
+    return rule
+
+
+def _pooling(dims: int) -> Rule:
+    return lambda call: call.only_first and call.first.rank == dims + 2
+
+
+def _dropout(call: Call) -> bool:
+    quiet = call.get(1, "p", 0.5) == 0 or call.get(2, "training", True) is False
+    return call.only_first and call.first.rank > 0 and quiet
+
+
+def _pad(call: Call) -> bool:
+    pad = call.get(1, "pad")
+    known = isinstance(pad, list | tuple) and all(isinstance(n, int) for n in pad)
+    return known and call.only_first and len(pad) <= 2 * (call.first.rank - 1)
+
+
+def _where(call: Call) -> bool:
+    return len(call.args) + len(call.kwargs) == 3 and _elementwise(call)  # of one it finds places
+
+
+def _extreme(call: Call) -> bool:
+    """`max` and `min`: of two tensors, or over a dimension."""
+    other = call.get(1, "dim", call.kwargs.get("other"))
+    is_one = isinstance(other, Value) and other.rank > 0
+    return _elementwise(call) if is_one else _over(1)(call)
+
+
+_ELEMENTWISE = """
+    abs absolute acos acosh add addcdiv addcmul and_ arccos arccosh arcsin arcsinh arctan arctan2
+    arctanh asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu
+    clamp clamp_max clamp_min clip clone contiguous copysign cos cosh detach digamma div divide double
+    elu eq erf erfc erfinv exp exp2 expm1 float floor floor_divide floordiv fmax fmin fmod frac ge
+    gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot int
+    inv invert isfinite isinf isnan ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p
+    log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid long lt
+    masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative nextafter not_equal
+    ones_like or_ pos positive pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn
+    sigmoid sign sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh
+    tanhshrink threshold to true_divide truediv trunc type_as xlogy xor zeros_like bfloat16
+""".split()
+_DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        "sum mean amax amin logsumexp prod all any std var argmax argmin".split(), (1,)
+    ),
+    **dict.fromkeys("softmax log_softmax softmin cumsum cumprod logcumsumexp".split(), (1,)),
+    **dict.fromkeys(["narrow", "select", "unbind", "squeeze", "unflatten"], (1,)),
+    **dict.fromkeys(["chunk", "split", "tensor_split", "norm"], (2,)),
+    **dict.fromkeys(["sort", "argsort", "glu"], (1, "dim", -1)),
+    **{"topk": (2, "dim", -1), "normalize": (2, "dim", 1), "unsqueeze": (1, "dim", None, 1)},
+    "roll": (2, "dims"),
+}
+_BY_NAME: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **{name: _over(*dims) for name, dims in _DIMENSIONS.items()},
+    **{
+        "max": _extreme,
+        "min": _extreme,
+        "flip": _over_all_given(),
+        "permute": _permute,
+        "where": _where,
+    },
+    **dict.fromkeys(["transpose", "swapaxes", "swapdims"], _two_dims),
+    **{"flatten": _flatten, "cat": _join(0), "concat": _join(0), "stack": _join(1)},
+    **dict.fromkeys(["gather", "take_along_dim"], _gather),
+    **{"getitem": _index, "linear": _linear, "addmm": _addmm, "embedding": _embedding},
+    **dict.fromkeys(["matmul", "mm", "bmm"], _matmul),
+    **{"one_hot": _one_hot, "layer_norm": _layer_norm, "group_norm": _group_norm},
+    **{"rms_norm": _layer_norm, "dropout": _dropout, "pad": _pad, "prelu": _elementwise},
+    **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
+    **{f"{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
+    **{f"adaptive_{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
+}
+_OWNERS: tuple[Any, ...] = (operator, torch, F, Tensor, torch.special)
+_BY_FUNCTION: dict[Any, Rule] = {
+    getattr(owner, name): rule
+    for name, rule in _BY_NAME.items()
+    for owner in _OWNERS
+    if callable(getattr(owner, name, None))
+}
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardtanh),
+    *(nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Tanhshrink, nn.Threshold, nn.Identity),
+)
+
+
+def is_lane_wise_function(target: object, call: Call) -> bool:
+    """Whether a call of a function, or of a method by its name, treats every lane by itself."""
+    rule = _BY_NAME.get(target) if isinstance(target, str) else _BY_FUNCTION.get(target)
+    return rule is not None and rule(call)
+
+
+def is_lane_wise_module(module: nn.Module, call: Call) -> bool:
+    """Whether a module of torch's treats every lane by itself, as it is now."""
+    kind = type(module)
+    is_torchs = getattr(nn, kind.__name__, None) is kind
+    if not is_torchs or not isinstance(call.first, Value):
+        return False
+    if kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
+        states = call.values[1:]
+        return (
+            call.first.rank == 2
+            and all(v.has_lanes and v.rank == 2 for v in call.values)
+            and (len(states) == (2 if kind is nn.LSTMCell else 1))
+        )
+    return call.only_first and call.first.rank > 0 and _takes(module, call.first.rank)
+
+
+def _takes(module: Any, rank: int) -> bool:
+    match module:
+        case nn.Embedding():
+            plain = not (module.sparse or module.scale_grad_by_freq)
+            answer = plain and module.max_norm is None
+        case nn.LayerNorm() | nn.RMSNorm():
+            answer = len(module.normalized_shape) < rank
+        case nn.Softmax() | nn.LogSoftmax() | nn.Softmin() | nn.GLU():
+            answer = _trailing(module.dim, rank)
+        case nn.Flatten():
+            answer = _trailing((module.start_dim, module.end_dim), rank)
+        case nn.Unflatten():
+            answer = _trailing(module.dim, rank)
+        case nn.Dropout():
+            answer = not module.training or module.p == 0
+        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
+            answer = not module.training and module.running_mean is not None and rank > 1
+        case nn.Linear() | nn.GroupNorm() | nn.PReLU():
+            answer = rank > 1
+        case _:
+            answer = type(module) in _ACTIVATIONS or rank == _RANKS.get(type(module))
+    return answer
+
+
+_RANKS: dict[type, int] = {
+    getattr(nn, f"{name}{n}d"): n + 2
+    for n in (1, 2, 3)
+    for name in ("Conv", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+}

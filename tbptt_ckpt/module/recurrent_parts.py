@@ -1,0 +1,274 @@
+"""The parts of a step as they are found and said, and held against the module itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.outputs import OutputsNeeded
+from tbptt_ckpt.module.step_effects import Attributes, NoParts
+from tbptt_ckpt.module.step_parts import StepParts
+from tbptt_ckpt.module.traced_parts import Encode, Readout, Transition, find_parts
+from tbptt_ckpt.module.trees import (
+    Tree,
+    is_differentiable,
+    map_tensors,
+    replace_tensors,
+    tensors_of,
+)
+
+_NUM_STEPS = 3
+_PLAIN = (int, float, bool, str, bytes, type(None))
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest element
+_OF_HALF = 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentParts:
+    """What `recurrent_parts` found.
+
+    Attributes:
+        encode: Names of what depends on the input alone, which runs once for a segment.
+        transition: Names of what runs step by step.
+        readout: Names of what runs once for a segment after it.
+        is_fused: Whether the transition is one `nn.LSTMCell`, which has a kernel for segments.
+        reason: Why there are none, with the line where there is one; empty where there are.
+    """
+
+    encode: tuple[str, ...] = ()
+    transition: tuple[str, ...] = ()
+    readout: tuple[str, ...] = ()
+    is_fused: bool = False
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"no parts: {self.reason}"
+        fused = " (LSTMCell, fused)" if self.is_fused else ""
+        named = {"encode": self.encode, "transition": self.transition, "readout": self.readout}
+        return "; ".join(
+            f"{part}: {', '.join(names) or 'nothing'}{fused if part == 'transition' else ''}"
+            for part, names in named.items()
+        )
+
+
+def recurrent_parts(module: nn.Module, example: tuple[Any, Any]) -> RecurrentParts:
+    """What of a step can run once for a whole segment, and what must run step by step.
+
+    The parts of a `forward(inputs, state)` are found by symbolic trace, and held against the
+    module itself: outputs, states and gradients over a few steps. A step that the trace cannot
+    follow, or that does more than return its results, is left as it is.
+
+    Args:
+        module: Takes one step and returns `(outputs, state)`; a cell of torch's returns its state.
+        example: The `(inputs, state)` of one step, tensors nested in any way with lanes on
+            dimension 0.
+
+    Returns:
+        The names of what each part holds, or the reason why there are none.
+
+    Raises:
+        ArgumentError: The example is no `(inputs, state)`.
+    """
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        raise ArgumentError(
+            f"example={shown(example)} must be the (inputs, state) of one step, such as "
+            "(torch.zeros(8, 16), torch.zeros(8, 32))"
+        )
+    inputs, state = example
+    try:
+        found = find_parts(module, inputs, state)
+        hold_against(found.parts, module, inputs, state)
+    except NoParts as error:
+        return RecurrentParts(reason=str(error))
+    is_fused = found.parts.cell is not None
+    return RecurrentParts(found.encode, found.transition, found.readout, is_fused)
+
+
+def plain_attributes(module: nn.Module) -> object:
+    """Numbers, texts and modes in the attributes of all modules inside, to compare.
+
+    A trace has read them once. Hooks count by their number, modules and other tensors than
+    weights and buffers by which they are.
+    """
+    return [
+        (id(part), name, value if isinstance(value, _PLAIN) else _standing_for(value))
+        for part in module.modules()
+        for name, value in vars(part).items()
+    ]
+
+
+def _standing_for(value: object) -> object:
+    if isinstance(value, dict):  # hooks; weights may be replaced
+        return len(value)
+    is_sequence = isinstance(value, tuple | list) and len(value) < 100
+    return tuple(map(_item, value)) if is_sequence else id(value)  # type: ignore[call-overload]
+
+
+def _item(value: object) -> object:
+    return value if isinstance(value, _PLAIN) else id(value)
+
+
+def hold_against(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
+    """Raise `NoParts` unless parts and module agree over a few steps from an example.
+
+    Outputs, states, and the gradients of weights, inputs and incoming state under one random
+    cotangent are compared: in float64 where module and parts can be copied, otherwise in their
+    own dtype and with its rounding. Everything is left as it was.
+    """
+    attributes = Attributes(module)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        untouched(module, tensors=tensors_of((inputs, state))),
+        OutputsNeeded(True),
+    ):
+        try:
+            mine, copied, cast = _in_double(parts, module, inputs, state)
+            with ExitStack() as stack:
+                if copied is not module:
+                    stack.enter_context(torch.autocast(_device_type(module), enabled=False))
+                _compare(mine, copied, *cast)
+        finally:
+            attributes.put_back()
+
+
+def _device_type(module: nn.Module) -> str:
+    return next((p.device.type for p in module.parameters()), "cpu")
+
+
+def _in_double(
+    parts: StepParts, module: nn.Module, inputs: Tree, state: Tree
+) -> tuple[StepParts, nn.Module, tuple[Tree, Tree]]:
+    """Copies of everything in float64; what was given where that cannot be."""
+    mine = (parts.encode, parts.transition, parts.readout)
+    if not all(isinstance(each, Encode | Transition | Readout) for each in mine):
+        return parts, module, (inputs, state)
+    try:
+        copied = copy.deepcopy(module).double()
+        given = map_tensors(_doubled, (inputs, state))
+        copied(*map_tensors(Tensor.clone, given))
+    except Exception:  # of a module of the user's
+        return parts, module, (inputs, state)
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            if weight.is_floating_point() and not weight.any():  # hides what is before it
+                weight.add_(_random(weight, source), alpha=0.1)
+    step: Any = SimpleNamespace(step=copied)
+    encode, transition, readout = (replace(each, step=step) for each in mine)  # type: ignore[type-var]
+    return replace(parts, encode=encode, transition=transition, readout=readout), copied, given
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    made = tensor.detach().clone()
+    return made.double() if made.is_floating_point() else made
+
+
+def _random(like: Tensor, source: torch.Generator) -> Tensor:
+    drawn = torch.randn(like.shape, generator=source, dtype=torch.float64, device="cpu")
+    return drawn.to(like.device, like.dtype)
+
+
+def _compare(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
+    source = torch.Generator().manual_seed(0)
+    steps = [map_tensors(lambda t, k=k: _varied(t, k, source), inputs) for k in range(_NUM_STEPS)]
+    results = []
+    for run in (_run_plain, _run_folded):
+        leaves = map_tensors(_as_leaf, (steps, state))
+        outputs, last = run(module if run is _run_plain else parts, *leaves)
+        results.append(_with_gradients(outputs, last, leaves, module))
+    (plain, names), (folded, _) = results
+    for expected, got, name in zip(plain, folded, names, strict=True):
+        if (expected is None) != (got is None):
+            raise NoParts(f"its parts do not give the same {name}: one of the two has none")
+        if expected is not None and not _is_near(expected, got):
+            raise NoParts(f"its parts do not give the same {name} as the module itself")
+
+
+def _varied(tensor: Tensor, step: int, source: torch.Generator) -> Tensor:
+    """Other values for a later step, of lanes that changed places, within the range there is."""
+    moved = tensor.detach().roll(step, 0)
+    if step and moved.is_floating_point():
+        size = torch.rand(moved.shape, generator=source, dtype=torch.float64, device="cpu")
+        return moved * (1 - size / 2).to(moved.device, moved.dtype)
+    is_index = moved.dtype in (torch.int32, torch.int64) and moved.numel() and moved.min() >= 0
+    return (moved + step) % (moved.max() + 1) if step and is_index else moved.clone()
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    made = tensor.detach().clone()
+    return made.requires_grad_() if is_differentiable(made) else made
+
+
+def _run_plain(module: Any, steps: Sequence[Tree], state: Tree) -> tuple[list[Tensor], Tree]:
+    outputs = []
+    for each in steps:
+        result = module(each, state)
+        if isinstance(module, nn.RNNCellBase):
+            result = (result if isinstance(result, Tensor) else result[0], result)
+        output, state = result
+        outputs.append(tensors_of(output))
+    return [torch.stack(each) for each in zip(*outputs, strict=True)], state
+
+
+def _run_folded(parts: Any, steps: Sequence[Tree], state: Tree) -> tuple[list[Tensor], Tree]:
+    count, flat = len(steps), [tensors_of(each) for each in steps]
+    folded = [torch.cat(each) for each in zip(*flat, strict=True)]
+    encoded = parts.encode(replace_tensors(steps[0], folded))
+    kept = []
+    for step in range(count):
+        one = map_tensors(lambda t, s=step: t.unflatten(0, (count, -1))[s], encoded)
+        features, state = parts.transition(one, state)
+        kept.append(tensors_of(features))
+    together = [torch.cat(each) for each in zip(*kept, strict=True)]
+    outputs = parts.readout(replace_tensors(features, together), encoded)
+    return [each.unflatten(0, (count, -1)) for each in tensors_of(outputs)], state
+
+
+def _with_gradients(
+    outputs: list[Tensor], state: Tree, leaves: Tree, module: nn.Module
+) -> tuple[list[Tensor | None], list[str]]:
+    """Results, and the gradients of all that has some, with their names."""
+    results = [*outputs, *tensors_of(state)]
+    source = torch.Generator().manual_seed(2)
+    loss: Any = 0.0
+    for each in results:
+        cotangent = _random(each, source) if is_differentiable(each) else each
+        if each.requires_grad:
+            loss = loss + (each * cotangent).sum()
+    names = [*["outputs"] * len(outputs), *["states"] * len(tensors_of(state))]
+    wanted = {id(p): (p, f"gradient of {n}") for n, p in module.named_parameters()}
+    wanted |= {id(t): (t, "gradients of inputs and state") for t in tensors_of(leaves)}
+    asked = [(t, name) for t, name in wanted.values() if t.requires_grad]
+    gradients: Sequence[Tensor | None] = [None] * len(asked)
+    if isinstance(loss, Tensor) and asked:
+        gradients = torch.autograd.grad(loss, [t for t, _ in asked], allow_unused=True)
+    return [*results, *gradients], [*names, *(name for _, name in asked)]
+
+
+def _is_near(expected: Tensor, got: Tensor | None) -> bool:
+    if got is None or expected.shape != got.shape or expected.dtype != got.dtype:
+        return False
+    if not is_differentiable(expected):
+        return torch.equal(expected, got)
+    a, b = (
+        each.detach().double() if each.device.type != "mps" else each.detach()
+        for each in (expected, got)
+    )
+    tolerance = _TOLERANCES.get(expected.dtype, _OF_HALF) * float(
+        a.abs().amax() if a.numel() else 0
+    )
+    return torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True)

@@ -1,0 +1,340 @@
+"""The parts of a step that is written as one forward, found by symbolic trace.
+
+Encode is what depends on the input alone and treats lanes by themselves; the transition what the
+next state needs of the state, and whatever mixes lanes; the readout is the rest. See
+`step_effects.py` for what is left as it is, and `lane_wise.py` for what is folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.module.ambient import Ambient, untouched
+from tbptt_ckpt.module.lane_wise import Call, is_lane_wise_function, is_lane_wise_module
+from tbptt_ckpt.module.outputs import OutputsNeeded
+from tbptt_ckpt.module.step_effects import (
+    Attributes,
+    NoParts,
+    Watch,
+    check_graph,
+    check_traceable,
+    line_of,
+)
+from tbptt_ckpt.module.step_parts import BareCell, StepParts
+from tbptt_ckpt.module.step_trace import StepTrace, line_at, trace_step, value_of
+from tbptt_ckpt.module.trees import (
+    Tree,
+    iterate_leaves,
+    map_tensors,
+    replace_tensors,
+    state_as_leaves,
+    structure,
+    tensors_of,
+)
+
+Nodes = list[fx.Node]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundParts:
+    """The parts of a step, with the names of what is in each, in the order of the calls."""
+
+    parts: StepParts
+    encode: tuple[str, ...]
+    transition: tuple[str, ...]
+    readout: tuple[str, ...]
+
+
+def traced_parts(module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
+    """The parts of `module(inputs, state)`, one step with lanes on dimension 0.
+
+    Encoded values and features are tuples of tensors; the input of a bare cell is the first
+    encoded one. Weights, buffers and attributes are those of the module, read at each call.
+
+    Raises:
+        NoParts: There are none worth having, or what is lost in a trace prevents it.
+    """
+    return find_parts(module, inputs, state).parts
+
+
+def find_parts(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
+    """`traced_parts`, described."""
+    check_traceable(module, [*tensors_of(inputs), *tensors_of(state)])
+    strange = [leaf for leaf in iterate_leaves((inputs, state)) if leaf is not None]
+    if others := [type(leaf).__name__ for leaf in strange if not isinstance(leaf, Tensor)]:
+        raise NoParts(f"inputs and state hold a {others[0]} beside tensors")
+    attributes = Attributes(module)
+    try:
+        _check_effects(module, inputs, state, attributes)
+        with OutputsNeeded(True):
+            trace = trace_step(module, inputs, state)
+        if (name := attributes.changed()) is not None:
+            raise NoParts(f"a step changes {name}")
+    finally:
+        attributes.put_back()
+    if structure(_template(trace.new_state)) != structure(state):
+        raise NoParts("the state that it returns is nested in another way than the one it takes")
+    return _Split(trace).found(module)
+
+
+def _check_effects(module: nn.Module, inputs: Tree, state: Tree, attributes: Attributes) -> None:
+    """Run a step, and raise `NoParts` for what it does besides returning its results."""
+    given = tensors_of((inputs, state))
+    ambient = Ambient([module], given)
+    watch = Watch()
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            untouched(module, tensors=given, ambient=ambient),
+            OutputsNeeded(True),
+        ):
+            found = ambient.capture()
+            ambient.about_to_run()
+            fresh = map_tensors(lambda t: t.detach().clone(), (inputs, state_as_leaves(state)))
+            mine = map_tensors(lambda t: t.clone(), (fresh[0], state_as_leaves(fresh[1])))
+            versions = [each._version for each in (*tensors_of(mine), *module.parameters())]
+            with watch:
+                results = module(*mine)
+            if (name := attributes.changed()) is not None:
+                raise NoParts(f"a step changes {name}")
+            if ambient.capture() is not found:
+                raise NoParts("a step draws random numbers or changes buffers")
+            now = [each._version for each in (*tensors_of(mine), *module.parameters())]
+            if versions != now:
+                raise NoParts("a step writes into its inputs, its state or its weights")
+            check_graph(results)
+    except NoParts:
+        raise
+    except (TbpttError, Exception) as error:
+        raise NoParts(f"{line_of(error)} fails on the example: {error}") from error
+    if watch.reason is not None:
+        raise NoParts(watch.reason)
+
+
+class _Split:
+    """Which node of a graph is in which part."""
+
+    def __init__(self, trace: StepTrace) -> None:
+        self._trace, self._root = trace, trace.root
+        self._nodes: Nodes = [n for n in trace.graph.nodes if n.op != "output"]
+        self._returned = [n for n in iterate_leaves(trace.outputs) if n is not None]
+        self._new_state = [n for n in iterate_leaves(trace.new_state) if n is not None]
+        self._encode = set(trace.inputs)
+        for node in self._nodes:
+            inner = [n for n in node.all_input_nodes if not value_of(n).is_constant]
+            if inner and self._encode.issuperset(inner) and self._folds(node):
+                self._encode.add(node)
+        self._transition = set(trace.state)
+        self._take(self._new_state)
+        needed = self._reached(self._returned, self._encode | self._transition)
+        for node in self._nodes:
+            if node in needed and node not in self._transition and not self._folds(node):
+                self._take([node])
+        for node in self._nodes:  # items of what is in the transition are made there
+            if node in needed and set(node.all_input_nodes) & self._transition and _is_item(node):
+                self._take([node])
+        self._readout = needed - self._transition - self._encode
+        self._check(needed)
+        self._encoded, self._features = self._crossing()
+
+    def _folds(self, node: fx.Node) -> bool:
+        call = Call(*(fx.node.map_arg(each, value_of) for each in (node.args, node.kwargs)))
+        if node.op == "call_module":
+            return is_lane_wise_module(self._root.get_submodule(str(node.target)), call)
+        is_call = node.op in ("call_function", "call_method")
+        return is_call and is_lane_wise_function(node.target, call)
+
+    def _reached(self, starts: Iterable[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
+        """What the starts are computed from, up to what is known, without constants."""
+        left, found = list(starts), set[fx.Node]()
+        while left:
+            node = left.pop()
+            if node in found or node in known or value_of(node).is_constant:
+                continue
+            found.add(node)
+            left += node.all_input_nodes
+        return found
+
+    def _take(self, nodes: Iterable[fx.Node]) -> None:
+        self._transition |= self._reached(nodes, self._encode | self._transition)
+
+    def _check(self, needed: set[fx.Node]) -> None:
+        for node in self._returned:
+            if not value_of(node).has_lanes:
+                raise NoParts(f"{line_at(node)}: an output is not one row for each lane")
+        used = self._encode | self._transition | needed
+        for node in self._nodes:
+            name = str(getattr(node.target, "__name__", node.target))
+            is_in_place = name.endswith("_") and not name.endswith("__")
+            if node.op == "call_method" and is_in_place:
+                raise NoParts(f"{line_at(node)} calls {name}, which works in place")
+            is_known = node in used or value_of(node).is_constant or node.op == "placeholder"
+            if not is_known and not self._folds(node) and value_of(node).shape is not None:
+                raise NoParts(f"{line_at(node)} calls {name} for no result")
+
+    def _crossing(self) -> tuple[Nodes, Nodes]:
+        """What of the encoded values, and of the transition's, other parts need."""
+        later = self._transition | self._readout
+        seen = [n for node in later for n in self._inner(node)]
+        wanted = {*seen, *self._returned, *self._new_state}
+        encoded = [n for n in self._nodes if n in self._encode and n in wanted]
+        read = {*self._returned, *(n for node in self._readout for n in self._inner(node))}
+        features = [n for n in self._nodes if n in self._transition and n in read]
+        for node in (*encoded, *features):
+            if not value_of(node).has_lanes:
+                raise NoParts(f"{line_at(node)}: its result is not one tensor of lanes")
+        return encoded, features
+
+    def _inner(self, node: fx.Node) -> Nodes:
+        """What a node needs that is not constant, also of constants that are made of it."""
+        found = list[fx.Node]()
+        for each in node.all_input_nodes:
+            found += self._inner(each) if value_of(each).is_constant else [each]
+        return found
+
+    def found(self, module: nn.Module) -> FoundParts:
+        """The parts, where they are worth having."""
+        cell, first = self._bare_cell()
+        self._encoded.sort(key=lambda node: node is not first)
+        names = [self._names(part) for part in (self._encode, self._transition, self._readout)]
+        if not names[0] and not names[2] and cell is None:
+            raise NoParts("all of it is needed by the next state, or mixes lanes")
+        trace, encoded, features = self._trace, self._encoded, self._features
+        step = SimpleNamespace(step=module)
+        run = _function(trace.graph, [*encoded, *trace.state], [*features, *self._new_state])
+        read = _function(trace.graph, [*features, *encoded], self._returned)
+        parts = StepParts(
+            Encode(_function(trace.graph, trace.inputs, encoded), step),
+            Transition(run, step, len(features), _template(trace.new_state)),
+            Readout(read, step, _template(trace.outputs)),
+            None if cell is None else self._described(cell),
+        )
+        return FoundParts(parts, *names)
+
+    def _names(self, part: set[fx.Node]) -> tuple[str, ...]:
+        nodes = [n for n in self._nodes if n in part and n.op != "placeholder" and not _is_item(n)]
+        return tuple(
+            str(n.target).removeprefix("step.").removeprefix("step") or "itself"
+            if n.op == "call_module"
+            else str(getattr(n.target, "__name__", n.target))
+            for n in nodes
+        )
+
+    def _bare_cell(self) -> tuple[fx.Node | None, fx.Node | None]:
+        """The one node of the transition, if it is a bare cell, and its input."""
+        state = self._trace.state
+        calls = [n for n in self._nodes if n in self._transition and n not in state]
+        cells = [n for n in calls if n.op == "call_module"]
+        if len(cells) != 1 or len(state) != 2 or len(self._new_state) != 2:
+            return None, None
+        cell, items = cells[0], [n for n in calls if n is not cells[0]]
+        module = self._root.get_submodule(str(cell.target))
+        order = [each.args for each in self._new_state]
+        if type(module) is not nn.LSTMCell or len(cell.args) + len(cell.kwargs) != 2:
+            return None, None
+        x, hc = (*cell.args, *cell.kwargs.values())
+        is_bare = (
+            all(_is_item(n) and n.args[0] is cell for n in (*items, *self._new_state))
+            and isinstance(hc, tuple | list)
+            and list(order) == [(cell, list(hc).index(s)) if s in hc else None for s in state]
+            and all(n.args == (cell, 0) for n in self._features)
+            and len(self._features) == 1
+            and list(cell.kwargs) in ([], ["hx"])
+            and x in self._encoded
+        )
+        return (cell, x) if is_bare and isinstance(x, fx.Node) else (None, None)
+
+    def _described(self, cell: fx.Node) -> BareCell:
+        module: Any = self._root.get_submodule(str(cell.target))
+        h = [node.args[1] for node in self._new_state].index(0)
+        template = _template(self._trace.new_state)
+
+        def split(state: Tree) -> tuple[Tensor, Tensor]:
+            leaves = tensors_of(state)
+            return leaves[h], leaves[1 - h]
+
+        def join(hidden: Tensor, memory: Tensor) -> Tree:
+            return replace_tensors(template, [memory, hidden] if h else [hidden, memory])
+
+        return BareCell(module, split, join)
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether it is one of several results of a node."""
+    name = getattr(node.target, "__name__", "")
+    return name == "getitem" and bool(value_of(node.all_input_nodes[0]).items)
+
+
+def _template(tree: Tree) -> Tree:
+    """Containers with tensors of nothing in place of nodes."""
+    return map_tensors(lambda _: torch.empty(0, device="meta"), tree, fx.Node)
+
+
+def _function(
+    graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of values of some nodes that gives the values of others."""
+    needed, left = set(given), list(wanted)
+    while left:
+        node = left.pop()
+        if node not in needed:
+            needed.add(node)
+            left += node.all_input_nodes
+    part, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in given:
+        made[node] = part.placeholder(node.name)
+    for node in graph.nodes:
+        if node in needed and node not in made:
+            made[node] = part.node_copy(node, made.__getitem__)
+    part.output(tuple(made[node] for node in wanted))
+    code = part.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<traced step>", "exec"), space)
+    function: Callable[..., tuple[Tensor, ...]] = space["forward"]
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """`StepParts.encode`: a function of a namespace with the module, and of tensors."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    step: SimpleNamespace
+
+    def __call__(self, inputs: Tree) -> tuple[Tensor, ...]:
+        return self.function(self.step, *tensors_of(inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """`StepParts.transition`."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    step: SimpleNamespace
+    num_features: int
+    template: Tree
+
+    def __call__(self, encoded: Tree, state: Tree) -> tuple[tuple[Tensor, ...], Tree]:
+        values = self.function(self.step, *encoded, *tensors_of(state))
+        count = self.num_features
+        return values[:count], replace_tensors(self.template, list(values[count:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """`StepParts.readout`."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    step: SimpleNamespace
+    template: Tree
+
+    def __call__(self, features: Tree, encoded: Tree) -> Any:
+        return replace_tensors(self.template, list(self.function(self.step, *features, *encoded)))
