@@ -29,7 +29,8 @@ ROOMS = (
 NOT_CALLED = {
     *("ActionTrace", "Advance", "BatchedOperation", "Differentiate", "Drop", "Evaluation"),
     *("EventSink", "Executor", "Keep", "Lap", "Loaded", "Notice", "Observer"),
-    *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "Retain", "RssBytes"),
+    *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "RecurrentParts"),
+    *("Retain", "RssBytes"),
     *("Simulation", "SnapshotReport", "SnapshotWarning", "Source", "Sqrt", "Step"),
     *("TensorBoard", "TrainResult", "TrainerResult", "TrainingStopped"),
     *("UpdateEvent", "Verification", "Window", "WindowEvent", "WindowFigures", "WindowResult"),

@@ -54,6 +54,7 @@ from tbptt_ckpt.memory import (
     parse_bytes,
     tensor_bytes,
 )
+from tbptt_ckpt.module import recurrent_parts
 from tbptt_ckpt.profiling import (
     Configuration,
     MemoryReport,
@@ -217,6 +218,10 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "evaluate": lambda: (
             evaluate,
             {"module": module(), "loss_fn": F.mse_loss, "sequence": sequence()},
+        ),
+        "recurrent_parts": lambda: (
+            recurrent_parts,
+            {"module": module(), "example": (torch.ones(LANES, WIDTH), torch.ones(LANES, WIDTH))},
         ),
         "measure_costs": lambda: (measure_costs, {**work(), "max_seconds": 0.01}),
         "SharedState": lambda: _on(

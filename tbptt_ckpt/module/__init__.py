@@ -1,5 +1,6 @@
 """The user's module: how it is called, its state, and what a step reads and changes besides."""
 
 from tbptt_ckpt.module.outputs import outputs_needed
+from tbptt_ckpt.module.recurrent_parts import RecurrentParts, recurrent_parts
 
-__all__ = ["outputs_needed"]
+__all__ = ["RecurrentParts", "outputs_needed", "recurrent_parts"]

@@ -1,90 +1,26 @@
 """Which operations treat every lane by itself, so that many steps' lanes are one call.
 
-An allow-list, with the dimensions of each: what is not in it is taken to mix lanes. Lanes are
-dimension 0. Nothing here changes a tensor in place, draws random numbers or counts lanes.
+An allow-list, with the dimensions of each: what is not in it is taken to mix lanes, which are
+dimension 0.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """What is known of a value in a step, whatever it holds.
-
-    Attributes:
-        shape: Of a tensor; None for what is none. Dimension 0 is that of the example.
-        has_lanes: Dimension 0 is one row a lane, for any number of lanes, and no other depends
-            on that number.
-        is_constant: The same at every step: of weights and literals, or a dtype or device.
-        items: Those of a tuple.
-    """
-
-    shape: tuple[int, ...] | None
-    has_lanes: bool = False
-    is_constant: bool = False
-    items: tuple[Value, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """How many dimensions it has."""
-        return len(self.shape or ())
-
-
-class Call:
-    """Arguments of a call, where `Value`s stand for those that are computed."""
-
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.args, self.kwargs = tuple(args), dict(kwargs)
-        self.values = [*_values_in(self.args), *_values_in(self.kwargs)]
-        self.first = self.get(0, "input", self.kwargs.get("self"))
-
-    def get(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by its place or its name."""
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
-
-    @property
-    def only_first(self) -> bool:
-        """Whether the first argument is a tensor of lanes and everything else is literal."""
-        return len(self.values) == 1 and isinstance(self.first, Value) and self.first.has_lanes
-
-    def are_constant(self, *wanted: tuple[int, str]) -> bool:
-        """Whether the arguments are constant or left out, and the first is all that has lanes."""
-        rest = [self.get(*each) for each in wanted]
-        known = [value for value in rest if isinstance(value, Value)]
-        return (
-            isinstance(self.first, Value)
-            and self.first.has_lanes
-            and len(self.values) == 1 + len(known)
-            and all(value.is_constant for value in known)
-        )
-
+from tbptt_ckpt.module.step_values import Call, Value
 
 Rule = Callable[[Call], bool]
 
 
-def _values_in(arguments: Any) -> list[Value]:
-    if isinstance(arguments, Value):
-        return [arguments]
-    if isinstance(arguments, Mapping):
-        return [value for each in arguments.values() for value in _values_in(each)]
-    if isinstance(arguments, list | tuple):
-        return [value for each in arguments for value in _values_in(each)]
-    if isinstance(arguments, slice):
-        return _values_in((arguments.start, arguments.stop, arguments.step))
-    return []
-
-
 def _elementwise(call: Call) -> bool:
-    """Tensors of lanes are of one rank, and constants reach no further than the dimensions after."""
+    """Tensors of lanes are of one rank, and constants reach no further than after."""
     ranks = {value.rank for value in call.values if value.has_lanes}
     if len(ranks) != 1 or call.kwargs.keys() & {"generator", "out"}:
         return False
@@ -253,23 +189,23 @@ def _extreme(call: Call) -> bool:
 
 
 _ELEMENTWISE = """
-    abs absolute acos acosh add addcdiv addcmul and_ arccos arccosh arcsin arcsinh arctan arctan2
-    arctanh asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor bool ceil celu
-    clamp clamp_max clamp_min clip clone contiguous copysign cos cosh detach digamma div divide double
-    elu eq erf erfc erfinv exp exp2 expm1 float floor floor_divide floordiv fmax fmin fmod frac ge
-    gelu greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot int
-    inv invert isfinite isinf isnan ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p
-    log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid long lt
-    masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative nextafter not_equal
-    ones_like or_ pos positive pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn
-    sigmoid sign sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh
-    tanhshrink threshold to true_divide truediv trunc type_as xlogy xor zeros_like bfloat16
-""".split()
+    abs absolute acos acosh add addcdiv addcmul and_ arccos arccosh arcsin arcsinh arctan
+    arctan2 arctanh asin asinh atan atan2 atanh bfloat16 bitwise_and bitwise_not bitwise_or
+    bitwise_xor bool ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos cosh
+    detach digamma div divide double elu eq erf erfc erfinv exp exp2 expm1 float floor
+    floor_divide floordiv fmax fmin fmod frac ge gelu greater greater_equal gt half hardshrink
+    hardsigmoid hardswish hardtanh heaviside hypot int inv invert isfinite isinf isnan ldexp le
+    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and
+    logical_not logical_or logical_xor logit logsigmoid long lt masked_fill maximum minimum mish
+    mod mul multiply nan_to_num ne neg negative nextafter not_equal ones_like or_ pos positive
+    pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign sin sinc sinh
+    softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold to
+    true_divide truediv trunc type_as xlogy xor zeros_like
+""".split()  # noqa: SIM905
 _DIMENSIONS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        "sum mean amax amin logsumexp prod all any std var argmax argmin".split(), (1,)
-    ),
-    **dict.fromkeys("softmax log_softmax softmin cumsum cumprod logcumsumexp".split(), (1,)),
+    **dict.fromkeys(["sum", "mean", "amax", "amin", "logsumexp", "prod", "all", "any"], (1,)),
+    **dict.fromkeys(["std", "var", "argmax", "argmin", "softmax", "log_softmax", "softmin"], (1,)),
+    **dict.fromkeys(["cumsum", "cumprod", "logcumsumexp"], (1,)),
     **dict.fromkeys(["narrow", "select", "unbind", "squeeze", "unflatten"], (1,)),
     **dict.fromkeys(["chunk", "split", "tensor_split", "norm"], (2,)),
     **dict.fromkeys(["sort", "argsort", "glu"], (1, "dim", -1)),

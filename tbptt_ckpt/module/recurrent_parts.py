@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.outputs import OutputsNeeded
-from tbptt_ckpt.module.step_effects import Attributes, NoParts
+from tbptt_ckpt.module.part_functions import Encode, Readout, Transition
+from tbptt_ckpt.module.step_effects import Attributes, NoPartsError
 from tbptt_ckpt.module.step_parts import StepParts
-from tbptt_ckpt.module.traced_parts import Encode, Readout, Transition, find_parts
+from tbptt_ckpt.module.traced_parts import find_parts
 from tbptt_ckpt.module.trees import (
     Tree,
     is_differentiable,
@@ -91,7 +93,7 @@ def recurrent_parts(module: nn.Module, example: tuple[Any, Any]) -> RecurrentPar
     try:
         found = find_parts(module, inputs, state)
         hold_against(found.parts, module, inputs, state)
-    except NoParts as error:
+    except NoPartsError as error:
         return RecurrentParts(reason=str(error))
     is_fused = found.parts.cell is not None
     return RecurrentParts(found.encode, found.transition, found.readout, is_fused)
@@ -122,27 +124,31 @@ def _item(value: object) -> object:
 
 
 def hold_against(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
-    """Raise `NoParts` unless parts and module agree over a few steps from an example.
+    """Raise `NoPartsError` unless parts and module agree over a few steps from an example.
 
     Outputs, states, and the gradients of weights, inputs and incoming state under one random
     cotangent are compared: in float64 where module and parts can be copied, otherwise in their
     own dtype and with its rounding. Everything is left as it was.
     """
     attributes = Attributes(module)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        untouched(module, tensors=tensors_of((inputs, state))),
-        OutputsNeeded(True),
-    ):
-        try:
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            untouched(module, tensors=tensors_of((inputs, state))),
+            OutputsNeeded(True),
+        ):
             mine, copied, cast = _in_double(parts, module, inputs, state)
             with ExitStack() as stack:
                 if copied is not module:
                     stack.enter_context(torch.autocast(_device_type(module), enabled=False))
                 _compare(mine, copied, *cast)
-        finally:
-            attributes.put_back()
+    except NoPartsError:
+        raise
+    except Exception as error:  # of a module of the user's
+        raise NoPartsError(f"it fails as it is compared with its parts: {error}") from error
+    finally:
+        attributes.put_back()
 
 
 def _device_type(module: nn.Module) -> str:
@@ -153,8 +159,9 @@ def _in_double(
     parts: StepParts, module: nn.Module, inputs: Tree, state: Tree
 ) -> tuple[StepParts, nn.Module, tuple[Tree, Tree]]:
     """Copies of everything in float64; what was given where that cannot be."""
-    mine = (parts.encode, parts.transition, parts.readout)
-    if not all(isinstance(each, Encode | Transition | Readout) for each in mine):
+    encode, run, readout = parts.encode, parts.transition, parts.readout
+    is_traced = isinstance(encode, Encode) and isinstance(run, Transition)
+    if not (is_traced and isinstance(readout, Readout)):
         return parts, module, (inputs, state)
     try:
         copied = copy.deepcopy(module).double()
@@ -168,8 +175,9 @@ def _in_double(
             if weight.is_floating_point() and not weight.any():  # hides what is before it
                 weight.add_(_random(weight, source), alpha=0.1)
     step: Any = SimpleNamespace(step=copied)
-    encode, transition, readout = (replace(each, step=step) for each in mine)  # type: ignore[type-var]
-    return replace(parts, encode=encode, transition=transition, readout=readout), copied, given
+    found: Any = (encode, run, readout)
+    of_copy: Any = [replace(each, step=step) for each in found]
+    return StepParts(*of_copy), copied, given
 
 
 def _doubled(tensor: Tensor) -> Tensor:
@@ -184,7 +192,10 @@ def _random(like: Tensor, source: torch.Generator) -> Tensor:
 
 def _compare(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
     source = torch.Generator().manual_seed(0)
-    steps = [map_tensors(lambda t, k=k: _varied(t, k, source), inputs) for k in range(_NUM_STEPS)]
+    steps = [
+        map_tensors(functools.partial(_varied, step=k, source=source), inputs)
+        for k in range(_NUM_STEPS)
+    ]
     results = []
     for run in (_run_plain, _run_folded):
         leaves = map_tensors(_as_leaf, (steps, state))
@@ -193,9 +204,11 @@ def _compare(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> 
     (plain, names), (folded, _) = results
     for expected, got, name in zip(plain, folded, names, strict=True):
         if (expected is None) != (got is None):
-            raise NoParts(f"its parts do not give the same {name}: one of the two has none")
+            raise NoPartsError(f"its parts do not give the same {name}: one of the two has none")
+        if expected is not None and is_differentiable(expected) and not expected.isfinite().all():
+            raise NoPartsError(f"its {name} are not finite on the example")
         if expected is not None and not _is_near(expected, got):
-            raise NoParts(f"its parts do not give the same {name} as the module itself")
+            raise NoPartsError(f"its parts do not give the same {name} as the module itself")
 
 
 def _varied(tensor: Tensor, step: int, source: torch.Generator) -> Tensor:
@@ -230,12 +243,16 @@ def _run_folded(parts: Any, steps: Sequence[Tree], state: Tree) -> tuple[list[Te
     encoded = parts.encode(replace_tensors(steps[0], folded))
     kept = []
     for step in range(count):
-        one = map_tensors(lambda t, s=step: t.unflatten(0, (count, -1))[s], encoded)
+        one = map_tensors(functools.partial(_one_of, index=step, count=count), encoded)
         features, state = parts.transition(one, state)
         kept.append(tensors_of(features))
     together = [torch.cat(each) for each in zip(*kept, strict=True)]
     outputs = parts.readout(replace_tensors(features, together), encoded)
-    return [each.unflatten(0, (count, -1)) for each in tensors_of(outputs)], state
+    return [each.reshape(count, -1, *each.shape[1:]) for each in tensors_of(outputs)], state
+
+
+def _one_of(folded: Tensor, index: int, count: int) -> Tensor:
+    return folded.reshape(count, -1, *folded.shape[1:])[index]
 
 
 def _with_gradients(
@@ -250,7 +267,9 @@ def _with_gradients(
         if each.requires_grad:
             loss = loss + (each * cotangent).sum()
     names = [*["outputs"] * len(outputs), *["states"] * len(tensors_of(state))]
-    wanted = {id(p): (p, f"gradient of {n}") for n, p in module.named_parameters()}
+    wanted: dict[int, tuple[Tensor, str]] = {
+        id(p): (p, f"gradient of {n}") for n, p in module.named_parameters()
+    }
     wanted |= {id(t): (t, "gradients of inputs and state") for t in tensors_of(leaves)}
     asked = [(t, name) for t, name in wanted.values() if t.requires_grad]
     gradients: Sequence[Tensor | None] = [None] * len(asked)
@@ -271,4 +290,4 @@ def _is_near(expected: Tensor, got: Tensor | None) -> bool:
     tolerance = _TOLERANCES.get(expected.dtype, _OF_HALF) * float(
         a.abs().amax() if a.numel() else 0
     )
-    return torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True)
+    return torch.allclose(a, b, rtol=0, atol=tolerance)

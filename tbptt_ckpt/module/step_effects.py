@@ -35,7 +35,7 @@ _SEARCHED = 1000  # containers and objects, and items of one; longer ones hold d
 _HAS_EFFECT = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 
 
-class NoParts(Exception):
+class NoPartsError(Exception):
     """A step whose parts are not found; the message says why, and at which line."""
 
 
@@ -64,29 +64,29 @@ def _is_others(file: str) -> bool:
 
 
 def check_traceable(module: object, tensors: Sequence[Tensor]) -> None:
-    """Raise `NoParts` for a module, or tensors, that a trace would not see as they are."""
+    """Raise `NoPartsError` for a module, or tensors, that a trace would not see as they are."""
     if not isinstance(module, nn.Module):
-        raise NoParts(f"{type(module).__name__} is no nn.Module")
+        raise NoPartsError(f"{type(module).__name__} is no nn.Module")
     if is_compiled(module):
-        raise NoParts("it is compiled")
+        raise NoPartsError("it is compiled")
     if any(getattr(torchs_module, name, None) for name in _HOOKS):
-        raise NoParts("hooks on all modules are registered")
+        raise NoPartsError("hooks on all modules are registered")
     for path, part in module.named_modules():
         name = f"{path or type(module).__name__}"
         if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
-            raise NoParts(f"{name} is scripted or compiled")
+            raise NoPartsError(f"{name} is scripted or compiled")
         if any(getattr(part, hooks, None) for hooks in _HOOKS):
-            raise NoParts(f"{name} has hooks")
+            raise NoPartsError(f"{name} has hooks")
         if parametrize.is_parametrized(part):
-            raise NoParts(f"{name} has parametrized weights")
+            raise NoPartsError(f"{name} has parametrized weights")
         is_own = type(part).__call__ is not nn.Module.__call__
         if is_own or {"forward", "__call__", "_call_impl"} & vars(part).keys():
-            raise NoParts(f"{name} is called by a function put in place of its forward")
+            raise NoPartsError(f"{name} is called by a function put in place of its forward")
     for tensor in (*tensors, *module.parameters(), *module.buffers()):
         if type(tensor) not in (Tensor, nn.Parameter) or is_lazy(tensor):
-            raise NoParts(f"it holds a {type(tensor).__name__}")
+            raise NoPartsError(f"it holds a {type(tensor).__name__}")
         if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_inference():
-            raise NoParts("it holds complex or sparse tensors, or some made in inference mode")
+            raise NoPartsError("it holds complex or sparse tensors, or some made in inference mode")
 
 
 class _Thread(threading.local):
@@ -94,7 +94,7 @@ class _Thread(threading.local):
 
 
 class Watch(TorchFunctionMode):
-    """While entered, an operation that a trace would not keep raises `NoParts`.
+    """While entered, an operation that a trace would not keep raises `NoPartsError`.
 
     Those are operations in place, those that register hooks or draw from a generator of their
     own, and those in another grad mode or autocast than that of the caller. A custom function's
@@ -103,30 +103,30 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        self._modes: tuple[bool, ...] = ()
         self.reason: str | None = None
 
     def __enter__(self) -> Watch:
         _contexts.open()
-        _thread.watch = self
-        super().__enter__()
+        _thread.watch, self._modes = self, _modes()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _thread.watch = None
         _contexts.close()
 
     def refuse(self, what: str) -> None:
         """Raise, and say so later too, should the step catch it."""
         self.reason = self.reason or f"{users_line()} {what}"
-        raise NoParts(self.reason)
+        raise NoPartsError(self.reason)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:  # type: ignore[attr-defined]
+        if func is torch._C._set_grad_enabled:
             self.refuse("enters a grad mode")
         if _modes() != self._modes:
             self.refuse("runs in a grad mode or autocast of its own, or an autograd.Function")
@@ -144,8 +144,8 @@ class Watch(TorchFunctionMode):
 
 
 def _modes() -> tuple[bool, ...]:
-    types = ("cpu", torch.accelerator.current_accelerator(check_available=True))
-    names = [getattr(each, "type", each) for each in types if each is not None]
+    device = torch.accelerator.current_accelerator(check_available=True)
+    names = ["cpu"] if device is None else ["cpu", device.type]
     autocast = [torch.is_autocast_enabled(name) for name in names]
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
@@ -153,26 +153,25 @@ def _modes() -> tuple[bool, ...]:
 def _noticed(original: Callable[..., Any]) -> Callable[..., Any]:
     def enter(self: Any, *args: Any) -> Any:
         if _thread.watch is not None:
-            _thread.watch.refuse("enters autocast or inference mode")
+            _thread.watch.refuse("enters autocast, inference mode or hooks on saved tensors")
         return original(self, *args)
 
     return enter
 
 
 _thread = _Thread()
-_contexts = ReplacedFunctions(
-    {(torch.autocast, "__enter__"): _noticed, (torch.inference_mode, "__enter__"): _noticed}
-)
+_kinds = (torch.autocast, torch.inference_mode, torch.autograd.graph.saved_tensors_hooks)
+_contexts = ReplacedFunctions({(kind, "__enter__"): _noticed for kind in _kinds})
 
 
 def check_graph(results: Tree) -> None:
-    """Raise `NoParts` for results that came through an `autograd.Function`."""
+    """Raise `NoPartsError` for results that came through an `autograd.Function`."""
     left = [t.grad_fn for t in tensors_of(results) if t.grad_fn is not None]
     seen = set(left)
     while left:
         node = left.pop()
         if isinstance(node, BackwardCFunction):
-            raise NoParts(f"it applies the autograd.Function {type(node).__name__}")
+            raise NoPartsError(f"it applies the autograd.Function {type(node).__name__}")
         new = {each for each, _ in node.next_functions if each is not None} - seen
         seen |= new
         left += new
@@ -189,6 +188,7 @@ class Attributes:
         starts = [(type(part).__name__, vars(part)) for part in module.modules()]
         named = [(name, {name: space[name]}) for space, name, _ in self._names]
         self._held = [(name, each, copy.copy(each)) for name, each in _holders([*starts, *named])]
+        self._buffers = {id(part._buffers) for part in module.modules()}
 
     def changed(self) -> str | None:
         """What does not hold what it did; None where everything does."""
@@ -198,11 +198,11 @@ class Attributes:
         return next((n for n, now, then in self._held if not _is_same_holder(now, then)), None)
 
     def put_back(self) -> None:
-        """As everything was."""
+        """As everything was, but buffers, which are the business of others."""
         for space, name, value in self._names:
             space[name] = value
         for _, now, then in self._held:
-            if not _is_same_holder(now, then):
+            if id(now) not in self._buffers and not _is_same_holder(now, then):
                 now.clear()
                 (now.extend if isinstance(now, list | deque) else now.update)(then)
 
@@ -242,10 +242,12 @@ def _holders(starts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 def _names_used(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Namespace, name and value of whatever the functions of a module's classes use by name."""
-    kinds = {type(part) for part in module.modules()}
-    left = [(kind, getattr(kind, "forward", None)) for kind in kinds]
+    left: list[tuple[nn.Module, Any]] = []
+    for part in module.modules():
+        own = [each for each in vars(part).values() if isinstance(each, FunctionType)]
+        left += [(part, function) for function in (type(part).forward, *own)]
     seen = set[Any]()
-    for kind, function in left:  # grows
+    for part, function in left:  # grows
         code = getattr(function, "__code__", None)
         if code is None or code in seen or _is_others(code.co_filename):
             continue
@@ -253,9 +255,9 @@ def _names_used(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
         space = function.__globals__
         for name in _names_in(code):
             if name not in space or isinstance(space[name], ModuleType | type):
-                left.append((kind, getattr(kind, name, None)))
+                left.append((part, getattr(type(part), name, None)))
             elif isinstance(space[name], FunctionType):
-                left.append((kind, space[name]))
+                left.append((part, space[name]))
             else:
                 yield space, name, space[name]
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
@@ -263,7 +265,7 @@ def _names_used(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
                 value = cell.cell_contents
             except ValueError:  # not set yet
                 continue
-            left.append((kind, value))
+            left.append((part, value))
             if not isinstance(value, FunctionType | type):
                 yield {name: value}, name, value
 

@@ -1,7 +1,7 @@
 """A step in three parts: what its input alone decides, what the next state needs, and the rest.
 
-Only the transition is sequential. What is before it and after it runs once for a whole segment, with
-time folded into the lanes: a tensor [B, ...] of one step is [L * B, ...] of so many steps.
+Only the transition is sequential. What is before it and after it runs once for a whole segment,
+with time folded into the lanes: a tensor [B, ...] of one step is [L * B, ...] of so many steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from tbptt_ckpt.module.trees import Tree
 @dataclass(frozen=True, slots=True)
 class BareCell:
     """A transition that is one `nn.LSTMCell` and nothing else, whose features are the new h.
+
+    Of several encoded tensors the cell's input is the first.
 
     Attributes:
         cell: The cell.

@@ -6,6 +6,7 @@ the two is a number of lanes, and stays symbolic; all other sizes are plain numb
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import PH
 from torch.overrides import TorchFunctionMode
 
-from tbptt_ckpt.module.lane_wise import Value
-from tbptt_ckpt.module.step_effects import NoParts, line_of, users_line
+from tbptt_ckpt.module.step_effects import NoPartsError, line_of, users_line
+from tbptt_ckpt.module.step_values import Value, known_value
 from tbptt_ckpt.module.trees import Tree, iterate_leaves, map_tensors, replace_tensors, tensors_of
 
 _FACTORIES = (torch.zeros, torch.ones, torch.full, torch.arange, torch.linspace, torch.eye)
@@ -61,18 +63,19 @@ def trace_step(module: nn.Module, inputs: Tree, state: Tree) -> StepTrace:
     """Trace `module(inputs, state)`.
 
     Raises:
-        NoParts: What prevents it, with the line.
+        NoPartsError: What prevents it, with the line.
     """
     root = _Step(module, inputs, state)
     tracer = _Tracer(_examples(tensors_of(inputs), tensors_of(state)))
     try:
         with _tracing, torch.enable_grad(), _Concrete(tracer):
-            graph = tracer.trace(root, concrete_args=tuple([fx.PH] * tracer.num_leaves))
-    except NoParts:
+            placed: Any = (PH,) * tracer.num_leaves
+            graph = tracer.trace(root, concrete_args=placed)
+    except NoPartsError:
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        raise NoParts(f"{line_of(error)} cannot be traced: {text}") from error
+        raise NoPartsError(f"{line_of(error)} cannot be traced: {text}") from error
     leaves = [node for node in graph.nodes if node.op == "placeholder"]
     count = len(tensors_of(inputs))
     outputs, new_state = (
@@ -89,7 +92,7 @@ def _examples(
     """The leaves of a step, and the same with one lane more."""
     lanes = {t.shape[:1] for t in inputs} | {t.shape[:1] for t in state if t.dim()}
     if len(lanes) != 1 or not inputs or not state or lanes <= {torch.Size([]), torch.Size([0])}:
-        raise NoParts("inputs and state are not all of so many lanes on dimension 0")
+        raise NoPartsError("inputs and state are not all of so many lanes on dimension 0")
     given = [t.detach().clone() for t in (*inputs, *state)]
     return given, [torch.cat([t, t[:1]]) if t.dim() else t.clone() for t in given]
 
@@ -109,11 +112,11 @@ class _Step(nn.Module):
             result = _opened(result)
             result = (result[0] if isinstance(result, tuple) else result, result)
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise NoParts("it does not return (output, state)")
+            raise NoPartsError("it does not return (output, state)")
         outputs, state = (map_tensors(_opened, each, fx.Proxy) for each in result)
         flat = [leaf for leaf in iterate_leaves((outputs, state)) if leaf is not None]
         if strange := [leaf for leaf in flat if not isinstance(leaf, fx.Proxy)]:
-            raise NoParts(f"it returns a {type(strange[0]).__name__} that no input decides")
+            raise NoPartsError(f"it returns a {type(strange[0]).__name__} that no input decides")
         self.returned = (outputs, state)
         return tuple(flat)
 
@@ -135,6 +138,14 @@ class _Proxy(fx.Proxy):
     def ndim(self) -> Any:
         return self.dim()
 
+    def __len__(self) -> int:
+        if items := value_of(self.node).items:
+            return len(items)
+        length = self.size(0)
+        if not isinstance(length, int):
+            raise NoPartsError(f"{users_line()} asks for the number of lanes by len()")
+        return length
+
     def dim(self) -> Any:
         return len(self._sizes()[0])
 
@@ -152,12 +163,12 @@ class _Proxy(fx.Proxy):
 
     def _sizes(self) -> list[tuple[int, ...]]:
         if value_of(self.node).shape is None:
-            raise NoParts(f"{users_line()} asks for the size of what is no tensor")
+            raise NoPartsError(f"{users_line()} asks for the size of what is no tensor")
         sizes: list[tuple[int, ...]] = self.node.meta["sizes"]
         return sizes
 
     def __str__(self) -> str:
-        raise NoParts(f"{users_line()} makes a text of a value")
+        raise NoPartsError(f"{users_line()} makes a text of a value")
 
     def __format__(self, spec: str) -> str:
         return str(self)
@@ -186,7 +197,7 @@ class _Tracer(fx.Tracer):
             self.is_evaluating = True
             try:
                 node.meta["examples"] = first, second = self._evaluated(node)
-                node.meta["value"] = _value(first, second, _is_constant(node), self._lanes)
+                node.meta["value"] = known_value(first, second, _is_constant(node), self._lanes)
                 node.meta["sizes"] = [tuple(getattr(each, "shape", ())) for each in (first, second)]
             finally:
                 self.is_evaluating = False
@@ -199,16 +210,14 @@ class _Tracer(fx.Tracer):
             return first, second
         found = []
         for which in (0, 1):
-            args, kwargs = (
-                fx.node.map_arg(each, lambda n: n.meta["examples"][which])
-                for each in (node.args, node.kwargs)
-            )
+            example: Any = functools.partial(_example, which=which)
+            args, kwargs = (fx.node.map_arg(each, example) for each in (node.args, node.kwargs))
             try:
                 found.append(self._run(node, args, kwargs))
             except Exception as error:
                 text = " ".join(str(error).split())[:200]
                 why = "another number of lanes: " if which else ""
-                raise NoParts(f"{line_at(node)} fails for {why}{text}") from error
+                raise NoPartsError(f"{line_at(node)} fails for {why}{text}") from error
         return found[0], found[1]
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -236,7 +245,8 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         if items := value_of(obj.node).items:
-            return iter([obj[i] for i in range(len(items))])
+            item: Any = obj
+            return iter([item[i] for i in range(len(items))])
         return super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -249,7 +259,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Concrete(TorchFunctionMode):
-    """While entered, computing with tensors that the trace does not follow raises `NoParts`."""
+    """While entered, computing with tensors that are not traced raises `NoPartsError`."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -266,7 +276,13 @@ class _Concrete(TorchFunctionMode):
         if func in _MAKES_TENSOR and not tensors_of(given):
             return self._tracer.create_proxy("call_function", func, args, kwargs)
         name = getattr(func, "__name__", func)
-        raise NoParts(f"{users_line()} calls {name} on a tensor that the trace does not follow")
+        raise NoPartsError(
+            f"{users_line()} calls {name} on a tensor that the trace does not follow"
+        )
+
+
+def _example(node: fx.Node, which: int) -> Any:
+    return node.meta["examples"][which]
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -275,15 +291,3 @@ def _is_constant(node: fx.Node) -> bool:
     if node.target is getattr and node.args[1] in ("dtype", "device"):
         return True
     return all(value_of(each).is_constant for each in node.all_input_nodes)
-
-
-def _value(first: Any, second: Any, is_constant: bool, lanes: int) -> Value:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        shape, other = tuple(first.shape), tuple(second.shape)
-        rows = (shape[:1], other[:1])
-        has_lanes = rows == ((lanes,), (lanes + 1,)) and shape[1:] == other[1:]
-        return Value(shape, has_lanes and not is_constant, is_constant)
-    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
-        items = [_value(*pair, is_constant, lanes) for pair in zip(first, second, strict=False)]
-        return Value(None, False, is_constant, tuple(items))
-    return Value(None, False, is_constant)

@@ -7,7 +7,8 @@ next state needs of the state, and whatever mixes lanes; the readout is the rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.module.ambient import Ambient, untouched
-from tbptt_ckpt.module.lane_wise import Call, is_lane_wise_function, is_lane_wise_module
+from tbptt_ckpt.module.lane_wise import is_lane_wise_function, is_lane_wise_module
 from tbptt_ckpt.module.outputs import OutputsNeeded
+from tbptt_ckpt.module.part_functions import Encode, Readout, Transition, part_of
 from tbptt_ckpt.module.step_effects import (
     Attributes,
-    NoParts,
+    NoPartsError,
     Watch,
     check_graph,
     check_traceable,
@@ -29,6 +30,7 @@ from tbptt_ckpt.module.step_effects import (
 )
 from tbptt_ckpt.module.step_parts import BareCell, StepParts
 from tbptt_ckpt.module.step_trace import StepTrace, line_at, trace_step, value_of
+from tbptt_ckpt.module.step_values import Call
 from tbptt_ckpt.module.trees import (
     Tree,
     iterate_leaves,
@@ -55,11 +57,11 @@ class FoundParts:
 def traced_parts(module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
     """The parts of `module(inputs, state)`, one step with lanes on dimension 0.
 
-    Encoded values and features are tuples of tensors; the input of a bare cell is the first
-    encoded one. Weights, buffers and attributes are those of the module, read at each call.
+    What is encoded, and the features, are a tensor or a tuple of several; the input of a bare
+    cell is the first. Weights, buffers and attributes are those of the module, read at each call.
 
     Raises:
-        NoParts: There are none worth having, or what is lost in a trace prevents it.
+        NoPartsError: There are none worth having, or what is lost in a trace prevents it.
     """
     return find_parts(module, inputs, state).parts
 
@@ -69,26 +71,27 @@ def find_parts(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
     check_traceable(module, [*tensors_of(inputs), *tensors_of(state)])
     strange = [leaf for leaf in iterate_leaves((inputs, state)) if leaf is not None]
     if others := [type(leaf).__name__ for leaf in strange if not isinstance(leaf, Tensor)]:
-        raise NoParts(f"inputs and state hold a {others[0]} beside tensors")
+        raise NoPartsError(f"inputs and state hold a {others[0]} beside tensors")
     attributes = Attributes(module)
     try:
         _check_effects(module, inputs, state, attributes)
         with OutputsNeeded(True):
             trace = trace_step(module, inputs, state)
         if (name := attributes.changed()) is not None:
-            raise NoParts(f"a step changes {name}")
+            raise NoPartsError(f"a step changes {name}")
     finally:
         attributes.put_back()
     if structure(_template(trace.new_state)) != structure(state):
-        raise NoParts("the state that it returns is nested in another way than the one it takes")
+        raise NoPartsError(
+            "the state that it returns is nested in another way than the one it takes"
+        )
     return _Split(trace).found(module)
 
 
 def _check_effects(module: nn.Module, inputs: Tree, state: Tree, attributes: Attributes) -> None:
-    """Run a step, and raise `NoParts` for what it does besides returning its results."""
+    """Run a step, and raise `NoPartsError` for what it does besides returning its results."""
     given = tensors_of((inputs, state))
-    ambient = Ambient([module], given)
-    watch = Watch()
+    ambient, watch = Ambient([module], given), Watch()
     try:
         with (
             torch.inference_mode(False),
@@ -98,25 +101,23 @@ def _check_effects(module: nn.Module, inputs: Tree, state: Tree, attributes: Att
         ):
             found = ambient.capture()
             ambient.about_to_run()
-            fresh = map_tensors(lambda t: t.detach().clone(), (inputs, state_as_leaves(state)))
-            mine = map_tensors(lambda t: t.clone(), (fresh[0], state_as_leaves(fresh[1])))
-            versions = [each._version for each in (*tensors_of(mine), *module.parameters())]
+            fresh = map_tensors(lambda t: t.detach().clone(), inputs)
+            mine = (fresh, map_tensors(Tensor.clone, state_as_leaves(state)))
             with watch:
                 results = module(*mine)
-            if (name := attributes.changed()) is not None:
-                raise NoParts(f"a step changes {name}")
-            if ambient.capture() is not found:
-                raise NoParts("a step draws random numbers or changes buffers")
-            now = [each._version for each in (*tensors_of(mine), *module.parameters())]
-            if versions != now:
-                raise NoParts("a step writes into its inputs, its state or its weights")
+            changed = attributes.changed()
+            has_drawn = ambient.capture() is not found
             check_graph(results)
-    except NoParts:
+    except NoPartsError:
         raise
-    except (TbpttError, Exception) as error:
-        raise NoParts(f"{line_of(error)} fails on the example: {error}") from error
+    except Exception as error:
+        raise NoPartsError(f"{line_of(error)} fails on the example: {error}") from error
+    if changed is not None:
+        raise NoPartsError(f"a step changes {changed}")
+    if has_drawn:
+        raise NoPartsError("a step draws random numbers or changes buffers")
     if watch.reason is not None:
-        raise NoParts(watch.reason)
+        raise NoPartsError(watch.reason)
 
 
 class _Split:
@@ -146,11 +147,14 @@ class _Split:
         self._encoded, self._features = self._crossing()
 
     def _folds(self, node: fx.Node) -> bool:
-        call = Call(*(fx.node.map_arg(each, value_of) for each in (node.args, node.kwargs)))
+        known: Any = value_of
+        args: Any = fx.node.map_arg(node.args, known)
+        kwargs: Any = fx.node.map_arg(node.kwargs, known)
+        call = Call(args, kwargs)
         if node.op == "call_module":
             return is_lane_wise_module(self._root.get_submodule(str(node.target)), call)
         is_call = node.op in ("call_function", "call_method")
-        return is_call and is_lane_wise_function(node.target, call)
+        return _is_item(node) or (is_call and is_lane_wise_function(node.target, call))
 
     def _reached(self, starts: Iterable[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
         """What the starts are computed from, up to what is known, without constants."""
@@ -169,16 +173,16 @@ class _Split:
     def _check(self, needed: set[fx.Node]) -> None:
         for node in self._returned:
             if not value_of(node).has_lanes:
-                raise NoParts(f"{line_at(node)}: an output is not one row for each lane")
+                raise NoPartsError(f"{line_at(node)}: an output is not one row for each lane")
         used = self._encode | self._transition | needed
         for node in self._nodes:
             name = str(getattr(node.target, "__name__", node.target))
             is_in_place = name.endswith("_") and not name.endswith("__")
             if node.op == "call_method" and is_in_place:
-                raise NoParts(f"{line_at(node)} calls {name}, which works in place")
+                raise NoPartsError(f"{line_at(node)} calls {name}, which works in place")
             is_known = node in used or value_of(node).is_constant or node.op == "placeholder"
             if not is_known and not self._folds(node) and value_of(node).shape is not None:
-                raise NoParts(f"{line_at(node)} calls {name} for no result")
+                raise NoPartsError(f"{line_at(node)} calls {name} for no result")
 
     def _crossing(self) -> tuple[Nodes, Nodes]:
         """What of the encoded values, and of the transition's, other parts need."""
@@ -190,7 +194,7 @@ class _Split:
         features = [n for n in self._nodes if n in self._transition and n in read]
         for node in (*encoded, *features):
             if not value_of(node).has_lanes:
-                raise NoParts(f"{line_at(node)}: its result is not one tensor of lanes")
+                raise NoPartsError(f"{line_at(node)}: its result is not one tensor of lanes")
         return encoded, features
 
     def _inner(self, node: fx.Node) -> Nodes:
@@ -206,13 +210,13 @@ class _Split:
         self._encoded.sort(key=lambda node: node is not first)
         names = [self._names(part) for part in (self._encode, self._transition, self._readout)]
         if not names[0] and not names[2] and cell is None:
-            raise NoParts("all of it is needed by the next state, or mixes lanes")
+            raise NoPartsError("all of it is needed by the next state, or mixes lanes")
         trace, encoded, features = self._trace, self._encoded, self._features
         step = SimpleNamespace(step=module)
-        run = _function(trace.graph, [*encoded, *trace.state], [*features, *self._new_state])
-        read = _function(trace.graph, [*features, *encoded], self._returned)
+        run = part_of(trace.graph, [*encoded, *trace.state], [*features, *self._new_state])
+        read = part_of(trace.graph, [*features, *encoded], self._returned)
         parts = StepParts(
-            Encode(_function(trace.graph, trace.inputs, encoded), step),
+            Encode(part_of(trace.graph, trace.inputs, encoded), step),
             Transition(run, step, len(features), _template(trace.new_state)),
             Readout(read, step, _template(trace.outputs)),
             None if cell is None else self._described(cell),
@@ -269,72 +273,10 @@ class _Split:
 
 def _is_item(node: fx.Node) -> bool:
     """Whether it is one of several results of a node."""
-    name = getattr(node.target, "__name__", "")
-    return name == "getitem" and bool(value_of(node.all_input_nodes[0]).items)
+    is_taken = node.target in (operator.getitem, getattr)
+    return is_taken and bool(value_of(node.all_input_nodes[0]).items)
 
 
 def _template(tree: Tree) -> Tree:
     """Containers with tensors of nothing in place of nodes."""
     return map_tensors(lambda _: torch.empty(0, device="meta"), tree, fx.Node)
-
-
-def _function(
-    graph: fx.Graph, given: Sequence[fx.Node], wanted: Sequence[fx.Node]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of values of some nodes that gives the values of others."""
-    needed, left = set(given), list(wanted)
-    while left:
-        node = left.pop()
-        if node not in needed:
-            needed.add(node)
-            left += node.all_input_nodes
-    part, made = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given:
-        made[node] = part.placeholder(node.name)
-    for node in graph.nodes:
-        if node in needed and node not in made:
-            made[node] = part.node_copy(node, made.__getitem__)
-    part.output(tuple(made[node] for node in wanted))
-    code = part.python_code("self")
-    space = dict(code.globals)
-    exec(compile(code.src, "<traced step>", "exec"), space)
-    function: Callable[..., tuple[Tensor, ...]] = space["forward"]
-    return function
-
-
-@dataclass(frozen=True, slots=True)
-class Encode:
-    """`StepParts.encode`: a function of a namespace with the module, and of tensors."""
-
-    function: Callable[..., tuple[Tensor, ...]]
-    step: SimpleNamespace
-
-    def __call__(self, inputs: Tree) -> tuple[Tensor, ...]:
-        return self.function(self.step, *tensors_of(inputs))
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """`StepParts.transition`."""
-
-    function: Callable[..., tuple[Tensor, ...]]
-    step: SimpleNamespace
-    num_features: int
-    template: Tree
-
-    def __call__(self, encoded: Tree, state: Tree) -> tuple[tuple[Tensor, ...], Tree]:
-        values = self.function(self.step, *encoded, *tensors_of(state))
-        count = self.num_features
-        return values[:count], replace_tensors(self.template, list(values[count:]))
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """`StepParts.readout`."""
-
-    function: Callable[..., tuple[Tensor, ...]]
-    step: SimpleNamespace
-    template: Tree
-
-    def __call__(self, features: Tree, encoded: Tree) -> Any:
-        return replace_tensors(self.template, list(self.function(self.step, *features, *encoded)))
