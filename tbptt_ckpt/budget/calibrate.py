@@ -92,9 +92,11 @@ class _Measuring:
             self._meter(steps)
         while (steps := self._longest_that_fits()) > self.bytes[-1].steps:
             self._meter(steps)
-        last, asked = self.bytes[-1].steps, self.limits.leaf_steps
-        if asked > last and self._peak(asked) <= self.limits.room_bytes:
-            self._meter(asked)
+        # Curves bend where losses begin: longer segments have no more of them.
+        asked = self.limits.leaf_steps
+        for steps in (min(asked, self.probe.stop - self.probe.loss_start), asked):
+            if steps > self.bytes[-1].steps and self._peak(steps) <= self.limits.room_bytes:
+                self._meter(steps)
         self._meter_long_advance()
         lengths = self._timed_lengths()
         for number in range(_ROUNDS):

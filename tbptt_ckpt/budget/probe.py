@@ -53,6 +53,7 @@ class SegmentProbe:
     loss_start: int  # first step with a loss
     boundary: Boundary  # the state that segments start from, whatever step it is of
     resets: Resets = field(default_factory=Resets)  # lanes that begin a new sequence
+    stops_at: Sequence[int] = ()  # where the leaf that is last in time is cut, if it is
 
     def bytes_of(self, steps: int) -> SegmentBytes:
         """Measure both kinds of leaf, and an advance."""
@@ -67,7 +68,7 @@ class SegmentProbe:
         begun, last_forward, last, forward, leaf, advance = readings.found
         return SegmentBytes(
             steps=steps,
-            last_leaf=_peaks(begun, last_forward, last),
+            last_leaf=self._last_as_cut(steps) or _peaks(begun, last_forward, last),
             leaf=_peaks(last, forward, leaf),
             advance=advance.peak_bytes - leaf.now_bytes,
             gradients=gradients,
@@ -75,6 +76,17 @@ class SegmentProbe:
             graph=last_forward.now_bytes - begun.now_bytes,
             peak=meter.peak_bytes,
         )
+
+    def _last_as_cut(self, steps: int) -> Peaks | None:
+        """Measure the leaf before gradients exist as it is cut; None where nothing cuts it."""
+        if not any(step > self.stop - steps for step in self.stops_at):
+            return None
+        for parameter in self.parameters:
+            parameter.grad = None
+        with peak_memory(self.device, held=(), rss=False) as meter:
+            readings = _Readings(meter.lap)
+            self._run((self._leaf(steps),), readings, stops_at=self.stops_at)
+        return _peaks(*readings.found)
 
     @property
     def num_steps(self) -> int:

@@ -28,18 +28,24 @@ from tbptt_ckpt.profiling.workload import EndlessSource, Workload
 from tbptt_ckpt.schedule.actions import Advance
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.simulator import Simulation, simulate
-from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
+from tbptt_ckpt.schedule.windows import joint_steps, noted_steps, recorded_steps
 
 _SECONDS = 0.6
 _ROOM = 2.0  # over the measured peak: a segment is run twice, beside gradients of its own
 
 
 def measure_workload(
-    work: Workload, parts: Parts, k1: int, num_steps: int, limits: Limits
+    work: Workload,
+    parts: Parts,
+    k1: int,
+    num_steps: int,
+    limits: Limits,
+    cuts: Sequence[int] = (),
 ) -> Costs:
     """Run short segments of `num_steps` steps of the work as its windows run them.
 
-    Its gradients are left as they are; `parts` are those of the engine that runs its windows.
+    Its gradients are left as they are; `parts` are those of the engine that runs its windows, which
+    cut segments so many steps before their ends.
     """
     inputs, targets = EndlessSource(work.source, 0).read(0, num_steps)
     time_dim = getattr(work.source, "time_dim", 0)
@@ -58,6 +64,7 @@ def measure_workload(
         stop=num_steps,
         loss_start=num_steps - (1 if work.has_only_last_loss else min(k1, num_steps)),
         boundary=Boundary(0, for_lanes(work.init_state, parts.runner.recurrence.lane_dim), found),
+        stops_at=sorted(num_steps - cut for cut in cuts if cut < num_steps),
     )
     fixed = FixedBytes(
         weights=tensor_bytes(*owners),
@@ -93,8 +100,11 @@ def predicted(
     advance_steps = min(plan.advance_steps, max(advances, default=0))
     num_steps = min(window.stop - window.first, max(longest + 1, advance_steps))
     limits = Limits(longest, _SECONDS, room, advance_steps, leaf_steps=longest)
+    stale, k1, k2 = configuration.overlap == "stale", configuration.k1, configuration.k2
+    stops = {window.new_start, *noted_steps(window, None, k1, k2, stale=stale)}
+    cuts = [window.stop - stop for stop in stops]
     try:
-        costs = measure_workload(work, parts, configuration.k1, num_steps, limits)
+        costs = measure_workload(work, parts, k1, num_steps, limits, cuts)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -122,6 +132,7 @@ def _simulated(
         recorded_states=len(joints),
         advance_steps=window.plan.advance_steps,
         loss_start=window.stop - 1 if only_last else window.new_start,
+        coming_bytes=0 if costs.last_leaf_bytes is None else costs.fixed.gradients,
     )
 
 

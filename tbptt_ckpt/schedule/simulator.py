@@ -54,6 +54,7 @@ def simulate(
     recorded_states: Dimension = 0,
     advance_steps: PositiveInt | None = None,
     loss_start: int | None = None,
+    coming_bytes: Dimension = 0,
 ) -> Simulation:
     """Replay a schedule without running a module; takes time in proportion to its actions.
 
@@ -65,6 +66,8 @@ def simulate(
         advance_steps: Most steps of one call in an advance; by default 64, or the longest
             leaf where that is longer.
         loss_start: The first step with a loss; None where every step has one.
+        coming_bytes: Of the fixed part, what the first leaf makes, as it does gradients that were
+            cleared. Plans count it from the start.
 
     Raises:
         ScheduleError: A schedule that does not differentiate one window.
@@ -76,7 +79,8 @@ def simulate(
         advance_steps = max(_CALL_STEPS, longest)
     base_bytes = costs.fixed.total(stop - first) + recorded_states * costs.state_bytes
     loss_start = first if loss_start is None else min(loss_start, stop)
-    replay = _Replay(costs, stop, {first, *given}, base_bytes, advance_steps, loss_start)
+    states = {first, *given}
+    replay = _Replay(costs, stop, states, base_bytes, advance_steps, loss_start, coming_bytes)
     for action in actions:
         replay.take(action)
     return replay.finish()
@@ -108,9 +112,11 @@ class _Replay:
         base_bytes: int,
         advance_steps: int,
         loss_start: int,
+        coming_bytes: int,
     ) -> None:
         self.costs, self.stop, self.given, self.loss_start = costs, stop, given, loss_start
         self.base_bytes, self.advance_steps = base_bytes, advance_steps
+        self.coming_bytes = coming_bytes
         self.kept: set[int] = set()
         self.working: int | None = None  # None too where it is a given state
         self.timeline: list[tuple[float, int]] = []
@@ -150,7 +156,8 @@ class _Replay:
 
     def _advance(self, start: int, stop: int) -> None:
         steps, losses = stop - start, self._num_losses(start, stop)
-        self._hold(self.costs.advance_peak(steps, losses, self.advance_steps))
+        taken = self.costs.advance_peak(steps, losses, self.advance_steps)
+        self._hold(taken if self.leaves else taken - self.coming_bytes)
         self.advanced += steps
         whole, rest = divmod(steps, self.advance_steps)
         for count, call_steps in ((whole, self.advance_steps), (int(rest > 0), rest)):

@@ -186,6 +186,59 @@ def test_peaks_are_predicted_within_three_percent(kind, reach):
         assert abs(report.prediction_error) < 0.03, strategy
 
 
+class Readout(nn.Module):
+    """Outputs that are many times as large as the state."""
+
+    def __init__(self, inside, classes):
+        super().__init__()
+        self.inside, self.out = inside, nn.Linear(32, classes)
+
+    def forward(self, x, state):
+        h, state = self.inside(x, state)
+        return self.out(h), state
+
+
+class Cell(nn.LSTMCell):
+    def forward(self, x, state):
+        h, c = super().forward(x, state)
+        return h, (h, c)
+
+
+INSIDE = {
+    "lstm": (lambda: nn.LSTM(3, 32), False, 9),
+    "gru of 2 layers": (lambda: nn.GRU(3, 32, 2), False, 9),
+    "cell with 2,000 classes": (lambda: Cell(3, 32), True, 2000),
+}
+
+
+@covering(
+    together=1,
+    inside=[*INSIDE],
+    strategy=["retain", "uniform:14", "sqrt"],
+)
+@pytest.mark.usefixtures("device")
+def test_rows_are_predicted_as_their_windows_are_cut(inside, strategy):
+    """At the first loss and where the next window starts; and no longer segment has more losses."""
+    make_inside, per_step, classes = INSIDE[inside]
+    torch.manual_seed(0)
+    module = placed(Readout(make_inside(), classes))
+    data = placed((torch.randn(48, 16, 3), torch.randint(classes, (48, 16))))
+
+    def cross_entropy(logits, targets):
+        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    report = profile(
+        *(module, cross_entropy, *data),
+        k1=8,
+        k2=40,
+        strategy=strategy,
+        time_batching="auto",
+        per_step=per_step,
+        optimizer=torch.optim.Adam(module.parameters()),
+    )
+    assert abs(report.prediction_error) < 0.03
+
+
 @pytest.mark.parametrize("kind", [nn.GRUCell, lambda *sizes: Dropped(*sizes)])
 def test_generators_that_windows_note_are_predicted(kind):
     work = make(kind)

@@ -70,6 +70,19 @@ def fields(costs: Costs) -> dict:
     return {name: getattr(costs, name) for name in costs.__dataclass_fields__}
 
 
+def test_what_the_first_leaf_makes_is_not_beside_the_advances_before_it() -> None:
+    later, early = (simulate(WRITTEN, COSTS, coming_bytes=coming).timeline for coming in (0, 300))
+    ran = [isinstance(action, Differentiate) for action in WRITTEN if action_takes(action)]
+    first = ran.index(True)
+    spared = [peak - less for (_, peak), (_, less) in zip(later, early, strict=True)]
+    assert first > 0
+    assert spared == [300] * first + [0] * (len(spared) - first)
+
+
+def action_takes(action: object) -> bool:
+    return isinstance(action, Advance | Differentiate)
+
+
 def test_the_update_is_a_floor_of_the_peak() -> None:
     costs = Costs(**{**fields(COSTS), "update_bytes": 5000})
     found = simulate(WRITTEN, costs)
