@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tbptt_ckpt.module.inside import is_compiled
 from tbptt_ckpt.module.replaced import ReplacedFunctions
-from tbptt_ckpt.module.trees import Tree, slots_of, tensors_of
+from tbptt_ckpt.module.trees import Tree, tensors_of
 
 _OTHERS = tuple(f"{Path(str(file)).parent}/" for file in (torch.__file__, Path(__file__).parent))
 _HOOKS = (
@@ -30,9 +27,8 @@ _HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"),
     "_global_backward_pre_hooks",
 )
-_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
-_SEARCHED = 1000  # containers and objects, and items of one; longer ones hold data
-_HAS_EFFECT = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
+_HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+_HAS_EFFECT = (*_HOOKING, "backward", "__set__")
 
 
 class NoPartsError(Exception):
@@ -42,7 +38,7 @@ class NoPartsError(Exception):
 def users_line() -> str:
     """The line of the user's that runs now."""
     frame = sys._getframe(1)
-    while frame is not None and _is_others(frame.f_code.co_filename):
+    while frame is not None and is_others_file(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
     return "its forward" if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
 
@@ -50,7 +46,7 @@ def users_line() -> str:
 def line_of(error: BaseException) -> str:
     """The line of the user's that an error came through last."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _is_others(frame.filename):
+        if not is_others_file(frame.filename):
             return _line(frame.filename, frame.lineno)
     return "its forward"
 
@@ -59,7 +55,8 @@ def _line(file: str, number: int | None) -> str:
     return f"{Path(file).name}:{number}"
 
 
-def _is_others(file: str) -> bool:
+def is_others_file(file: str) -> bool:
+    """Whether a file is torch's or this package's, or none."""
     return file.startswith(_OTHERS) or file.startswith("<")
 
 
@@ -159,9 +156,25 @@ def _noticed(original: Callable[..., Any]) -> Callable[..., Any]:
     return enter
 
 
+def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(*args: Any) -> Any:
+        is_users = not is_others_file(sys._getframe(1).f_code.co_filename)
+        if _thread.watch is not None and is_users:  # the answer of the trace would stay
+            _thread.watch.refuse("asks for a grad mode or autocast")
+        return original(*args)
+
+    return ask
+
+
 _thread = _Thread()
 _kinds = (torch.autocast, torch.inference_mode, torch.autograd.graph.saved_tensors_hooks)
-_contexts = ReplacedFunctions({(kind, "__enter__"): _noticed for kind in _kinds})
+_questions = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+_contexts = ReplacedFunctions(
+    {
+        **{(kind, "__enter__"): _noticed for kind in _kinds},
+        **{(torch, name): _answered for name in _questions},
+    }
+)
 
 
 def check_graph(results: Tree) -> None:
@@ -175,101 +188,3 @@ def check_graph(results: Tree) -> None:
         new = {each for each, _ in node.next_functions if each is not None} - seen
         seen |= new
         left += new
-
-
-class Attributes:
-    """What a module's attributes hold, and the names and containers its functions use.
-
-    Containers and objects in them are looked through. What has changed can be named and put back.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._names = list(_names_used(module))
-        starts = [(type(part).__name__, vars(part)) for part in module.modules()]
-        named = [(name, {name: space[name]}) for space, name, _ in self._names]
-        self._held = [(name, each, copy.copy(each)) for name, each in _holders([*starts, *named])]
-        self._buffers = {id(part._buffers) for part in module.modules()}
-
-    def changed(self) -> str | None:
-        """What does not hold what it did; None where everything does."""
-        for space, name, value in self._names:
-            if not _is_same(space.get(name), value):
-                return name
-        return next((n for n, now, then in self._held if not _is_same_holder(now, then)), None)
-
-    def put_back(self) -> None:
-        """As everything was, but buffers, which are the business of others."""
-        for space, name, value in self._names:
-            space[name] = value
-        for _, now, then in self._held:
-            if id(now) not in self._buffers and not _is_same_holder(now, then):
-                now.clear()
-                (now.extend if isinstance(now, list | deque) else now.update)(then)
-
-
-def _is_same_holder(now: Any, then: Any) -> bool:
-    if len(now) != len(then) or isinstance(now, set):
-        return bool(now == then)
-    if isinstance(now, dict):
-        return now.keys() == then.keys() and all(_is_same(now[key], then[key]) for key in then)
-    return all(map(_is_same, now, then))
-
-
-def _is_same(now: object, then: object) -> bool:
-    return now is then or (type(now) is type(then) and type(now) in _PLAIN and now == then)
-
-
-def _holders(starts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    left, seen = list(starts), set[int]()
-    for name, holder in left:  # grows
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        yield name, holder
-        if len(seen) > _SEARCHED or len(holder) > _SEARCHED:
-            continue
-        items = holder.items() if isinstance(holder, dict) else ((None, each) for each in holder)
-        for key, item in items:
-            path = f"{name}.{key}" if isinstance(key, str) else name
-            for each in item if type(item) is tuple else (item,):
-                if isinstance(each, list | dict | set | deque):
-                    left.append((path, each))
-                elif not isinstance(each, nn.Module | type | ModuleType | Tensor | FunctionType):
-                    inside = getattr(each, "__dict__", None)
-                    left += [(path, inside)] if isinstance(inside, dict) else []
-                    left += [(path, o) for o in slots_of(each) if isinstance(o, list | dict | set)]
-
-
-def _names_used(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Namespace, name and value of whatever the functions of a module's classes use by name."""
-    left: list[tuple[nn.Module, Any]] = []
-    for part in module.modules():
-        own = [each for each in vars(part).values() if isinstance(each, FunctionType)]
-        left += [(part, function) for function in (type(part).forward, *own)]
-    seen = set[Any]()
-    for part, function in left:  # grows
-        code = getattr(function, "__code__", None)
-        if code is None or code in seen or _is_others(code.co_filename):
-            continue
-        seen.add(code)
-        space = function.__globals__
-        for name in _names_in(code):
-            if name not in space or isinstance(space[name], ModuleType | type):
-                left.append((part, getattr(type(part), name, None)))
-            elif isinstance(space[name], FunctionType):
-                left.append((part, space[name]))
-            else:
-                yield space, name, space[name]
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not set yet
-                continue
-            left.append((part, value))
-            if not isinstance(value, FunctionType | type):
-                yield {name: value}, name, value
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
-    return set(code.co_names).union(*inner)

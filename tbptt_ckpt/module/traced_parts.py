@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from tbptt_ckpt.module.ambient import Ambient, untouched
+from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.lane_wise import is_lane_wise_function, is_lane_wise_module
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.part_functions import Encode, Readout, Transition, part_of
 from tbptt_ckpt.module.step_effects import (
-    Attributes,
     NoPartsError,
     Watch,
     check_graph,
@@ -68,6 +68,15 @@ def traced_parts(module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
 
 def find_parts(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
     """`traced_parts`, described."""
+    try:
+        return _found(module, inputs, state)
+    except NoPartsError:
+        raise
+    except Exception as error:  # whatever a module of the user's may do
+        raise NoPartsError(f"it cannot be looked through: {error!r}") from error
+
+
+def _found(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
     check_traceable(module, [*tensors_of(inputs), *tensors_of(state)])
     strange = [leaf for leaf in iterate_leaves((inputs, state)) if leaf is not None]
     if others := [type(leaf).__name__ for leaf in strange if not isinstance(leaf, Tensor)]:
@@ -130,7 +139,7 @@ class _Split:
         self._new_state = [n for n in iterate_leaves(trace.new_state) if n is not None]
         self._encode = set(trace.inputs)
         for node in self._nodes:
-            inner = [n for n in node.all_input_nodes if not value_of(n).is_constant]
+            inner = self._inner(node)
             if inner and self._encode.issuperset(inner) and self._folds(node):
                 self._encode.add(node)
         self._transition = set(trace.state)
@@ -143,7 +152,7 @@ class _Split:
             if node in needed and set(node.all_input_nodes) & self._transition and _is_item(node):
                 self._take([node])
         self._readout = needed - self._transition - self._encode
-        self._check(needed)
+        self._check()
         self._encoded, self._features = self._crossing()
 
     def _folds(self, node: fx.Node) -> bool:
@@ -164,25 +173,21 @@ class _Split:
             if node in found or node in known or value_of(node).is_constant:
                 continue
             found.add(node)
-            left += node.all_input_nodes
+            left += self._inner(node)
         return found
 
     def _take(self, nodes: Iterable[fx.Node]) -> None:
         self._transition |= self._reached(nodes, self._encode | self._transition)
 
-    def _check(self, needed: set[fx.Node]) -> None:
+    def _check(self) -> None:
         for node in self._returned:
             if not value_of(node).has_lanes:
                 raise NoPartsError(f"{line_at(node)}: an output is not one row for each lane")
-        used = self._encode | self._transition | needed
         for node in self._nodes:
             name = str(getattr(node.target, "__name__", node.target))
             is_in_place = name.endswith("_") and not name.endswith("__")
             if node.op == "call_method" and is_in_place:
                 raise NoPartsError(f"{line_at(node)} calls {name}, which works in place")
-            is_known = node in used or value_of(node).is_constant or node.op == "placeholder"
-            if not is_known and not self._folds(node) and value_of(node).shape is not None:
-                raise NoPartsError(f"{line_at(node)} calls {name} for no result")
 
     def _crossing(self) -> tuple[Nodes, Nodes]:
         """What of the encoded values, and of the transition's, other parts need."""

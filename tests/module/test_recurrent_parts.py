@@ -167,6 +167,14 @@ def test_dropout_that_does_not_drop_is_folded() -> None:
     assert before != plain_attributes(module)
 
 
+def test_plain_attributes_let_weights_and_buffers_be_others() -> None:
+    module = net(square_rows)
+    before = plain_attributes(module)
+    module.load_state_dict(net(square_rows).state_dict(), assign=True)
+    module.scale = torch.rand(WIDTH)
+    assert before == plain_attributes(module)
+
+
 @pytest.mark.parametrize("attribute", ["factor", "count", "table", "notes", "extra"])
 def test_plain_attributes_tell_of_changes(attribute: str) -> None:
     module = net(square_rows)

@@ -130,6 +130,17 @@ def test_steps_with_one_state(step: Step) -> None:
     assert check(step, floats(LANES)).readout
 
 
+def test_a_dtype_of_the_state_keeps_an_input_in_the_transition() -> None:
+    def step(m: Any, x: Tensor, h: Tensor) -> Any:
+        e = m.lin(x).to(h.dtype)
+        h = torch.tanh(m.rec(h) + F.relu(e))
+        return m.out(h) + x.to(h.dtype), h
+
+    found = check(step, floats(LANES))
+    assert found.encode == ("lin",)
+    assert found.readout == ("out", "to", "add")
+
+
 def test_own_cells_and_stacks() -> None:
     assert check(own, floats(LANES), words()).encode == ("emb", "lin", "chunk")
     found = check(stacked, [two(), two()])
@@ -202,6 +213,8 @@ LANE_WISE = {
     "max": lambda m, v: v.max(1, keepdim=True).values + v,
     "normal": lambda m, v: F.normalize(v) + v.cumsum(1).clamp(-1, 1),
     "cast": lambda m, v: v.to(m.w.dtype) - v.detach(),
+    "cancelled": lambda m, v: (m.lin(v) + m.w[0, 0]).softmax(-1),
+    "like the state": lambda m, v: v.to(v.dtype) * m.scale.to(v.device),
     "weights": lambda m, v: F.linear(v, m.w.exp().softmax(0)),
 }
 
@@ -228,7 +241,7 @@ def test_what_mixes_lanes_stays_in_the_transition(name: str) -> None:
     assert check(after, floats(LANES)).readout[-1] == "out"
 
 
-@pytest.mark.parametrize("name", some(LANE_WISE, "relu", "scaled", "items", "weights"))
+@pytest.mark.parametrize("name", some(LANE_WISE, "relu", "scaled", "items", "weights", "cancelled"))
 def test_what_is_lane_wise_is_folded(name: str) -> None:
     def step(m: Any, x: Tensor, h: Tensor) -> Any:
         h = torch.tanh(m.rec(h) + LANE_WISE[name](m, x))
@@ -307,6 +320,8 @@ REFUSED = {
     "functional dropout": (lambda m, v: F.dropout(v, 0.1), "random"),
     "rand_like": (lambda m, v: v + torch.rand_like(v), "random"),
     "bernoulli": (lambda m, v: v * torch.bernoulli(v.sigmoid()), "random"),
+    "asked": (lambda m, v: v if torch.is_grad_enabled() else -v, "asks for a grad mode"),
+    "data": (lambda m, v: (setattr(v, "data", v.data * 2), v)[1], "__set__"),
     "generator": (lambda m, v: v * torch.rand((), generator=GENERATOR), "random"),
     "python's random": (lambda m, v: v * random.random(), "random"),
     "batch norm": (lambda m, v: m.bn(v), "in place"),
@@ -368,3 +383,68 @@ def test_what_a_trace_would_lose_is_refused(name: str, where: str) -> None:
     assert torch.equal(h, given[1])
     for key, value in module.state_dict().items():
         assert torch.equal(value, weights[key])
+
+
+def closure_with_count() -> Step:
+    count = 0
+
+    def step(m: Any, x: Tensor, h: Tensor) -> Any:
+        nonlocal count
+        count += 1
+        h = torch.tanh(m.rec(h) + m.lin(x))
+        return m.out(h), h
+
+    return step
+
+
+def test_a_variable_of_a_closure_that_changes_is_named() -> None:
+    found = recurrent_parts(net(closure_with_count()), (floats(LANES), floats(LANES)))
+    assert found.reason == "a step changes count"
+
+
+PIECES: list[Callable[[Any, Tensor], Tensor]] = [
+    *MIXING.values(),
+    *LANE_WISE.values(),
+    *(lambda m, v, layer=layer: getattr(m, layer)(v) for layer in ("lin", "out", "norm")),
+]
+
+
+def made_of_pieces(draw: random.Random) -> Step:
+    """A step with values of input, state and each other combined at random."""
+    plan = [
+        (draw.choice(PIECES), draw.random(), draw.random(), draw.choice(("add", "mul", "cat")))
+        for _ in range(draw.randint(3, 9))
+    ]
+    picks = [draw.random() for _ in range(3)]
+    is_cell = draw.random() < 0.5
+
+    def step(m: Any, x: Tensor, state: Any) -> Any:
+        values = [x, *state]
+
+        def pick(place: float) -> Tensor:
+            return values[int(place * len(values))]
+
+        for piece, first, second, how in plan:
+            a, b = torch.tanh(piece(m, pick(first))), pick(second)
+            if how == "cat":
+                values.append(torch.cat([a[:, :1], b[:, 1:]], -1))
+            else:
+                values.append(torch.tanh(a + b) if how == "add" else a * b)
+        if is_cell:
+            h, c = m.cell(pick(picks[0]), state)
+            values.append(m.norm(h))
+        else:
+            h, c = m.rec(pick(picks[0])).tanh() + state[1] * 0.1, pick(picks[1])
+            values.append(h)
+        return (pick(picks[2]) + m.out(values[-1]), pick(picks[1]) * values[-1]), (h, c)
+
+    return step
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(300))
+def test_steps_made_of_pieces(seed: int) -> None:
+    module, steps, state = net(made_of_pieces(random.Random(seed))), floats(STEPS, LANES), two()
+    found = find_parts(module, steps[0], state)
+    agree(module, found.parts, steps, state)
+    assert recurrent_parts(module, (steps[0], state))
