@@ -14,6 +14,9 @@ from tbptt_ckpt.module.step_effects import is_others_file
 from tbptt_ckpt.module.trees import slots_of
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+_READ_ONCE = (int, float, bool, str, bytes, type(None))
+_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
+_LONGEST = 100  # containers with more hold data
 _SEARCHED = 1000  # containers and objects, and items of one; longer ones hold data
 
 
@@ -125,3 +128,30 @@ def _names_used(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
 def _names_in(code: CodeType) -> set[str]:
     inner = [_names_in(each) for each in code.co_consts if isinstance(each, CodeType)]
     return set(code.co_names).union(*inner)
+
+
+def plain_attributes(module: nn.Module) -> object:
+    """Numbers, texts and modes in the attributes of all modules inside, to compare.
+
+    A trace has read them once. Hooks count by their number, modules and other tensors than
+    weights and buffers by which they are.
+    """
+    return [
+        (id(part), name, value if isinstance(value, _READ_ONCE) else _standing_for(name, value))
+        for part in module.modules()
+        for name, value in vars(part).items()
+    ]
+
+
+def _standing_for(name: str, value: object) -> object:
+    if name in _OF_TORCH:  # weights and buffers may be others each time
+        return len(value) if isinstance(value, dict) else id(value)
+    if not isinstance(value, dict | tuple | list) or len(value) > _LONGEST:
+        return id(value)
+    if isinstance(value, dict):
+        return tuple((key, _item(each)) for key, each in value.items())
+    return tuple(map(_item, value))
+
+
+def _item(value: object) -> object:
+    return value if isinstance(value, _READ_ONCE) else id(value)

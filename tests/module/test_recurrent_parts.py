@@ -26,7 +26,8 @@ from stepped_parts import (
 from torch import Tensor, nn
 
 from tbptt_ckpt.module import recurrent_parts
-from tbptt_ckpt.module.recurrent_parts import hold_against, plain_attributes
+from tbptt_ckpt.module.attributes import plain_attributes
+from tbptt_ckpt.module.held_parts import hold_against
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.traced_parts import find_parts, traced_parts
 
@@ -284,3 +285,15 @@ def test_what_is_not_finite_is_not_compared() -> None:
 
     found = recurrent_parts(net(step), (floats(LANES), floats(LANES)))
     assert found.reason == "its outputs are not finite on the example"
+
+
+def test_a_norm_in_float32_is_compared_with_its_rounding() -> None:
+    def step(m: Any, x: Tensor, h: Tensor) -> Any:
+        e = m.lin(x)
+        e = (e.float() * e.float().pow(2).mean(-1, keepdim=True).rsqrt()).type_as(e)
+        h = torch.tanh(m.rec(h) + e)
+        return m.out(h), h
+
+    assert recurrent_parts(net(step), (floats(LANES), floats(LANES)))
+    module = net(step).float()
+    assert recurrent_parts(module, (floats(LANES).float(), floats(LANES).float()))
