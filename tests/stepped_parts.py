@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class Net(nn.Module):
         self.w = nn.Parameter(torch.randn(WIDTH, WIDTH))
         self.register_buffer("scale", torch.rand(WIDTH))
         self.table, self.factor, self.count, self.notes = torch.rand(WIDTH), 1.5, 0, []
+        self.tally = np.zeros(2)
         self._step = step
 
     def forward(self, x: Tensor, state: Any) -> Any:

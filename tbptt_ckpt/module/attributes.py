@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,18 +52,26 @@ class Attributes:
             if not _is_same(space.get(name), value):
                 space[name] = value
         for _, now, then in self._held:
-            if id(now) not in self._buffers and not _is_same_holder(now, then):
+            if id(now) in self._buffers or _is_same_holder(now, then):
+                continue
+            if isinstance(now, np.ndarray):
+                now[...] = then
+            else:
                 now.clear()
                 (now.extend if isinstance(now, list | deque) else now.update)(then)
 
 
 def _copied(holder: Any) -> Any:
+    if isinstance(holder, np.ndarray):
+        return holder.copy()
     if isinstance(holder, dict | set):
         return dict(holder) if isinstance(holder, dict) else set(holder)
     return list(holder)
 
 
 def _is_same_holder(now: Any, then: Any) -> bool:
+    if isinstance(now, np.ndarray):
+        return bool(now.tobytes() == then.tobytes())
     if len(now) != len(then) or isinstance(now, set):
         return bool(now == then)
     if isinstance(now, dict):
@@ -81,13 +90,13 @@ def _holders(starts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(holder))
         yield name, holder
-        if len(seen) > _SEARCHED or len(holder) > _SEARCHED:
+        if isinstance(holder, np.ndarray) or max(len(seen), len(holder)) > _SEARCHED:
             continue
         items = holder.items() if isinstance(holder, dict) else ((None, each) for each in holder)
         for key, item in items:
             path = f"{name}.{key}" if isinstance(key, str) else name
             for each in item if type(item) is tuple else (item,):
-                if isinstance(each, list | dict | set | deque):
+                if isinstance(each, list | dict | set | deque | np.ndarray):
                     left.append((path, each))
                 elif not isinstance(each, nn.Module | type | ModuleType | Tensor | FunctionType):
                     inside = getattr(each, "__dict__", None)

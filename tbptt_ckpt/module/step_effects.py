@@ -22,6 +22,7 @@ from tbptt_ckpt.module.replaced import ReplacedFunctions
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
 _OTHERS = tuple(f"{Path(str(file)).parent}/" for file in (torch.__file__, Path(__file__).parent))
+_PYTHONS = f"{Path(threading.__file__).parent}/"
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"),
@@ -56,8 +57,9 @@ def _line(file: str, number: int | None) -> str:
 
 
 def is_others_file(file: str) -> bool:
-    """Whether a file is torch's or this package's, or none."""
-    return file.startswith(_OTHERS) or file.startswith("<")
+    """Whether a file is torch's, Python's or this package's, or none."""
+    is_pythons = file.startswith(_PYTHONS) and "site-packages" not in file
+    return file.startswith(_OTHERS) or file.startswith("<") or is_pythons
 
 
 def check_traceable(module: object, tensors: Sequence[Tensor]) -> None:

@@ -329,6 +329,7 @@ REFUSED = {
     "buffer replaced": (lambda m, v: stores(m, v.detach()[0], "scale"), "_buffers.scale|changes"),
     "attribute": (lambda m, v: stores(m, v, "table"), "changes"),
     "list": (lambda m, v: (m.notes.append(v), v)[1], "notes"),
+    "array": (lambda m, v: (m.tally.__iadd__(1), v)[1], "tally"),
     "global list": (lambda m, v: (SEEN.append(v), v)[1], "SEEN"),
     "global number": (counts, "CALLS"),
     "in place": (lambda m, v: torch.tanh(v).mul_(2), "in place"),
@@ -377,6 +378,7 @@ def test_what_a_trace_would_lose_is_refused(name: str, where: str) -> None:
         traced_parts(module, x, h)
     assert vars(module) == before
     assert module.notes == []
+    assert not module.tally.any()
     assert (SEEN, CALLS, random.getstate()) == globals_before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(x, given[0])
