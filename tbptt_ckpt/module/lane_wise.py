@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbptt_ckpt.module.step_values import Call, Value
 
@@ -22,7 +22,9 @@ Rule = Callable[[Call], bool]
 def _elementwise(call: Call) -> bool:
     """Tensors of lanes are of one rank, and constants reach no further than after."""
     ranks = {value.rank for value in call.values if value.has_lanes}
-    if len(ranks) != 1 or call.kwargs.keys() & {"generator", "out"}:
+    given = [*call.args, *call.kwargs.values()]
+    is_nested = sum(isinstance(each, Value) for each in given) != len(call.values)
+    if is_nested or len(ranks) != 1 or call.kwargs.keys() & {"generator", "out"}:
         return False
     rank = ranks.pop()
     return rank > 0 and all(v.has_lanes or _spares_lanes(v, rank) for v in call.values)
@@ -35,7 +37,7 @@ def _spares_lanes(value: Value, rank: int) -> bool:
     )
 
 
-def _trailing(dims: Any, rank: int) -> bool:
+def are_trailing(dims: Any, rank: int) -> bool:
     """Whether these are dimensions after the lanes."""
     every = dims if isinstance(dims, list | tuple) else (dims,)
     whole = all(isinstance(d, int) and not isinstance(d, bool) for d in every)
@@ -47,7 +49,7 @@ def _over(position: int, name: str = "dim", default: Any = None, extra: int = 0)
 
     def rule(call: Call) -> bool:
         dims = call.get(position, name, default)
-        return call.only_first and _trailing(dims, call.first.rank + extra)
+        return call.only_first and are_trailing(dims, call.first.rank + extra)
 
     return rule
 
@@ -58,26 +60,26 @@ def _over_all_given(start: int = 1, name: str = "dims") -> Rule:
     def rule(call: Call) -> bool:
         given = call.args[start:] or (call.kwargs.get(name),)
         dims = given[0] if len(given) == 1 else given
-        return call.only_first and _trailing(dims, call.first.rank)
+        return call.only_first and are_trailing(dims, call.first.rank)
 
     return rule
 
 
 def _two_dims(call: Call) -> bool:
     dims = (call.get(1, "dim0"), call.get(2, "dim1"))
-    return call.only_first and _trailing(dims, call.first.rank)
+    return call.only_first and are_trailing(dims, call.first.rank)
 
 
 def _permute(call: Call) -> bool:
     given = call.args[1:] or (call.kwargs.get("dims"),)
     dims = given[0] if len(given) == 1 else given
     is_one = call.only_first and isinstance(dims, list | tuple) and bool(dims)
-    return is_one and dims[0] == 0 and _trailing(dims[1:], call.first.rank)
+    return is_one and dims[0] == 0 and are_trailing(dims[1:], call.first.rank)
 
 
 def _flatten(call: Call) -> bool:
     dims = (call.get(1, "start_dim", 0), call.get(2, "end_dim", -1))
-    return call.only_first and _trailing(dims, call.first.rank)
+    return call.only_first and are_trailing(dims, call.first.rank)
 
 
 def _join(extra: int) -> Rule:
@@ -86,12 +88,14 @@ def _join(extra: int) -> Rule:
         if not isinstance(tensors, list | tuple) or len(call.values) != len(tensors):
             return False
         same = all(v.has_lanes and v.rank == call.values[0].rank for v in call.values)
-        return same and _trailing(call.get(1, "dim", 0), call.values[0].rank + extra)
+        return same and are_trailing(call.get(1, "dim", 0), call.values[0].rank + extra)
 
     return rule
 
 
 def _index(call: Call) -> bool:
+    if not isinstance(call.first, Value) or len(call.args) != 2:
+        return False
     if call.first.items:  # one of several results
         return isinstance(call.args[1], int)
     parts = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -108,7 +112,7 @@ def _gather(call: Call) -> bool:
     both = [call.first, index]
     if len(call.values) != 2 or not all(isinstance(v, Value) and v.has_lanes for v in both):
         return False
-    return bool(call.first.rank == index.rank and _trailing(dim, index.rank))
+    return bool(call.first.rank == index.rank and are_trailing(dim, index.rank))
 
 
 def _linear(call: Call) -> bool:
@@ -177,6 +181,10 @@ def _pad(call: Call) -> bool:
     return known and call.only_first and len(pad) <= 2 * (call.first.rank - 1)
 
 
+def _cast(call: Call) -> bool:
+    return isinstance(call.first, Value) and call.first.has_lanes and _elementwise(call)
+
+
 def _where(call: Call) -> bool:
     return len(call.args) + len(call.kwargs) == 3 and _elementwise(call)  # of one it finds places
 
@@ -199,14 +207,14 @@ _ELEMENTWISE = """
     logical_not logical_or logical_xor logit logsigmoid long lt masked_fill maximum minimum mish
     mod mul multiply nan_to_num ne neg negative nextafter not_equal ones_like or_ pos positive
     pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign sin sinc sinh
-    softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold to
-    true_divide truediv trunc type_as xlogy xor zeros_like
+    softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
+    true_divide truediv trunc xlogy xor zeros_like
 """.split()  # noqa: SIM905
 _DIMENSIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(["sum", "mean", "amax", "amin", "logsumexp", "prod", "all", "any"], (1,)),
     **dict.fromkeys(["std", "var", "argmax", "argmin", "softmax", "log_softmax", "softmin"], (1,)),
     **dict.fromkeys(["cumsum", "cumprod", "logcumsumexp"], (1,)),
-    **dict.fromkeys(["narrow", "select", "unbind", "squeeze", "unflatten"], (1,)),
+    **dict.fromkeys(["narrow", "select", "unbind", "unflatten"], (1,)),
     **dict.fromkeys(["chunk", "split", "tensor_split", "norm"], (2,)),
     **dict.fromkeys(["sort", "argsort", "glu"], (1, "dim", -1)),
     **{"topk": (2, "dim", -1), "normalize": (2, "dim", 1), "unsqueeze": (1, "dim", None, 1)},
@@ -219,6 +227,7 @@ _BY_NAME: dict[str, Rule] = {
         "max": _extreme,
         "min": _extreme,
         "flip": _over_all_given(),
+        "squeeze": _over_all_given(1, "dim"),
         "permute": _permute,
         "where": _where,
     },
@@ -228,7 +237,14 @@ _BY_NAME: dict[str, Rule] = {
     **{"getitem": _index, "linear": _linear, "addmm": _addmm, "embedding": _embedding},
     **dict.fromkeys(["matmul", "mm", "bmm"], _matmul),
     **{"one_hot": _one_hot, "layer_norm": _layer_norm, "group_norm": _group_norm},
-    **{"rms_norm": _layer_norm, "dropout": _dropout, "pad": _pad, "prelu": _elementwise},
+    **{
+        "to": _cast,
+        "type_as": _cast,
+        "rms_norm": _layer_norm,
+        "dropout": _dropout,
+        "pad": _pad,
+        "prelu": _elementwise,
+    },
     **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
     **{f"{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
     **{f"adaptive_{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
@@ -240,61 +256,10 @@ _BY_FUNCTION: dict[Any, Rule] = {
     for owner in _OWNERS
     if callable(getattr(owner, name, None))
 }
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU),
-    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardtanh),
-    *(nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Tanhshrink, nn.Threshold, nn.Identity),
-)
+del _BY_FUNCTION[torch.embedding]  # whose weight is the first argument
 
 
 def is_lane_wise_function(target: object, call: Call) -> bool:
     """Whether a call of a function, or of a method by its name, treats every lane by itself."""
     rule = _BY_NAME.get(target) if isinstance(target, str) else _BY_FUNCTION.get(target)
     return rule is not None and rule(call)
-
-
-def is_lane_wise_module(module: nn.Module, call: Call) -> bool:
-    """Whether a module of torch's treats every lane by itself, as it is now."""
-    kind = type(module)
-    is_torchs = getattr(nn, kind.__name__, None) is kind
-    if not is_torchs or not isinstance(call.first, Value):
-        return False
-    if kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
-        states = call.values[1:]
-        return (
-            call.first.rank == 2
-            and all(v.has_lanes and v.rank == 2 for v in call.values)
-            and (len(states) == (2 if kind is nn.LSTMCell else 1))
-        )
-    return call.only_first and call.first.rank > 0 and _takes(module, call.first.rank)
-
-
-def _takes(module: Any, rank: int) -> bool:
-    match module:
-        case nn.Embedding():
-            plain = not (module.sparse or module.scale_grad_by_freq)
-            answer = plain and module.max_norm is None
-        case nn.LayerNorm() | nn.RMSNorm():
-            answer = len(module.normalized_shape) < rank
-        case nn.Softmax() | nn.LogSoftmax() | nn.Softmin() | nn.GLU():
-            answer = _trailing(module.dim, rank)
-        case nn.Flatten():
-            answer = _trailing((module.start_dim, module.end_dim), rank)
-        case nn.Unflatten():
-            answer = _trailing(module.dim, rank)
-        case nn.Dropout():
-            answer = not module.training or module.p == 0
-        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
-            answer = not module.training and module.running_mean is not None and rank > 1
-        case nn.Linear() | nn.GroupNorm() | nn.PReLU():
-            answer = rank > 1
-        case _:
-            answer = type(module) in _ACTIVATIONS or rank == _RANKS.get(type(module))
-    return answer
-
-
-_RANKS: dict[type, int] = {
-    getattr(nn, f"{name}{n}d"): n + 2
-    for n in (1, 2, 3)
-    for name in ("Conv", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
-}

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from tbptt_ckpt.module.ambient import Ambient, untouched
 from tbptt_ckpt.module.attributes import Attributes
-from tbptt_ckpt.module.lane_wise import is_lane_wise_function, is_lane_wise_module
+from tbptt_ckpt.module.lane_wise import is_lane_wise_function
+from tbptt_ckpt.module.lane_wise_modules import is_lane_wise_module
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.part_functions import Encode, Readout, Transition, part_of
 from tbptt_ckpt.module.step_effects import (
