@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from benchmarks.paired import time_pairs
 from benchmarks.report import Figure, add_output_arguments, publish
-from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed
+from tbptt_ckpt import TBPTT, TensorSequence
 from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.module import outputs_needed
 
 NUM_BYTES = 256
 

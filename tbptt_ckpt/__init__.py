@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         TbpttWarning,
     )
     from tbptt_ckpt.memory import peak_memory
-    from tbptt_ckpt.module import outputs_needed
+    from tbptt_ckpt.module import Recurrent
     from tbptt_ckpt.planner import plan
     from tbptt_ckpt.profiling import Workload, profile_strategies, profile_window
     from tbptt_ckpt.schedule import Costs, Plan, Revolve, Uniform, simulate, tbptt_windows
@@ -54,6 +54,7 @@ __all__ = [
     "OutOfMemory",
     "OutOfMemoryError",
     "Plan",
+    "Recurrent",
     "Revolve",
     "ScheduleError",
     "SharedState",
@@ -71,7 +72,6 @@ __all__ = [
     "Workload",
     "evaluate",
     "measure_costs",
-    "outputs_needed",
     "peak_memory",
     "plan",
     "profile_strategies",

@@ -25,6 +25,7 @@ from tbptt_ckpt import (
     LaneSource,
     NonFinite,
     OutOfMemory,
+    Recurrent,
     Revolve,
     SharedState,
     Snapshots,
@@ -210,6 +211,11 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "TBPTT.train": lambda: (engine().train, {"sequence": sequence(), "init_state": None}),
         "TBPTT.evaluate": lambda: (engine().evaluate, {"sequence": sequence(), "segment_steps": 2}),
         "run_window": lambda: (run_window, {**work(), "strategy": "sqrt"}),
+        "Recurrent": lambda: (
+            Recurrent,
+            {"transition": nn.LSTMCell(2, 3), "encode": nn.Linear(2, 2), "readout": None}
+            | {"per_step": True},
+        ),
         "unroll": lambda: (
             unroll,
             {k: v for k, v in work().items() if k not in ("loss_fn", "targets")},

@@ -56,6 +56,13 @@ class StepBlock:
             None if self.resets is None else self.resets[low:high],
         )
 
+    def with_time_first(self) -> StepBlock:
+        """The same as views with time on dimension 0."""
+        if self.time_dim == 0:
+            return self
+        inputs, targets = (to_time_dim(t, self.time_dim, 0) for t in (self.inputs, self.targets))
+        return replace(self, inputs=inputs, targets=targets, time_dim=0)
+
     def copied(self) -> StepBlock:
         """The same with inputs and targets of their own."""
         inputs, targets = map_tensors(torch.clone, (self.inputs, self.targets))
@@ -130,11 +137,11 @@ class StepBlock:
 
     def step_inputs(self) -> Iterator[Any]:
         """The input of each step, without its time dimension."""
-        return _unpack(self.inputs, self.time_dim, self.stop - self.start)
+        return steps_of(self.inputs, self.time_dim, self.stop - self.start)
 
     def step_targets(self) -> Iterator[Any]:
         """The target of each step, without its time dimension."""
-        return _unpack(self.targets, self.time_dim, self.stop - self.start)
+        return steps_of(self.targets, self.time_dim, self.stop - self.start)
 
 
 def narrow_blocks(blocks: Sequence[StepBlock], start: int, stop: int) -> Iterator[StepBlock]:
@@ -168,7 +175,8 @@ def _slice(tree: Tree, low: int, high: int, time_dim: int) -> Tree:
     return map_tensors(lambda t: t.narrow(time_dim, low, high - low), tree)
 
 
-def _unpack(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+def steps_of(tree: Tree, time_dim: int, num_steps: int) -> Iterator[Any]:
+    """Each of so many steps, without its time dimension."""
     if isinstance(tree, Column):
         yield from tree.values
         return

@@ -15,6 +15,7 @@ from tbptt_ckpt.devices import torch_generators
 from tbptt_ckpt.errors import ArgumentError, TbpttError, TbpttWarning, shown
 from tbptt_ckpt.executor.additivity import MeanCheck
 from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.loss_values import as_mean, check_scalar, checked_pair
 from tbptt_ckpt.executor.torch_losses import Counting, LossCalls, TorchCall, counting_of
 from tbptt_ckpt.executor.weighted_steps import (
     check_lanes,
@@ -23,7 +24,7 @@ from tbptt_ckpt.executor.weighted_steps import (
     narrow,
     select,
 )
-from tbptt_ckpt.module.trees import Tree, keeps_more_than_its_values, tensors_of
+from tbptt_ckpt.module.trees import Tree, tensors_of
 
 
 class LossFunction:
@@ -35,11 +36,15 @@ class LossFunction:
 
     Attributes:
         counting: How a recognised loss of torch's counts.
+        folds: Whether it may be called on many steps at once as if they were lanes; None until
+            a window has shown it, in which a step may run again as it ran before.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any]) -> None:
         self.loss_fn = loss_fn
         self.counting: Counting | None = None
+        self.folds: bool | None = None
+        self._shown_folds: bool | None = None
         self._returns_pairs: bool | None = None  # unknown before the first call
         self._in_segments = False
         self._mean_check = MeanCheck(loss_fn)
@@ -66,18 +71,21 @@ class LossFunction:
     def state_dict(self) -> dict[str, Any]:
         """What is known of it, in plain data."""
         counting = None if self.counting is None else asdict(self.counting)
-        return {"pairs": self._returns_pairs, "counting": counting, "segments": self._in_segments}
+        known = {"pairs": self._returns_pairs, "counting": counting, "folds": self._shown_folds}
+        return known | {"segments": self._in_segments}
 
     def load_state_dict(self, state: dict[str, Any] | bool | None) -> None:
         """Go on with what `state_dict` gave; older ones only know whether there are pairs."""
         if isinstance(state, dict):
             self._returns_pairs, self._in_segments = state["pairs"], state["segments"]
             self.counting = None if state["counting"] is None else Counting(**state["counting"])
+            self._shown_folds = state.get("folds")  # older ones do not say
         else:
             self._returns_pairs = state or None
 
     def begin(self, targets: Iterable[Tree], num_steps: int) -> None:
         """A window begins, with the targets of so many steps."""
+        self.folds = self._shown_folds
         if self.counting is None and not self._returns_pairs:
             self._mean_check.begin(targets, num_steps)
 
@@ -90,7 +98,7 @@ class LossFunction:
         for value, lanes in lane_groups(weight):
             part = (output, target) if lanes is None else select((output, target), lanes, 0)
             share = 1.0 if isinstance(weight, float) else float(len(weight))
-            self._add(losses, part, 1 if lanes is None else len(lanes), share, value)
+            self.add_part(losses, part, 1 if lanes is None else len(lanes), share, value)
 
     def add_segment(
         self,
@@ -109,15 +117,25 @@ class LossFunction:
             for value, lanes in lane_groups(weight):
                 chosen = part if lanes is None else select(part, lanes, 1 - min(time_dim, 1))
                 count = (end - begin) * (1 if lanes is None else len(lanes))
-                self._add(losses, chosen, count, 1.0, value)
+                self.add_part(losses, chosen, count, 1.0, value)
                 if self._returns_pairs is False and self.counting is None:
                     self._mean_check.check(chosen, end - begin, time_dim)
 
-    def _add(
+    def add_part(
         self, losses: LossSum, part: tuple[Tree, Tree], count: int, share: float, value: float
     ) -> None:
+        """Add the loss of outputs and targets, of so many steps or steps of lanes of a weight."""
         total, weight, factor = self._evaluate(losses, *part, count, share)
         losses.add(total, weight if value == 1.0 else weight * value, factor * value)
+
+    @property
+    def asks_folding(self) -> bool:
+        """Whether it is not known if it folds."""
+        return self._shown_folds is None
+
+    def learn_folding(self, folds: bool | None) -> None:
+        """Go on, from the next window, with what two steps have shown."""
+        self._shown_folds = folds
 
     def _evaluate(
         self, losses: LossSum, outputs: Tree, targets: Tree, count: int, share: float
@@ -135,12 +153,12 @@ class LossFunction:
             return self._unwatched(outputs, targets, count, share)
         value, call = self._call(outputs, targets, count)
         if not isinstance(value, Tensor):
-            return *_checked_pair(value), 1.0
-        _check_scalar(value, "a loss")
+            return *checked_pair(value), 1.0
+        check_scalar(value, "a loss")
         if self.counting is not None and call is None:
             return self._guarded(value, self.counting)
         if self.counting is None or call is None:
-            total, steps, factor = _mean(value, float(count))
+            total, steps, factor = as_mean(value, float(count))
             return total, steps if self._returns_pairs is False else 0.0, factor
         hits = float(call.counted.numel()) if losses.all_count else call.hits()
         weight = self.counting.steps_of(hits, count)
@@ -148,7 +166,7 @@ class LossFunction:
             return value, weight, share
         if isinstance(weight, Tensor):
             return call.total, weight, 1.0 / self.counting.unit
-        return _mean(value, weight) if hits else (None, 0.0, 1.0)
+        return as_mean(value, weight) if hits else (None, 0.0, 1.0)
 
     def _is_usual(self, targets: Tree, count: int) -> bool:
         """Whether there are as many positions per step as in the first call."""
@@ -163,11 +181,11 @@ class LossFunction:
     ) -> tuple[Tensor, float, float]:
         """`_evaluate` for a call of torch's loss that counts as the one that was looked at."""
         value = self._checked_kind(self.loss_fn(outputs, targets))
-        _check_scalar(value, "a loss")
+        check_scalar(value, "a loss")
         assert self.counting is not None, "a call was looked at"
         if self.counting.reduction == "sum":
             return value, float(count), share
-        return _mean(value, float(count))
+        return as_mean(value, float(count))
 
     def _call(self, outputs: Tree, targets: Tree, count: int) -> tuple[Any, TorchCall | None]:
         """What the loss returns, and the call of torch's that made it."""
@@ -240,14 +258,6 @@ class LossFunction:
         return None, 0.0, 1.0
 
 
-def _mean(value: Tensor, weight: float) -> tuple[Tensor, float, float]:
-    """A mean over so many steps."""
-    # torch's `mse_loss` takes the mean in place of the squares, which live on with it.
-    if weight > 1 and keeps_more_than_its_values(value):
-        return value * weight, weight, 1.0
-    return value, weight, weight
-
-
 def _check_same(known: Counting, found: Counting) -> None:
     """Raise `ArgumentError` where a count that was foretold is not what counts now."""
     same = known.reduction == found.reduction
@@ -259,40 +269,3 @@ def _check_same(known: Counting, found: Counting) -> None:
             "ignore_index, weight or reduction), so that what its means count is not known; return "
             "(loss_sum, weight)"
         )
-
-
-def _check_scalar(value: Tensor, what: str) -> None:
-    if value.dim():
-        raise ArgumentError(
-            f"loss_fn returned {what} of shape {tuple(value.shape)}; return a scalar (the mean "
-            "over the steps it was given), or a pair (loss_sum, weight)"
-        )
-
-
-def _checked_pair(value: Any) -> tuple[Tensor, float | Tensor]:
-    is_pair = isinstance(value, tuple | list) and len(value) == 2
-    if not (
-        is_pair and isinstance(value[0], Tensor) and isinstance(value[1], Tensor | int | float)
-    ):
-        raise ArgumentError(
-            f"loss_fn returned {_described(value)}; return a scalar tensor (the mean over the "
-            "steps it was given), or a pair (loss_sum, weight) of a tensor and a number"
-        )
-    total, weight = value
-    _check_scalar(total, "a loss_sum")
-    if isinstance(weight, Tensor):
-        _check_scalar(weight, "a weight")
-        if weight.requires_grad:
-            raise ArgumentError(
-                "loss_fn returned (loss_sum, weight) whose weight requires grad; detach it"
-            )
-        return total, weight
-    return total, float(weight)
-
-
-def _described(value: object) -> str:
-    if not isinstance(value, tuple | list):
-        return type(value).__name__
-    if len(value) != 2:
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a pair of a loss_sum {type(value[0]).__name__} and a weight {type(value[1]).__name__}"

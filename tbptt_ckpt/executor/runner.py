@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
-from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, to_time_dim
+from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, steps_of, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
 from tbptt_ckpt.devices import device_of
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
+from tbptt_ckpt.executor.segment_parts import SegmentParts
 from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.module.counters import Counters
@@ -50,6 +53,7 @@ class Runner:
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
+        self.parts = FoundParts(recurrence, time_batching)
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
@@ -72,7 +76,8 @@ class Runner:
     @property
     def promises_bits(self) -> bool:
         """Whether a step gives the same bits however many are run together."""
-        return self.recurrence.per_step and not self.time_batching.is_chosen(per_step=True)
+        batched = self.time_batching.is_chosen(per_step=True) or self.parts.may_be_taken()
+        return self.recurrence.per_step and not batched
 
     def is_in_half(self, example: Tree) -> bool:
         """Whether steps run under autocast."""
@@ -120,6 +125,13 @@ class Runner:
     ) -> Tree:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
+        if stop - start > 1 and self.parts.waits_for_state(state):
+            state = self._run_steps([blocks[0].part(start, start + 1)], state, first_wanted, sink)
+            blocks = list(narrow_blocks(blocks, start + 1, stop))
+            first_wanted = max(first_wanted, start + 1)
+        found = self.parts.of(blocks, state)
+        if found is not None:
+            return self._run_parts(*found, state, first_wanted, sink)
         if start < first_wanted:
             with OutputsNeeded(False) as outputs:
                 for block in narrow_blocks(blocks, start, first_wanted):
@@ -131,6 +143,18 @@ class Runner:
             with OutputsNeeded(True):
                 for block in narrow_blocks(blocks, first_wanted, stop):
                     state = self._run_steps_with_outputs(block, state, sink)
+        return state
+
+    def _run_parts(
+        self, parts: SegmentParts, block: StepBlock, state: Tree, first_wanted: int, sink: Sink
+    ) -> Tree:
+        """The same by their parts, for a block with time first."""
+        rows = partial(_rows_of, self.time_batching)
+        outputs, state = parts.run(block.inputs, state, first_wanted - block.start, rows)
+        if first_wanted < block.stop:
+            block = block.part(first_wanted, block.stop)
+            sink.take_steps(outputs, block)
+            sink.passed(block.stop, outputs, 0)
         return state
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
@@ -225,6 +249,12 @@ class Runner:
             return device_of(self.recurrence.parameters).type
         types = (t.device.type for t in iterate_tensors(example))
         return next((kind for kind in types if kind != "cpu"), "cpu")
+
+
+def _rows_of(batching: TimeBatching, whole: Tree) -> Iterator[Any]:
+    """The entries of consecutive steps, known as such in the region that is entered."""
+    rows = batching.step_inputs(whole, 0)
+    return steps_of(whole, 0, tensors_of(whole)[0].shape[0]) if rows is None else rows
 
 
 @contextmanager

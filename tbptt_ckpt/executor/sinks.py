@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepBlock, StepWeight
+from tbptt_ckpt.data.blocks import StepBlock, StepWeight, steps_of
+from tbptt_ckpt.executor.folded_losses import add_folded, folds
 from tbptt_ckpt.executor.loss_sum import LossSum
+from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 
@@ -23,6 +27,16 @@ class Sink:
     def take_step(self, output: Tree, target: Tree, weight: StepWeight) -> None:
         """The output of one step."""
         self.outputs.append(output)
+
+    def take_steps(self, outputs: Tree, block: StepBlock) -> None:
+        """The outputs of the steps of a block, of a module of one step, with time first."""
+        weights = block.step_weights()
+        rows = steps_of(outputs, 0, block.stop - block.start)
+        for output, target, weight in zip(
+            rows, block.step_targets(), repeat(1.0) if weights is None else weights, strict=False
+        ):
+            if is_present(weight):
+                self.take_step(output, target, weight)
 
     def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
         """The outputs of the steps of a block, and their targets, with time on `time_dim`."""
@@ -71,6 +85,13 @@ class LossSink(Sink):
     def take_step(self, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step."""
         self._loss.function.add_step(self._piece, output, target, weight)
+
+    def take_steps(self, outputs: Tree, block: StepBlock) -> None:
+        """Add the losses of consecutive steps of a module of one step, at once if they allow it."""
+        function = self._loss.function
+        if not folds(function, outputs, block.targets):
+            return super().take_steps(outputs, block)
+        return add_folded(function, self._piece, outputs, block.targets, block.step_weights())
 
     def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
         """Add the losses of consecutive steps."""

@@ -23,6 +23,7 @@ from tbptt_ckpt.module.inside import (
     recurrent_layers,
     unwrapped,
 )
+from tbptt_ckpt.module.recurrent import Recurrent, as_step
 from tbptt_ckpt.module.trees import iterate_tensors
 
 
@@ -69,13 +70,19 @@ def recognise(
             name = type(layer).__name__
             raise ArgumentError(f"per_step=True does not fit nn.{name}, which runs whole segments")
         per_step, time_dim = False, int(layer.batch_first)
+    elif isinstance(inner, Recurrent):
+        if per_step not in (None, inner.per_step):
+            raise ArgumentError(
+                f"per_step={per_step} contradicts module=Recurrent, whose transition says "
+                f"per_step={inner.per_step}"
+            )
+        per_step, time_dim = inner.per_step, inner.time_dim
     elif is_cell(inner):
         if per_step is False:
             raise ArgumentError(
                 f"per_step=False does not fit {type(inner).__name__}, which runs one step"
             )
-        is_lstm = isinstance(inner, nn.LSTMCell) or kind_of(inner) == "LSTMCell"
-        per_step, call = True, functools.partial(_call_cell, module, is_lstm)
+        per_step, call = True, as_step(module)
     elif per_step is None and layers:
         name, kind = layers[0][0], kind_of(layers[0][1])
         raise ArgumentError(
@@ -157,18 +164,6 @@ def following_time_dim(time_dim: int, inputs: object) -> int:
     """Where inputs have time that follow a module; an `nn.LSTM` takes unbatched ones as [T, F]."""
     first = next(iterate_tensors(inputs), None)
     return 0 if first is not None and first.dim() < 3 else time_dim
-
-
-def _call_cell(
-    cell: Callable[[Any, Any], Any], is_lstm: bool, inputs: Tensor, state: Any
-) -> tuple[Any, Any]:
-    result = cell(inputs, state)
-    if isinstance(result, Tensor):
-        return result, result
-    if is_lstm and isinstance(result[1], Tensor):
-        return result[0], result
-    output, state = result  # of a subclass
-    return output, state
 
 
 def split_result(result: object, recurrence: Recurrence) -> tuple[Any, Any]:

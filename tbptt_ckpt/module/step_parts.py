@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.module.trees import Tree
 
+_forward = nn.LSTMCell.forward  # torch's own
+
 
 @dataclass(frozen=True, slots=True)
 class BareCell:
@@ -47,3 +49,29 @@ class StepParts:
     transition: Callable[[Tree, Tree], tuple[Tree, Tree]]
     readout: Callable[[Tree, Tree], Any]
     cell: BareCell | None = None
+
+
+def bare_cell(module: object) -> BareCell | None:
+    """A module that is an `nn.LSTMCell` and nothing else; None of others."""
+    if type(module) is not nn.LSTMCell or has_hooks(module) or "forward" in vars(module):
+        return None
+    if nn.LSTMCell.forward is not _forward:  # others have put theirs in its place
+        return None
+    return BareCell(module, _as_pair, _pair)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs before or after a module's forward or backward."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    everywhere = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(before or after or backward or everywhere)
+
+
+def _as_pair(state: Tree) -> tuple[Tensor, Tensor]:
+    h, c = state
+    return h, c
+
+
+def _pair(h: Tensor, c: Tensor) -> Tree:
+    return h, c

@@ -61,6 +61,16 @@ def opened(region: Region) -> Iterator[None]:
         region.cells.close()
 
 
+@contextmanager
+def suspended() -> Iterator[None]:
+    """While entered, this thread's operations are plain: they are of all steps already."""
+    before, _thread.entered = _thread.entered, None
+    try:
+        yield
+    finally:
+        _thread.entered = before
+
+
 def _region() -> Region | None:
     """This thread's region, unless a transform or mode wants to see plain operations.
 

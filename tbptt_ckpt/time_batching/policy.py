@@ -107,6 +107,10 @@ class TimeBatching:
         finally:
             self.choice = before
 
+    def leave(self, name: str, reason: str) -> None:
+        """Take note of what is run as it is."""
+        self._tally[name, (), reason] += 1
+
     def decide(self, pays_off: bool) -> None:
         """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
         self.pays_off = pays_off
@@ -114,6 +118,10 @@ class TimeBatching:
     def is_chosen(self, per_step: bool) -> bool:
         """Whether runs are batched."""
         return self.choice is True or (self.is_open(per_step) and self.pays_off)
+
+    def takes_parts(self) -> bool:
+        """Whether what is not sequential in a step may be run for all steps of a run at once."""
+        return bool(self.choice) and self.pays_off
 
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that both forms are to be weighed."""

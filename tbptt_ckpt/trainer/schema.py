@@ -56,7 +56,10 @@ _RUN = {
     "weights": str,
     "collected": {int: Tensor},
     "group": {"pending": int, "loss_sum": (Tensor, None)},
-    "returns_pairs": {"pairs": (bool, None), "counting": (_COUNTING, None), "segments": bool},
+    "returns_pairs": {
+        **{"pairs": (bool, None), "counting": (_COUNTING, None)},
+        **{"segments": bool, "folds": (bool, None)},
+    },
     "reader": dict,
 }
 _PROGRESS = {
@@ -79,7 +82,7 @@ _LEARNING = {
     "generators": [object],
 }
 _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
-_LATER = {"generators", "drawn", "sequence"}  # which older snapshots lack
+_LATER = {"generators", "drawn", "sequence", "folds"}  # which older snapshots lack
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,

@@ -33,11 +33,10 @@ from tbptt_ckpt import (
     ArgumentError,
     TensorSequence,
     evaluate,
-    outputs_needed,
     unroll,
     verify,
 )
-from tbptt_ckpt.module.outputs import OutputsNeeded
+from tbptt_ckpt.module.outputs import OutputsNeeded, outputs_needed
 
 NUM_STEPS, K1, K2 = 9, 3, 5
 

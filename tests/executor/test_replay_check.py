@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from tbptt_ckpt import TBPTT, TensorSequence, outputs_needed, run_window, unroll
+from tbptt_ckpt import TBPTT, TensorSequence, run_window, unroll
 from tbptt_ckpt.errors import NonFiniteError, ReplayMismatchError, TbpttError, TbpttWarning
 from tbptt_ckpt.executor.fingerprint import fingerprint, read, step_difference
+from tbptt_ckpt.module import outputs_needed
 
 NUM_STEPS, LANES, WIDTH = 40, 3, 4
 STRATEGIES = ("uniform:7", "step", "revolve:3")
