@@ -29,6 +29,7 @@ from tbptt_ckpt.module.traced_parts import traced_parts
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
+_LANES = 3  # that are looked at
 _WATCHED = 200  # steps of windows for one that the module runs itself
 _MOST_CHANGES = 8  # of a module whose parts are found anew
 
@@ -95,8 +96,15 @@ class FoundParts:
         if not tensors_of(state):  # the module makes it
             with untouched(self._recurrence.module, tensors=tensors_of(one)), torch.no_grad():
                 state = split_result(self._recurrence.call(one, state), self._recurrence)[1]
-        if have_lanes(inputs, state):
-            self._parts, self._is_settled = self._found(one, state), True
+        if not have_lanes(inputs, state):
+            return
+        try:  # what is looked at takes memory, beside what a budget was promised for
+            self._parts = self._found(*map_tensors(lambda t: t[:_LANES], (one, state)))
+        except NoPartsError:
+            if tensors_of(state)[0].shape[0] <= _LANES:
+                raise
+            self._parts = self._found(one, state)  # perhaps so many lanes must be
+        self._is_settled = True
 
     def _agree(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> bool:
         """Whether the module itself gives for one step what its parts give."""
