@@ -17,12 +17,13 @@ from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.executor.fingerprint import step_difference
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.attributes import plain_attributes
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.module.inside import unwrapped
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
 from tbptt_ckpt.module.recurrent import Recurrent, as_step
-from tbptt_ckpt.module.recurrent_parts import hold_against, plain_attributes
+from tbptt_ckpt.module.held_parts import hold_against
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell
 from tbptt_ckpt.module.traced_parts import traced_parts
@@ -37,8 +38,10 @@ _MOST_CHANGES = 8  # of a module whose parts are found anew
 class FoundParts:
     """The parts of a module's steps, as soon as a step has been seen."""
 
-    def __init__(self, recurrence: Recurrence, time_batching: TimeBatching) -> None:
-        self._recurrence, self._batching = recurrence, time_batching
+    def __init__(
+        self, recurrence: Recurrence, time_batching: TimeBatching, *, in_half: bool
+    ) -> None:
+        self._recurrence, self._batching, self._in_half = recurrence, time_batching, in_half
         self._is_settled = not recurrence.per_step
         self._parts: SegmentParts | None = None
         self._attributes: object = None  # of the module, where its parts were found by a trace
@@ -123,6 +126,10 @@ class FoundParts:
         module = self._recurrence.module
         parts = _said_by(unwrapped(module))
         if parts is None:
+            if self._in_half or torch.is_autocast_enabled("cpu"):
+                raise NoPartsError(
+                    "autocast, whose rounding hides what differs; say parts with Recurrent"
+                )
             if any(not t.is_cpu for t in tensors_of((inputs, state))):
                 raise NoPartsError("parts are looked for on the CPU only; say them with Recurrent")
             parts = traced_parts(module, inputs, state)  # type: ignore[arg-type]

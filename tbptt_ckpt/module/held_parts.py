@@ -34,12 +34,15 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest eleme
 _OF_HALF = 2e-2
 
 
-def hold_against(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
+def hold_against(
+    parts: StepParts, module: nn.Module, inputs: Tree, state: Tree, *, on_copy: bool = False
+) -> None:
     """Raise `NoPartsError` unless parts and module agree over a few steps from an example.
 
     Outputs, states, and the gradients of weights, inputs and incoming state under one random
-    cotangent are compared: in float64 where module and parts can be copied, otherwise in their
-    own dtype and with its rounding. Everything is left as it was.
+    cotangent are compared, one after the other, in their own dtype and with its rounding; with
+    `on_copy` in float64 where module and parts can be copied, in the memory of a copy.
+    Everything is left as it was.
     """
     attributes = Attributes(module)
     try:
@@ -49,7 +52,8 @@ def hold_against(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree)
             untouched(module, tensors=tensors_of((inputs, state))),
             OutputsNeeded(True),
         ):
-            mine, copied, cast = _in_double(parts, module, inputs, state)
+            given = parts, module, (inputs, state)
+            mine, copied, cast = _in_double(*given) if on_copy else given
             device = next((t.device.type for t in tensors_of((inputs, state))), "cpu")
             is_copy = copied is not module
             with torch.autocast(device, enabled=False) if is_copy else nullcontext():
@@ -63,19 +67,19 @@ def hold_against(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree)
 
 
 def _in_double(
-    parts: StepParts, module: nn.Module, inputs: Tree, state: Tree
+    parts: StepParts, module: nn.Module, example: tuple[Tree, Tree]
 ) -> tuple[StepParts, nn.Module, tuple[Tree, Tree]]:
     """Copies of everything in float64; what was given where that cannot be."""
     encode, run, readout = parts.encode, parts.transition, parts.readout
     is_traced = isinstance(encode, Encode) and isinstance(run, Transition)
     if not (is_traced and isinstance(readout, Readout)):
-        return parts, module, (inputs, state)
+        return parts, module, example
     try:
         copied = copy.deepcopy(module).double()
-        given = map_tensors(_doubled, (inputs, state))
+        given = map_tensors(_doubled, example)
         copied(*map_tensors(Tensor.clone, given))
     except Exception:  # of a module of the user's
-        return parts, module, (inputs, state)
+        return parts, module, example
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in copied.parameters():
@@ -103,24 +107,56 @@ def _compare(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> 
         map_tensors(functools.partial(_varied, step=k, source=source), inputs)
         for k in range(_NUM_STEPS)
     ]
-    results, precision = [], _Precision()
+    runs, precision = [], _Precision()
     for run in (_run_plain, _run_folded):
         leaves = map_tensors(_as_leaf, (steps, state))
         with precision:
             outputs, last = run(module if run is _run_plain else parts, *leaves)
-        results.append(_with_gradients(outputs, last, leaves, module))
-    (plain, names), (folded, _) = results
-    floating = [t for t in plain if t is not None and is_differentiable(t)]
-    largest = max((_size(t) for t in floating), default=0.0)
-    for expected, got, name in zip(plain, folded, names, strict=True):
-        if (expected is None) != (got is None):
-            raise NoPartsError(f"its parts do not give the same {name}: one of the two has none")
-        if expected is None or got is None:
-            continue
-        if not math.isfinite(_size(expected)):
-            raise NoPartsError(f"its {name} are not finite on the example")
-        if not _is_near(expected, got, largest, precision.lowest):
-            raise NoPartsError(f"its parts do not give the same {name} as the module itself")
+        runs.append((outputs, tensors_of(last), tensors_of(leaves)))
+    (outputs, states, leaves), (its_outputs, its_states, its_leaves) = runs
+    comparison = _Comparison(precision.lowest)
+    comparison.hold("outputs", outputs, its_outputs)
+    comparison.hold("states", states, its_states)
+    losses = _scalar([*outputs, *states]), _scalar([*its_outputs, *its_states])
+    if losses[0] is None or losses[1] is None:
+        return
+    for name, weight in module.named_parameters():
+        comparison.hold_gradients(f"gradient of {name}", losses, (weight, weight))
+    for pair in zip(leaves, its_leaves, strict=True):
+        comparison.hold_gradients("gradients of inputs and state", losses, pair)
+
+
+class _Comparison:
+    """Holds tensors of the parts against those of the module, whose largest gives the rounding."""
+
+    def __init__(self, lowest: torch.dtype) -> None:
+        self._lowest, self._largest = lowest, 0.0
+
+    def hold(
+        self, name: str, plain: Sequence[Tensor | None], folded: Sequence[Tensor | None]
+    ) -> None:
+        for expected, got in zip(plain, folded, strict=True):
+            if (expected is None) != (got is None):
+                raise NoPartsError(f"its parts do not give the same {name}: one of them has none")
+            if expected is None or got is None:
+                continue
+            size = _size(expected)
+            if not math.isfinite(size):
+                raise NoPartsError(f"its {name} are not finite on the example")
+            self._largest = max(self._largest, size if is_differentiable(expected) else 0.0)
+            if not _is_near(expected, got, self._largest, self._lowest):
+                raise NoPartsError(f"its parts do not give the same {name} as the module itself")
+
+    def hold_gradients(
+        self, name: str, losses: tuple[Any, Any], leaves: tuple[Tensor, Tensor]
+    ) -> None:
+        """Compare one gradient and let it go: those of all weights take as much as these."""
+        if leaves[0].requires_grad:
+            plain, folded = (
+                torch.autograd.grad(loss, [leaf], retain_graph=True, allow_unused=True)
+                for loss, leaf in zip(losses, leaves, strict=True)
+            )
+            self.hold(name, plain, folded)
 
 
 class _Precision(TorchFunctionMode):
@@ -184,27 +220,15 @@ def _one_of(folded: Tensor, index: int, count: int) -> Tensor:
     return folded.reshape(count, -1, *folded.shape[1:])[index]
 
 
-def _with_gradients(
-    outputs: list[Tensor], state: Tree, leaves: Tree, module: nn.Module
-) -> tuple[list[Tensor | None], list[str]]:
-    """Results, and the gradients of all that has some, with their names."""
-    results = [*outputs, *tensors_of(state)]
-    source = torch.Generator().manual_seed(2)
-    loss: Any = 0.0
+def _scalar(results: Sequence[Tensor]) -> Tensor | None:
+    """The sum of all results with random factors, of those that have a graph."""
+    source, total = torch.Generator().manual_seed(2), None
     for each in results:
         cotangent = _random(each, source) if is_differentiable(each) else each
         if each.requires_grad:
-            loss = loss + (each * cotangent).sum()
-    names = [*["outputs"] * len(outputs), *["states"] * len(tensors_of(state))]
-    wanted: dict[int, tuple[Tensor, str]] = {
-        id(p): (p, f"gradient of {n}") for n, p in module.named_parameters()
-    }
-    wanted |= {id(t): (t, "gradients of inputs and state") for t in tensors_of(leaves)}
-    asked = [(t, name) for t, name in wanted.values() if t.requires_grad]
-    gradients: Sequence[Tensor | None] = [None] * len(asked)
-    if isinstance(loss, Tensor) and asked:
-        gradients = torch.autograd.grad(loss, [t for t, _ in asked], allow_unused=True)
-    return [*results, *gradients], [*names, *(name for _, name in asked)]
+            part = (each * cotangent).sum()
+            total = part if total is None else total + part
+    return total
 
 
 def _is_near(expected: Tensor, got: Tensor, largest: float, lowest: torch.dtype) -> bool:

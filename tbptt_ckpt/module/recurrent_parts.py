@@ -71,7 +71,7 @@ def recurrent_parts(module: nn.Module, example: tuple[Any, Any]) -> RecurrentPar
     inputs, state = example
     try:
         found = find_parts(module, inputs, state)
-        hold_against(found.parts, module, inputs, state)
+        hold_against(found.parts, module, inputs, state, on_copy=True)
     except NoPartsError as error:
         return RecurrentParts(reason=str(error))
     is_fused = found.parts.cell is not None
