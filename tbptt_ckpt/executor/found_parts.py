@@ -18,12 +18,12 @@ from tbptt_ckpt.executor.fingerprint import step_difference
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.attributes import plain_attributes
+from tbptt_ckpt.module.held_parts import hold_against
 from tbptt_ckpt.module.hooks import SilenceableHooks, silent_hooks
 from tbptt_ckpt.module.inside import unwrapped
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
 from tbptt_ckpt.module.recurrent import Recurrent, as_step
-from tbptt_ckpt.module.held_parts import hold_against
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell
 from tbptt_ckpt.module.traced_parts import traced_parts
