@@ -54,7 +54,7 @@ class CheckpointExecutor:
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
         boundary = first
-        window.runner.parts.watch(window.blocks, first.step, window.stop, first.state)
+        window.runner.parts.look(window.blocks, first.step, first.state)
         with SilenceableHooks():
             while boundary.step < window.start:  # new steps that the gradient does not reach
                 advance = route.next_action()

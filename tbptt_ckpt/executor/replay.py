@@ -40,7 +40,7 @@ class ReplayExecutor:
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
-        window.runner.parts.watch(window.blocks, first.step, window.stop, first.state)
+        window.runner.parts.look(window.blocks, first.step, first.state)
         check = self._checks.of(window, first)
         replay = _Replay(window, first, check)
         with SilenceableHooks():

@@ -53,8 +53,7 @@ class Runner:
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
-        in_half = autocast_dtype is not None
-        self.parts = FoundParts(recurrence, time_batching, in_half=in_half)
+        self.parts = FoundParts(recurrence, time_batching)
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False

@@ -56,37 +56,6 @@ class OfBoth(nn.Module):
         return self.out(features["now"]) - features["before"]
 
 
-class WrittenLSTM(nn.Module):
-    """A step written as one forward, whose output sees the input too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.cell = nn.Linear(WIDTH_IN, WIDTH), nn.LSTMCell(WIDTH, WIDTH)
-        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.scale = 1.5
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        x = torch.tanh(self.encode(x)) * self.scale
-        h, c = self.cell(x, state)
-        return self.out(torch.tanh(self.norm(h)) + x) * FACTOR[0], (h, c)
-
-
-class WrittenGates(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of_input, self.of_state = nn.Linear(WIDTH_IN, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        z, new = (self.of_input(x) + self.of_state(h)).chunk(2, -1)
-        z, before = torch.sigmoid(z), h
-        h = z * h + (1 - z) * torch.tanh(new)
-        return self.out(h - before.mean()), h
-
-
-FACTOR = [1.0]
-
-
 def normed_readout() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
 
@@ -103,8 +72,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "rnn": lambda: Recurrent(nn.RNNCell(WIDTH, WIDTH), encoder()),
     "own": lambda: Recurrent(OwnTransition(), encoder(), OfBoth()),
     "cell": lambda: nn.LSTMCell(WIDTH_IN, WIDTH),
-    "written lstm": WrittenLSTM,
-    "written gates": WrittenGates,
 }
 LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mean": F.mse_loss,
@@ -212,35 +179,6 @@ def test_encoder_readout_and_loss_run_once_a_segment() -> None:
     tbptt.train(sequence, init)
     assert readout.rows == [4 * LANES, 4 * LANES]  # not in the advance
     assert losses.rows == [4 * LANES, 4 * LANES]
-
-
-@pytest.mark.parametrize("what", ["an attribute", "a global"])
-def test_what_changes_outside_of_a_step_is_seen(what: str, monkeypatch: Any) -> None:
-    """An attribute at once, what else there is when a step is next run by the module itself."""
-    monkeypatch.setattr("tbptt_ckpt.executor.found_parts._WATCHED", 1)
-    inputs, targets = random_data(9)
-    (module, init), (other, _) = made("written lstm"), made("written lstm")
-    tbptt = TBPTT(module, F.mse_loss, 3, 3, strategy="uniform:2")
-    state = init
-    windows = tbptt.windows(TensorSequence(inputs, targets), init)
-    try:
-        for start in range(0, 9, 3):
-            if what == "an attribute":
-                module.scale = other.scale = 1.5 + start
-            else:
-                FACTOR[0] = 1.0 + start
-            next(windows)
-            steps = range(start, start + 3)
-            state = naive.mapped(Tensor.detach, state)
-            losses = []
-            for t in steps:
-                y, state = other(inputs[t], state)
-                losses.append(F.mse_loss(y, targets[t]))
-            torch.stack(losses).mean().backward()
-            expected = gradients(list(other.parameters()))
-            assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
-    finally:
-        FACTOR[0] = 1.0
 
 
 def test_a_part_that_mixes_lanes_or_draws_is_run_step_by_step() -> None:
