@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.paired import time_pairs
 from benchmarks.recomputation import gradients_of, peak_bytes_of
 from benchmarks.report import Figure, add_output_arguments, publish
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, Recurrent, TensorSequence
 
 NUM_BYTES = 64
 MOST_PEAK_PERCENT = 5.0
@@ -41,6 +41,14 @@ class DeepTransition(nn.Module):
         return torch.tanh(self.transition(torch.tanh(self.inputs(x) + self.state(h))))
 
 
+def make_step(cell: str, width: int) -> nn.Module:
+    """A cell and a readout, as one forward or in parts."""
+    if cell.startswith(IN_PARTS):
+        transition = CELLS[cell.removeprefix(IN_PARTS)](width, width)
+        return Recurrent(transition, readout=nn.Linear(width, NUM_BYTES))
+    return Step(cell, width)
+
+
 class Step(nn.Module):
     """One step: a cell, and a readout of its first state."""
 
@@ -54,6 +62,7 @@ class Step(nn.Module):
         return self.readout(state[0] if isinstance(state, tuple) else state), state
 
 
+IN_PARTS = "Recurrent "
 CELLS = {"LSTMCell": nn.LSTMCell, "GRUCell": nn.GRUCell, "RNNCell": nn.RNNCell}
 
 
@@ -62,7 +71,7 @@ class Size:
     """One row of the table.
 
     Attributes:
-        cell: A name of `CELLS`, or "deep".
+        cell: A name of `CELLS`, or "deep"; "Recurrent" before it for a step in three parts.
         segment: Steps recomputed as one piece.
         limit: Most time with recomputation, in baselines.
         limit_kept: The same with nothing recomputed.
@@ -85,6 +94,10 @@ SIZES = (
     Size("LSTMCell", 16, 1024, 400, 16, 0.85, 0.60),
     Size("LSTMCell", 32, 256, 1000, 24, 1.10, 0.90),
     Size("GRUCell", 8, 512, 1000, 32, 0.90, 0.75),
+    Size("Recurrent LSTMCell", 32, 256, 1000, 24, 0.55, 0.55),
+    Size("Recurrent LSTMCell", 8, 512, 1000, 32, 0.35, 0.35),
+    Size("Recurrent LSTMCell", 4, 64, 1000, 32, 0.25, 0.25),
+    Size("Recurrent GRUCell", 8, 512, 1000, 32, 0.63, 0.63),
     Size("deep", 8, 512, 1000, 32, 0.90, 0.75),
 )
 
@@ -94,11 +107,11 @@ class Case:
 
     def __init__(self, size: Size) -> None:
         torch.manual_seed(0)
-        self.module = Step(size.cell, size.width)
+        self.module = make_step(size.cell, size.width)
         self.inputs = torch.randn(size.num_steps, size.lanes, size.width)
         self.targets = torch.randint(0, NUM_BYTES, self.inputs.shape[:2])
         zeros = torch.zeros(size.lanes, size.width)
-        self.state = (zeros, zeros.clone()) if size.cell == "LSTMCell" else zeros
+        self.state = (zeros, zeros.clone()) if "LSTMCell" in size.cell else zeros
 
     @property
     def transient_bytes(self) -> int:
@@ -201,7 +214,8 @@ def main() -> None:
     sizes = [size for size in SIZES if arguments.only in str(size)]
     if arguments.quick:
         arguments.pairs = 2
-        sizes = [Size(cell, 2, 16, 40, 8, 9.0, 9.0) for cell in (*CELLS, "deep")]
+        cells = (*CELLS, "deep", *(IN_PARTS + cell for cell in CELLS))
+        sizes = [Size(cell, 2, 16, 40, 8, 9.0, 9.0) for cell in cells]
     figures = [figure for size in sizes for figure in figures_of(size, arguments)]
     publish("time_batching", figures, arguments)
 

@@ -180,7 +180,7 @@ class _Measuring:
     def _peak(self, steps: int) -> float:
         """What a longer segment may take: its graph grows, what a backward adds does not."""
         last = self.bytes[-1]
-        if last.steps == 1:
+        if last.steps == 1 and not self.probe.runner.parts.are_one_call():
             return last.peak * float(steps) - self.probe.once_made_bytes() * (steps - 1)
         per_step = _BACKWARD_SHARE * last.graph / last.steps
         return last.peak + per_step * (steps - last.steps)

@@ -45,6 +45,11 @@ class FoundParts:
         """Whether a first step has to make the state from which steps are run by their parts."""
         return self._parts is not None and self._batching.takes_parts() and not tensors_of(state)
 
+    def are_one_call(self) -> bool:
+        """Whether what a run's backward adds to its graph does not grow with its steps."""
+        parts = self._parts if self._batching.takes_parts() else None
+        return parts is not None and parts.has_fused
+
     def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
         """A window begins: hold the parts against the module, unless that has been done.
 
@@ -67,7 +72,7 @@ class FoundParts:
         few = map_tensors(lambda t: t[:_LANES], (inputs, state))  # a budget may leave little room
         try:
             hold_against(said, self._recurrence.module, *few)  # type: ignore[arg-type]
-            self._parts = SegmentParts(said)
+            self._parts = SegmentParts(said, self._batching)
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))
             self._said = None

@@ -12,15 +12,20 @@ from tbptt_ckpt.module.step_parts import BareCell, StepParts
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.candidates import autocast_dtype, is_plain, is_stable
 from tbptt_ckpt.time_batching.interception import suspended
+from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class SegmentParts:
-    """A step's parts, over a segment whose time is the first dimension."""
+    """A step's parts, over a segment whose time is the first dimension.
 
-    def __init__(self, parts: StepParts) -> None:
-        self._parts = parts
+    Attributes:
+        has_fused: Whether a transition ran as a kernel, so that nothing is left step by step.
+    """
+
+    def __init__(self, parts: StepParts, batching: TimeBatching) -> None:
+        self._parts, self._batching, self.has_fused = parts, batching, False
 
     def run(
         self, inputs: Tree, state: Tree, first_wanted: int, rows: Callable[[Tree], Iterable[Any]]
@@ -36,6 +41,8 @@ class SegmentParts:
         if found is None:
             features, state = self._loop(encoded, state, first_wanted, rows)
         else:
+            self.has_fused = True
+            self._batching.took("LSTMCell of all steps", found[2])
             features, state = _from(first_wanted, found[0]), found[1]
         if first_wanted == num_steps:
             return None, state
@@ -87,8 +94,10 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
     return replace_tensors(trees[0], [torch.stack(column) for column in columns])
 
 
-def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tree] | None:
-    """Features and state of all steps by torch's kernel; None where the cell is to make them.
+def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tree, Tensor] | None:
+    """Features and state of all steps by torch's kernel, and the cell's recurrent weight.
+
+    None where the cell is to make them.
 
     A cell takes what is encoded, or the first of several tensors, and gives features alike.
 
@@ -117,4 +126,4 @@ def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tre
         x, (h[None], c[None]), given, has_bias, 1, 0.0, bare.cell.training, False, False
     )
     features = (outputs,) if isinstance(encoded, tuple) else outputs
-    return features, bare.join(last_h[0], last_c[0])
+    return features, bare.join(last_h[0], last_c[0]), weights[1]

@@ -107,6 +107,10 @@ class TimeBatching:
         finally:
             self.choice = before
 
+    def took(self, name: str, weight: Tensor) -> None:
+        """Take note of what was made for all steps at once."""
+        self._tally[name, tuple(weight.shape), ""] += 1
+
     def leave(self, name: str, reason: str) -> None:
         """Take note of what is run as it is."""
         self._tally[name, (), reason] += 1

@@ -56,7 +56,8 @@ def make(**options):
     torch.manual_seed(0)
     module = nn.LSTMCell(1, WIDTH)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    return TBPTT(module, loss_fn, STEPS, STEPS, optimizer, measure_memory=True, **options)
+    given = {"measure_memory": True, "time_batching": False, **options}
+    return TBPTT(module, loss_fn, STEPS, STEPS, optimizer, **given)
 
 
 def loss_fn(h, targets):

@@ -458,4 +458,5 @@ def test_cells_give_their_state_as_output(cell: Any, given: bool) -> None:
     if given:
         init = (random_state(2), random_state(3)) if cell is nn.LSTMCell else random_state(2)
     data = TensorSequence(*random_data(NUM_STEPS))
-    check_same_windows(run(module, data, init_state=init), run(Written(), data, init_state=init))
+    both = run(module, data, init_state=init), run(Written(), data, init_state=init)
+    check_same_windows(*both, tolerance=1e-12)  # an LSTMCell runs as the kernel of nn.LSTM
