@@ -25,9 +25,10 @@ _LANES = 3  # that are looked at
 class FoundParts:
     """The parts of a module's steps, once a step has shown that they are those of the module."""
 
-    def __init__(self, recurrence: Recurrence, time_batching: TimeBatching) -> None:
-        self._recurrence, self._batching = recurrence, time_batching
-        self._said = _said_by(unwrapped(recurrence.module)) if recurrence.per_step else None
+    def __init__(self, recurrence: Recurrence, batching: TimeBatching, may_be_taken: bool) -> None:
+        self._recurrence, self._batching = recurrence, batching
+        is_asked = may_be_taken and recurrence.per_step
+        self._said = _said_by(unwrapped(recurrence.module)) if is_asked else None
         self._parts: SegmentParts | None = None
 
     def may_be_taken(self) -> bool:

@@ -43,6 +43,7 @@ class Runner:
         recurrence: The module.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
         time_batching: Whether products are made over all steps of a run.
+        in_parts: Whether steps may be run by their parts.
     """
 
     def __init__(
@@ -50,17 +51,20 @@ class Runner:
         recurrence: Recurrence,
         autocast_dtype: torch.dtype | None,
         time_batching: TimeBatching,
+        *,
+        in_parts: bool,
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
-        self.parts = FoundParts(recurrence, time_batching)
+        self.parts, self._in_parts = FoundParts(recurrence, time_batching, in_parts), in_parts
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
 
     def calling(self, recurrence: Recurrence) -> Runner:
         """The same for a module that is called in another way."""
-        return Runner(recurrence, self._autocast_dtype, self.time_batching)
+        given = recurrence, self._autocast_dtype, self.time_batching
+        return Runner(*given, in_parts=self._in_parts)
 
     def _call_first(self, inputs: Any, state: Tree) -> Any:
         result = call_first(self.recurrence, inputs, state)
@@ -282,9 +286,12 @@ def make_runner(
     recurrence: Recurrence,
     autocast_dtype: torch.dtype | None,
     time_batching: TimeBatchingChoice = False,
+    *,
+    in_parts: bool = True,
 ) -> Runner:
     """A runner for the user's module."""
     module = recurrence.module
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
-    return Runner(recurrence, autocast_dtype, TimeBatching(time_batching, module))
+    batching = TimeBatching(time_batching, module)
+    return Runner(recurrence, autocast_dtype, batching, in_parts=in_parts)

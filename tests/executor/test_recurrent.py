@@ -181,6 +181,14 @@ def test_encoder_readout_and_loss_run_once_a_segment() -> None:
     assert losses.rows == [4 * LANES, 4 * LANES]
 
 
+def test_a_promised_budget_is_kept_by_loops() -> None:
+    inputs, targets = random_data(8)
+    readout = Calls(nn.Linear(WIDTH, WIDTH).double())
+    module = Recurrent(nn.LSTMCell(WIDTH_IN, WIDTH).double(), readout=readout)
+    TBPTT(module, F.mse_loss, 8, 8, memory_budget="1MiB").train(TensorSequence(inputs, targets))
+    assert set(readout.rows) == {LANES}
+
+
 def test_a_part_that_mixes_lanes_or_draws_is_run_step_by_step() -> None:
     class Mixing(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
