@@ -10,6 +10,7 @@ from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.first_call import call_first
 from tbptt_ckpt.module.held_parts import hold_against
 from tbptt_ckpt.module.inside import unwrapped
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
@@ -65,7 +66,7 @@ class FoundParts:
         one = map_tensors(lambda t: t[0], inputs)
         if not tensors_of(state):  # the module makes it
             with untouched(self._recurrence.module, tensors=tensors_of(one)), torch.no_grad():
-                state = split_result(self._recurrence.call(one, state), self._recurrence)[1]
+                state = split_result(call_first(self._recurrence, one, state), self._recurrence)[1]
         if have_lanes(inputs, state):
             self._hold(self._said, one, state)
 

@@ -181,6 +181,14 @@ def test_encoder_readout_and_loss_run_once_a_segment() -> None:
     assert losses.rows == [4 * LANES, 4 * LANES]
 
 
+def test_a_transition_that_cannot_begin_from_none_is_told() -> None:
+    module = Recurrent(OwnTransition(), encoder(), OfBoth()).double()
+    inputs, targets = random_data(4)
+    tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2")
+    with pytest.raises(ArgumentError, match="init_state=None, and module=Recurrent cannot begin"):
+        tbptt.train(TensorSequence(inputs, targets))
+
+
 def test_a_promised_budget_is_kept_by_loops() -> None:
     inputs, targets = random_data(8)
     readout = Calls(nn.Linear(WIDTH, WIDTH).double())
