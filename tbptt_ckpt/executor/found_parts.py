@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.module.ambient import untouched
+from tbptt_ckpt.module.attributes import plain_attributes
 from tbptt_ckpt.module.first_call import call_first
 from tbptt_ckpt.module.held_parts import hold_against
-from tbptt_ckpt.module.inside import unwrapped
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
-from tbptt_ckpt.module.recurrent import Recurrent, as_step
+from tbptt_ckpt.module.recurrent import Recurrent, as_step, module_of
 from tbptt_ckpt.module.step_effects import NoPartsError
-from tbptt_ckpt.module.step_parts import StepParts, bare_cell
-from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
+from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
+from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _LANES = 3  # that are looked at
@@ -29,8 +30,10 @@ class FoundParts:
     def __init__(self, recurrence: Recurrence, batching: TimeBatching, may_be_taken: bool) -> None:
         self._recurrence, self._batching = recurrence, batching
         is_asked = may_be_taken and recurrence.per_step
-        self._said = _said_by(unwrapped(recurrence.module)) if is_asked else None
+        # What is given itself: who wraps, compiles or binds a module wants to be called.
+        self._said = _said_by(module_of(recurrence.call)) if is_asked else None
         self._parts: SegmentParts | None = None
+        self._attributes: object = None  # of the module, as it was held
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by their parts, or may be, where none has been seen yet."""
@@ -53,31 +56,41 @@ class FoundParts:
         return parts is not None and parts.has_fused
 
     def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
-        """A window begins: hold the parts against the module, unless that has been done.
+        """A window begins: hold the parts against the module, if they are not known of it as it is.
 
         Not later, where a checkpoint may be recording what is run.
         """
-        if self._said is None or self._parts is not None or not self._batching.takes_parts():
+        module = self._recurrence.module
+        if self._said is None or not isinstance(module, nn.Module):
             return
         (block,) = narrow_blocks(blocks, begin, begin + 1)
-        if not _are_rows([block]):
+        if not self._batching.takes_parts() or not _are_rows([block]):
             return
+        attributes = plain_attributes(module)  # modes and hooks are among them
+        if self._parts is not None and attributes == self._attributes:
+            return
+        self._parts, self._attributes = None, attributes
         inputs = block.with_time_first().inputs
         one = map_tensors(lambda t: t[0], inputs)
-        if not tensors_of(state):  # the module makes it
-            with untouched(self._recurrence.module, tensors=tensors_of(one)), torch.no_grad():
-                state = split_result(call_first(self._recurrence, one, state), self._recurrence)[1]
-        if have_lanes(inputs, state):
-            self._hold(self._said, one, state)
-
-    def _hold(self, said: StepParts, inputs: Tree, state: Tree) -> None:
-        few = map_tensors(lambda t: t[:_LANES], (inputs, state))  # a budget may leave little room
+        with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
+            result = call_first(self._recurrence, one, copy_containers(state))
+            reached = split_result(result, self._recurrence)[1]
         try:
-            hold_against(said, self._recurrence.module, *few)  # type: ignore[arg-type]
-            self._parts = SegmentParts(said, self._batching)
+            state = state if tensors_of(state) else reached  # which the module makes
+            self._hold(self._said, module, inputs, state)
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))
             self._said = None
+
+    def _hold(self, said: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
+        if any(map(has_hooks, module.modules())):
+            raise NoPartsError("it has hooks, which want to see every step")
+        if not have_lanes(inputs, state):
+            raise NoPartsError("inputs and state do not have the same lanes on dimension 0")
+        # A few lanes, since there may be little room.
+        few = map_tensors(lambda t: t[:_LANES], (map_tensors(lambda t: t[0], inputs), state))
+        hold_against(said, module, *few)
+        self._parts = SegmentParts(said, self._batching)
 
 
 def _are_rows(blocks: Sequence[StepBlock]) -> bool:
@@ -86,7 +99,7 @@ def _are_rows(blocks: Sequence[StepBlock]) -> bool:
 
 def _said_by(module: object) -> StepParts | None:
     """The parts of a module that says them, or is a cell with a kernel for segments."""
-    if isinstance(module, Recurrent):
+    if isinstance(module, Recurrent) and type(module).forward is Recurrent.forward:
         return module.parts()
     cell = bare_cell(module)
     return None if cell is None else StepParts(_same, as_step(cell.cell), _features, cell)

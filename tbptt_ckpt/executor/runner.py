@@ -153,10 +153,13 @@ class Runner:
         self, parts: SegmentParts, block: StepBlock, state: Tree, first_wanted: int, sink: Sink
     ) -> Tree:
         """The same by their parts, for a block with time first."""
-        rows = partial(_rows_of, self.time_batching)
-        outputs, state = parts.run(block.inputs, state, first_wanted - block.start, rows)
+        rows, first = partial(_rows_of, self.time_batching), first_wanted - block.start
+        outputs, state = parts.run(block.inputs, state, first, rows)
         if first_wanted < block.stop:
             block = block.part(first_wanted, block.stop)
+            if not self._has_compared:
+                row, target = next(steps_of(outputs, 0, 1)), next(block.step_targets())
+                self._compare_first(sink, next(block.step_inputs()), row, target)
             sink.take_steps(outputs, block)
             sink.passed(block.stop, outputs, 0)
         return state

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.module.step_parts import BareCell, StepParts
+from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.candidates import autocast_dtype, is_plain, is_stable
 from tbptt_ckpt.time_batching.interception import suspended
@@ -97,14 +97,12 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
 def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tree, Tensor] | None:
     """Features and state of all steps by torch's kernel, and the cell's recurrent weight.
 
-    None where the cell is to make them.
-
-    A cell takes what is encoded, or the first of several tensors, and gives features alike.
-
-    On an accelerator the kernel wants its weights in one piece, which a cell's are not.
+    None where the cell is to make them. It takes what is encoded, or the first of several
+    tensors, and gives features alike. On an accelerator the kernel wants its weights in one
+    piece, which a cell's are not.
     """
     x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
-    if bare is None or not is_plain(x):
+    if bare is None or bare_cell(bare.cell) is None or not is_plain(x):  # hooks may be new
         return None
     weights = [bare.cell._parameters.get(name) for name in _WEIGHTS]
     h, c = bare.split(state)

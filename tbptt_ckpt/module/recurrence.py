@@ -77,6 +77,8 @@ def recognise(
                 f"per_step={inner.per_step}"
             )
         per_step, time_dim = inner.per_step, inner.time_dim
+        if inner is module and type(inner).forward is Recurrent.forward:
+            call = inner.as_needed
     elif is_cell(inner):
         if per_step is False:
             raise ArgumentError(

@@ -19,7 +19,7 @@ from tbptt_ckpt.module.inside import (
     unwrapped,
 )
 from tbptt_ckpt.module.outputs import outputs_needed
-from tbptt_ckpt.module.step_parts import StepParts, bare_cell
+from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.trees import Tree, map_tensors
 
 Call = Callable[[Any, Any], Any]
@@ -78,12 +78,25 @@ class Recurrent(nn.Module):
 
     def forward(self, inputs: Any, state: Any) -> tuple[Any, Any]:
         """Outputs and the next state, of one step or of a segment."""
+        return self._run(inputs, state, reads_out=True)
+
+    def as_needed(self, inputs: Any, state: Any) -> tuple[Any, Any]:
+        """The same, without the readout where the engine looks at no outputs.
+
+        Not for who has the module within one of his own, or hooks on it: they look.
+        """
+        if has_hooks(self):
+            outputs, state = self(inputs, state)
+            return outputs, state
+        return self._run(inputs, state, reads_out=self.readout is None or outputs_needed())
+
+    def _run(self, inputs: Any, state: Any, *, reads_out: bool) -> tuple[Any, Any]:
         run = _in_place if self.per_step else _folded
         encoded = inputs if self.encode is None else run(self.encode, inputs)
         features, state = as_step(self.transition)(encoded, state)
         if self.readout is None:
             return features, state
-        return run(self.readout, features) if outputs_needed() else None, state
+        return run(self.readout, features) if reads_out else None, state
 
     def parts(self) -> StepParts:
         """The parts of one step."""
@@ -103,6 +116,14 @@ def as_step(module: Callable[..., Any]) -> Call:
         return module
     is_lstm = isinstance(inner, nn.LSTMCell) or kind_of(inner) == "LSTMCell"
     return functools.partial(_call_cell, module, is_lstm)
+
+
+def module_of(call: object) -> object:
+    """What is called for a cell or a `Recurrent` that was given itself; others as they are."""
+    if isinstance(call, functools.partial) and call.func is _call_cell:
+        return call.args[0]
+    is_recurrent = getattr(call, "__func__", None) is Recurrent.as_needed
+    return getattr(call, "__self__", call) if is_recurrent else call
 
 
 def _call_cell(cell: Call, is_lstm: bool, inputs: Tensor, state: Any) -> tuple[Any, Any]:

@@ -181,6 +181,88 @@ def test_encoder_readout_and_loss_run_once_a_segment() -> None:
     assert losses.rows == [4 * LANES, 4 * LANES]
 
 
+def trained(module: Any, batching: Any, loss: Any = F.mse_loss, **how: Any) -> list[Any]:
+    inputs, targets = random_data(6)
+    init = (random_state(2), random_state(3))
+    tbptt = TBPTT(module, loss, 3, 3, strategy="uniform:2", time_batching=batching, **how)
+    tbptt.train(TensorSequence(inputs, targets), init)
+    owner = getattr(module, "module", getattr(module, "__self__", module))
+    return gradients(list(owner.parameters()))
+
+
+def test_who_stands_between_is_called() -> None:
+    """A method of the module, a wrapper that does more, a hook: none is passed by."""
+
+    class Doubling(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor, state: Any) -> Any:
+            y, state = self.module(2 * x, state)
+            return 2 * y, state
+
+    class WithMethod(Recurrent):
+        def other(self, x: Tensor, state: Any) -> Any:
+            y, state = self(3 * x, state)
+            return 3 * y, state
+
+    def hooked(module: nn.Module) -> nn.Module:
+        module.register_forward_hook(lambda _, __, result: (2 * result[0], result[1]))
+        return module
+
+    def hooked_inside(module: nn.Module) -> nn.Module:
+        module.readout.register_forward_hook(lambda _, __, result: result + len(result))
+        return module
+
+    for wrap in (Doubling, hooked, hooked_inside, lambda module: module.other):
+        results = []
+        for batching in ("auto", False):
+            torch.manual_seed(0)
+            cell, readout = nn.LSTMCell(WIDTH_IN, WIDTH), nn.Linear(WIDTH, WIDTH)
+            module = WithMethod(cell, readout=readout).double()
+            results.append(trained(wrap(module), batching))
+        assert relative_error(*results) <= 1e-12
+
+
+def test_a_module_whose_mode_changes_is_held_again() -> None:
+    """Lanes of batch norm know nothing of each other as long as it is not trained."""
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        readout = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
+        module = Recurrent(nn.LSTMCell(WIDTH_IN, WIDTH), readout=readout).double().eval()
+        inputs, targets = random_data(8)
+        tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2", time_batching=batching)
+        windows = tbptt.windows(TensorSequence(inputs, targets), None)
+        next(windows)
+        module.train()
+        next(windows)
+        results.append([*gradients(list(module.parameters())), *module.buffers()])
+    assert relative_error(*results) <= 1e-12
+
+
+def test_a_loss_that_mixes_lanes_is_not_folded_though_all_outputs_are_zero() -> None:
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        readout = nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(readout.weight), nn.init.zeros_(readout.bias)
+        module = Recurrent(nn.LSTMCell(WIDTH_IN, WIDTH), readout=readout).double()
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        results.append(trained(module, batching, LOSSES["of lanes together"], optimizer=optimizer))
+    assert relative_error(*results) <= 1e-12
+
+
+def test_outputs_and_targets_of_a_first_segment_are_compared() -> None:
+    inputs, targets = random_data(4)
+    module = Recurrent(nn.LSTMCell(WIDTH_IN, WIDTH)).double()
+    tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2")
+    sequence = TensorSequence(inputs, targets[:, :1])
+    with pytest.raises(ArgumentError, match="would broadcast one over the lanes"):
+        tbptt.train(sequence, (random_state(2), random_state(3)))
+
+
 def test_a_transition_that_cannot_begin_from_none_is_told() -> None:
     module = Recurrent(OwnTransition(), encoder(), OfBoth()).double()
     inputs, targets = random_data(4)
