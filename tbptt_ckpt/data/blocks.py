@@ -20,6 +20,8 @@ StepWeight = float | Sequence[float]
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), Tensor)
 # Views made at a time when a block is read step by step; each costs host memory.
 _VIEWS = 256
+# Weights or resets looked at together: a look takes as much as they do, and windows are long.
+_LOOKED_AT = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +79,19 @@ class StepBlock:
         """Whether lanes are left out of a step, or weigh otherwise than in the one before."""
         if self.weight is None:
             return False
-        rows = self.weight.reshape(self.stop - self.start, -1)
-        leaves_out = ((rows == 0).any(1) & (rows != 0).any(1)).any()
-        return bool(leaves_out or (rows[1:] != rows[:-1]).any())
+        last: Tensor | None = None
+        for rows in few_rows(self.weight):
+            lanes = rows.reshape(len(rows), -1)
+            leaves_out = (lanes == 0).any(1) & (lanes != 0).any(1)
+            changes = last is not None and not torch.equal(last, lanes[0])
+            if changes or leaves_out.any() or (lanes[1:] != lanes[:-1]).any():
+                return True
+            last = lanes[-1]
+        return False
 
     def reset_steps(self) -> list[int]:
         """Steps at which a lane begins a sequence."""
-        if self.resets is None:
-            return []
-        flags = self.resets if self.resets.dim() == 1 else self.resets.any(1)
-        rows: list[int] = flags.nonzero().flatten().tolist()
-        return [self.start + row for row in rows]
+        return [] if self.resets is None else [self.start + row for row in true_rows(self.resets)]
 
     def with_resets(self, start: int) -> StepBlock:
         """The same with a reset at every step from `start` on."""
@@ -109,7 +113,9 @@ class StepBlock:
 
     def has_loss(self) -> bool:
         """Whether any step has a target that counts."""
-        return self.targets is not None and (self.weight is None or bool(self.weight.any()))
+        if self.targets is None or self.weight is None:
+            return self.targets is not None
+        return any(bool(rows.any()) for rows in few_rows(self.weight))
 
     def weight_sum(self) -> float:
         """What the steps add to the divisor of a scalar loss."""
@@ -142,6 +148,23 @@ class StepBlock:
     def step_targets(self) -> Iterator[Any]:
         """The target of each step, without its time dimension."""
         return steps_of(self.targets, self.time_dim, self.stop - self.start)
+
+
+def few_rows(rows: Tensor) -> Sequence[Tensor]:
+    """Weights or resets of steps in pieces, so that looking at them takes next to nothing."""
+    lanes = max(1, rows[:1].numel())
+    return torch.split(rows, max(1, _LOOKED_AT // lanes))
+
+
+def true_rows(resets: Tensor) -> list[int]:
+    """The rows of resets, [n] or [n, B], in which there is one."""
+    found: list[int] = []
+    first = 0
+    for rows in few_rows(resets):
+        flags = rows if rows.dim() == 1 else rows.any(1)
+        found += [first + row for row in flags.nonzero().flatten().tolist()]
+        first += len(rows)
+    return found
 
 
 def narrow_blocks(blocks: Sequence[StepBlock], start: int, stop: int) -> Iterator[StepBlock]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, checked
+from tbptt_ckpt.data.blocks import true_rows
 from tbptt_ckpt.data.source import Source, check_range, check_same_source, for_module, rows_of
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
@@ -63,12 +64,12 @@ class BurnIn:
         """[n] or [n, B]: the source's weights, zero while a sequence burns in."""
         check_range(start, stop, len(self))
         weights = rows_of(self.source, "weights", start, stop)
-        kept = self._steps_since_beginning(start, stop) >= self.num_burn_in_steps
+        kept = self._burnt_in(start, stop)
         if weights is None:
             return kept.to(torch.float64)
         if weights.dim() != kept.dim():  # one of them has lanes
             weights, kept = (rows.reshape(stop - start, -1) for rows in (weights, kept))
-        return weights * kept
+        return torch.where(kept, weights, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on, where the source has an order."""
@@ -91,15 +92,16 @@ class BurnIn:
         if hasattr(self.source, "load_state_dict"):
             self.source.load_state_dict(state["source"])
 
-    def _steps_since_beginning(self, start: int, stop: int) -> Tensor:
-        """[n] or [n, B]: steps since a sequence began, or `num_burn_in_steps` if more."""
-        first = max(0, start - self.num_burn_in_steps + 1)
-        steps, resets = torch.arange(stop - first, device="cpu"), self.resets(first, stop)
-        begins = steps < 0 if resets is None else resets.clone()
+    def _burnt_in(self, start: int, stop: int) -> Tensor:
+        """[n] or [n, B]: whether the sequence began `num_burn_in_steps` ago or before."""
+        num_steps = self.num_burn_in_steps
+        first = max(0, start - num_steps + 1)  # one that began before has burnt in
+        resets = self.resets(first, stop)
+        shape = [stop - first] if resets is None else resets.shape
+        kept = torch.ones(shape, dtype=torch.bool, device="cpu")
         if first == 0:
-            begins[0] = True
-        rows = steps.reshape(-1, *[1] * (begins.dim() - 1)).expand_as(begins)
-        # A sequence that began before `first` has burnt in.
-        long_ago = -self.num_burn_in_steps
-        last = torch.where(begins, rows, long_ago).cummax(0).values
-        return (rows - last)[start - first :]
+            kept[:num_steps] = False
+        if resets is not None:
+            for row in true_rows(resets):
+                kept[row : row + num_steps] &= ~resets[row]
+        return kept[start - first :]

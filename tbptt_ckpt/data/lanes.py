@@ -93,10 +93,7 @@ class LaneSource:
         inputs = _LaneBatch("inputs", start, stop, self.lanes)
         targets = _LaneBatch("targets", start, stop, self.lanes)
         for piece in self._layout.pieces(start, stop):
-            source, low, high = self._range_of(piece)
-            read, time_dim = source.read(low, high), getattr(source, "time_dim", 0)
-            inputs.put(piece, as_tensors(read[0]), time_dim)
-            targets.put(piece, as_tensors(read[1]), time_dim)
+            self._read(piece, inputs, targets)
         return inputs.result(self._device), targets.result(self._device)
 
     def weights(self, start: int, stop: int) -> Tensor:
@@ -104,8 +101,9 @@ class LaneSource:
         weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64, device="cpu")
         for piece in self._layout.pieces(start, stop):
             rows = self._rows_of(piece, "weights")
-            column = weights[piece.start - start : piece.stop - start, piece.lane]
-            column.copy_(torch.ones_like(column) if rows is None else rows)
+            weights[piece.start - start : piece.stop - start, piece.lane] = (
+                1.0 if rows is None else rows
+            )
         return weights
 
     def resets(self, start: int, stop: int) -> Tensor:
@@ -138,6 +136,13 @@ class LaneSource:
         """
         check_same_source({**state, "epoch": None}, {**self.state_dict(), "epoch": None})
         self.set_epoch(state["epoch"])
+
+    def _read(self, piece: Piece, inputs: _LaneBatch, targets: _LaneBatch) -> None:
+        """Put a piece into both; what its source made for it is gone before the next one."""
+        source, low, high = self._range_of(piece)
+        read, time_dim = source.read(low, high), getattr(source, "time_dim", 0)
+        inputs.put(piece, as_tensors(read[0]), time_dim)
+        targets.put(piece, as_tensors(read[1]), time_dim)
 
     def _range_of(self, piece: Piece) -> tuple[Source, int, int]:
         """The source of a piece and the range to read there."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tbptt_ckpt.arguments import checked_where_used
+from tbptt_ckpt.data.blocks import few_rows
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
@@ -104,7 +105,7 @@ def checked_weight(weight: Tensor | None, num_steps: int) -> Tensor | None:
     if weight is None:
         return None
     weight = _checked_rows("weight", weight, num_steps).to(torch.float64)
-    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+    if not all(bool(((rows >= 0) & (rows < torch.inf)).all()) for rows in few_rows(weight)):
         raise ArgumentError("weight must be finite and not negative; zero means absent")
     return weight
 

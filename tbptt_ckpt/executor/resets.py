@@ -30,15 +30,10 @@ class Resets:
         self, blocks: Sequence[StepBlock] = (), initial: Tree = None, lane_dim: int = 0
     ) -> None:
         self._initial, self._lane_dim = initial, lane_dim
-        self.steps: list[int] = []
-        rows = []
-        for block in blocks:
-            found = _rows_with_resets(block)
-            self.steps += [block.start + row for row in found]
-            if found and block.resets is not None:
-                rows.append(block.resets[found])
-        self._rows = torch.cat(rows) if rows else None
-        self._sent: dict[torch.device, Tensor] = {}  # the same where states are
+        self._blocks = [block for block in blocks if block.resets is not None]
+        found = [step for block in self._blocks for step in block.reset_steps()]
+        self.steps = [step for step in found if step > 0]  # the first has nothing to reset
+        self._sent: dict[torch.device, Tensor] = {}  # a row for each, where states are
 
     def of(self, blocks: Sequence[StepBlock]) -> Resets:
         """Those of other blocks, to the same state."""
@@ -62,7 +57,7 @@ class Resets:
                 is not nested like it.
         """
         position = bisect_left(self.steps, step)
-        if self._rows is None or position == len(self.steps) or self.steps[position] != step:
+        if position == len(self.steps) or self.steps[position] != step:
             return state
         tensors = tensors_of(state)
         pairs = zip(tensors, self._initial_for(state), strict=True)
@@ -83,10 +78,7 @@ class Resets:
 
     def _mask(self, position: int, tensor: Tensor) -> Tensor:
         """The lanes that reset, in a shape that spreads over a state's tensor."""
-        assert self._rows is not None, "a lane resets"
-        if (device := tensor.device) not in self._sent:
-            self._sent[device] = sent(self._rows, device)
-        mask = self._sent[device][position]
+        mask = self._lanes(position, tensor.device)
         if mask.dim() == 0:
             return mask
         dim, num_lanes = self._lane_dim, mask.shape[0]
@@ -98,7 +90,15 @@ class Resets:
             )
         return mask.view([num_lanes if d == dim else 1 for d in range(tensor.dim())])
 
+    def _lanes(self, position: int, device: torch.device) -> Tensor:
+        """Which lanes reset at a step of `steps`; on another device those of all, sent at once."""
+        if device.type == "cpu":
+            return self._row(self.steps[position]).clone()  # a graph takes no inference tensor
+        if device not in self._sent:
+            self._sent[device] = sent(torch.stack([*map(self._row, self.steps)]), device)
+        return self._sent[device][position]
 
-def _rows_with_resets(block: StepBlock) -> list[int]:
-    """Rows of a block at which a lane resets; the first step of all has nothing to reset."""
-    return [step - block.start for step in block.reset_steps() if step > 0]
+    def _row(self, step: int) -> Tensor:
+        block = self._blocks[bisect_right(self._blocks, step, key=lambda each: each.start) - 1]
+        assert block.resets is not None, "others are left out"
+        return block.resets[step - block.start]
