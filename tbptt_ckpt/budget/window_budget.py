@@ -111,7 +111,8 @@ class Request:
     coming_ambients: int
     makes_first_state: bool  # whether the module makes the first state for itself, from None
     ahead_bytes: int  # steps after it that a stream has given already
-    packing_bytes: int  # taken beside the blocks while steps are packed, between windows
+    # Taken beside the blocks of so many steps while they are read and packed, between windows.
+    reading_bytes: Callable[[int], int]
     copies_weights: bool  # whether its update copies what it changes
     library_bytes: int  # what libraries keep of the device's memory
     loss_start: int  # the first step that has a loss

@@ -147,11 +147,11 @@ class WindowCosts:
         return replace(
             costs,
             last_leaf_bytes=costs.last_leaf_bytes if clears else None,
-            # Between leaves of windows: steps are packed, and gradients are handed over one by
+            # Between leaves of windows: steps are read, and gradients are handed over one by
             # one, each to a hook that may make another of it; buckets are made anew once.
             update_bytes=max(
                 costs.update_bytes,
-                request.packing_bytes,
+                request.reading_bytes(shape.run_steps),
                 2 * max(waiting, default=0),
                 self._updater.deliveries.wrappers.bucket_bytes,
             ),

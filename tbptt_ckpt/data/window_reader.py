@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import torch
 
 from tbptt_ckpt.data.blocks import StepBlock, load_block, store_block
 from tbptt_ckpt.data.steps import StepIterable, reader_for
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.memory.meter import can_measure, peak_memory
 from tbptt_ckpt.module.recurrence import Recurrence
 
 # By what is saved of them.
@@ -22,14 +26,30 @@ class WindowReader:
 
     A source with a length is read window by window. One without is read in order, up to
     `k1` steps ahead, and its steps are held until no window needs them.
+
+    Args:
+        sequence: What is read.
+        k1: Steps between updates.
+        k2: Steps that a window reaches back.
+        recurrence: Whose steps they are.
+        device: Where what a read takes beside its steps is metered, of more steps than any before;
+            None meters none.
     """
 
     # Steps packed into tensors at a time: one tensor per step would cost over a kilobyte
     # of host memory each.
     PACK_STEPS = 256
 
-    def __init__(self, sequence: object, k1: int, k2: int | None, recurrence: Recurrence) -> None:
-        self._k1, self._k2 = k1, k2
+    def __init__(
+        self,
+        sequence: object,
+        k1: int,
+        k2: int | None,
+        recurrence: Recurrence,
+        device: torch.device | None = None,
+    ) -> None:
+        self._k1, self._k2, self._device = k1, k2, device
+        self._metered_steps, self._beside_bytes = 0, 0  # of the longest read that was metered
         self._reader = reader_for(sequence, recurrence)
         self.num_steps = self._reader.num_steps
         self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
@@ -50,7 +70,7 @@ class WindowReader:
     def window(self, first: int, stop: int) -> list[StepBlock]:
         """The steps `[first, stop)` in blocks; blocks at the ends may reach further."""
         if not self._in_order:
-            block = self._reader.read_block(first, stop)
+            block = self._read(first, stop)
             assert block is not None, "a source with a length has its steps"
             return [block]
         self.drop_before(first)
@@ -61,10 +81,10 @@ class WindowReader:
         """Bytes of the steps from `stop` on that are held already."""
         return sum(block.num_bytes() for block in self._held if block.start >= stop)
 
-    def packing_bytes(self) -> int:
-        """Bytes of single steps, beside the block of them, while they are packed."""
-        packs = isinstance(self._reader, StepIterable)
-        return max((block.num_bytes() for block in self._held), default=0) if packs else 0
+    def beside_bytes(self, num_steps: int) -> int:
+        """Bytes taken beside the steps of a window of so many while they are read, and packed."""
+        longer = 1.0 if self._in_order else num_steps / max(1, self._metered_steps)
+        return math.ceil(max(1.0, longer) * self._beside_bytes)
 
     def state_dict(self) -> dict[str, Any]:
         """What the reader of an equal sequence needs to go on from here.
@@ -109,7 +129,7 @@ class WindowReader:
     def _pull(self, stop: int) -> None:
         while self._position < stop and (self.num_steps is None or self._position < self.num_steps):
             wanted = min(self._position + self.PACK_STEPS, stop, self._next_start())
-            block = self._reader.read_block(self._position, wanted)
+            block = self._read(self._position, wanted)
             if block is not None:
                 self._held.append(block)
                 self._position = block.stop
@@ -120,6 +140,17 @@ class WindowReader:
                         f"{self._position} steps"
                     )
                 self.num_steps = self._position
+
+    def _read(self, start: int, stop: int) -> StepBlock | None:
+        is_longest = stop - start > self._metered_steps
+        if self._device is None or not is_longest or not can_measure(self._device):
+            return self._reader.read_block(start, stop)
+        with peak_memory(self._device, held=(), rss=False) as memory:
+            block = self._reader.read_block(start, stop)
+        taken = memory.peak_bytes - max(0, memory.net_bytes)
+        self._metered_steps = stop - start
+        self._beside_bytes = max(self._beside_bytes, taken)
+        return block
 
     def _next_start(self) -> int:
         """The next step at which a window may start: a block must not reach across it."""

@@ -112,7 +112,7 @@ class OpenWindow:
             coming_ambients=max(0, passed - len(records.ambients)),
             makes_first_state=not tensors_of(self._boundary_at(window.first).state),
             ahead_bytes=reader.ahead_bytes(window.stop),
-            packing_bytes=reader.packing_bytes(),
+            reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,
             library_bytes=self._parts.library_bytes(),
             loss_start=self._loss_start,

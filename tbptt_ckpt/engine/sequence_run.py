@@ -45,7 +45,8 @@ class SequenceRun:
             )
         self._options, self._parts = options, parts
         self._observer = together(parts.observer, observer)
-        self._reader = WindowReader(sequence, options.k1, options.k2, parts.recurrence)
+        device = None if options.memory_budget is None else parts.device
+        self._reader = WindowReader(sequence, options.k1, options.k2, parts.recurrence, device)
         self._has_length = self._reader.num_steps is not None
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
         self._standing = Standing()
