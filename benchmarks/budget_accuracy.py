@@ -213,12 +213,13 @@ class Setting:
             per_step=per_step,
             autocast_dtype=DTYPES[self.dtype],
         )
-        inputs = tensor_bytes(data.inputs, data.targets) // self.num_windows
+        step_bytes = tensor_bytes(data.inputs, data.targets) // len(data)
         held = (module, optimizer)
         state, base = tensor_bytes(optimizer), tensor_bytes(*held, grads=True)
         source = SOURCES[self.source](data)
         with peak_memory(held=held, rss=False) as around:
             for window in tbptt.windows(source):
+                inputs = step_bytes * (window.stop - window.start)
                 fixed, live = 2 * tensor_bytes(module) + state + inputs, around.lap().peak_bytes
                 assert window.peak_bytes is not None
                 # The package's meter counts what is read of tensors that lie outside.
