@@ -94,7 +94,8 @@ class IrregularSteps:
 
         Args:
             curve: Bytes of leaves without irregular steps.
-            more: What so many cuts take, and a first step at which lanes begin; None for nothing.
+            more: What so many cuts take, and a first step at which lanes begin and are left out;
+                None for nothing.
             spared: Of a leaf's bytes, those that only its longest piece needs.
             weighed_step_bytes: What each step takes more where lanes are left out.
         """
@@ -102,7 +103,7 @@ class IrregularSteps:
             return curve
         lengths = sorted(self._found)
         begins = more(0) if more is not None else 0.0  # what any leaf's first step may take
-        alone = (1, curve(1) + begins + weighed_step_bytes)
+        alone = (1, curve(1) + (weighed_step_bytes if more is None else begins))
         if self._weighs:
             curve = curve.plus(weighed_step_bytes)
         if more is None or not lengths:
@@ -187,23 +188,28 @@ def more_bytes(
     """What cuts add to a leaf that still has as long a piece: `Costs.irregular_bytes`.
 
     The first one adds most, since gradients then meet. Leaves of the `fitting` lengths may be run,
-    and those of one step, in which lanes begin and nothing is cut.
+    and those of one step, in which lanes begin and are left out, and nothing is cut.
     """
     if not probe.may_be_irregular:
         return None
     is_loop = probe.runner.recurrence.per_step
+    resets = any(block.resets is not None for block in probe.blocks)
+    weighs = any(block.weight is not None for block in probe.blocks)
     beyond = {s.steps: 0 if is_loop else s.leaf.most - s.graph for s in samples}
 
     def more(sample: SegmentBytes | QuietSample, num_resets: int) -> float:
         stop = probe.stop - (not has_losses)
-        blocks = narrow_blocks(probe.blocks, stop - sample.steps, probe.stop)
-        cut = [block.with_resets(stop - num_resets) for block in blocks]
+        cut = list(narrow_blocks(probe.blocks, stop - sample.steps, probe.stop))
+        if sample.steps == 1:
+            cut = [block.leaving_out_lanes() for block in cut]
+        if resets or sample.steps > 1:
+            cut = [block.with_resets(stop - num_resets) for block in cut]
         such = replace(probe, blocks=cut, resets=probe.resets.of(cut))
         taken = (such.bytes_of if has_losses else such.quiet_bytes_of)(sample.steps).leaf.most
         share = min(1.0, num_resets / max(1, sample.steps - 1))
         return max(0.0, taken - sample.leaf.most + share * max(0, beyond[sample.steps] - beyond[1]))
 
-    begins = more(samples[0], 1) if any(b.resets is not None for b in probe.blocks) else 0.0
+    begins = more(samples[0], 1) if resets or weighs else 0.0
     if samples[-1].steps < 2:
         return Curve(((0, begins),))
     cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]

@@ -20,8 +20,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.recurrence import recognise
 
 STEPS, LANES, K1, K2 = 140, 128, 20, 60  # many lanes of few features: weights are most of a step
-# What is measured, and held of generators, beside a first window takes some KiB of any size.
-MORE, CALLS = 12 * 1024, 4
+CALLS = 5
 INPUTS, TARGETS = torch.randn(STEPS, LANES, 2), torch.randn(STEPS, LANES, 2)
 
 
@@ -125,10 +124,10 @@ def run(module_name: str, source: Any, budget: int) -> list[int]:
     ("source", "module"),
     [*((source, "cell") for source in SOURCES), ("lanes", "layer")],
 )
-def test_no_read_exceeds_a_small_budget(source: str, module: str) -> None:
+def test_no_read_exceeds_the_smallest_budget(source: str, module: str) -> None:
     with pytest.raises(InfeasibleBudgetError) as refused:
         run(module, SOURCES[source](), 1)
-    budget = (refused.value.smallest_budget_bytes or 0) + MORE
+    budget = refused.value.smallest_budget_bytes or 0
     found = run(module, SOURCES[source](), budget)
     assert max(found[1:]) <= budget, found  # one step is measured in any case
     if source != "tensors":  # which are the user's
