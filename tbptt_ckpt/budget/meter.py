@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from tbptt_ckpt.budget.window_budget import PlannedWindow
-from tbptt_ckpt.executor.runner import Runner
 from tbptt_ckpt.executor.window_pass import Route
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import Lap, peak_memory
+from tbptt_ckpt.memory.reading import reading
 from tbptt_ckpt.memory.storages import tensor_bytes
-from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import Action
-
-# A call of a cell makes some 130 events of up to 0.9 KiB, those of its backward included.
-_CALLS_PER_FLUSH = 64
-_CALLS_PER_HOOK = 256
 
 
 class UnmeteredWindow(ExitStack):
@@ -29,10 +22,6 @@ class UnmeteredWindow(ExitStack):
 
     peak_bytes: int | None = None
     reserved_peak_bytes: int | None = None
-
-    def runner(self, runner: Runner) -> Runner:
-        """The same runner."""
-        return runner
 
     def route(self, planned: PlannedWindow) -> Route:
         """The plan as it is."""
@@ -79,13 +68,9 @@ class WindowMeter(ExitStack):
         self.base_bytes += self._beside_bytes
         self._meter = peak_memory(self._device, held=self._held, rss=False)
         self.enter_context(self._meter)
+        self.enter_context(reading(self._meter.flush))
         self._held = ()
         return self
-
-    def runner(self, runner: Runner) -> Runner:
-        """The same runner, reading the meter's records as it goes."""
-        call = self._flushing(runner.recurrence.call)
-        return runner.calling(replace(runner.recurrence, call=call))
 
     def route(self, planned: PlannedWindow) -> Route:
         """The plan, held against what each action takes, and left where it must be."""
@@ -95,19 +80,6 @@ class WindowMeter(ExitStack):
         """What the last stretch took; bytes count from nothing."""
         lap = self._meter.lap()
         return Lap(self.base_bytes + lap.peak_bytes, self.base_bytes + lap.now_bytes)
-
-    def _flushing(self, call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        calls = itertools.count(1)
-
-        def flushing(inputs: Any, state: Any) -> Any:
-            number = next(calls)
-            if number % _CALLS_PER_FLUSH == 0:
-                self._meter.flush()
-            if number % _CALLS_PER_HOOK == 0 and torch.is_grad_enabled():
-                self._meter.flush_on_gradient(*tensors_of(state))
-            return call(inputs, state)
-
-        return flushing
 
 
 class _MeteredRoute(Route):

@@ -135,9 +135,8 @@ class OpenWindow:
         loss = WindowLoss(
             parts.loss_function, self._blocks, self._loss_start, window.stop, options.reduction
         )
-        runner = meter.runner(parts.runner)
         this_pass = self._pass(
-            window.first, window.start, window.stop, guard, runner, loss, grad_scale
+            window.first, window.start, window.stop, guard, parts.runner, loss, grad_scale
         )
         route = meter.route(planned)
         first, found = self._boundary_at(window.first), self._records.ambients[window.new_start]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -20,7 +20,9 @@ from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.segment_parts import SegmentParts
 from tbptt_ckpt.executor.sinks import LossSink, Sink
+from tbptt_ckpt.executor.weight_caches import uncached_autocast, without_cached_weights
 from tbptt_ckpt.executor.weighted_steps import is_present
+from tbptt_ckpt.memory.reading import Told, told_of_calls
 from tbptt_ckpt.module.counters import Counters
 from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
@@ -60,13 +62,18 @@ class Runner:
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
+        self._told: Told | None = None  # of calls, while steps are run
 
     def calling(self, recurrence: Recurrence) -> Runner:
         """The same for a module that is called in another way."""
         given = recurrence, self._autocast_dtype, self.time_batching
         return Runner(*given, in_parts=self._in_parts)
 
-    def _call_first(self, inputs: Any, state: Tree) -> Any:
+    def _call(self, inputs: Any, state: Tree) -> Any:
+        if self._told is not None:
+            self._told(partial(iterate_tensors, state))
+        if self._is_known:
+            return self.recurrence.call(inputs, state)
         result = call_first(self.recurrence, inputs, state)
         self._is_known = is_telling(self.recurrence, inputs)
         return result
@@ -99,7 +106,7 @@ class Runner:
         if autocast is None and not parametrize._cache_enabled:
             return batched  # most are, and a stack of managers takes as long as a small step
         with ExitStack() as stack:
-            for manager in (autocast or nullcontext(), batched, _without_cached_weights()):
+            for manager in (autocast or nullcontext(), batched, without_cached_weights()):
                 stack.enter_context(manager)
             return stack.pop_all()
 
@@ -119,6 +126,7 @@ class Runner:
         wanted = sink.wanted(begin, end)
         first_wanted = wanted.start if wanted else end
         run = self._run_steps if self.recurrence.per_step else self._run_segment
+        self._told = told_of_calls()
         for low, high in resets.stretches(begin, end):
             parts = list(narrow_blocks(blocks, low, high))
             state = run(parts, resets.apply(low, state), first_wanted, sink)
@@ -154,7 +162,7 @@ class Runner:
     ) -> Tree:
         """The same by their parts, for a block with time first."""
         rows, first = partial(_rows_of, self.time_batching), first_wanted - block.start
-        outputs, state = parts.run(block.inputs, state, first, rows)
+        outputs, state = parts.run(block.inputs, state, first, rows, self._told)
         if first_wanted < block.stop:
             block = block.part(first_wanted, block.stop)
             if not self._has_compared:
@@ -188,7 +196,7 @@ class Runner:
         return block.step_inputs() if rows is None else rows
 
     def _call_step(self, inputs: Any, state: Tree) -> Any:
-        result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
+        result = self._call(inputs, state)
         if type(result) is tuple and len(result) == 2:
             return result
         return split_result(result, self.recurrence)
@@ -200,7 +208,7 @@ class Runner:
         time_dim, wants_outputs = self._time_dim(block), first_wanted < block.stop
         inputs = self._segment_inputs(block, time_dim)
         with OutputsNeeded(wants_outputs) as needed:
-            result = (self.recurrence.call if self._is_known else self._call_first)(inputs, state)
+            result = self._call(inputs, state)
             is_whole = needed.are_whole()
         outputs, state = split_result(result, self.recurrence)
         if is_whole:
@@ -247,8 +255,8 @@ class Runner:
         """Autocast as the user wants it, whoever turned it on; None where nobody did."""
         device_type = self._device_type(example)
         if self._autocast_dtype is not None:
-            return _uncached(torch.autocast(device_type, dtype=self._autocast_dtype))
-        return _uncached(nullcontext()) if torch.is_autocast_enabled(device_type) else None
+            return uncached_autocast(torch.autocast(device_type, dtype=self._autocast_dtype))
+        return uncached_autocast(nullcontext()) if torch.is_autocast_enabled(device_type) else None
 
     def _device_type(self, example: Tree) -> str:
         """Where the steps run: with the weights, and those of a function with what it is given."""
@@ -262,27 +270,6 @@ def _rows_of(batching: TimeBatching, whole: Tree) -> Iterator[Any]:
     """The entries of consecutive steps, known as such in the region that is entered."""
     rows = batching.step_inputs(whole, 0)
     return steps_of(whole, 0, tensors_of(whole)[0].shape[0]) if rows is None else rows
-
-
-@contextmanager
-def _uncached(autocast: AbstractContextManager[Any]) -> Iterator[None]:
-    """Autocast without its weight cache from run to run.
-
-    A cast weight that was cached without a graph, or with one that is freed by now, would
-    cut the weight off from its gradient.
-    """
-    torch.clear_autocast_cache()
-    with autocast:
-        yield
-    torch.clear_autocast_cache()
-
-
-@contextmanager
-def _without_cached_weights() -> Iterator[None]:
-    """`parametrize.cached()` within one run only, for the same reason."""
-    parametrize._cache.clear()
-    yield
-    parametrize._cache.clear()
 
 
 def make_runner(

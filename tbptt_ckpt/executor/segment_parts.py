@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.memory.reading import Told
 from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.candidates import autocast_dtype, is_plain, is_stable
@@ -28,18 +30,23 @@ class SegmentParts:
         self._parts, self._batching, self.has_fused = parts, batching, False
 
     def run(
-        self, inputs: Tree, state: Tree, first_wanted: int, rows: Callable[[Tree], Iterable[Any]]
+        self,
+        inputs: Tree,
+        state: Tree,
+        first_wanted: int,
+        rows: Callable[[Tree], Iterable[Any]],
+        told: Told | None,
     ) -> tuple[Tree, Tree]:
         """Outputs of the steps from `first_wanted` on, None for none, and the state at the end.
 
-        `rows` gives the entries of something for all steps one by one.
+        `rows` gives the entries of something for all steps one by one; `told` is told of calls.
         """
         num_steps = tensors_of(inputs)[0].shape[0]
         with suspended():
             encoded = _unfolded(self._parts.encode(folded(inputs)), num_steps)
             found = _fused(self._parts.cell, encoded, state)
         if found is None:
-            features, state = self._loop(encoded, state, first_wanted, rows)
+            features, state = self._loop(encoded, state, first_wanted, rows, told)
         else:
             self.has_fused = True
             self._batching.took("LSTMCell of all steps", found[2])
@@ -52,10 +59,17 @@ class SegmentParts:
         return _unfolded(outputs, num_steps - first_wanted), state
 
     def _loop(
-        self, encoded: Tree, state: Tree, first_wanted: int, rows: Callable[[Tree], Iterable[Any]]
+        self,
+        encoded: Tree,
+        state: Tree,
+        first_wanted: int,
+        rows: Callable[[Tree], Iterable[Any]],
+        told: Told | None,
     ) -> tuple[Tree, Tree]:
         transition, kept = self._parts.transition, []
         for step, row in enumerate(rows(encoded)):
+            if told is not None:
+                told(partial(tensors_of, state))
             features, state = transition(row, state)
             if step >= first_wanted:
                 kept.append(features)

@@ -8,7 +8,6 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import TbpttError
@@ -172,18 +171,6 @@ class PeakMeter:
         """Flush, and say what happened since the last lap or the region's start."""
         self.flush()
         return Lap(self._live.take_lap(), self._live.now_bytes)
-
-    def flush_on_gradient(self, *tensors: Tensor) -> None:
-        """Have a backward pass flush when the gradients of these tensors arrive.
-
-        One backward call over a long graph records up to some 40 events for each step of
-        a cell. Naming a state every few hundred steps keeps the meter small; naming one
-        at every step does not do: torch frees graph nodes that Python has touched
-        recursively, and a chain of tens of thousands of them overflows the stack.
-        """
-        for tensor in tensors:
-            if tensor.requires_grad:
-                tensor.register_hook(lambda _: self.flush())  # type: ignore[no-untyped-call]
 
     def _observe(self, events: Events, cache: CachePeaks) -> None:
         seconds, deltas = events

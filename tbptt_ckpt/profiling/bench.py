@@ -15,6 +15,7 @@ from tbptt_ckpt.devices import check_on_one
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.memory.exhausted import release_memory
 from tbptt_ckpt.memory.meter import PeakMeter, peak_memory
+from tbptt_ckpt.memory.reading import reading
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
@@ -124,14 +125,14 @@ class WindowBench:
         held, device = self._held(), self._device
         base = tensor_bytes(*held, grads=True, device=device) + self._library_bytes()
         with peak_memory(device, held=held, rss=False) as outer:
-            with self._work.reading(outer.flush):
+            with reading(outer.flush):
                 windows = self._warm_windows()
             outer.flush()
             before = base + outer.net_bytes
             with (
                 peak_memory(device, held=(), rss=False) as meter,
                 self._watch.watching(meter, before),
-                self._work.reading(self._watch.read),
+                reading(self._watch.read),
             ):
                 return next(windows), meter, before
 

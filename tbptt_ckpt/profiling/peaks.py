@@ -12,6 +12,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.reading import reading
 from tbptt_ckpt.memory.storages import live_storages
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.profiling.workload import Workload
@@ -29,7 +30,7 @@ T = TypeVar("T")
 def metered(work: Workload, act: Callable[[], T]) -> tuple[T, int]:
     """What `act` returns, and the peak of all tensor bytes on the work's device meanwhile."""
     device = work.device
-    with peak_memory(device, rss=False) as meter, work.reading(meter.flush):
+    with peak_memory(device, rss=False) as meter, reading(meter.flush):
         if device.type == "cpu":
             live = sum(storage.nbytes() for storage in live_storages() if storage.device == device)
         else:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, check_fields
 from tbptt_ckpt.data.source import Source, as_tensors, rows_of
@@ -22,7 +20,6 @@ from tbptt_ckpt.memory.storages import copy_sharing
 from tbptt_ckpt.module.recurrence import parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 
-_CALLS_PER_READ = 64
 # What it hands to `TBPTT` by name.
 _FURTHER = (
     *("per_step", "time_dim", "lane_dim"),
@@ -125,21 +122,6 @@ class Workload:
                 f"they are, and cannot be ({type(error).__name__}: {error})"
             ) from error
         return replace(self, module=module, loss_fn=loss_fn, optimizer=optimizer, init_state=state)
-
-    @contextmanager
-    def reading(self, read: Callable[[], None]) -> Iterator[None]:
-        """Have a meter's records read while the module runs, so that they stay few."""
-        calls = count(1)
-
-        def read_now_and_then(*_: object) -> None:
-            if next(calls) % _CALLS_PER_READ == 0:
-                read()
-
-        if not isinstance(self.module, nn.Module):
-            yield
-            return
-        with self.module.register_forward_pre_hook(read_now_and_then):
-            yield
 
 
 class EndlessSource:

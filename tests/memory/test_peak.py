@@ -3,6 +3,8 @@
 import gc
 import os
 import threading
+from contextlib import nullcontext
+from itertools import groupby
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tbptt_ckpt.memory import allocators as sources
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import can_measure, peak_memory
+from tbptt_ckpt.memory.reading import reading, told_of_calls
 from tbptt_ckpt.memory.recorders import KinetoRecorder, has_operator_callbacks
 
 # --- the peak on the CPU ------------------------------------------------------------------
@@ -233,31 +236,36 @@ def test_flushing_changes_no_figure(every):
     assert [live for _, live in flushed.timeline] == [live for _, live in whole.timeline]
 
 
-def test_flushing_during_backward_changes_no_figure_and_no_gradient(monkeypatch):
-    cell, inputs = nn.LSTMCell(8, 8), torch.randn(100, 2, 8)
-    source, flushes = sources.cpu_source(), []
+def test_reading_while_modules_are_called_changes_no_figure_and_no_gradient(monkeypatch):
+    """Forward every 64 calls; backward at the gradients of every 256th call's state."""
+    cell, inputs = nn.LSTMCell(8, 8), torch.randn(600, 2, 8)
+    source, reads = sources.cpu_source(), []
     drain = source.drain
-    monkeypatch.setattr(source, "drain", lambda: (flushes.append(1), drain()))
+    monkeypatch.setattr(source, "drain", lambda: (reads.append(1), drain()))
 
-    def run(flush_every):
+    def run(is_read):
         def work(meter):
             state, loss = None, 0.0
-            for step, each in enumerate(inputs):
-                state = cell(each, state)
-                loss = loss + state[0].square().mean()
-                if step % flush_every == flush_every - 1:
-                    meter.flush_on_gradient(*state)
-            flushes.clear()
-            loss.backward()
+            with reading(meter.flush) if is_read else nullcontext():
+                for each in inputs:
+                    if (told := told_of_calls()) is not None:
+                        told(lambda: state or ())
+                    state = cell(each, state)
+                    loss = loss + state[0].square().mean()
+                reads.append("backward")
+                loss.backward()
 
         cell.zero_grad()
+        reads.clear()
         meter = measure(work)
-        return meter.peak_bytes, meter.net_bytes, [each.grad.clone() for each in cell.parameters()]
+        found = [list(group) for _, group in groupby(reads, key=lambda read: read == "backward")]
+        return meter.peak_bytes, meter.net_bytes, found, [p.grad.clone() for p in cell.parameters()]
 
-    whole, flushed = run(10**9), run(10)
-    assert len(flushes) == 20  # h and c of ten steps
-    assert flushed[:2] == whole[:2]
-    assert all(torch.equal(*pair) for pair in zip(flushed[2], whole[2], strict=True))
+    (*whole, _, grads), (*read, found, read_grads) = run(False), run(True)
+    assert [len(group) for group in found] == [600 // 64, 1, 2 * (600 // 256)]  # of h and c
+    assert read == whole
+    assert all(map(torch.equal, read_grads, grads))
+    assert told_of_calls() is None
 
 
 def test_a_peak_between_two_flushes_is_found():
