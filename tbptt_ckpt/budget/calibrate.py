@@ -65,6 +65,7 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         own.warm_up()
         samples = _Measuring(own, limits, time.perf_counter())
         samples.run()
+        own.loss.learn_no_more()
         costs = samples.costs(kept_bytes(own.boundary, before, own.device), update, fixed)
     _log.info(samples.summary(costs))
     return costs
@@ -106,7 +107,10 @@ class _Measuring:
 
     def _meter(self, steps: int) -> None:
         began = time.perf_counter()
-        self.bytes.append(self.probe.bytes_of(steps))
+        taken = self.probe.bytes_of(steps)
+        if self.probe.loss.go_on_as_shown():  # it is called on all steps at once from here on
+            taken = self.probe.bytes_of(steps)
+        self.bytes.append(taken)
         if steps < self.probe.num_steps:
             self.quiet.append(self._quiet_bytes_of(self.bytes[-1]))
         if steps in _HOST_STEPS:
@@ -116,7 +120,7 @@ class _Measuring:
     def _quiet_bytes_of(self, sample: SegmentBytes) -> QuietSample:
         joins = sample.peak + sample.gradients <= self.limits.room_bytes
         quiet = self.probe.quiet_bytes_of(sample.steps, joins=joins)
-        if joins or sample.steps == 1 or self.probe.runner.recurrence.per_step:
+        if joins or sample.steps == 1 or not self.probe.runner.calls_segments:
             return quiet
         return replace(quiet, joined=JoinedBytes.at_most(sample))
 
@@ -226,7 +230,7 @@ class _Measuring:
         """What steps without a loss take, where there was more than one step to measure it."""
         if not self.quiet:
             return None
-        is_loop = self.probe.runner.recurrence.per_step  # its steps may be batched over time
+        is_loop = not self.probe.runner.calls_segments  # its steps may be batched over time
         graph = self._bytes_curve((s.steps, s.graph) for s in self.quiet)
         joined = [(s.steps, s.joined) for s in self.quiet if s.joined is not None]
         if not joined and not is_loop:  # two pieces of one step did not fit

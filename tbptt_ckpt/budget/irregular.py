@@ -192,7 +192,7 @@ def more_bytes(
     """
     if not probe.may_be_irregular:
         return None
-    is_loop = probe.runner.recurrence.per_step
+    is_loop = not probe.runner.calls_segments
     resets = any(block.resets is not None for block in probe.blocks)
     weighs = any(block.weight is not None for block in probe.blocks)
     beyond = {s.steps: 0 if is_loop else s.leaf.most - s.graph for s in samples}

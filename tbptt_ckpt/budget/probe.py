@@ -97,7 +97,7 @@ class SegmentProbe:
     def may_be_irregular(self) -> bool:
         """Whether steps ask for it, or segments may be cut."""
         asks = any(b.resets is not None or b.weight is not None for b in self.blocks)
-        return asks or not self.runner.recurrence.per_step
+        return asks or self.runner.calls_segments
 
     def quiet_bytes_of(self, steps: int, *, joins: bool = True) -> QuietSample:
         """Measure an advance and a leaf of steps without a loss; one more step has it.
@@ -124,7 +124,7 @@ class SegmentProbe:
 
     def _joined_bytes_of(self, steps: int) -> JoinedBytes | None:
         """Measure leaves in two pieces, whose gradients meet; a loop's steps are but one."""
-        if self.runner.recurrence.per_step:
+        if not self.runner.calls_segments:
             return None
         for parameter in self.parameters:  # the first leaf has gradients to make
             parameter.grad = None

@@ -248,7 +248,7 @@ class WindowCosts:
     ) -> Costs:
         """Measured costs, with steps batched over time or plain: what takes less time decides."""
         batching, most, probe = self._batching, limits.max_seconds, request.make_probe()
-        if not batching.is_open(probe.runner.recurrence.per_step):
+        if not probe.runner.has_forms:
             return self._measured(request, limits)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             warm_up(probe)

@@ -244,7 +244,7 @@ class OpenWindow:
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""
         window, k1 = self._window, self._options.k1
-        if self._parts.recurrence.per_step:
+        if not self._parts.runner.calls_segments:
             return []
         stops = self._stops(self._records.ambients_for(window.first, k1))
         return [step for step in stops - {*self._joints()} if window.start < step < window.stop]

@@ -105,13 +105,7 @@ def make_parts(
         ArgumentError: An argument that cannot work.
     """
     module = recurrence.module
-    runner = make_runner(
-        recurrence,
-        options.autocast_dtype,
-        options.time_batching,
-        # What a kernel takes where its calls are cut is in no account of bytes of a loop's leaf.
-        in_parts=options.memory_budget is None,
-    )
+    runner = make_runner(recurrence, options.autocast_dtype, options.time_batching)
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)

@@ -27,11 +27,10 @@ _LANES = 3  # that are looked at
 class FoundParts:
     """The parts of a module's steps, once a step has shown that they are those of the module."""
 
-    def __init__(self, recurrence: Recurrence, batching: TimeBatching, may_be_taken: bool) -> None:
+    def __init__(self, recurrence: Recurrence, batching: TimeBatching) -> None:
         self._recurrence, self._batching = recurrence, batching
-        is_asked = may_be_taken and recurrence.per_step
         # What is given itself: who wraps, compiles or binds a module wants to be called.
-        self._said = _said_by(module_of(recurrence.call)) if is_asked else None
+        self._said = _said_by(module_of(recurrence.call)) if recurrence.per_step else None
         self._parts: SegmentParts | None = None
         self._attributes: object = None  # of the module, as it was held
 

@@ -85,9 +85,14 @@ class LossFunction:
 
     def begin(self, targets: Iterable[Tree], num_steps: int) -> None:
         """A window begins, with the targets of so many steps."""
-        self.folds = self._shown_folds
+        self.go_on_as_shown()
         if self.counting is None and not self._returns_pairs:
             self._mean_check.begin(targets, num_steps)
+
+    def go_on_as_shown(self) -> bool:
+        """Call it on many steps at once, if two showed that it may be; whether that is new."""
+        before, self.folds = self.folds, self._shown_folds
+        return bool(self.folds) and not before
 
     def add_step(self, losses: LossSum, output: Tree, target: Tree, weight: StepWeight) -> None:
         """Add the loss of one step; `output` and `target` have no time dimension."""
@@ -134,8 +139,15 @@ class LossFunction:
         return self._shown_folds is None
 
     def learn_folding(self, folds: bool | None) -> None:
-        """Go on, from the next window, with what two steps have shown."""
+        """Note what two steps have shown, for when a window begins."""
         self._shown_folds = folds
+
+    def learn_no_more(self) -> None:
+        """Call it step by step for good, if nothing has shown yet that it may be called otherwise.
+
+        What steps take is known of the calls that were measured.
+        """
+        self._shown_folds = bool(self._shown_folds)
 
     def _evaluate(
         self, losses: LossSum, outputs: Tree, targets: Tree, count: int, share: float

@@ -45,7 +45,6 @@ class Runner:
         recurrence: The module.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
         time_batching: Whether products are made over all steps of a run.
-        in_parts: Whether steps may be run by their parts.
     """
 
     def __init__(
@@ -53,12 +52,10 @@ class Runner:
         recurrence: Recurrence,
         autocast_dtype: torch.dtype | None,
         time_batching: TimeBatching,
-        *,
-        in_parts: bool,
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
-        self.parts, self._in_parts = FoundParts(recurrence, time_batching, in_parts), in_parts
+        self.parts = FoundParts(recurrence, time_batching)
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
@@ -66,8 +63,7 @@ class Runner:
 
     def calling(self, recurrence: Recurrence) -> Runner:
         """The same for a module that is called in another way."""
-        given = recurrence, self._autocast_dtype, self.time_batching
-        return Runner(*given, in_parts=self._in_parts)
+        return Runner(recurrence, self._autocast_dtype, self.time_batching)
 
     def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
@@ -83,6 +79,18 @@ class Runner:
         if targets is not None and isinstance(sink, LossSink):
             check_agreement(self.recurrence, inputs, outputs, targets)
             self._has_compared = True
+
+    @property
+    def calls_segments(self) -> bool:
+        """Whether what many steps take may be that of one call, which a cut makes two of."""
+        return not self.recurrence.per_step or self.parts.may_be_taken()
+
+    @property
+    def has_forms(self) -> bool:
+        """Whether "auto" may run steps otherwise than one by one, so that both are to be weighed."""
+        batching = self.time_batching
+        is_open = batching.is_open(self.recurrence.per_step) or self.parts.may_be_taken()
+        return is_open and batching.choice == "auto"
 
     @property
     def promises_bits(self) -> bool:
@@ -276,12 +284,10 @@ def make_runner(
     recurrence: Recurrence,
     autocast_dtype: torch.dtype | None,
     time_batching: TimeBatchingChoice = False,
-    *,
-    in_parts: bool = True,
 ) -> Runner:
     """A runner for the user's module."""
     module = recurrence.module
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
     batching = TimeBatching(time_batching, module)
-    return Runner(recurrence, autocast_dtype, batching, in_parts=in_parts)
+    return Runner(recurrence, autocast_dtype, batching)
