@@ -63,7 +63,10 @@ class FoundParts:
         if self._said is None or not isinstance(module, nn.Module):
             return
         (block,) = narrow_blocks(blocks, begin, begin + 1)
-        if not self._batching.takes_parts() or not _are_rows([block]):
+        if not self._batching.takes_parts():
+            self._batching.leave_slower("step in parts")
+            return
+        if not _are_rows([block]):
             return
         attributes = plain_attributes(module)  # modes and hooks are among them
         if self._parts is not None and attributes == self._attributes:

@@ -87,7 +87,7 @@ class Runner:
 
     @property
     def has_forms(self) -> bool:
-        """Whether "auto" may run steps otherwise than one by one, so that both are to be weighed."""
+        """Whether "auto" may run steps otherwise than one by one: both are to be weighed."""
         batching = self.time_batching
         is_open = batching.is_open(self.recurrence.per_step) or self.parts.may_be_taken()
         return is_open and batching.choice == "auto"

@@ -115,6 +115,11 @@ class TimeBatching:
         """Take note of what is run as it is."""
         self._tally[name, (), reason] += 1
 
+    def leave_slower(self, name: str) -> None:
+        """Take note of what "auto" left, as it was measured, if it was."""
+        if self.choice and not self.pays_off:
+            self.leave(name, SLOWER)
+
     def decide(self, pays_off: bool) -> None:
         """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
         self.pays_off = pays_off

@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArraySequence, BurnIn, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, ArraySequence, BurnIn, LaneSource, Recurrent, TensorSequence
 
 STEPS, LANES, WIDTH_IN, WIDTH, K1, K2 = 256, 8, 32, 64, 32, 100
-BUDGETS = {"cell": 1_300_000, "layer": 2_000_000}
+BUDGETS = {"cell": 1_900_000, "layer": 2_000_000, "parts": 1_900_000}
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "cell": lambda: nn.LSTMCell(WIDTH_IN, WIDTH),
     "layer": lambda: nn.LSTM(WIDTH_IN, WIDTH),
+    "parts": lambda: Recurrent(
+        nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH_IN, WIDTH), nn.Linear(WIDTH, WIDTH)
+    ),
 }
 
 

@@ -42,7 +42,7 @@ def test_no_window_exceeds_its_budget(cases: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 2 * len(cases)
+    assert len(rows) == 3 * len(cases)
     for row in rows:
         assert len(row["peaks"]) >= 8, row
         assert min(row["peaks"]) > 500_000, row  # the counter sees the run
