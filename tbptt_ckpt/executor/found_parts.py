@@ -45,10 +45,6 @@ class FoundParts:
         block = join_blocks(blocks).with_time_first()
         return (self._parts, block) if have_lanes(block.inputs, state) else None
 
-    def waits_for_state(self, state: Tree) -> bool:
-        """Whether a first step has to make the state from which steps are run by their parts."""
-        return self._parts is not None and self._batching.takes_parts() and not tensors_of(state)
-
     def are_one_call(self) -> bool:
         """Whether what a run's backward adds to its graph does not grow with its steps."""
         parts = self._parts if self._batching.takes_parts() else None
@@ -87,7 +83,7 @@ class FoundParts:
     def _hold(self, said: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
         if any(map(has_hooks, module.modules())):
             raise NoPartsError("it has hooks, which want to see every step")
-        if not have_lanes(inputs, state):
+        if not tensors_of(state) or not have_lanes(inputs, state):
             raise NoPartsError("inputs and state do not have the same lanes on dimension 0")
         # A few lanes, since there may be little room.
         few = map_tensors(lambda t: t[:_LANES], (map_tensors(lambda t: t[0], inputs), state))

@@ -145,10 +145,6 @@ class Runner:
     ) -> Tree:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
-        if stop - start > 1 and self.parts.waits_for_state(state):
-            state = self._run_steps([blocks[0].part(start, start + 1)], state, first_wanted, sink)
-            blocks = list(narrow_blocks(blocks, start + 1, stop))
-            first_wanted = max(first_wanted, start + 1)
         found = self.parts.of(blocks, state)
         if found is not None:
             return self._run_parts(*found, state, first_wanted, sink)

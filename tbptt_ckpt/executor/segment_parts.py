@@ -82,13 +82,13 @@ def folded(tree: Tree) -> Tree:
 
 
 def have_lanes(inputs: Tree, state: Tree) -> bool:
-    """Whether inputs, with time first, and a state have the same lanes, side by side."""
-    states, found = tensors_of(state), tensors_of(inputs)
-    if not states or not found or not states[0].dim():
+    """Whether inputs, with time first, and a state, if there is one, have the same lanes."""
+    found = tensors_of(inputs)
+    if not found or found[0].dim() < 2:
         return False
-    lanes = states[0].shape[0]
-    alike = all(t.dim() > 1 and t.shape[1] == lanes for t in found)
-    return lanes > 0 and alike and all(t.shape[:1] == (lanes,) for t in states)
+    lanes = found[0].shape[1:2]
+    alike = all(t.dim() > 1 and t.shape[1:2] == lanes for t in found)
+    return lanes[0] > 0 and alike and all(t.shape[:1] == lanes for t in tensors_of(state))
 
 
 def _from(first: int, tree: Tree) -> Tree:
@@ -108,6 +108,11 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
     return replace_tensors(trees[0], [torch.stack(column) for column in columns])
 
 
+def _begun(x: Tensor, shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What a cell begins with by itself."""
+    return x.new_zeros(shapes), x.new_zeros(shapes)
+
+
 def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tree, Tensor] | None:
     """Features and state of all steps by torch's kernel, and the cell's recurrent weight.
 
@@ -119,12 +124,12 @@ def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tre
     if bare is None or bare_cell(bare.cell) is None or not is_plain(x):  # hooks may be new
         return None
     weights = [bare.cell._parameters.get(name) for name in _WEIGHTS]
-    h, c = bare.split(state)
     has_bias = weights[2] is not None
     alike = (weights[3] is not None) == has_bias and all(map(is_stable, weights))
     if not alike or weights[0] is None or weights[1] is None:
         return None
     shapes = (*x.shape[1:2], weights[1].shape[1])
+    h, c = _begun(x, shapes) if state is None else bare.split(state)
     fits = x.dim() == 3 and x.is_cpu and autocast_dtype(weights[0]) is None
     if not fits or x.shape[2] != weights[0].shape[1] or not len(x):
         return None

@@ -271,14 +271,6 @@ def test_a_transition_that_cannot_begin_from_none_is_told() -> None:
         tbptt.train(TensorSequence(inputs, targets))
 
 
-def test_a_promised_budget_is_kept_by_loops() -> None:
-    inputs, targets = random_data(8)
-    readout = Calls(nn.Linear(WIDTH, WIDTH).double())
-    module = Recurrent(nn.LSTMCell(WIDTH_IN, WIDTH).double(), readout=readout)
-    TBPTT(module, F.mse_loss, 8, 8, memory_budget="1MiB").train(TensorSequence(inputs, targets))
-    assert set(readout.rows) == {LANES}
-
-
 def test_a_part_that_mixes_lanes_or_draws_is_run_step_by_step() -> None:
     class Mixing(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
