@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import covering
 from torch import nn
 
 from tbptt_ckpt import TBPTT, Recurrent, TensorSequence, Workload
@@ -60,11 +61,7 @@ def run(kind, how, **options):
     return tbptt.batched_operations, [p.grad for p in module.parameters()]
 
 
-@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
-@pytest.mark.parametrize(
-    "time_batching", [True, "auto", pytest.param(False, marks=pytest.mark.exhaustive)]
-)
-@pytest.mark.parametrize("kind", KINDS)
+@covering(kind=list(KINDS), time_batching=[True, "auto", False], executor=["replay", "checkpoint"])
 def test_windows_under_a_meter_are_those_without_one(kind, time_batching, executor):
     options = {"time_batching": time_batching, "executor": executor}
     found, grads = run(kind, plainly, **options)
