@@ -28,7 +28,7 @@ OWNED_BY_THE_USER = {"tensors", "weighted tensors", "arrays"}  # what they read 
 @pytest.mark.parametrize(
     "cases",
     [
-        ["copies/optimal", "weighted stream/optimal", "weighted stream/uniform:10"],
+        ["copies/optimal", "weighted stream/uniform:10"],
         pytest.param([f"{s}/{t}" for s in ALL for t in STRATEGIES], marks=pytest.mark.exhaustive),
     ],
     ids=len,
