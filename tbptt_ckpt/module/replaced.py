@@ -8,6 +8,13 @@ from typing import Any
 
 Function = Callable[..., Any]
 
+_stands_for: dict[Function, Function] = {}
+
+
+def found_under(function: Function) -> Function:
+    """What one of the replacements made here stands for; any other function as it is."""
+    return _stands_for.get(function, function)
+
 
 class ReplacedFunctions:
     """Functions that are replaced while at least one region is open, in any thread.
@@ -40,6 +47,7 @@ class ReplacedFunctions:
                         made = found, make(found), is_inherited
                         if made[1] is not found:
                             self._ours[id(made[1])] = made
+                            _stands_for[made[1]] = found
                     self._made[place] = made
                     setattr(owner, name, made[1])
             self._open += 1

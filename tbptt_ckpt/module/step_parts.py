@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tbptt_ckpt.module.replaced import found_under
 from tbptt_ckpt.module.trees import Tree
 
 _forward = nn.LSTMCell.forward  # torch's own
@@ -55,7 +56,7 @@ def bare_cell(module: object) -> BareCell | None:
     """A module that is an `nn.LSTMCell` and nothing else; None of others."""
     if type(module) is not nn.LSTMCell or has_hooks(module) or "forward" in vars(module):
         return None
-    if nn.LSTMCell.forward is not _forward:  # others have put theirs in its place
+    if found_under(nn.LSTMCell.forward) is not _forward:  # others have put theirs in its place
         return None
     return BareCell(module, _as_pair, _pair)
 

@@ -346,3 +346,18 @@ def test_single_windows_and_unrolling_take_it() -> None:
 def test_what_cannot_be_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make()
+
+
+@pytest.mark.parametrize("time_batching", [True, "auto"])
+@pytest.mark.parametrize("width", [4, 256])  # the larger one's weights open a region by the rule
+def test_a_cell_runs_as_a_kernel_where_steps_are_batched_too(
+    width: int, time_batching: bool | str
+) -> None:
+    inputs, targets = torch.randn(2, 8, 2, width)
+    for module in (
+        nn.LSTMCell(width, width),
+        Recurrent(nn.LSTMCell(width, width), nn.Linear(width, width), nn.Linear(width, width)),
+    ):
+        tbptt = TBPTT(module, F.mse_loss, 8, 8, strategy="uniform:4", time_batching=time_batching)
+        tbptt.train(TensorSequence(inputs, targets))
+        assert [o.operation for o in tbptt.batched_operations] == ["LSTMCell of all steps"]
