@@ -267,8 +267,12 @@ def test_a_transition_that_cannot_begin_from_none_is_told() -> None:
     module = Recurrent(OwnTransition(), encoder(), OfBoth()).double()
     inputs, targets = random_data(4)
     tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2")
-    with pytest.raises(ArgumentError, match="init_state=None, and module=Recurrent cannot begin"):
-        tbptt.train(TensorSequence(inputs, targets))
+    for state in (None, {"h": random_state(2)}, None):  # after windows that began from one, too
+        if state is not None:
+            tbptt.train(TensorSequence(inputs, targets), state)
+            continue
+        with pytest.raises(ArgumentError, match="init_state=None, and module=Recurrent cannot"):
+            tbptt.train(TensorSequence(inputs, targets))
 
 
 def test_a_part_that_mixes_lanes_or_draws_is_run_step_by_step() -> None:
