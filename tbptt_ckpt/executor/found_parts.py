@@ -33,7 +33,6 @@ class FoundParts:
         self._said = _said_by(module_of(recurrence.call)) if recurrence.per_step else None
         self._parts: SegmentParts | None = None
         self._attributes: object = None  # of the module, as it was held
-        self._has_begun = False  # whether it has been seen to begin from no state
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by their parts, or may be, where none has been seen yet."""
@@ -59,25 +58,23 @@ class FoundParts:
         module = self._recurrence.module
         if self._said is None or not isinstance(module, nn.Module):
             return
+        (block,) = narrow_blocks(blocks, begin, begin + 1)
         if not self._batching.takes_parts():
             self._batching.leave_slower("step in parts")
             return
-        (block,) = narrow_blocks(blocks, begin, begin + 1)
         if not _are_rows([block]):
             return
         attributes = plain_attributes(module)  # modes and hooks are among them
-        is_known = self._parts is not None and attributes == self._attributes
-        has_state = bool(tensors_of(state))
-        if is_known and (has_state or self._has_begun):
+        if self._parts is not None and attributes == self._attributes:
             return
-        self._parts, self._attributes, self._has_begun = None, attributes, not has_state
+        self._parts, self._attributes = None, attributes
         inputs = block.with_time_first().inputs
         one = map_tensors(lambda t: t[0], inputs)
         with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
             result = call_first(self._recurrence, one, copy_containers(state))
             reached = split_result(result, self._recurrence)[1]
         try:
-            state = state if has_state else reached  # which the module makes
+            state = state if tensors_of(state) else reached  # which the module makes
             self._hold(self._said, module, inputs, state)
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))

@@ -24,7 +24,7 @@ from tbptt_ckpt.executor.weight_caches import uncached_autocast, without_cached_
 from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.memory.reading import Told, told_of_calls
 from tbptt_ckpt.module.counters import Counters
-from tbptt_ckpt.module.first_call import call_first, check_agreement, is_telling
+from tbptt_ckpt.module.first_call import begins, call_first, check_agreement, is_telling
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
@@ -68,8 +68,11 @@ class Runner:
     def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
             self._told(partial(iterate_tensors, state))
-        if self._is_known:
+        if self._is_known and state is not None:
             return self.recurrence.call(inputs, state)
+        if self._is_known:
+            with begins(self.recurrence, state):
+                return self.recurrence.call(inputs, state)
         result = call_first(self.recurrence, inputs, state)
         self._is_known = is_telling(self.recurrence, inputs)
         return result
@@ -166,7 +169,8 @@ class Runner:
     ) -> Tree:
         """The same by their parts, for a block with time first."""
         rows, first = partial(_rows_of, self.time_batching), first_wanted - block.start
-        outputs, state = parts.run(block.inputs, state, first, rows, self._told)
+        with begins(self.recurrence, state):
+            outputs, state = parts.run(block.inputs, state, first, rows, self._told)
         if first_wanted < block.stop:
             block = block.part(first_wanted, block.stop)
             if not self._has_compared:

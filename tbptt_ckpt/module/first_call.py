@@ -19,6 +19,9 @@ from tbptt_ckpt.module.inside import is_compiled, modules_in, name_of
 from tbptt_ckpt.module.recurrence import Recurrence
 from tbptt_ckpt.module.trees import Tree, tensors_of
 
+# What calls of modules raise that were given something else than they expect.
+_OF_CALLS = (TypeError, AttributeError, RuntimeError, ValueError, LookupError)
+
 
 def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
     """What the module returns, after a look at what its layers were given and returned.
@@ -29,18 +32,13 @@ def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
     """
     returned: list[Any] = []
     try:
-        with _watched(recurrence, inputs, returned):
+        with begins(recurrence, state), _watched(recurrence, inputs, returned):
             result = recurrence.call(inputs, state)
-    except (TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
-        if tensors_of(state) or (state is None and "NoneType" not in str(error)):
+    except _OF_CALLS as error:
+        if not isinstance(error, ArgumentError):
             for hint in _hints(recurrence, inputs):
                 error.add_note(hint)
-            raise
-        raise ArgumentError(
-            f"init_state={shown(state)}, and module={name_of(recurrence.module)} cannot begin from "
-            f"it: {error}; pass the state at the first step, such as init_state=torch.zeros(lanes, "
-            "width), or have the module make it where it gets None"
-        ) from error
+        raise
     if isinstance(result, tuple) and len(result) == 2:
         for hidden, cell in returned:
             if result[0] is hidden and result[1] is cell and isinstance(cell, Tensor):
@@ -49,6 +47,26 @@ def call_first(recurrence: Recurrence, inputs: Any, state: Any) -> Any:
                     "which would be taken for (output, state); return (h, (h, c))"
                 )
     return result
+
+
+@contextmanager
+def begins(recurrence: Recurrence, state: Tree) -> Iterator[None]:
+    """While entered, a module is called from a first state, perhaps one that holds no tensor.
+
+    Raises:
+        ArgumentError: It holds none, and the module cannot begin from it.
+    """
+    try:
+        yield
+    except _OF_CALLS as error:
+        is_told = isinstance(error, ArgumentError) or tensors_of(state)
+        if is_told or (state is None and "NoneType" not in str(error)):
+            raise
+        raise ArgumentError(
+            f"init_state={shown(state)}, and module={name_of(recurrence.module)} cannot begin from "
+            f"it: {error}; pass the state at the first step, such as init_state=torch.zeros(lanes, "
+            "width), or have the module make it where it gets None"
+        ) from error
 
 
 def is_telling(recurrence: Recurrence, inputs: Any) -> bool:
