@@ -93,11 +93,10 @@ class _MeteredRoute(Route):
 
     def next_action(self) -> Action | None:
         """As planned, or as the window says now that it knows what the last one took."""
-        if self._action is not None:
-            ended = self._meter.lap()
-            if self._planned.take(self._action, self._begun, ended):
-                self._actions = iter(())
-            self._begun = ended
+        ended = self._meter.lap()  # what ran before the first, such as a look at parts, is none
+        if self._action is not None and self._planned.take(self._action, self._begun, ended):
+            self._actions = iter(())
+        self._begun = ended
         self._action = super().next_action()
         while self._action is None and (stretch := self._planned.next_stretch()) is not None:
             self._actions, self.advance_steps = stretch._actions, stretch.advance_steps

@@ -92,6 +92,20 @@ def test_budgets_are_kept_and_gradients_are_those_of_a_loop(
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("strategy", ["optimal", "uniform:6"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strategy: str) -> None:
+    """What comparing it with its parts takes is no step's, and later windows are not refused."""
+    sequence = data(100, resets=True, weights=False, dtype=torch.float64)
+    what = kind, "own", torch.float64, 20, 20
+    budget = least(*what, sequence=sequence, strategy=strategy)
+    tbptt = make(*what, memory_budget=budget, measure_memory=True, strategy=strategy)
+    for window in tbptt.windows(sequence):
+        tbptt.parts.recurrence.module.train(window.index % 2 > 0)
+        assert window.peak_bytes is not None
+        assert window.peak_bytes <= budget
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_peaks_are_predicted(kind: str) -> None:
     sequence = data(80, resets=False, weights=False, dtype=torch.float32)
