@@ -21,7 +21,10 @@ EXECUTORS = ("replay", "checkpoint")
 
 
 class WithCell(nn.Module):
-    """A cell between two layers; `before` says what the cell is given."""
+    """A cell between two layers; `before` says what the cell is given.
+
+    It asks for the grad mode, so that no trace finds its parts and the cell itself is called.
+    """
 
     def __init__(self, cell: nn.RNNCellBase, before: str = "inputs") -> None:
         super().__init__()
@@ -31,6 +34,7 @@ class WithCell(nn.Module):
         self.readout = nn.Linear(WIDTH, OUTPUTS)
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        torch.is_grad_enabled()
         if self.before == "words":
             x = self.words((x[:, 0].abs() * 2).long() % WORDS)
         elif self.before != "inputs":

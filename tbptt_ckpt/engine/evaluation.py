@@ -134,6 +134,7 @@ def _run(
             loss=loss,
             resets=Resets(blocks, initial, lane_dim),
         )
+        runner.parts.look(blocks, position, state)
         state = piece.run(position, stop, state, piece.sink(graph=False))
         loss.ask(Numbers())
         if loss.has_losses and not loss.is_empty():

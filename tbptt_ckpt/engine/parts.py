@@ -105,7 +105,12 @@ def make_parts(
         ArgumentError: An argument that cannot work.
     """
     module = recurrence.module
-    runner = make_runner(recurrence, options.autocast_dtype, options.time_batching)
+    runner = make_runner(
+        recurrence,
+        options.autocast_dtype,
+        options.time_batching,
+        traces=options.memory_budget is None,  # the smallest is that of a loop
+    )
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)

@@ -221,8 +221,9 @@ class TBPTT:
         """
         parts = self._parts
         loss_function = LossFunction(parts.loss_function.loss_fn)
-        runner = parts.runner.calling(parts.recurrence)  # which looks at its first call again
-        return run_evaluation(runner, loss_function, sequence, init_state, segment_steps)
+        return run_evaluation(
+            parts.runner.anew(), loss_function, sequence, init_state, segment_steps
+        )
 
     def _start(self, sequence: Steps, init_state: Any) -> SequenceRun:
         check_differentiable(self._parts.recurrence.module)

@@ -1,46 +1,80 @@
-"""Whether the steps of a module are run by its parts, which a first step decides."""
+"""Whether the steps of a module are run by their parts, which a first step decides.
+
+Parts that a module says are held against it once. Those that a trace has found know numbers in
+attributes and globals as they were: they are in force for one pass over a window, once a look at
+the module has found them to be those of today.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
+from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.module.attributes import plain_attributes
+from tbptt_ckpt.module.attributes import Attributes, plain_attributes
 from tbptt_ckpt.module.first_call import call_first
-from tbptt_ckpt.module.held_parts import hold_against
+from tbptt_ckpt.module.held_parts import hold_against, hold_step
+from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
 from tbptt_ckpt.module.recurrent import Recurrent, as_step, module_of
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
+from tbptt_ckpt.module.traced_parts import traced_parts
 from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _LANES = 3  # that are looked at
+_OF_CELL = 2  # tensors of a state that is an `nn.LSTMCell`'s, as traced steps have it
+_CHECKED_STEPS = 200  # one step in so many is run by the module as well, if parts were traced
+_MOST_HELD = 8  # attributes with which a module is looked through
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Parts that were held against a module with some attributes; None where it has none."""
+
+    attributes: object
+    parts: SegmentParts | None
+    used: Attributes | None = None  # what a trace has read once
 
 
 class FoundParts:
-    """The parts of a module's steps, once a step has shown that they are those of the module."""
+    """The parts of a module's steps, once a step has shown that they are those of the module.
 
-    def __init__(self, recurrence: Recurrence, batching: TimeBatching) -> None:
+    `traces`: whether parts that a module does not say may be found by a trace.
+    """
+
+    def __init__(self, recurrence: Recurrence, batching: TimeBatching, *, traces: bool) -> None:
         self._recurrence, self._batching = recurrence, batching
         # What is given itself: who wraps, compiles or binds a module wants to be called.
-        self._said = _said_by(module_of(recurrence.call)) if recurrence.per_step else None
-        self._parts: SegmentParts | None = None
-        self._attributes: object = None  # of the module, as it was held
+        owner = module_of(recurrence.call) if recurrence.per_step else None
+        self._said = _said_by(owner)
+        self._is_traced = self._said is None and traces and _may_have_parts(owner, batching)
+        self._held: list[_Held] = []
+        self._num_held = 0
+        self._parts: SegmentParts | None = None  # that are in force
+        self._num_steps = self._num_windows = 0  # since parts were last compared
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by their parts, or may be, where none has been seen yet."""
-        return self._said is not None and self._batching.takes_parts()
+        has_some = not self._held or any(each.parts is not None for each in self._held)
+        is_open = self._said is not None or self._is_traced
+        return is_open and has_some and self._batching.takes_parts()
 
     def of(self, blocks: Sequence[StepBlock], state: Tree) -> tuple[SegmentParts, StepBlock] | None:
         """What runs these steps, and they as one block with time first; None if nothing does."""
         if self._parts is None or not self._batching.takes_parts() or not _are_rows(blocks):
+            return None
+        if self._is_traced and not tensors_of(state):  # which the module makes
             return None
         block = join_blocks(blocks).with_time_first()
         return (self._parts, block) if have_lanes(block.inputs, state) else None
@@ -50,49 +84,125 @@ class FoundParts:
         parts = self._parts if self._batching.takes_parts() else None
         return parts is not None and parts.has_fused
 
+    def lapse(self) -> None:
+        """A pass begins: parts that were traced are not those of the module until a look."""
+        if self._is_traced:
+            self._parts = None
+
     def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
         """A window begins: hold the parts against the module, if they are not known of it as it is.
 
         Not later, where a checkpoint may be recording what is run.
         """
-        module = self._recurrence.module
-        if self._said is None or not isinstance(module, nn.Module):
+        module, leaves = self._recurrence.module, tensors_of(state)
+        if leaves and len(leaves) != _OF_CELL:
+            self._is_traced = False
+        if not (self._said or self._is_traced) or not isinstance(module, nn.Module):
             return
-        (block,) = narrow_blocks(blocks, begin, begin + 1)
         if not self._batching.takes_parts():
             self._batching.leave_slower("step in parts")
             return
-        if not _are_rows([block]):
+        (block,) = narrow_blocks(blocks, begin, begin + 1)
+        if not _are_rows([block]) or (self._is_traced and not _may_trace(block.inputs, state)):
             return
-        attributes = plain_attributes(module)  # modes and hooks are among them
-        if self._parts is not None and attributes == self._attributes:
-            return
-        self._parts, self._attributes = None, attributes
-        inputs = block.with_time_first().inputs
+        self._num_steps += blocks[-1].stop - begin
+        self._num_windows += 1
+        inputs, attributes = block.with_time_first().inputs, plain_attributes(module)
+        held = next((each for each in self._held if each.attributes == attributes), None)
+        if held is not None and not self._is_still(held, module, inputs, state):
+            self._held.remove(held)
+            held = None
+        if held is None:
+            held = self._hold(module, attributes, inputs, state)
+        self._parts = held.parts
+
+    def _hold(self, module: nn.Module, attributes: object, inputs: Tree, state: Tree) -> _Held:
+        if self._is_traced and self._num_held == _MOST_HELD:
+            self._batching.leave("step in parts", "attributes or globals of it keep changing")
+            return _Held(attributes, None)
         one = map_tensors(lambda t: t[0], inputs)
         with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
             result = call_first(self._recurrence, one, copy_containers(state))
             reached = split_result(result, self._recurrence)[1]
+        parts = used = None
         try:
             state = state if tensors_of(state) else reached  # which the module makes
-            self._hold(self._said, module, inputs, state)
+            parts = SegmentParts(self._compared(module, inputs, state), self._batching)
+            used = Attributes(module) if self._is_traced else None
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))
-            self._said = None
+        held = _Held(attributes, parts, used)
+        self._held = [*self._held[-1:], held]  # modes come and go
+        self._num_held += 1
+        self._num_steps = self._num_windows = 0
+        return held
 
-    def _hold(self, said: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> None:
+    def _compared(self, module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
         if any(map(has_hooks, module.modules())):
             raise NoPartsError("it has hooks, which want to see every step")
         if not tensors_of(state) or not have_lanes(inputs, state):
             raise NoPartsError("inputs and state do not have the same lanes on dimension 0")
         # A few lanes, since there may be little room.
         few = map_tensors(lambda t: t[:_LANES], (map_tensors(lambda t: t[0], inputs), state))
-        hold_against(said, module, *few)
-        self._parts = SegmentParts(said, self._batching)
+        parts = self._said or traced_parts(module, *few)
+        if self._said is None and parts.cell is None:  # else it is not worth it
+            raise NoPartsError("its transition is more than one nn.LSTMCell")
+        # Said ones have the gradients of the module in every mode, or in none.
+        grads = self._is_traced or not self._num_held
+        hold_against(parts, module, *few, on_copy=self._is_traced, grads=grads)
+        return parts
+
+    def _is_still(self, held: _Held, module: nn.Module, inputs: Tree, state: Tree) -> bool:
+        """Whether traced parts are those of the module, as far as one step in so many shows."""
+        parts, used = held.parts, held.used
+        if used is None or parts is None or self._num_steps < _CHECKED_STEPS:
+            return True
+        if not tensors_of(state) or not have_lanes(inputs, state):
+            return True
+        windows, self._num_steps, self._num_windows = self._num_windows, 0, 0
+        name = used.changed()
+        if name is None:
+            one = map_tensors(lambda t: t[0], inputs)
+            given = tensors_of((one, state))
+            with untouched(module, tensors=given), torch.no_grad():
+                plain = self._recurrence.call(one, copy_containers(state))
+                outputs, last = parts.run(inputs, state, 0, _only_row, None)
+            mine = split_result(plain, self._recurrence)
+            if hold_step(mine, (map_tensors(lambda t: t[0], outputs), last)):
+                return True
+        if windows > 1:  # else it was before any step
+            warnings.warn(
+                f"module={name_of(module)} is not what it was when the parts of its step were "
+                f"found: {name or 'something that it reads'} has changed, outside of its weights, "
+                f"buffers and attributes, within the last {windows} windows, which may have run "
+                "with the old value; parts are found anew. With time_batching=False the module "
+                "itself runs every step",
+                TbpttWarning,
+                stacklevel=2,
+            )
+        return False
 
 
 def _are_rows(blocks: Sequence[StepBlock]) -> bool:
     return not any(isinstance(block.inputs, Column) for block in blocks)
+
+
+def _only_row(whole: Tree) -> Iterator[Any]:
+    yield map_tensors(lambda t: t[0], whole)
+
+
+def _may_trace(inputs: Tree, state: Tree) -> bool:
+    """Whether a cell may have its kernel, and no mode wants to see each operation of the module."""
+    is_watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
+    on_cpu = all(tensor.is_cpu for tensor in tensors_of((inputs, state)))
+    return on_cpu and not is_watched and not torch.is_autocast_enabled("cpu")
+
+
+def _may_have_parts(module: object, batching: TimeBatching) -> bool:
+    """Whether a trace may find parts worth having, of which one has a kernel."""
+    if not isinstance(module, nn.Module) or not batching.choice:
+        return False
+    return any(type(part) is nn.LSTMCell for part in module.modules())
 
 
 def _said_by(module: object) -> StepParts | None:

@@ -52,18 +52,19 @@ class Runner:
         recurrence: Recurrence,
         autocast_dtype: torch.dtype | None,
         time_batching: TimeBatching,
+        parts: FoundParts,
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
-        self.parts = FoundParts(recurrence, time_batching)
+        self.parts = parts
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
         self._told: Told | None = None  # of calls, while steps are run
 
-    def calling(self, recurrence: Recurrence) -> Runner:
-        """The same for a module that is called in another way."""
-        return Runner(recurrence, self._autocast_dtype, self.time_batching)
+    def anew(self) -> Runner:
+        """The same, which looks at its first call again."""
+        return Runner(self.recurrence, self._autocast_dtype, self.time_batching, self.parts)
 
     def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
@@ -156,7 +157,8 @@ class Runner:
                 for block in narrow_blocks(blocks, start, first_wanted):
                     for inputs in self._step_inputs(block):
                         output, state = self._call_step(inputs, state)
-                if outputs.are_whole():
+                # Parts, which may run the same steps another time, show only what is wanted.
+                if outputs.are_whole() and not self.parts.may_be_taken():
                     sink.passed(first_wanted, output)
         if first_wanted < stop:
             with OutputsNeeded(True):
@@ -284,10 +286,14 @@ def make_runner(
     recurrence: Recurrence,
     autocast_dtype: torch.dtype | None,
     time_batching: TimeBatchingChoice = False,
+    *,
+    traces: bool = False,
 ) -> Runner:
-    """A runner for the user's module."""
+    """A runner for the user's module; `traces` if parts of its step may be found by a trace."""
     module = recurrence.module
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
     batching = TimeBatching(time_batching, module)
-    return Runner(recurrence, autocast_dtype, batching)
+    traces = traces and autocast_dtype is None  # which no trace sees
+    parts = FoundParts(recurrence, batching, traces=traces)
+    return Runner(recurrence, autocast_dtype, batching, parts)

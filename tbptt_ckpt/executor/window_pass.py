@@ -98,6 +98,7 @@ class WindowPass:
 
     def __post_init__(self) -> None:
         self.inputs = InputGuard(self.blocks)
+        self.runner.parts.lapse()
 
     def run(
         self,

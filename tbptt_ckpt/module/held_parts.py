@@ -35,20 +35,26 @@ _OF_HALF = 2e-2
 
 
 def hold_against(
-    parts: StepParts, module: nn.Module, inputs: Tree, state: Tree, *, on_copy: bool = False
+    parts: StepParts,
+    module: nn.Module,
+    inputs: Tree,
+    state: Tree,
+    *,
+    on_copy: bool = False,
+    grads: bool = True,
 ) -> None:
     """Raise `NoPartsError` unless parts and module agree over a few steps from an example.
 
     Outputs, states, and the gradients of weights, inputs and incoming state under one random
     cotangent are compared, one after the other, in their own dtype and with its rounding; with
-    `on_copy` in float64 where module and parts can be copied, in the memory of a copy.
-    Everything is left as it was.
+    `on_copy` in float64 where module and parts can be copied, in the memory of a copy. Without
+    `grads` only outputs and states are. Everything is left as it was.
     """
     attributes = Attributes(module)
     try:
         with (
             torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.set_grad_enabled(grads),
             untouched(module, tensors=tensors_of((inputs, state))),
             OutputsNeeded(True),
         ):
@@ -64,6 +70,21 @@ def hold_against(
         raise NoPartsError(f"it fails as it is compared with its parts: {error}") from error
     finally:
         attributes.put_back()
+
+
+def hold_step(plain: tuple[Tree, Tree], parts: tuple[Tree, Tree]) -> bool:
+    """Whether outputs and state of one step agree, or are not finite, which others look at."""
+    if not all(bool(torch.isfinite(each).all()) for each in tensors_of(plain)):
+        return True
+    floats = [each.dtype for each in tensors_of(plain) if each.is_floating_point()]
+    lowest = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+    comparison = _Comparison(lowest)
+    try:
+        for name, mine, its in zip(("outputs", "states"), plain, parts, strict=True):
+            comparison.hold(name, tensors_of(mine), tensors_of(its))
+    except (NoPartsError, ValueError):
+        return False
+    return True
 
 
 def _in_double(
@@ -239,7 +260,8 @@ def _is_near(expected: Tensor, got: Tensor, largest: float, lowest: torch.dtype)
         return torch.equal(expected, got)
     relative = _TOLERANCES.get(lowest, _OF_HALF)
     cancelled = 100 * torch.finfo(lowest).eps * largest
-    difference = float((expected - got).detach().abs().max()) if got.numel() else 0.0
+    apart = expected.detach() - got.detach()
+    difference = float(apart.abs_().max()) if got.numel() else 0.0
     return difference <= max(relative * _size(expected), cancelled)
 
 

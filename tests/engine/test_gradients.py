@@ -179,11 +179,13 @@ def check_case(case: Case, expected: list[naive.NaiveWindow]) -> None:
         overlap=case.overlap,
         strategy=case.strategy,
         executor=case.executor,
+        time_batching=case.num_steps % 2 == 0 and "auto",
     )
     sequence = engine_sequence(setting.inputs, setting.targets, **setting.marks)
     results = tbptt.windows(sequence, setting.init_state)
-    # Until the first update both sides have the same bits in their weights.
-    same_weights = case.module == "cell"
+    # Until the first update both sides have the same bits in their weights, and in states
+    # where no cell runs as a kernel.
+    same_weights = case.module == "cell" and case.num_steps % 2 > 0
     for index, (result, window) in enumerate(zip(results, expected, strict=True)):
         assert result.index == index, case
         check_window(
