@@ -91,9 +91,10 @@ class Size:
 
 
 SIZES = (
-    Size("LSTMCell", 8, 512, 1000, 32, 0.75, 0.55),
+    Size("LSTMCell", 4, 64, 1000, 32, 0.25, 0.25),
+    Size("LSTMCell", 8, 512, 1000, 32, 0.35, 0.35),
     Size("LSTMCell", 16, 1024, 400, 16, 0.85, 0.60),
-    Size("LSTMCell", 32, 256, 1000, 24, 1.10, 0.90),
+    Size("LSTMCell", 32, 256, 1000, 24, 0.55, 0.55),
     Size("GRUCell", 8, 512, 1000, 32, 0.90, 0.75),
     Size("Recurrent LSTMCell", 32, 256, 1000, 24, 0.55, 0.55),
     Size("Recurrent LSTMCell", 8, 512, 1000, 32, 0.35, 0.35),

@@ -19,6 +19,7 @@ from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.attributes import Attributes, plain_attributes
 from tbptt_ckpt.module.first_call import call_first
@@ -35,6 +36,7 @@ from tbptt_ckpt.time_batching.policy import TimeBatching
 _LANES = 3  # that are looked at
 _OF_CELL = 2  # tensors of a state that is an `nn.LSTMCell`'s, as traced steps have it
 _CHECKED_STEPS = 200  # one step in so many is run by the module as well, if parts were traced
+_COPIED_BYTES = 1 << 26  # of a module that is compared in float64, on a copy
 _MOST_HELD = 8  # attributes with which a module is looked through
 
 
@@ -149,7 +151,8 @@ class FoundParts:
             raise NoPartsError("its transition is more than one nn.LSTMCell")
         # Said ones have the gradients of the module in every mode, or in none.
         grads = self._is_traced or not self._num_held
-        hold_against(parts, module, *few, on_copy=self._is_traced, grads=grads)
+        is_copied = self._is_traced and tensor_bytes(module) <= _COPIED_BYTES
+        hold_against(parts, module, *few, on_copy=is_copied, grads=grads)
         return parts
 
     def _is_still(self, held: _Held, module: nn.Module, inputs: Tree, state: Tree) -> bool:
@@ -160,7 +163,7 @@ class FoundParts:
         if not tensors_of(state) or not have_lanes(inputs, state):
             return True
         windows, self._num_steps, self._num_windows = self._num_windows, 0, 0
-        name = used.changed()
+        name = used.changed(but_weights=True)  # which are read at each call
         if name is None:
             one = map_tensors(lambda t: t[0], inputs)
             given = tensors_of((one, state))
@@ -173,10 +176,9 @@ class FoundParts:
         if windows > 1:  # else it was before any step
             warnings.warn(
                 f"module={name_of(module)} is not what it was when the parts of its step were "
-                f"found: {name or 'something that it reads'} has changed, outside of its weights, "
-                f"buffers and attributes, within the last {windows} windows, which may have run "
-                "with the old value; parts are found anew. With time_batching=False the module "
-                "itself runs every step",
+                f"found: {name or 'something that it reads'} has changed within the last {windows} "
+                "windows, which may have run with the old value; parts are found anew. With "
+                "time_batching=False the module itself runs every step",
                 TbpttWarning,
                 stacklevel=2,
             )

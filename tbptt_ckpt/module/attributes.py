@@ -35,16 +35,19 @@ class Attributes:
         named = [(name, {name: value}) for _, name, value in used]
         self._held = [(name, each, _copied(each)) for name, each in _holders([*starts, *named])]
         self._buffers = {id(part._buffers) for part in module.modules()}
+        self._weights = self._buffers | {id(part._parameters) for part in module.modules()}
 
-    def changed(self) -> str | None:
-        """What does not hold what it did; None where everything does."""
+    def changed(self, *, but_weights: bool = False) -> str | None:
+        """What does not hold what it did; None where everything does, or all but weights."""
         for space, name, value in self._names:
             if not _is_same(space.get(name), value):
                 return name
         for cell, name, value in self._cells:
             if not _is_same(cell.cell_contents, value):
                 return name
-        return next((n for n, now, then in self._held if not _is_same_holder(now, then)), None)
+        passed = self._weights if but_weights else ()
+        held = ((n, now, then) for n, now, then in self._held if id(now) not in passed)
+        return next((name for name, now, then in held if not _is_same_holder(now, then)), None)
 
     def put_back(self) -> None:
         """As everything was, but buffers, which are the business of others."""

@@ -28,6 +28,7 @@ _HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks"),
     "_global_backward_pre_hooks",
 )
+_PARALLEL = ("torch.nn.parallel", "torch.distributed")
 _HOOKING = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _HAS_EFFECT = (*_HOOKING, "backward", "__set__")
 
@@ -74,6 +75,8 @@ def check_traceable(module: object, tensors: Sequence[Tensor]) -> None:
         name = f"{path or type(module).__name__}"
         if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
             raise NoPartsError(f"{name} is scripted or compiled")
+        if type(part).__module__.startswith(_PARALLEL):
+            raise NoPartsError(f"{name} is {type(part).__name__}, which wants each of its calls")
         if any(getattr(part, hooks, None) for hooks in _HOOKS):
             raise NoPartsError(f"{name} has hooks")
         if parametrize.is_parametrized(part):
