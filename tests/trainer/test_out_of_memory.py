@@ -241,8 +241,10 @@ CHILD_WITH_A_LIMIT = """
         torch.manual_seed(0)
         module = Cell()
         inputs = torch.randn(steps, lanes, 8)
+        # A kernel's code is made for each length of a segment, and stays in the address space.
         tbptt = TBPTT(module, nn.functional.mse_loss, steps // 3, None,
-                      torch.optim.Adam(module.parameters(), 0.01), strategy="retain")
+                      torch.optim.Adam(module.parameters(), 0.01), strategy="retain",
+                      time_batching=False)
         trainer = Trainer(tbptt, TensorSequence(inputs, inputs.roll(1, 0)), events=[kinds])
         losses = [float(window.loss) for window in trainer.windows()]
         return losses, str(tbptt.parts.budget.strategy)
