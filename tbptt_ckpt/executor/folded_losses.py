@@ -63,9 +63,9 @@ def _asked(function: LossFunction, outputs: Tree, targets: Tree) -> bool | None:
     few = drawn, map_tensors(lambda t: t[:2], targets)
     apart, together = LossSum(), LossSum()
     with torch.no_grad():
-        for output, target in zip(*(steps_of(tree, 0, 2) for tree in few), strict=True):
-            function.add_step(apart, output, target, 1.0)
-        try:
+        try:  # it may want a graph, and need not take more lanes
+            for output, target in zip(*(steps_of(tree, 0, 2) for tree in few), strict=True):
+                function.add_step(apart, output, target, 1.0)
             function.add_part(together, folded(few), 2, 1.0, 1.0)
         except (RuntimeError, ValueError, IndexError):
             return False

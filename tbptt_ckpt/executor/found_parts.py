@@ -21,20 +21,24 @@ from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
-from tbptt_ckpt.module.attributes import Attributes, plain_attributes
+from tbptt_ckpt.module.attributes import Attributes, look_of, plain_attributes
 from tbptt_ckpt.module.first_call import call_first
 from tbptt_ckpt.module.held_parts import hold_against, hold_step
 from tbptt_ckpt.module.inside import name_of
+from tbptt_ckpt.module.plain_code import check_plain
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
 from tbptt_ckpt.module.recurrent import Recurrent, as_step, module_of
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.traced_parts import traced_parts
 from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
+from tbptt_ckpt.time_batching.interception import has_function_mode
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _LANES = 3  # that are looked at
 _OF_CELL = 2  # tensors of a state that is an `nn.LSTMCell`'s, as traced steps have it
+_LEAST_STEPS = 32  # of a window, below which looking takes longer than it spares
+_NOTHING = nn.Module()  # whose state is looked at alone
 _CHECKED_STEPS = 200  # one step in so many is run by the module as well, if parts were traced
 _COPIED_BYTES = 1 << 26  # of a module that is compared in float64, on a copy
 _MOST_HELD = 8  # attributes with which a module is looked through
@@ -42,10 +46,11 @@ _MOST_HELD = 8  # attributes with which a module is looked through
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Parts that were held against a module with some attributes; None where it has none."""
+    """Parts that were held against a module as it looked; None where it has none."""
 
-    attributes: object
+    looks: object
     parts: SegmentParts | None
+    state: object = None  # how that looked; None where there was none
     used: Attributes | None = None  # what a trace has read once
 
 
@@ -105,39 +110,53 @@ class FoundParts:
             self._batching.leave_slower("step in parts")
             return
         (block,) = narrow_blocks(blocks, begin, begin + 1)
-        if not _are_rows([block]) or (self._is_traced and not _may_trace(block.inputs, state)):
+        if not _are_rows([block]) or (self._is_traced and not _may_trace(blocks, state)):
             return
         self._num_steps += blocks[-1].stop - begin
         self._num_windows += 1
-        inputs, attributes = block.with_time_first().inputs, plain_attributes(module)
-        held = next((each for each in self._held if each.attributes == attributes), None)
+        inputs, looks = block.with_time_first().inputs, [plain_attributes(module)]
+        if self._is_traced:
+            looks.append(look_of(module, map_tensors(lambda t: t[0], inputs)))
+        now = look_of(_NOTHING, state) if leaves else None
+        held = next((each for each in self._held if each.looks == looks), None)
+        if held is not None and None not in (held.state, now) and held.state != now:
+            held = None
         if held is not None and not self._is_still(held, module, inputs, state):
             self._held.remove(held)
             held = None
         if held is None:
-            held = self._hold(module, attributes, inputs, state)
+            held = self._hold(module, looks, inputs, state)
         self._parts = held.parts
 
-    def _hold(self, module: nn.Module, attributes: object, inputs: Tree, state: Tree) -> _Held:
+    def _hold(self, module: nn.Module, looks: object, inputs: Tree, state: Tree) -> _Held:
         if self._is_traced and self._num_held == _MOST_HELD:
-            self._batching.leave("step in parts", "attributes or globals of it keep changing")
-            return _Held(attributes, None)
-        one = map_tensors(lambda t: t[0], inputs)
-        with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
-            result = call_first(self._recurrence, one, copy_containers(state))
-            reached = split_result(result, self._recurrence)[1]
-        parts = used = None
+            self._batching.leave(
+                "step in parts", "its attributes, or what it is given, keep changing"
+            )
+            return _Held(looks, None)
+        parts = used = now = None
         try:
-            state = state if tensors_of(state) else reached  # which the module makes
+            if self._is_traced:
+                check_plain(module)  # before anything is called that leaves more than its results
+            state = self._reached(module, inputs, state)
+            now = look_of(_NOTHING, state) if self._is_traced else None
             parts = SegmentParts(self._compared(module, inputs, state), self._batching)
             used = Attributes(module) if self._is_traced else None
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))
-        held = _Held(attributes, parts, used)
+        held = _Held(looks, parts, now, used)
         self._held = [*self._held[-1:], held]  # modes come and go
         self._num_held += 1
         self._num_steps = self._num_windows = 0
         return held
+
+    def _reached(self, module: nn.Module, inputs: Tree, state: Tree) -> Tree:
+        """The state, or that which the module makes where there is none, after a first call."""
+        one = map_tensors(lambda t: t[0], inputs)
+        with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
+            result = call_first(self._recurrence, one, copy_containers(state))
+            reached = split_result(result, self._recurrence)[1]
+        return state if tensors_of(state) else reached
 
     def _compared(self, module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
         if any(map(has_hooks, module.modules())):
@@ -158,26 +177,27 @@ class FoundParts:
     def _is_still(self, held: _Held, module: nn.Module, inputs: Tree, state: Tree) -> bool:
         """Whether traced parts are those of the module, as far as one step in so many shows."""
         parts, used = held.parts, held.used
-        if used is None or parts is None or self._num_steps < _CHECKED_STEPS:
+        if used is None or parts is None:
+            return True
+        if used.changed(but_weights=True):  # which are read at each call
+            return False
+        if self._num_steps < _CHECKED_STEPS:
             return True
         if not tensors_of(state) or not have_lanes(inputs, state):
             return True
         windows, self._num_steps, self._num_windows = self._num_windows, 0, 0
-        name = used.changed(but_weights=True)  # which are read at each call
-        if name is None:
-            one = map_tensors(lambda t: t[0], inputs)
-            given = tensors_of((one, state))
-            with untouched(module, tensors=given), torch.no_grad():
-                plain = self._recurrence.call(one, copy_containers(state))
-                outputs, last = parts.run(inputs, state, 0, _only_row, None)
-            mine = split_result(plain, self._recurrence)
-            if hold_step(mine, (map_tensors(lambda t: t[0], outputs), last)):
-                return True
+        one = map_tensors(lambda t: t[0], inputs)
+        with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
+            plain = self._recurrence.call(one, copy_containers(state))
+            outputs, last = parts.run(inputs, state, 0, _only_row, None)
+        mine = split_result(plain, self._recurrence)
+        if hold_step(mine, (map_tensors(lambda t: t[0], outputs), last)):
+            return True
         if windows > 1:  # else it was before any step
             warnings.warn(
                 f"module={name_of(module)} is not what it was when the parts of its step were "
-                f"found: {name or 'something that it reads'} has changed within the last {windows} "
-                "windows, which may have run with the old value; parts are found anew. With "
+                f"found: something that it reads has changed within the last {windows} windows, "
+                " which may have run with the old value; parts are found anew. With "
                 "time_batching=False the module itself runs every step",
                 TbpttWarning,
                 stacklevel=2,
@@ -193,11 +213,14 @@ def _only_row(whole: Tree) -> Iterator[Any]:
     yield map_tensors(lambda t: t[0], whole)
 
 
-def _may_trace(inputs: Tree, state: Tree) -> bool:
-    """Whether a cell may have its kernel, and no mode wants to see each operation of the module."""
-    is_watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
-    on_cpu = all(tensor.is_cpu for tensor in tensors_of((inputs, state)))
-    return on_cpu and not is_watched and not torch.is_autocast_enabled("cpu")
+def _may_trace(blocks: Sequence[StepBlock], state: Tree) -> bool:
+    """Whether a cell may have its kernel, and nobody wants to see each operation of the module."""
+    modes = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
+    hooks = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    is_watched = modes or hooks or has_function_mode() or torch.is_autocast_enabled("cpu")
+    is_long = blocks[-1].stop - blocks[0].start >= _LEAST_STEPS
+    on_cpu = all(tensor.is_cpu for tensor in tensors_of((blocks[0].inputs, state)))
+    return is_long and on_cpu and not is_watched
 
 
 def _may_have_parts(module: object, batching: TimeBatching) -> bool:

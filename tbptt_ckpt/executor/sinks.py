@@ -35,8 +35,8 @@ class Sink:
         for output, target, weight in zip(
             rows, block.step_targets(), repeat(1.0) if weights is None else weights, strict=False
         ):
-            if is_present(weight):
-                self.take_step(output, target, weight)
+            if is_present(weight):  # a loss may write into its own
+                self.take_step(map_tensors(Tensor.clone, output), target, weight)
 
     def take_segment(self, outputs: Tree, targets: Tree, block: StepBlock, time_dim: int) -> None:
         """The outputs of the steps of a block, and their targets, with time on `time_dim`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.module.step_effects import is_others_file
-from tbptt_ckpt.module.trees import slots_of
+from tbptt_ckpt.module.trees import Tree, slots_of, structure, tensors_of
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 _READ_ONCE = (int, float, bool, str, bytes, type(None))
@@ -153,6 +153,22 @@ def plain_attributes(module: nn.Module) -> object:
         for part in module.modules()
         for name, value in vars(part).items()
     ]
+
+
+def look_of(module: nn.Module, *trees: Tree) -> object:
+    """Types, shapes and dtypes of what a step of a module is made of and given, to compare.
+
+    Lanes, the first dimension of what is given, do not count.
+    """
+    parts = [
+        (name, None if t is None else (t.shape, t.dtype))
+        for part in module.modules()
+        for held in (part._parameters, part._buffers)
+        for name, t in held.items()
+    ]
+    types = [(id(part), type(part), type(part).forward) for part in module.modules()]
+    given = [(t.shape[1:], t.dtype) for t in tensors_of(trees)]
+    return parts, types, given, structure(trees)
 
 
 def _standing_for(name: str, value: object) -> object:

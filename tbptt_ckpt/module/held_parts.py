@@ -96,7 +96,10 @@ def _in_double(
     if not (is_traced and isinstance(readout, Readout)):
         return parts, module, example
     try:
-        copied = copy.deepcopy(module).double()
+        copied = copy.deepcopy(module)
+        if _pieces_of(copied) & _pieces_of(module):  # what copies itself is not the copy's alone
+            return parts, module, example
+        copied = copied.double()
         given = map_tensors(_doubled, example)
         copied(*map_tensors(Tensor.clone, given))
     except Exception:  # of a module of the user's
@@ -110,6 +113,11 @@ def _in_double(
     found: Any = (encode, run, readout)
     of_copy: Any = [replace(each, step=step) for each in found]
     return StepParts(*of_copy), copied, given
+
+
+def _pieces_of(module: nn.Module) -> set[int]:
+    pieces = (*module.modules(), *module.parameters(), *module.buffers())
+    return set(map(id, pieces))
 
 
 def _doubled(tensor: Tensor) -> Tensor:

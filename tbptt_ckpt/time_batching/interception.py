@@ -90,7 +90,7 @@ def _region() -> Region | None:
         reason = "inference mode"
     elif _saved_tensor_hooks(False) != hooks:
         reason = "hooks on saved tensors, as those of a checkpoint"
-    elif torch._C._len_torch_dispatch_stack() or _has_function_mode():
+    elif torch._C._len_torch_dispatch_stack() or has_function_mode():
         reason = "a mode that sees each operation"
     else:
         return region
@@ -98,7 +98,7 @@ def _region() -> Region | None:
     return None
 
 
-def _has_function_mode() -> bool:
+def has_function_mode() -> bool:
     """Whether one looks at operations; that of a default device looks at what makes tensors."""
     num_modes = torch._C._len_torch_function_stack()
     if not num_modes:

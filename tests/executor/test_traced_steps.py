@@ -4,6 +4,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import naive
@@ -26,12 +27,19 @@ from cases import (
     relative_error,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tbptt_ckpt import TBPTT, TbpttWarning, TensorSequence
+from tbptt_ckpt.executor import found_parts
 
 WEIGHTS = (1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 3.0, 1.0, 1.0)
 SCALE = 1.0
 IN_PARTS = "LSTMCell of all steps"
+
+
+@pytest.fixture(autouse=True)
+def _short_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_parts, "_LEAST_STEPS", 1)
 
 
 class Language(nn.Module):
@@ -226,20 +234,37 @@ def set_environment(module: nn.Module, index: int) -> None:
     os.environ["SCALE_OF_A_TEST"] = "1" if index < 3 else "3"
 
 
-OUTSIDE = [(OfGlobal, set_global), (OfEnvironment, set_environment)]
-
-
-@pytest.mark.parametrize(("make", "change"), OUTSIDE)
-def test_what_changes_outside_is_seen_at_a_long_windows_begin(make: Any, change: Any) -> None:
+def test_a_global_that_changes_is_seen_at_every_window() -> None:
     results = []
     for batching in ("auto", False):
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("error", TbpttWarning)
-            results.append(windows_of(make().double(), change, batching, k=200))
-        change(None, 0)
-    (mine, _), (its, _) = results
+            results.append(windows_of(OfGlobal().double(), set_global, batching))
+        set_global(None, 0)
+    (mine, batched), (its, _) = results
     assert relative_error(mine, its) <= 1e-12
+    assert IN_PARTS in batched
+
+
+@pytest.mark.parametrize("k", [200, 100])
+def test_what_no_look_sees_is_found_by_a_step_in_200(k: int, monkeypatch: Any) -> None:
+    """Code that reads such things is not traced; if it were, a step would be compared."""
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TbpttWarning)
+            if batching:
+                monkeypatch.setattr(found_parts, "check_plain", lambda module: None)
+            results.append(windows_of(OfEnvironment().double(), set_environment, batching, k=k))
+        set_environment(None, 0)
+        told = [str(each.message) for each in caught if each.category is TbpttWarning]
+        assert len(told) == (batching == "auto" and k == 100)
+        assert all("module=OfEnvironment is not what it was" in each for each in told)
+    (mine, batched), (its, _) = results
+    assert (relative_error(mine, its) <= 1e-12) == (k == 200)
+    assert IN_PARTS in batched
 
 
 def test_other_weights_are_no_other_module() -> None:
@@ -250,14 +275,6 @@ def test_other_weights_are_no_other_module() -> None:
             warnings.simplefilter("error", TbpttWarning)
             results.append(windows_of(Language().double(), set_weight, batching, k=100)[0])
     assert relative_error(*results) <= 1e-12
-
-
-@pytest.mark.parametrize(("make", "change"), OUTSIDE)
-def test_what_changed_within_short_windows_is_told(make: Any, change: Any) -> None:
-    torch.manual_seed(0)
-    with pytest.warns(TbpttWarning, match=f"module={make.__name__} is not what it was .* anew"):
-        windows_of(make().double(), change, "auto", k=100)
-    change(None, 0)
 
 
 def test_a_module_that_keeps_changing_is_run_as_it_is() -> None:
@@ -274,7 +291,7 @@ def test_evaluation_sees_the_module_in_its_mode() -> None:
     class Dropping(Language):
         def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
             y, state = super().forward(x, state)
-            return y * (1.0 if self.training else 2.0), state
+            return y * (1.0 + self.training), state
 
     inputs, targets = random_data(40)
     init = random_state(2), random_state(3)
@@ -322,3 +339,251 @@ def test_outputs_without_lanes_or_state_are_left() -> None:
         torch.manual_seed(0)
         results.append(windows_of(Pooled().double(), lambda *_: None, batching)[0])
     assert relative_error(*results) <= 1e-12
+
+
+class Branching(Language):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        if isinstance(x, Tensor) and x[0, 0] > 0:
+            y = 2 * y
+        return y, state
+
+
+class Catching(Language):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        with suppress(Exception):
+            y = 2 * y if bool(x[0, 0] > 0) else y
+        return y, state
+
+
+class OfClass(Language):
+    rate = 1.0
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return y * self.rate, state
+
+
+class ByMethod(Language):
+    def read(self, y: Tensor) -> Tensor:
+        return 2 * y
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return self.read(y), state
+
+
+class ByFunction(Language):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return doubled(y), state
+
+
+def doubled(y: Tensor) -> Tensor:
+    return 2 * y
+
+
+class OfTensor(Language):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.ones(WIDTH, dtype=torch.float64)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return y * self.mask, state
+
+
+class Keeping(Language):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        self.calls = getattr(self, "calls", 0) + 1
+        return y, state
+
+
+class Printing(Language):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        print("a step")
+        return super().forward(x, state)
+
+
+LEFT = (Branching, Catching, OfClass, ByMethod, ByFunction, OfTensor, Keeping, Printing)
+
+
+@pytest.mark.parametrize("make", LEFT)
+def test_code_that_depends_on_more_is_called_step_by_step(make: Any, capsys: Any) -> None:
+    results, seen = [], []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        module = make().double()
+        grads, batched = windows_of(module, lambda *_: None, batching)
+        results.append(grads)
+        seen.append((getattr(module, "calls", 0), capsys.readouterr().out.count("a step")))
+        assert IN_PARTS not in batched
+    assert relative_error(*results) == 0
+    assert seen[0] == seen[1]
+
+
+class Masked(Language):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, WIDTH))
+        self.bn = nn.BatchNorm1d(WIDTH)
+        self.bn.eval()
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return self.bn(y * self.mask), state
+
+
+def set_mask(module: Any, index: int) -> None:
+    if index in (2, 4):
+        module.mask = torch.rand(LANES if index == 2 else 1, WIDTH).double()
+
+
+def drop_statistics(module: Any, index: int) -> None:
+    if index == 3:
+        module.bn.running_mean = module.bn.running_var = None
+
+
+def drop_bias(module: Any, index: int) -> None:
+    if index == 3:
+        module.out.bias = None
+
+
+def change_class(module: Any, index: int) -> None:
+    if index == 3:
+        module.__class__ = Wider
+
+
+class Wider(Masked):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return 3 * y, state
+
+
+@pytest.mark.parametrize("change", [set_mask, drop_statistics, drop_bias, change_class])
+def test_what_a_module_is_made_of_may_change_between_windows(change: Any) -> None:
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        found, batched = windows_of(Masked().double(), change, batching)
+        results.append(found)
+        assert (IN_PARTS in batched) == (batching == "auto")
+    assert relative_error(*results) <= 1e-12
+
+
+def test_hooks_of_all_modules_and_modes_see_every_step() -> None:
+    class Halving(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            return result / 2 if func is F.linear else result
+
+    def hooked() -> Any:
+        def hook(part: nn.Module, _: Any, result: Any) -> Any:
+            return result / result.abs().max() if isinstance(part, nn.Linear) else None
+
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        stack = ExitStack()
+        stack.callback(handle.remove)
+        return stack
+
+    for watching in (Halving, hooked):
+        results = []
+        for batching in ("auto", False):
+            torch.manual_seed(0)
+            inputs, targets = random_data(16)
+            module = Language().double()
+            tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2", time_batching=batching)
+            init = random_state(2), random_state(3)
+            windows = tbptt.windows(TensorSequence(inputs, targets), init)
+            next(windows)
+            with watching():
+                next(windows)
+            results.append(gradients(list(module.parameters())))
+        assert relative_error(*results) <= 1e-12
+
+
+class OfKeys(Language):
+    def forward(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x["x"], state)
+        return y * x.get("scale", 1.0), state
+
+
+class OfRows(Language):
+    def forward(self, x: Any, state: Any) -> tuple[Tensor, Any]:
+        return super().forward(F.normalize(x, dim=-2).flatten(1)[:, :WIDTH_IN], state)
+
+
+def test_sequences_of_another_kind_are_other_inputs() -> None:
+    x, y = random_data(8)
+    wide = torch.stack([x, x.flip(0), -x], 2)
+    scale = torch.rand(8, LANES, 1, dtype=torch.float64)
+    sequences = {
+        OfKeys: [{"x": x}, {"x": x, "scale": scale}, {"x": x}],
+        OfRows: [wide, x, wide[:, :, :2]],
+    }
+    for make, inputs in sequences.items():
+        results = []
+        for batching in ("auto", False):
+            torch.manual_seed(0)
+            module = make().double()
+            tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2", time_batching=batching)
+            for each in inputs:
+                tbptt.train(TensorSequence(each, y), (random_state(2), random_state(3)))
+            results.append(gradients(list(module.parameters())))
+        assert relative_error(*results) <= 1e-12
+
+
+def test_what_copies_itself_is_compared_as_it_is() -> None:
+    class Shared(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    torch.manual_seed(0)
+    module = Language()
+    module.out = Shared(WIDTH, WIDTH)
+    nn.init.zeros_(module.out.bias)
+    inputs, targets = (each.float() for each in random_data(8))
+    tbptt = TBPTT(module, F.mse_loss, 4, 4, strategy="uniform:2")
+    tbptt.train(TensorSequence(inputs, targets), (torch.zeros(LANES, WIDTH),) * 2)
+    assert module.out.weight.dtype is torch.float32
+    assert not module.out.bias.any()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y, target: y.sub_(target).pow(2).mean(),
+        lambda y, target: F.mse_loss(y.relu_(), target),
+        lambda y, target: (y.register_hook(lambda grad: 2 * grad), F.mse_loss(y, target))[1],
+    ],
+)
+def test_losses_may_write_into_outputs_and_put_hooks_on_them(loss: Any) -> None:
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        module, (inputs, targets) = Language().double(), random_data(8)
+        tbptt = TBPTT(module, loss, 4, 4, strategy="retain", time_batching=batching)
+        tbptt.train(TensorSequence(inputs, targets), (random_state(2), random_state(3)))
+        results.append(gradients(list(module.parameters())))
+    assert relative_error(*results) <= 1e-12
+
+
+def test_a_number_that_a_loss_changes_counts_from_the_next_window() -> None:
+    """One step by one it would count from the next step of a run, and depend on the strategy."""
+    results = []
+    for batching in ("auto", False):
+        torch.manual_seed(0)
+        module, (inputs, targets) = Language().double(), random_data(8)
+
+        def loss(y: Tensor, target: Tensor, module: Any = module) -> Tensor:
+            module.scale = 2.0
+            return (y - target).pow(2).mean()
+
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        tbptt = TBPTT(module, loss, 4, 4, optimizer, strategy="retain", time_batching=batching)
+        windows = tbptt.windows(TensorSequence(inputs, targets), (random_state(2), random_state(3)))
+        results.append([window.loss for window in windows])
+    (first, _), (its_first, _) = results
+    assert relative_error([first], [its_first]) > 1e-3
