@@ -2,7 +2,7 @@
 
 What is traced runs the branches of the trace, and reads what is no tensor once. So a step may
 be traced unasked only if its code is an expression of its arguments and of the module: it calls
-layers, functions of torch and methods of tensors, and branches on nothing but `is None`.
+layers, functions of torch and methods of tensors, and branches on what is None or a container.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tbptt_ckpt.module.step_effects import NoPartsError
 
 _NUMBERS = (int, float, bool, str, type(None))
-_BUILTINS = frozenset({"len", "tuple", "list", "dict"})
+_CONTAINERS = frozenset({"tuple", "list", "dict"})
+_BUILTINS = _CONTAINERS | {"len"}
 _STATEMENTS = (ast.Return, ast.Assign, ast.AnnAssign, ast.If, ast.Expr, ast.Pass)
 _EXPRESSIONS = (
     *(ast.Tuple, ast.List, ast.Dict, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.IfExp),
@@ -72,7 +73,6 @@ class _Checked:
             if not isinstance(statement, _STATEMENTS):
                 self._refuse(statement, "is more than assignments of expressions")
             if isinstance(statement, ast.If):
-                self._check_expression(statement.test)
                 self._check_test(statement.test)
                 self._check_all(statement.body)
                 self._check_all(statement.orelse)
@@ -89,21 +89,24 @@ class _Checked:
                     self._locals.add(name.id)
 
     def _check_test(self, test: ast.expr) -> None:
-        is_none = (
-            isinstance(test, ast.Compare)
-            and isinstance(test.left, ast.Name)
-            and all(isinstance(each, ast.Is | ast.IsNot) for each in test.ops)
-            and all(isinstance(each, ast.Constant) for each in test.comparators)
-        )
-        if not is_none:
-            self._refuse(test, "branches on more than None")
+        """A branch on whether an argument or what was made of it is None, or a container."""
+        match test:
+            case ast.Compare(ast.Name(name), [ast.Is() | ast.IsNot()], [ast.Constant()]):
+                is_plain = name in self._locals
+            case ast.Call(ast.Name("isinstance"), [ast.Name(name), ast.Name(kind)], []):
+                is_plain = name in self._locals and kind in _CONTAINERS
+            case _:
+                is_plain = False
+        if not is_plain:
+            self._refuse(test, "branches on more than None and containers")
 
     def _check_expression(self, node: ast.expr) -> None:
         if not isinstance(node, _EXPRESSIONS):
             self._refuse(node, f"has a {type(node).__name__.lower()}")
-        if isinstance(node, ast.Compare | ast.IfExp):
-            self._check_test(node.test if isinstance(node, ast.IfExp) else node)
-        if isinstance(node, ast.Call) and _is_forward_of_super(node.func):
+        if isinstance(node, ast.IfExp):
+            self._check_test(node.test)
+            inner: list[ast.expr] = [node.body, node.orelse]
+        elif isinstance(node, ast.Call) and _is_forward_of_super(node.func):
             inner = [*node.args, *(each.value for each in node.keywords)]
         elif isinstance(node, ast.Name | ast.Attribute) and self._begins_outside(node):
             self._check_outside(node)
