@@ -135,9 +135,10 @@ class FoundParts:
             )
             return _Held(looks, None)
         parts = used = now = None
-        try:
+        try:  # before anything is called that leaves more than its results
+            _check_unwatched(module)
             if self._is_traced:
-                check_plain(module)  # before anything is called that leaves more than its results
+                check_plain(module)
             state = self._reached(module, inputs, state)
             now = look_of(_NOTHING, state) if self._is_traced else None
             parts = SegmentParts(self._compared(module, inputs, state), self._batching)
@@ -159,8 +160,6 @@ class FoundParts:
         return state if tensors_of(state) else reached
 
     def _compared(self, module: nn.Module, inputs: Tree, state: Tree) -> StepParts:
-        if any(map(has_hooks, module.modules())):
-            raise NoPartsError("it has hooks, which want to see every step")
         if not tensors_of(state) or not have_lanes(inputs, state):
             raise NoPartsError("inputs and state do not have the same lanes on dimension 0")
         # A few lanes, since there may be little room.
@@ -197,12 +196,17 @@ class FoundParts:
             warnings.warn(
                 f"module={name_of(module)} is not what it was when the parts of its step were "
                 f"found: something that it reads has changed within the last {windows} windows, "
-                " which may have run with the old value; parts are found anew. With "
+                "which may have run with the old value; parts are found anew. With "
                 "time_batching=False the module itself runs every step",
                 TbpttWarning,
                 stacklevel=2,
             )
         return False
+
+
+def _check_unwatched(module: nn.Module) -> None:
+    if any(map(has_hooks, module.modules())):
+        raise NoPartsError("it has hooks, which want to see every step")
 
 
 def _are_rows(blocks: Sequence[StepBlock]) -> bool:

@@ -109,10 +109,13 @@ class _Checked:
         elif isinstance(node, ast.Call) and _is_forward_of_super(node.func):
             inner = [*node.args, *(each.value for each in node.keywords)]
         elif isinstance(node, ast.Name | ast.Attribute) and self._begins_outside(node):
-            self._check_outside(node)
+            self._check_outside(node, is_called=False)
             return
         else:
             inner = [each for each in _inside(node) if isinstance(each, ast.expr)]
+            if isinstance(node, ast.Call) and self._begins_outside(node.func):
+                self._check_outside(node.func, is_called=True)
+                inner.remove(node.func)
         for each in inner:
             self._check_expression(each)
 
@@ -121,9 +124,12 @@ class _Checked:
             node = node.value
         return isinstance(node, ast.Name) and node.id not in self._locals
 
-    def _check_outside(self, node: ast.expr) -> None:
-        """A name that is no local one, with the attributes that are taken of it."""
-        path = list[str]()
+    def _check_outside(self, node: ast.expr, *, is_called: bool) -> None:
+        """A name that is no local one, with the attributes that are taken of it.
+
+        Under another name a module's attributes would not be seen, so that it is only called.
+        """
+        whole, path = node, list[str]()
         while isinstance(node, ast.Attribute):
             path.insert(0, node.attr)
             node = node.value
@@ -143,6 +149,8 @@ class _Checked:
             found = self._taken(node, found, name)
             if found is None or isinstance(found, Tensor):
                 return
+        if isinstance(found, nn.Module) and not (is_called and path):
+            self._refuse(whole, "gives a module another name, or to somebody else")
 
     def _taken(self, node: ast.expr, owner: Any, name: str) -> Any:
         if isinstance(owner, ModuleType):

@@ -384,6 +384,13 @@ def doubled(y: Tensor) -> Tensor:
     return 2 * y
 
 
+class ByAnotherName(OfClass):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        me = self
+        h, c = self.cell(self.encode(x), state)
+        return self.out(self.norm(h)) * me.rate, (h, c)
+
+
 class OfTensor(Language):
     def __init__(self) -> None:
         super().__init__()
@@ -407,7 +414,10 @@ class Printing(Language):
         return super().forward(x, state)
 
 
-LEFT = (Branching, Catching, OfClass, ByMethod, ByFunction, OfTensor, Keeping, Printing)
+LEFT = (
+    *(Branching, Catching, OfClass, ByMethod, ByFunction, ByAnotherName, OfTensor, Keeping),
+    Printing,
+)
 
 
 @pytest.mark.parametrize("make", LEFT)
