@@ -23,7 +23,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.attributes import Attributes, look_of, plain_attributes
 from tbptt_ckpt.module.first_call import call_first
-from tbptt_ckpt.module.held_parts import hold_against, hold_step
+from tbptt_ckpt.module.held_parts import Precision, hold_against, hold_step
 from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.module.plain_code import check_plain
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
@@ -117,7 +117,7 @@ class FoundParts:
         inputs, looks = block.with_time_first().inputs, [plain_attributes(module)]
         if self._is_traced:
             looks.append(look_of(module, map_tensors(lambda t: t[0], inputs)))
-        now = look_of(_NOTHING, state) if leaves else None
+        now = look_of(_NOTHING, state) if leaves and self._is_traced else None
         held = next((each for each in self._held if each.looks == looks), None)
         if held is not None and None not in (held.state, now) and held.state != now:
             held = None
@@ -187,10 +187,11 @@ class FoundParts:
         windows, self._num_steps, self._num_windows = self._num_windows, 0, 0
         one = map_tensors(lambda t: t[0], inputs)
         with untouched(module, tensors=tensors_of((one, state))), torch.no_grad():
-            plain = self._recurrence.call(one, copy_containers(state))
+            with (precision := Precision()):
+                plain = self._recurrence.call(one, copy_containers(state))
             outputs, last = parts.run(inputs, state, 0, _only_row, None)
         mine = split_result(plain, self._recurrence)
-        if hold_step(mine, (map_tensors(lambda t: t[0], outputs), last)):
+        if hold_step(mine, (map_tensors(lambda t: t[0], outputs), last), precision):
             return True
         if windows > 1:  # else it was before any step
             warnings.warn(

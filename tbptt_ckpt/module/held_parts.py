@@ -72,13 +72,11 @@ def hold_against(
         attributes.put_back()
 
 
-def hold_step(plain: tuple[Tree, Tree], parts: tuple[Tree, Tree]) -> bool:
+def hold_step(plain: tuple[Tree, Tree], parts: tuple[Tree, Tree], precision: Precision) -> bool:
     """Whether outputs and state of one step agree, or are not finite, which others look at."""
     if not all(bool(torch.isfinite(each).all()) for each in tensors_of(plain)):
         return True
-    floats = [each.dtype for each in tensors_of(plain) if each.is_floating_point()]
-    lowest = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
-    comparison = _Comparison(lowest)
+    comparison = _Comparison(precision.lowest)
     try:
         for name, mine, its in zip(("outputs", "states"), plain, parts, strict=True):
             comparison.hold(name, tensors_of(mine), tensors_of(its))
@@ -136,7 +134,7 @@ def _compare(parts: StepParts, module: nn.Module, inputs: Tree, state: Tree) -> 
         map_tensors(functools.partial(_varied, step=k, source=source), inputs)
         for k in range(_NUM_STEPS)
     ]
-    runs, precision = [], _Precision()
+    runs, precision = [], Precision()
     for run in (_run_plain, _run_folded):
         leaves = map_tensors(_as_leaf, (steps, state))
         with precision:
@@ -188,7 +186,7 @@ class _Comparison:
             self.hold(name, plain, folded)
 
 
-class _Precision(TorchFunctionMode):
+class Precision(TorchFunctionMode):
     """Notes the floating dtype of least precision that a step computes with."""
 
     def __init__(self) -> None:
