@@ -89,7 +89,7 @@ class FoundParts:
     def are_one_call(self) -> bool:
         """Whether what a run's backward adds to its graph does not grow with its steps."""
         parts = self._parts if self._batching.takes_parts() else None
-        return parts is not None and parts.has_fused
+        return parts is not None and parts.is_one_call
 
     def lapse(self) -> None:
         """A pass begins: parts that were traced are not those of the module until a look."""
@@ -141,7 +141,9 @@ class FoundParts:
                 check_plain(module)
             state = self._reached(module, inputs, state)
             now = look_of(_NOTHING, state) if self._is_traced else None
-            parts = SegmentParts(self._compared(module, inputs, state), self._batching)
+            parts = SegmentParts(
+                self._compared(module, inputs, state), self._batching, may_record=True
+            )
             used = Attributes(module) if self._is_traced else None
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))

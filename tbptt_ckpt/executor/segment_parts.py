@@ -7,27 +7,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbptt_ckpt.memory.reading import Told
 from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
-from tbptt_ckpt.time_batching.candidates import autocast_dtype, is_plain, is_stable
 from tbptt_ckpt.time_batching.interception import suspended
+from tbptt_ckpt.time_batching.over_time import run_cell
 from tbptt_ckpt.time_batching.policy import TimeBatching
-
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class SegmentParts:
     """A step's parts, over a segment whose time is the first dimension.
 
     Attributes:
-        has_fused: Whether a transition ran as a kernel, so that nothing is left step by step.
+        is_one_call: Whether a transition ran all steps at once, so that no step has a graph.
     """
 
-    def __init__(self, parts: StepParts, batching: TimeBatching) -> None:
-        self._parts, self._batching, self.has_fused = parts, batching, False
+    def __init__(self, parts: StepParts, batching: TimeBatching, *, may_record: bool) -> None:
+        self._parts, self._batching, self._may_record = parts, batching, may_record
+        self.is_one_call = False
 
     def run(
         self,
@@ -44,13 +43,14 @@ class SegmentParts:
         num_steps = tensors_of(inputs)[0].shape[0]
         with suspended():
             encoded = _unfolded(self._parts.encode(folded(inputs)), num_steps)
-            found = _fused(self._parts.cell, encoded, state)
+            found = _of_cell(self._parts.cell, encoded, state, may_record=self._may_record)
         if found is None:
             features, state = self._loop(encoded, state, first_wanted, rows, told)
         else:
-            self.has_fused = True
-            self._batching.took("LSTMCell of all steps", found[2])
-            features, state = _from(first_wanted, found[0]), found[1]
+            self.is_one_call = True
+            cell, features, state = found
+            self._batching.took(f"{type(cell).__name__} of all steps", cell.weight_hh)
+            features = _from(first_wanted, features)
         if first_wanted == num_steps:
             return None, state
         with suspended():
@@ -108,39 +108,20 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
     return replace_tensors(trees[0], [torch.stack(column) for column in columns])
 
 
-def _begun(x: Tensor, shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What a cell begins with by itself."""
-    return x.new_zeros(shapes), x.new_zeros(shapes)
+def _of_cell(
+    bare: BareCell | None, encoded: Tree, state: Tree, *, may_record: bool
+) -> tuple[nn.RNNCellBase, Tree, Tree] | None:
+    """A cell, and its features and state of all steps; None where it is to be called step by step.
 
-
-def _fused(bare: BareCell | None, encoded: Tree, state: Tree) -> tuple[Tree, Tree, Tensor] | None:
-    """Features and state of all steps by torch's kernel, and the cell's recurrent weight.
-
-    None where the cell is to make them. It takes what is encoded, or the first of several
-    tensors, and gives features alike. On an accelerator the kernel wants its weights in one
-    piece, which a cell's are not.
+    It takes what is encoded, or the first of several tensors, and gives features alike.
     """
+    if bare is None or bare_cell(bare.cell) is None:  # hooks may be new
+        return None
     x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
-    if bare is None or bare_cell(bare.cell) is None or not is_plain(x):  # hooks may be new
+    states = None if state is None else bare.split(state)
+    found = run_cell(bare.cell, x, states, may_record=may_record)
+    if found is None:
         return None
-    weights = [bare.cell._parameters.get(name) for name in _WEIGHTS]
-    has_bias = weights[2] is not None
-    alike = (weights[3] is not None) == has_bias and all(map(is_stable, weights))
-    if not alike or weights[0] is None or weights[1] is None:
-        return None
-    shapes = (*x.shape[1:2], weights[1].shape[1])
-    h, c = _begun(x, shapes) if state is None else bare.split(state)
-    fits = x.dim() == 3 and x.is_cpu and autocast_dtype(weights[0]) is None
-    if not fits or x.shape[2] != weights[0].shape[1] or not len(x):
-        return None
-    for each in (x, h, c, weights[1]):
-        if not is_plain(each) or each.dtype != weights[0].dtype or not each.is_floating_point():
-            return None
-    if h.shape != shapes or c.shape != shapes:
-        return None
-    given: list[Tensor] = [weight for weight in weights if weight is not None]
-    outputs, last_h, last_c = torch._VF.lstm(
-        x, (h[None], c[None]), given, has_bias, 1, 0.0, bare.cell.training, False, False
-    )
+    outputs, last = found
     features = (outputs,) if isinstance(encoded, tuple) else outputs
-    return features, bare.join(last_h[0], last_c[0]), weights[1]
+    return bare.cell, features, bare.join(*last)

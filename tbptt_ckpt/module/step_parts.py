@@ -15,24 +15,25 @@ from torch import Tensor, nn
 from tbptt_ckpt.module.replaced import found_under
 from tbptt_ckpt.module.trees import Tree
 
-_forward = nn.LSTMCell.forward  # torch's own
+# torch's own
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
 
 
 @dataclass(frozen=True, slots=True)
 class BareCell:
-    """A transition that is one `nn.LSTMCell` and nothing else, whose features are the new h.
+    """A transition that is one of torch's cells and nothing else, whose features are the new h.
 
     Of several encoded tensors the cell's input is the first.
 
     Attributes:
         cell: The cell.
-        split: From the module's state to (h, c).
-        join: From (h, c) to the module's state.
+        split: From the module's state to the cell's: (h, c) of an `nn.LSTMCell`, (h,) of others.
+        join: From these to the module's state.
     """
 
-    cell: nn.LSTMCell
-    split: Callable[[Tree], tuple[Tensor, Tensor]]
-    join: Callable[[Tensor, Tensor], Tree]
+    cell: nn.RNNCellBase
+    split: Callable[[Tree], tuple[Tensor, ...]]
+    join: Callable[..., Tree]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class StepParts:
         encode: From the inputs of steps, folded, to what the others need of them, folded.
         transition: `(encoded, state) -> (features, state)` of one step.
         readout: `(features, encoded) -> outputs`, folded.
-        cell: What the transition is, where it is a cell that has a fused kernel.
+        cell: What the transition is, where it is one of torch's cells.
     """
 
     encode: Callable[[Tree], Tree]
@@ -53,12 +54,18 @@ class StepParts:
 
 
 def bare_cell(module: object) -> BareCell | None:
-    """A module that is an `nn.LSTMCell` and nothing else; None of others."""
-    if type(module) is not nn.LSTMCell or has_hooks(module) or "forward" in vars(module):
+    """A module that is one of torch's cells and nothing else; None of others."""
+    kind: Any = type(module)
+    if kind not in _FORWARDS or not isinstance(module, nn.RNNCellBase):
         return None
-    if found_under(nn.LSTMCell.forward) is not _forward:  # others have put theirs in its place
+    if has_hooks(module) or "forward" in vars(module):
         return None
-    return BareCell(module, _as_pair, _pair)
+    if found_under(kind.forward) is not _FORWARDS[kind]:  # others have put theirs in its place
+        return None
+    if isinstance(module, nn.RNNCell) and module.nonlinearity not in ("tanh", "relu"):
+        return None
+    is_lstm = isinstance(module, nn.LSTMCell)
+    return BareCell(module, tuple if is_lstm else _alone, _pair if is_lstm else _same)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -69,10 +76,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(before or after or backward or everywhere)
 
 
-def _as_pair(state: Tree) -> tuple[Tensor, Tensor]:
-    h, c = state
-    return h, c
+def _alone(state: Tree) -> tuple[Tensor, ...]:
+    return (state,)
 
 
 def _pair(h: Tensor, c: Tensor) -> Tree:
     return h, c
+
+
+def _same(h: Tensor) -> Tree:
+    return h

@@ -22,7 +22,7 @@ from tbptt_ckpt.time_batching.candidates import (
     is_plain,
     is_stable,
 )
-from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights
+from tbptt_ckpt.time_batching.cells import Cell, CellNode, CellRecord, CellWeights, input_bias_of
 from tbptt_ckpt.time_batching.products import multiply
 from tbptt_ckpt.time_batching.rows import InputRows, Rows
 from tbptt_ckpt.time_batching.taps import Tap, Versions
@@ -157,10 +157,10 @@ class CellCalls:
         """What is added to the products of the input: both biases, unless r multiplies one."""
         bias, hidden_bias = weights.input_bias, weights.hidden_bias
         if bias is None or hidden_bias is None or kind.resets:
-            return None if bias is None else bias.detach()
+            return input_bias_of(weights, resets=kind.resets)
         key = (id(bias), id(hidden_bias), bias._version, hidden_bias._version)
         if key not in self._biases:
-            self._biases[key] = bias.detach() + hidden_bias.detach()
+            self._biases[key] = input_bias_of(weights, resets=False)
         return self._biases[key]
 
 

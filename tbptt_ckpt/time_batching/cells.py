@@ -118,14 +118,41 @@ class CellRecord(Record[Note]):
             row_grads = multiply_back(grad, self.weights.input).chunk(len(calls))
             for call, row_grad in zip(calls, row_grads, strict=True):
                 rows[call] = row_grad
-        input_grad = None if x is None else add_weight_gradient(totals[0], grad, x)
-        hidden_grad = None if h is None else _hidden_gradient(totals[1], grad, reset_grad, h)
-        input_bias = add_sum(totals[2], grad) if needs[2] else None
-        if not needs[3]:
-            return input_grad, hidden_grad, input_bias, None, *rows
-        if reset_grad is not None:
-            grad = torch.cat([grad[:, : -reset_grad.shape[1]], reset_grad], 1)
-        return input_grad, hidden_grad, input_bias, add_sum(totals[3], grad), *rows
+        found = weight_gradients(grad, reset_grad, x, h, needs, totals)
+        return *found, *rows
+
+
+def input_bias_of(weights: CellWeights, *, resets: bool) -> Tensor | None:
+    """What is added to the products of the input: both biases, unless a gate multiplies one."""
+    bias, hidden_bias = weights.input_bias, weights.hidden_bias
+    if bias is None or hidden_bias is None or resets:
+        return None if bias is None else bias.detach()
+    return bias.detach() + hidden_bias.detach()
+
+
+def weight_gradients(
+    grad: Tensor,
+    reset_grad: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    needs: Sequence[bool],
+    totals: Tensors,
+) -> Gradients:
+    """Those of a cell's weights, over many rows, from those of the gates' sums: [R, G*H].
+
+    That of the part which a gate multiplies is given beside, [R, H]. x: [R, K], h: [R, H], or None
+    where no weight needs it.
+    """
+    input_grad = add_weight_gradient(totals[0], grad, x) if needs[0] and x is not None else None
+    hidden_grad = None
+    if needs[1] and h is not None:
+        hidden_grad = _hidden_gradient(totals[1], grad, reset_grad, h)
+    input_bias = add_sum(totals[2], grad) if needs[2] else None
+    if not needs[3]:
+        return input_grad, hidden_grad, input_bias, None
+    if reset_grad is not None:
+        grad = torch.cat([grad[:, : -reset_grad.shape[1]], reset_grad], 1)
+    return input_grad, hidden_grad, input_bias, add_sum(totals[3], grad)
 
 
 def _hidden_gradient(
@@ -152,7 +179,7 @@ class CellNode(torch.autograd.Function):
     ) -> Any:
         """The new states."""
         ctx.set_materialize_grads(False)
-        ctx.record, ctx.call, ctx.is_seen = record, call, _is_seen()
+        ctx.record, ctx.call, ctx.is_seen = record, call, is_seen()
         slot = record.slots[call]
         if not record.of_rows:
             write_product(slot, x, record.weights.input, record.input_bias)
@@ -185,6 +212,6 @@ class CellNode(torch.autograd.Function):
         return None, None, None, x_grad, *state_grads
 
 
-def _is_seen() -> bool:
+def is_seen() -> bool:
     """Whether hooks see what is saved: those of a checkpoint hand one memory to two graphs."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

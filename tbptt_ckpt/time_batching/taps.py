@@ -108,11 +108,11 @@ class Tap(torch.autograd.Function):
         parts, needs = ctx.record.take(), ctx.needs_input_grad
         if not parts:
             return (None,) * len(needs)
-        totals = [_total(weight) for weight in ctx.weights]
+        totals = [total_of(weight) for weight in ctx.weights]
         return (None, None, *ctx.record.collect(parts, needs[2:], totals))
 
 
-def _total(weight: Tensor | None) -> Tensor | None:
+def total_of(weight: Tensor | None) -> Tensor | None:
     """`weight.grad`, if nobody can tell whether autograd or the tap adds to it.
 
     This spares a temporary as large as the weight. The backward must be one that accumulates,
