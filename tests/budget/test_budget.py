@@ -261,6 +261,7 @@ def test_a_fixed_strategy_is_held_against_the_budget():
     make("LSTMCell loop", memory_budget=budget).train(data(120))
 
 
+@pytest.mark.exhaustive
 def test_growing_leaves_save_28_percent_of_equal_ones_predicted_and_measured():
     """One extra forward in the least bytes: 1 - 1/sqrt(2) less, but for what each leaf takes."""
     num_steps = 6000
