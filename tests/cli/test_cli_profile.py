@@ -445,7 +445,7 @@ MEMRAYS = """
 """
 
 
-@pytest.mark.exhaustive  # one is held against memray by default, in tests/memory/test_peak_elsewhere.py
+@pytest.mark.exhaustive  # tests/memory/test_peak_elsewhere.py has one by default
 @pytest.mark.skipif(not importlib.util.find_spec("memray"), reason="needs memray")
 def test_peaks_agree_with_memray_within_five_percent(tmp_path):
     """memray counts every malloc from the making of the model on, autograd's nodes included."""
