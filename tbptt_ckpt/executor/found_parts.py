@@ -141,9 +141,7 @@ class FoundParts:
                 check_plain(module)
             state = self._reached(module, inputs, state)
             now = look_of(_NOTHING, state) if self._is_traced else None
-            parts = SegmentParts(
-                self._compared(module, inputs, state), self._batching, may_record=True
-            )
+            parts = SegmentParts(self._compared(module, inputs, state), self._batching)
             used = Attributes(module) if self._is_traced else None
         except NoPartsError as error:
             self._batching.leave("step in parts", str(error))

@@ -24,9 +24,8 @@ class SegmentParts:
         is_one_call: Whether a transition ran all steps at once, so that no step has a graph.
     """
 
-    def __init__(self, parts: StepParts, batching: TimeBatching, *, may_record: bool) -> None:
-        self._parts, self._batching, self._may_record = parts, batching, may_record
-        self.is_one_call = False
+    def __init__(self, parts: StepParts, batching: TimeBatching) -> None:
+        self._parts, self._batching, self.is_one_call = parts, batching, False
 
     def run(
         self,
@@ -43,7 +42,7 @@ class SegmentParts:
         num_steps = tensors_of(inputs)[0].shape[0]
         with suspended():
             encoded = _unfolded(self._parts.encode(folded(inputs)), num_steps)
-            found = _of_cell(self._parts.cell, encoded, state, may_record=self._may_record)
+            found = _of_cell(self._parts.cell, encoded, state)
         if found is None:
             features, state = self._loop(encoded, state, first_wanted, rows, told)
         else:
@@ -109,7 +108,7 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
 
 
 def _of_cell(
-    bare: BareCell | None, encoded: Tree, state: Tree, *, may_record: bool
+    bare: BareCell | None, encoded: Tree, state: Tree
 ) -> tuple[nn.RNNCellBase, Tree, Tree] | None:
     """A cell, and its features and state of all steps; None where it is to be called step by step.
 
@@ -119,7 +118,7 @@ def _of_cell(
         return None
     x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
     states = None if state is None else bare.split(state)
-    found = run_cell(bare.cell, x, states, may_record=may_record)
+    found = run_cell(bare.cell, x, states)
     if found is None:
         return None
     outputs, last = found

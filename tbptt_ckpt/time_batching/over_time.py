@@ -84,12 +84,12 @@ class OverTime(torch.autograd.Function):
 
 
 def run_cell(
-    cell: nn.RNNCellBase, x: Any, states: Sequence[Any] | None, *, may_record: bool = True
+    cell: nn.RNNCellBase, x: Any, states: Sequence[Any] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """A cell's output at each step of x: [L, N, K], and its last states, from states: [N, H] each.
 
     None where the cell is to make them step by step, as under autocast. Without states it begins
-    with zeros. `may_record`: whether torch's kernel may, which takes more than a loop.
+    with zeros.
     """
     weights = CellWeights(*map(cell._parameters.get, _NAMES))  # type: ignore[arg-type]
     kind = _KINDS[type(cell)](cell)
@@ -104,7 +104,7 @@ def run_cell(
         return None
     known = (*(weight for weight in weights if weight is not None), x, *states)
     is_recorded = torch.is_grad_enabled() and any(each.requires_grad for each in known)
-    if kind.has_kernel and (not is_recorded or (may_record and not pays(weights.hidden.numel()))):
+    if kind.has_kernel and (not is_recorded or not pays(weights.hidden.numel())):
         return _by_kernel(x, states, weights)
     outputs, *last = OverTime.apply(kind, x, weights, *weights, *states)  # type: ignore[no-untyped-call]
     return outputs, tuple(last)
