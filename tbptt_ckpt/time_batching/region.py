@@ -99,8 +99,9 @@ class Region:
         candidate = self._find(Embedding, weight, None, (), options)
         if candidate is None:
             return None
-        row = self.rows.find(input)
-        # A step with an index of no word may be one that the module skips.
+        # A step with an index of no word may be one that the module skips. On a device the host
+        # would wait to see that.
+        row = self.rows.find(input) if input.is_cpu else None
         if row is not None and row.rows.bounds[0] >= 0 and row.rows.bounds[1] < words:
             output = self._of_row(candidate, row)
             if output is not None:

@@ -39,6 +39,7 @@ from tbptt_ckpt import TBPTT, ArgumentError, TbpttError, TensorSequence, run_win
 from tbptt_ckpt.time_batching.cell_calls import CellCalls
 from tbptt_ckpt.time_batching.cell_kinds import GRU, LSTM, RNN
 from tbptt_ckpt.time_batching.interception import opened
+from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.time_batching.region import Region
 from tbptt_ckpt.time_batching.rows import InputRows
 
@@ -428,3 +429,16 @@ def test_a_mode_around_the_run_leaves_all_plain_and_says_so() -> None:
     assert {o.operation: o.reason for o in tbptt.batched_operations} == {
         "step": "a mode that sees each operation"
     }
+
+
+def test_indices_on_a_device_are_not_read() -> None:
+    with torch.device("meta"):  # whose numbers nobody can read
+        embedding, indices = nn.Embedding(5, 3), torch.zeros(4, 2, dtype=torch.long)
+    batching = TimeBatching(True, embedding)
+    with batching.region(4, per_step=True):
+        rows = batching.step_inputs(indices, 0)
+        assert rows is not None
+        outputs = [embedding(row) for row in rows]
+    torch.stack(outputs).sum().backward()
+    assert [each.operation for each in batching.report()] == ["embedding"]
+    assert embedding.weight.grad is not None
