@@ -29,14 +29,14 @@ from tbptt_ckpt.module.plain_code import check_plain
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
 from tbptt_ckpt.module.recurrent import Recurrent, as_step, module_of
 from tbptt_ckpt.module.step_effects import NoPartsError
-from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
+from tbptt_ckpt.module.step_parts import CELLS, StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.traced_parts import traced_parts
 from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.interception import has_function_mode
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _LANES = 3  # that are looked at
-_OF_CELL = 2  # tensors of a state that is an `nn.LSTMCell`'s, as traced steps have it
+_OF_CELL = (1, 2)  # tensors that the state of one of torch's cells has
 _LEAST_STEPS = 32  # of a window, below which looking takes longer than it spares
 _NOTHING = nn.Module()  # whose state is looked at alone
 _CHECKED_STEPS = 200  # one step in so many is run by the module as well, if parts were traced
@@ -102,7 +102,7 @@ class FoundParts:
         Not later, where a checkpoint may be recording what is run.
         """
         module, leaves = self._recurrence.module, tensors_of(state)
-        if leaves and len(leaves) != _OF_CELL:
+        if leaves and len(leaves) not in _OF_CELL:
             self._is_traced = False
         if not (self._said or self._is_traced) or not isinstance(module, nn.Module):
             return
@@ -166,7 +166,7 @@ class FoundParts:
         few = map_tensors(lambda t: t[:_LANES], (map_tensors(lambda t: t[0], inputs), state))
         parts = self._said or traced_parts(module, *few)
         if self._said is None and parts.cell is None:  # else it is not worth it
-            raise NoPartsError("its transition is more than one nn.LSTMCell")
+            raise NoPartsError("its transition is more than one of torch's cells")
         # Said ones have the gradients of the module in every mode, or in none.
         grads = self._is_traced or not self._num_held
         is_copied = self._is_traced and tensor_bytes(module) <= _COPIED_BYTES
@@ -232,7 +232,7 @@ def _may_have_parts(module: object, batching: TimeBatching) -> bool:
     """Whether a trace may find parts worth having, of which one has a kernel."""
     if not isinstance(module, nn.Module) or not batching.choice:
         return False
-    return any(type(part) is nn.LSTMCell for part in module.modules())
+    return any(type(part) in CELLS for part in module.modules())
 
 
 def _said_by(module: object) -> StepParts | None:

@@ -21,14 +21,15 @@ class RecurrentParts:
         encode: Names of what depends on the input alone, which runs once for a segment.
         transition: Names of what runs step by step.
         readout: Names of what runs once for a segment after it.
-        is_fused: Whether the transition is one `nn.LSTMCell`, which has a kernel for segments.
+        cell: The kind of torch's cell that the transition is, such as "LSTMCell", and then runs
+            over a segment at once; empty where it is none.
         reason: Why there are none, with the line where there is one; empty where there are.
     """
 
     encode: tuple[str, ...] = ()
     transition: tuple[str, ...] = ()
     readout: tuple[str, ...] = ()
-    is_fused: bool = False
+    cell: str = ""
     reason: str = ""
 
     def __bool__(self) -> bool:
@@ -37,7 +38,7 @@ class RecurrentParts:
     def __str__(self) -> str:
         if self.reason:
             return f"no parts: {self.reason}"
-        fused = " (LSTMCell, fused)" if self.is_fused else ""
+        fused = f" ({self.cell}, fused)" if self.cell else ""
         named = {"encode": self.encode, "transition": self.transition, "readout": self.readout}
         return "; ".join(
             f"{part}: {', '.join(names) or 'nothing'}{fused if part == 'transition' else ''}"
@@ -74,5 +75,5 @@ def recurrent_parts(module: nn.Module, example: tuple[Any, Any]) -> RecurrentPar
         hold_against(found.parts, module, inputs, state, on_copy=True)
     except NoPartsError as error:
         return RecurrentParts(reason=str(error))
-    is_fused = found.parts.cell is not None
-    return RecurrentParts(found.encode, found.transition, found.readout, is_fused)
+    cell = "" if found.parts.cell is None else type(found.parts.cell.cell).__name__
+    return RecurrentParts(found.encode, found.transition, found.readout, cell)

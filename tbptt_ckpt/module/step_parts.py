@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tbptt_ckpt.module.replaced import found_under
 from tbptt_ckpt.module.trees import Tree
 
-# torch's own
-_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
+CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in CELLS}  # torch's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from tbptt_ckpt.module.step_effects import (
     check_traceable,
     line_of,
 )
-from tbptt_ckpt.module.step_parts import BareCell, StepParts
+from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
 from tbptt_ckpt.module.step_trace import StepTrace, line_at, trace_step, value_of
 from tbptt_ckpt.module.step_values import Call
 from tbptt_ckpt.module.trees import (
@@ -243,20 +243,20 @@ class _Split:
         state = self._trace.state
         calls = [n for n in self._nodes if n in self._transition and n not in state]
         cells = [n for n in calls if n.op == "call_module"]
-        if len(cells) != 1 or len(state) != 2 or len(self._new_state) != 2:
+        if len(cells) != 1:
             return None, None
         cell, items = cells[0], [n for n in calls if n is not cells[0]]
         module = self._root.get_submodule(str(cell.target))
-        order = [each.args for each in self._new_state]
-        if type(module) is not nn.LSTMCell or len(cell.args) + len(cell.kwargs) != 2:
+        if bare_cell(module) is None or len(cell.args) + len(cell.kwargs) != 2:
             return None, None
-        x, hc = (*cell.args, *cell.kwargs.values())
+        x, given = (*cell.args, *cell.kwargs.values())
+        before = list(given) if isinstance(given, tuple | list) else [given]
+        after = [_result_of(cell, node) for node in self._new_state]
         is_bare = (
-            all(_is_item(n) and n.args[0] is cell for n in (*items, *self._new_state))
-            and isinstance(hc, tuple | list)
-            and list(order) == [(cell, list(hc).index(s)) if s in hc else None for s in state]
-            and all(n.args == (cell, 0) for n in self._features)
-            and len(self._features) == 1
+            len(before) == len(state) == len(self._new_state)
+            and all(_result_of(cell, node) is not None for node in items)
+            and after == [before.index(s) if s in before else None for s in state]
+            and [_result_of(cell, node) for node in self._features] == [0]
             and list(cell.kwargs) in ([], ["hx"])
             and x in self._encoded
         )
@@ -264,17 +264,25 @@ class _Split:
 
     def _described(self, cell: fx.Node) -> BareCell:
         module: Any = self._root.get_submodule(str(cell.target))
-        h = [node.args[1] for node in self._new_state].index(0)
+        order: list[Any] = [_result_of(cell, node) for node in self._new_state]
         template = _template(self._trace.new_state)
 
-        def split(state: Tree) -> tuple[Tensor, Tensor]:
+        def split(state: Tree) -> tuple[Tensor, ...]:
             leaves = tensors_of(state)
-            return leaves[h], leaves[1 - h]
+            return tuple(leaves[order.index(result)] for result in range(len(order)))
 
-        def join(hidden: Tensor, memory: Tensor) -> Tree:
-            return replace_tensors(template, [memory, hidden] if h else [hidden, memory])
+        def join(*results: Tensor) -> Tree:
+            return replace_tensors(template, [results[result] for result in order])
 
         return BareCell(module, split, join)
+
+
+def _result_of(cell: fx.Node, node: fx.Node) -> int | None:
+    """Which result of a cell a node is: 0 for h, 1 for c; None if it is something else."""
+    if node is cell:
+        return None if value_of(cell).items else 0
+    result = node.args[1] if _is_item(node) and node.args[0] is cell else None
+    return result if isinstance(result, int) else None
 
 
 def _is_item(node: fx.Node) -> bool:

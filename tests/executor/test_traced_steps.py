@@ -82,6 +82,29 @@ class Gated(nn.Module):
         return torch.softmax(self.out(h), -1), h
 
 
+class Single(Language):
+    """A cell with one state, and an encoder that its readout sees too."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, h: Any) -> tuple[Tensor, Any]:
+        if h is None:
+            h = x.new_zeros(len(x), WIDTH)
+        encoded = self.encode(x)
+        h = self.cell(encoded, h)
+        return self.out(self.norm(h) + encoded), h
+
+
+class InTuple(Single):
+    """The same, whose state is a tuple of one."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, h = super().forward(x, state[0])
+        return y, (h,)
+
+
 class Mixing(Language):
     """Its readout knows of other lanes, so that it is part of the transition."""
 
@@ -94,6 +117,13 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "language": (Language, lambda: (random_state(2), random_state(3))),
     "from none": (Language, lambda: None),
     "in a dict": (InDict, lambda: {"c": random_state(3), "h": random_state(2)}),
+    "gru": (lambda: Single(nn.GRUCell(WIDTH, WIDTH)), lambda: random_state(2)),
+    "gru from none": (lambda: Single(nn.GRUCell(WIDTH, WIDTH, bias=False)), lambda: None),
+    "rnn": (lambda: InTuple(nn.RNNCell(WIDTH, WIDTH)), lambda: (random_state(2),)),
+    "relu": (
+        lambda: Single(nn.RNNCell(WIDTH, WIDTH, nonlinearity="relu")),
+        lambda: random_state(2),
+    ),
     "gated": (Gated, lambda: random_state(2)),
     "mixing": (Mixing, lambda: (random_state(2), random_state(3))),
 }
@@ -136,6 +166,15 @@ def check_case(kind: str, case: tuple[Any, ...]) -> None:
     loss, overlap, weights, (k1, k2), strategy, (batching, executor) = case
     how = {"k1": k1, "k2": k2, "strategy": strategy, "time_batching": batching}
     check(kind, loss, overlap, weights, executor=executor, **how)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("gated", "mixing")])
+def test_all_kinds_of_cells_are_found(kind: str) -> None:
+    module, init = made(kind)
+    tbptt = TBPTT(module, F.mse_loss, 9, 9, strategy="uniform:3")
+    tbptt.train(TensorSequence(*random_data(9)), init)
+    name = type(module.cell).__name__
+    assert f"{name} of all steps" in [each.operation for each in tbptt.batched_operations]
 
 
 @pytest.mark.parametrize("kind", KINDS)

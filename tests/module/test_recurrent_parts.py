@@ -128,8 +128,16 @@ def test_what_is_returned_must_be_of_lanes(name: str) -> None:
     assert reason in recurrent_parts(net(step), (floats(LANES), floats(LANES))).reason
 
 
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.RNNCell])
+def test_a_cell_is_the_transition_itself(kind: Any) -> None:
+    found = recurrent_parts(kind(WIDTH, WIDTH), (torch.ones(2, WIDTH), torch.ones(2, WIDTH)))
+    name = kind.__name__
+    assert str(found) == f"encode: nothing; transition: itself ({name}, fused); readout: nothing"
+
+
 def test_nothing_worth_having_is_said() -> None:
-    found = recurrent_parts(nn.GRUCell(WIDTH, WIDTH), (torch.ones(2, WIDTH), torch.ones(2, WIDTH)))
+    module = net(lambda m, x, h: (torch.tanh(m.rec(x + h)),) * 2)
+    found = recurrent_parts(module, (floats(2), floats(2)))
     assert not found
     assert str(found) == "no parts: all of it is needed by the next state, or mixes lanes"
 
