@@ -27,7 +27,8 @@ ROOMS = (
 # What nobody calls with arguments of their own: results, events, errors, protocols, parts that the
 # package makes, and actions and windows, which are looked at where they are used.
 NOT_CALLED = {
-    *("ActionTrace", "Advance", "BatchedOperation", "Differentiate", "Drop", "Evaluation"),
+    *("ActionTrace", "Advance", "BatchedOperation", "Border", "Differentiate", "Drop"),
+    *("Evaluation", "Reach"),
     *("EventSink", "Executor", "Keep", "Lap", "Loaded", "Notice", "Observer"),
     *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "RecurrentParts"),
     *("Retain", "RssBytes"),

@@ -46,6 +46,7 @@ from tbptt_ckpt import (
     verify,
 )
 from tbptt_ckpt.data import map_file
+from tbptt_ckpt.engine import Border, Decay
 from tbptt_ckpt.executor import CheckpointExecutor, ReplayExecutor
 from tbptt_ckpt.memory import (
     RssSampler,
@@ -221,6 +222,10 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             {k: v for k, v in work().items() if k not in ("loss_fn", "targets")},
         ),
         "verify": lambda: (verify, {**work(), "strategy": "sqrt"}),
+        "Decay.reach": lambda: (
+            Decay((Border(1, 1.0, 1e-2), Border(2, None, 0.0)), 1).reach,
+            {"tolerance": 1e-3},
+        ),
         "evaluate": lambda: (
             evaluate,
             {"module": module(), "loss_fn": F.mse_loss, "sequence": sequence()},

@@ -2,6 +2,7 @@
 
 from tbptt_ckpt.engine.evaluation import Evaluation, evaluate
 from tbptt_ckpt.engine.initial_state import SharedState
+from tbptt_ckpt.engine.reach import Border, Decay, Reach
 from tbptt_ckpt.engine.results import TrainResult, WindowFigures, WindowResult
 from tbptt_ckpt.engine.single_window import run_window, unroll
 from tbptt_ckpt.engine.tbptt import TBPTT
@@ -9,7 +10,10 @@ from tbptt_ckpt.engine.verification import Verification, verify
 
 __all__ = [
     "TBPTT",
+    "Border",
+    "Decay",
     "Evaluation",
+    "Reach",
     "SharedState",
     "TrainResult",
     "Verification",

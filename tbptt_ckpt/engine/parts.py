@@ -15,6 +15,7 @@ from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import WindowBudget
 from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.reach_gauge import ReachGauge
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.cuts import CallCuts
@@ -57,6 +58,7 @@ class Parts:
     cuts: CallCuts  # whether it matters where calls are cut
     renormalised: frozenset[int]  # weights that a forward writes to, by their identity
     checks_replays: bool
+    reach: ReachGauge  # how far back gradients reach, in some of the windows
 
     @property
     def recurrence(self) -> Recurrence:
@@ -75,7 +77,7 @@ class Parts:
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""
         owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
-        return (self.parameters, *owners)
+        return (self.parameters, *owners, self.reach.held())
 
     def library_bytes(self) -> int:
         """What libraries keep where the weights are; on an accelerator buckets are among it."""
@@ -121,6 +123,8 @@ def make_parts(
         check_on_one("measure_memory=True", (*parameters, *updater.optimized()))
     given = options.executor
     executor: Executor = _EXECUTORS[given]() if isinstance(given, str) else given
+    wrappers = deliveries.wrappers
+    works = measured and not (executor.one_graph or wrappers.is_sharded)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
@@ -132,7 +136,8 @@ def make_parts(
         cuts=CallCuts(),
         renormalised=renormalised_in(module, loss_fn),
         # Where a check fails, processes would run different steps while weights are gathered.
-        checks_replays=options.check_replays and not deliveries.wrappers.is_sharded,
+        checks_replays=options.check_replays and not wrappers.is_sharded,
+        reach=ReachGauge(parameters, updater, works=works),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tbptt_ckpt.engine.reach import Decay, Reach
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
@@ -26,6 +27,10 @@ class WindowFigures(Window):
             weights; 0.0 where no step of an earlier window runs again.
         seconds: Wall-clock time.
         updated: Whether the weights were updated.
+        decay: How the gradient fades from the window's end to its start, in the windows in which
+            that is measured: as many as take 1 % of the time, those of two leaves and more, and
+            none under `executor="checkpoint"` or where weights are sharded; None in the others.
+        reach: How many steps back make the gradient to 1e-3, from `decay`.
     """
 
     recomputed_steps: int
@@ -35,6 +40,8 @@ class WindowFigures(Window):
     drift: float
     seconds: float
     updated: bool
+    decay: Decay | None = None
+    reach: Reach | None = None
 
     @property
     def executed_steps(self) -> int:

@@ -44,7 +44,7 @@ class SequenceRun:
                 "this outside of it"
             )
         self._options, self._parts = options, parts
-        self._observer = together(parts.observer, observer)
+        self._observer = together(parts.observer, observer, parts.reach)
         device = None if options.memory_budget is None else parts.device
         self._reader = WindowReader(sequence, options.k1, options.k2, parts.recurrence, device)
         self._has_length = self._reader.num_steps is not None
@@ -137,6 +137,7 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
+        decay = parts.reach.take_decay()
         result = WindowResult(
             index=window.index,
             start=window.start,
@@ -153,6 +154,8 @@ class SequenceRun:
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
+            decay=decay,
+            reach=None if decay is None else decay.reach(),
         )
         before, totals = guard.expected, self.totals.plus(result, opened.loss)
         records = self._standing.records

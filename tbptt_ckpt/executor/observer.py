@@ -31,6 +31,16 @@ class Observer(UpdateWatch):
     def differentiates(self) -> None:
         """A leaf has been run with its graph; its gradient comes next."""
 
+    def reaches(self, step: int, state_grads: Sequence[Tensor | None]) -> None:
+        """A leaf is differentiated, and the gradient has come back to `step`, where it begins.
+
+        Not told where a window is one graph, as under `executor="checkpoint"`.
+
+        Args:
+            step: Where the gradient has come to.
+            state_grads: One for each tensor of the state; None where none is asked for.
+        """
+
     def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
         """A run ended for the first time at a step where states are noted, or at the window's end.
 
@@ -63,6 +73,7 @@ _TOLD = (
     "planned",
     "begins",
     "differentiates",
+    "reaches",
     "arrives",
     "ends",
     "asks",

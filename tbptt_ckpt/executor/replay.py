@@ -114,6 +114,7 @@ class _Replay:
             differentiate(roots)
         window.loss.add(sink.losses)
         self.state_grads = [leaf.grad for leaf in leaves]
+        window.observer.reaches(boundary.step, self.state_grads)
         return True
 
     def _move_hooks(self, states: list[Tensor], leaves: list[Tensor]) -> None:

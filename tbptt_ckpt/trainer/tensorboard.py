@@ -10,7 +10,7 @@ from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
 
 
 class TensorBoard:
-    """Writes loss, gradient norm, learning rate, speed, work, memory and drift over steps.
+    """Writes loss, gradient norm, learning rate, speed, work, memory, drift and reach over steps.
 
     Args:
         directory: Where its event files go.
@@ -39,6 +39,8 @@ class TensorBoard:
             *("executed_steps_per_step", "peak_bytes"),
         ):
             self._add(f"window/{name}", getattr(event, name), event.steps)
+        if event.reach is not None:
+            self._add("window/reach_steps", event.reach.steps, event.steps)
 
     def on_update(self, event: UpdateEvent) -> None:
         """Write its figures."""

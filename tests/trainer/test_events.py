@@ -90,6 +90,8 @@ def test_a_window_and_an_update_are_told_as_they_were(tmp_path: Path) -> None:
             *(result.start, result.stop, result.index),
         )
         assert told["updated"]
+    measured = [(w["reach"], w["decay"]) for w in windows if w["reach"] is not None]
+    assert measured[0][0]["of"] == measured[0][1]["borders"][-1]["steps_back"]
     names = {f.name for f in fields(WindowEvent)} | {"event"}
     assert set(windows[0]) == names
 
@@ -246,6 +248,9 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path, monkeypatch: pytest.M
     windows, updates = (lines(tmp_path / "log", kind) for kind in ("window", "update"))
     for name in ("loss", "drift", "steps_per_second", "executed_steps_per_step"):
         assert told[f"window/{name}"] == [(w[name], w["steps"]) for w in windows]
+    reaches = [(w["reach"], w["steps"]) for w in windows if w["reach"] is not None]
+    assert reaches
+    assert told["window/reach_steps"] == [(r["within"] or r["of"], step) for r, step in reaches]
     for name in ("grad_norm", "learning_rate"):
         assert told[f"update/{name}"] == [(u[name], u["steps"]) for u in updates]
     assert told["snapshot/seconds"] == [(0.5, 11)]

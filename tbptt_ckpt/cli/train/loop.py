@@ -14,6 +14,7 @@ from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_wind
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
+from tbptt_ckpt.engine import Reach
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
@@ -92,6 +93,7 @@ class TrainingLoop:
     def __init__(self, config: TrainingConfig, task: Task) -> None:
         self._config, self._task, work = config, task, task.workload
         self._work, self.scorecard = work, Scorecard()
+        self._reach: Reach | None = None  # as this process has measured it
         num_steps = min(len(work.source), config.max_steps)
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))
         sinks = [] if config.tensorboard is None else [TensorBoard(config.tensorboard)]
@@ -139,6 +141,7 @@ class TrainingLoop:
         while (window := self._next(windows)) is not None:
             loss = None if window.loss is None else float(window.loss) / self._task.unit_size
             scorecard.add(loss, time.perf_counter() - began)
+            self._reach = window.reach or self._reach
             speed = self._trainer.num_steps / scorecard.seconds
             shown = figures(scorecard.loss, unit, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
@@ -149,6 +152,7 @@ class TrainingLoop:
             num_passes=done.num_epochs + 1,  # the last counts, complete or not
             recomputed_steps_per_step=done.recomputed_steps / done.num_steps,
             mean_drift=done.mean_drift,
+            reach=self._reach,
             first_loss=scorecard.first_loss,
             last_loss=scorecard.last_loss,
             seconds=scorecard.seconds,

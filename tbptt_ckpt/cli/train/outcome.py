@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tbptt_ckpt.cli.terminal import figure_table
 from tbptt_ckpt.cli.train.config import TrainingConfig
+from tbptt_ckpt.engine import Reach
 from tbptt_ckpt.memory.sizes import format_bytes
 
 
@@ -34,6 +35,7 @@ class WorkDone:
     num_passes: int  # over the training data, the last perhaps not complete
     recomputed_steps_per_step: float
     mean_drift: float  # relative, of a recomputed state against the recorded one
+    reach: Reach | None  # of the gradient of the last window in which it was measured
     first_loss: float  # of a window, in the unit of the scores
     last_loss: float
     seconds: float  # spent training, one metered window included, evaluation excluded
@@ -96,6 +98,7 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         ("passes over the training data", f"{work.num_passes:,}"),
         ("recomputed steps per step", f"{work.recomputed_steps_per_step:.3f}"),
         ("mean drift of recomputed states", f"{work.mean_drift:.2e}"),
+        *([] if work.reach is None else [("gradient reaches back, at last", str(work.reach))]),
         ("time training", f"{work.seconds:.1f} s"),
         ("time steps per second", f"{work.steps_per_second:,.0f}"),
         ("peak tensor memory", format_bytes(memory.peak_bytes)),

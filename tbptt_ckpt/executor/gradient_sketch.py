@@ -1,0 +1,168 @@
+"""Sketches of the weights' gradient as it accumulates: a few sums of it, cheap and linear.
+
+NOTE [Why a sketch]
+How much of a window's gradient is missing where the backward has come so far is the norm of a
+difference between two gradients, and to hold one of them takes as much memory as the weights. Each
+element is therefore added, with a random sign, to one of `BUCKETS` sums (Charikar, Chen &
+Farach-Colton 2004, doi:10.1016/S0304-3975(03)00400-6). That is linear, so the difference of two
+sketches is the sketch of the difference, and its norm is that of what was sketched within some 5 %.
+
+NOTE [Where it lies]
+Gradients are multiplied by the signs of one chunk, at most 256 KiB. Chunks have the same ones, and
+are told apart by the bucket that they begin with. On the CPU gradients are read where they lie, and
+nothing of it is a tensor; elsewhere a product with the signs takes at most what the gradient of the
+largest weight does, as a leaf's backward did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tbptt_ckpt.module.host import is_waited_for, sent
+
+BUCKETS = 256
+_CHUNK = BUCKETS * BUCKETS  # elements, with a sign each
+_STEP = 37  # odd: as many chunks as there are buckets begin each with another one
+_TOGETHER = 16  # chunks of one operation
+_NUMPYS = (torch.float32, torch.float64)
+
+Row = Any  # an array on the CPU, a tensor elsewhere; never changed
+
+
+def can_sketch(weights: Sequence[Tensor]) -> bool:
+    """Whether all weights are on one device."""
+    return len({weight.device for weight in weights}) == 1
+
+
+def sketch(weights: Sequence[Tensor]) -> Row:
+    """The sums of what is in `.grad`, in signed buckets: [BUCKETS]; no device is waited for.
+
+    Gradients that are not dense count as none.
+    """
+    row = _nothing(weights[0])
+    chunk = 0
+    for weight in weights:
+        if (gradient := weight.grad) is not None and _is_dense(gradient) and gradient.numel():
+            flat = _flat(gradient)
+            row = row + (_of_array if _is_read_in_place(flat) else _of_tensor)(flat, chunk)
+        chunk += -(-_size(weight) // _CHUNK)
+    return row
+
+
+def tail_norms(rows: Sequence[Row]) -> Any:
+    """The norms of what came after each of several sketches, by the last one: [rows]."""
+    if isinstance(rows[-1], Tensor):
+        stacked = torch.stack(list(rows))
+        return torch.linalg.vector_norm(stacked[-1] - stacked, dim=1)
+    arrays = np.stack(rows)
+    return np.linalg.norm(arrays[-1] - arrays, axis=1)
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Any:
+    """The norm of tensors together: a number, or a tensor elsewhere."""
+    flats = [_flat(tensor) for tensor in tensors]
+    if all(map(_is_read_in_place, flats)):
+        arrays = [flat.numpy() for flat in flats]
+        return float(sum(np.dot(array, array) for array in arrays)) ** 0.5
+    norms = [torch.linalg.vector_norm(flat.to(_wide(flat))) for flat in flats]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def signs_for(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that sketches of such weights' gradients need, and keep; none on the CPU."""
+    found = [_signs_of(weight) for weight in weights if is_waited_for(weight)]
+    return list({id(signs): signs for signs in found}.values())
+
+
+def _of_array(flat: Tensor, chunk: int) -> Row:
+    values = flat.numpy()
+    row: Row = np.zeros(BUCKETS)
+    for begin in range(0, len(values), _CHUNK):
+        part = values[begin : begin + _CHUNK]
+        height, left = divmod(len(part), BUCKETS)
+        signs = _signs(values.dtype)
+        grid = part[: height * BUCKETS].reshape(height, BUCKETS)
+        sums = np.einsum("ij,ij->j", grid, signs[:height])
+        if left:
+            sums[:left] += part[-left:] * signs[height, :left]
+        row += np.roll(sums, _first_bucket(chunk))
+        chunk += 1
+    return row
+
+
+@torch.no_grad()
+def _of_tensor(flat: Tensor, chunk: int) -> Row:
+    signs = _signs_of(flat)
+    row: Row = torch.zeros(BUCKETS, dtype=signs.dtype, device=flat.device)
+    whole = len(flat) // _CHUNK
+    for begin in range(0, whole, _TOGETHER):
+        end = min(begin + _TOGETHER, whole)
+        grids = flat[begin * _CHUNK : end * _CHUNK].view(end - begin, BUCKETS, BUCKETS)
+        sums = (grids * signs.view(BUCKETS, BUCKETS)).sum(1)
+        for number, part in enumerate(sums, chunk + begin):
+            row += part.roll(_first_bucket(number))
+    rest = flat[whole * _CHUNK :]
+    signed = rest * signs[: len(rest)]
+    left = len(rest) % BUCKETS
+    sums = signed[: len(rest) - left].view(-1, BUCKETS).sum(0)
+    sums[:left] += signed[len(rest) - left :]
+    row += sums.roll(_first_bucket(chunk + whole))
+    return row if is_waited_for(row) else row.numpy()
+
+
+def _first_bucket(chunk: int) -> int:
+    return chunk * _STEP % BUCKETS
+
+
+def _is_read_in_place(tensor: Tensor) -> bool:
+    return not is_waited_for(tensor) and tensor.dtype in _NUMPYS
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    is_plain = is_waited_for(tensor) or type(tensor) is Tensor
+    return is_plain and tensor.layout is torch.strided
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype in _NUMPYS else torch.float32
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    values = tensor.detach()
+    return (torch.view_as_real(values.resolve_conj()) if values.is_complex() else values).reshape(
+        -1
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _nothing(tensor: Tensor) -> Row:
+    if not is_waited_for(tensor):
+        return np.zeros(BUCKETS)
+    return torch.zeros(BUCKETS, dtype=_wide(tensor), device=tensor.device)
+
+
+def _signs_of(tensor: Tensor) -> Tensor:
+    return _signs_on(min(_size(tensor), _CHUNK), tensor.device, _wide(tensor))
+
+
+@lru_cache(maxsize=2)
+def _signs(dtype: Any) -> Any:
+    """Of a chunk: [BUCKETS, BUCKETS]; always the same, and from nobody's generator."""
+    source = np.random.Generator(np.random.PCG64(0))
+    bits = source.integers(0, 2, (BUCKETS, BUCKETS), dtype=np.int8)
+    return (2 * bits - 1).astype(dtype)
+
+
+@lru_cache(maxsize=8)
+def _signs_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    kind = np.float64 if dtype is torch.float64 else np.float32
+    return sent(torch.from_numpy(_signs(np.dtype(kind)).reshape(-1)[:size]), device)
