@@ -99,20 +99,20 @@ class ReachGauge(Observer):
             is_whole = loss is not None and self._window.ask(numbers, self._updater.grad_scale)
             self._window = self._window if is_whole else None
 
-    def take_decay(self) -> Decay | None:
-        """Of the window that was told of last, once its numbers can be read; None if unmeasured."""
+    def take_figures(self) -> dict[str, Any]:
+        """`decay` and `reach` of the window that was told of last; nothing if unmeasured."""
         measured, self._window = self._window, None
         if measured is None:
-            return None
+            return {}
         begun = time.perf_counter()
         found = measured.decay(self._mean_norm)
         ended = time.perf_counter()
         self._due = ended + _SHARE * (measured.seconds + ended - begun)
         if found is None:
-            return None
+            return {}
         decay, norm = found
         self._mean_norm += (norm - self._mean_norm) * (1 - _MEMORY if self._mean_norm else 1.0)
-        return decay
+        return {"decay": decay, "reach": decay.reach()}
 
 
 class _Measured:

@@ -137,7 +137,6 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
-        decay = parts.reach.take_decay()
         result = WindowResult(
             index=window.index,
             start=window.start,
@@ -154,8 +153,7 @@ class SequenceRun:
             seconds=time.perf_counter() - begun,
             plan=planned.executed_plan() if planned is not None and loss is not None else None,
             updated=updated,
-            decay=decay,
-            reach=None if decay is None else decay.reach(),
+            **parts.reach.take_figures(),
         )
         before, totals = guard.expected, self.totals.plus(result, opened.loss)
         records = self._standing.records
