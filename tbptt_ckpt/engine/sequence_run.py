@@ -155,9 +155,8 @@ class SequenceRun:
             updated=updated,
             **parts.reach.take_figures(),
         )
-        before, totals = guard.expected, self.totals.plus(result, opened.loss)
-        records = self._standing.records
-        self._standing = Standing(window.index + 1, records, totals, before, state_grads)
+        done = self._standing.records, self.totals.plus(result, opened.loss), guard.expected
+        self._standing = Standing(window.index + 1, *done, state_grads)
         return result
 
     def _open(self, window: Window) -> OpenWindow:
