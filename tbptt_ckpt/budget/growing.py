@@ -18,6 +18,7 @@ from tbptt_ckpt.data.blocks import Column, StepBlock
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.forms import FormSeconds
 from tbptt_ckpt.schedule.strategies import Strategy
 from tbptt_ckpt.schedule.windows import Window
 
@@ -47,6 +48,11 @@ class GrowingBudget(WindowBudget):
     def costs(self) -> Costs | None:
         """What the module takes; None before it has been measured, unless it was given."""
         return self._present.costs
+
+    @property
+    def forms(self) -> FormSeconds:
+        """Forms of steps that were weighed, with predicted seconds of the largest window."""
+        return self._present.forms
 
     @property
     def budget_bytes(self) -> int | None:

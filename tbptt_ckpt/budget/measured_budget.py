@@ -27,6 +27,7 @@ from tbptt_ckpt.memory.exhausted import empty_cache
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.forms import FormSeconds
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.schedule.strategies import SHORT_WINDOW_STEPS, Auto, Optimal, Strategy
 from tbptt_ckpt.schedule.windows import Window
@@ -74,6 +75,11 @@ class MeasuredBudget(WindowBudget):
     def costs(self) -> Costs | None:
         """What the module takes; None before it has been measured, unless it was given."""
         return self._costs.known
+
+    @property
+    def forms(self) -> FormSeconds:
+        """Forms of steps that were weighed, with predicted seconds of the largest window."""
+        return self._costs.forms
 
     @property
     def budget_bytes(self) -> int | None:

@@ -19,6 +19,7 @@ from tbptt_ckpt.memory.meter import Lap, can_measure
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.forms import FormSeconds
 from tbptt_ckpt.schedule.plan import Plan, plan_window
 from tbptt_ckpt.schedule.strategies import (
     NestedStrategy,
@@ -177,6 +178,11 @@ class WindowBudget:
     def costs(self) -> Costs | None:
         """What the module takes, where plans follow from it and it is known by now."""
         return None
+
+    @property
+    def forms(self) -> FormSeconds:
+        """Forms of steps that were weighed, with predicted seconds of the largest window."""
+        return {}
 
     def can_meter(self, device: torch.device) -> bool:
         """Whether memory can be measured now; the first time that it cannot be a log says so."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from tbptt_ckpt.budget.checked_costs import (
     not_below,
     with_host_bytes,
 )
+from tbptt_ckpt.budget.forms import fastest_form, saved_forms
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
 from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
@@ -25,18 +25,15 @@ from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.devices import device_of
-from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve, higher
+from tbptt_ckpt.schedule.forms import FormSeconds
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
 
 _log = logging.getLogger("tbptt_ckpt")
-
-_FIRST_SHARE = 0.5  # of the time, for the batched form where both are measured
-_LEAST_SHARE = 0.4  # left over, below which a module is too expensive to be measured twice
 
 
 class WindowCosts:
@@ -44,6 +41,8 @@ class WindowCosts:
 
     Attributes:
         known: What the module takes; None before it has been measured.
+        forms: Predicted seconds of the largest window in each form that was weighed; None where
+            no plan fits.
     """
 
     def __init__(
@@ -56,6 +55,7 @@ class WindowCosts:
     ) -> None:
         self.known, self._promised = given, promised
         self._is_checked = given is None or not promised
+        self.forms: FormSeconds = {}
         self._measured_first: Costs | None = None  # before any correction
         self._foretold_steps = 0  # up to which leaves take what known costs say
         self._updater, self._parameters, self._batching = updater, parameters, batching
@@ -87,7 +87,7 @@ class WindowCosts:
             request: The window at hand.
             room_bytes: What segments may take.
             planned: The plan that counts under some costs of the largest window, where steps may
-                be batched over time or not as takes less time; None for a fixed strategy.
+                run in the form that takes the least time; None for a fixed strategy.
         """
         reach = request.shape.run_steps
         if self.known is None:
@@ -95,7 +95,7 @@ class WindowCosts:
             if planned is None:
                 self.known = self._measured(request, limits)
             else:
-                self.known = self._of_faster_form(request, limits, planned)
+                self.known = self._of_fastest_form(request, limits, planned)
             self._measured_first = self.known
         elif not self._is_checked:
             short = Limits(min(reach, CHECKED_STEPS), max_seconds=0.0, room_bytes=room_bytes)
@@ -229,45 +229,38 @@ class WindowCosts:
             "costs": self.known.to_dict(),
             "measured_first": self._measured_first and self._measured_first.to_dict(),
             "foretold_steps": self._foretold_steps,
-            "time_batching": self._batching.pays_off,
+            "form": self._batching.form,
+            "forms": [list(each) for each in self.forms.items()],
             "irregular": [each.state_dict() for each in self._irregular],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the same costs and form."""
+        """Go on with the same costs, in the same form."""
         self.known, self._is_checked = Costs.from_dict(state["costs"]), True
         first = state.get("measured_first")  # older ones have none
         self._measured_first = first and Costs.from_dict(first)
         self._foretold_steps = state.get("foretold_steps", 0)  # older ones do not say
         for each, found in zip(self._irregular, state.get("irregular", ()), strict=False):
             each.load_state_dict(found)  # older ones have none
-        self._batching.decide(state.get("time_batching", True))  # older ones followed the rule
+        self.forms = saved_forms(state, self._batching)
 
-    def _of_faster_form(
+    def _of_fastest_form(
         self, request: Request, limits: Limits, planned: Callable[[Costs], PredictedPlan]
     ) -> Costs:
-        """Measured costs, with steps batched over time or plain: what takes less time decides."""
-        batching, most, probe = self._batching, limits.max_seconds, request.make_probe()
-        if not probe.runner.has_forms:
+        """Measured costs in the form of steps whose plan takes the least time."""
+        probe = request.make_probe()
+        if len(probe.runner.forms()) == 1:
             return self._measured(request, limits)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             warm_up(probe)
-        begun = time.perf_counter()
-        costs = self._measured(request, replace(limits, max_seconds=_FIRST_SHARE * most))
-        left = most - (time.perf_counter() - begun)
-        if not batching.has_batched or left < _LEAST_SHARE * most:
-            return costs
-        seconds = min(left, most - _FIRST_SHARE * most)
-        with batching.plain():
-            plain = self._measured(request, replace(limits, max_seconds=seconds))
-        ranks = _rank(costs, planned), _rank(plain, planned)
-        batching.decide(ranks[0] <= ranks[1])
-        _log.info(
-            "predicted with time batching: %s, without: %s; steps are %s",
-            *("no plan fits" if misses else f"{value:.3g} s" for misses, value in ranks),
-            "batched" if batching.pays_off else "left plain",
+        costs, self.forms = fastest_form(
+            self._batching,
+            probe.runner.forms(),  # as a first step has shown them
+            limits.max_seconds,
+            lambda seconds: self._measured(request, replace(limits, max_seconds=seconds)),
+            planned,
         )
-        return costs if batching.pays_off else plain
+        return costs
 
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
@@ -278,11 +271,3 @@ class WindowCosts:
 def _nothing(steps: int) -> float:
     """What shorter pieces spare of a graph."""
     return 0.0
-
-
-def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:
-    """The predicted time, or after all that fit the least bytes."""
-    try:
-        return False, planned(costs).predicted_seconds
-    except InfeasibleBudgetError as error:
-        return True, error.smallest_budget_bytes or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.budget.growing import GrowingBudget
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
-from tbptt_ckpt.budget.window_budget import WindowBudget
+from tbptt_ckpt.budget.window_budget import PlannedWindow, WindowBudget
 from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_gauge import ReachGauge
@@ -33,6 +33,7 @@ from tbptt_ckpt.module.recurrence import (
     parameters_of,
     renormalised_in,
 )
+from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.strategies import Auto, Optimal
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
@@ -84,6 +85,11 @@ class Parts:
         buckets = self.updater.deliveries.wrappers.bucket_bytes
         return max(buckets, self.budget.library_bytes(self.device))
 
+    def plan_of(self, planned: PlannedWindow) -> Plan:
+        """The plan of a window as it was followed, with the form of its steps."""
+        forms = tuple(self.budget.forms.items())
+        return replace(planned.executed_plan(), form=self.runner.time_batching.form, forms=forms)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are; the CPU where none are known."""
@@ -113,6 +119,8 @@ def make_parts(
         options.time_batching,
         traces=options.memory_budget is None,  # the smallest is that of a loop
     )
+    if isinstance(options.strategy, Plan):
+        runner.time_batching.decide(options.strategy.form)
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)

@@ -151,7 +151,7 @@ class SequenceRun:
             reserved_peak_bytes=meter.reserved_peak_bytes,
             drift=opened.notes.drift.value,
             seconds=time.perf_counter() - begun,
-            plan=planned.executed_plan() if planned is not None and loss is not None else None,
+            plan=parts.plan_of(planned) if planned is not None and loss is not None else None,
             updated=updated,
             **parts.reach.take_figures(),
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
@@ -90,6 +90,11 @@ class FoundParts:
         """Whether what a run's backward adds to its graph does not grow with its steps."""
         parts = self._parts if self._batching.takes_parts() else None
         return parts is not None and parts.is_one_call
+
+    @property
+    def of_kernel(self) -> Tensor | None:
+        """The recurrent weight of a cell in force that has a kernel of all steps."""
+        return None if self._parts is None else self._parts.of_kernel
 
     def lapse(self) -> None:
         """A pass begins: parts that were traced are not those of the module until a look."""

@@ -35,6 +35,7 @@ from tbptt_ckpt.module.recurrence import (
     split_result,
 )
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
+from tbptt_ckpt.schedule.forms import Form
 from tbptt_ckpt.time_batching.policy import TimeBatching, TimeBatchingChoice
 
 
@@ -89,12 +90,11 @@ class Runner:
         """Whether what many steps take may be that of one call, which a cut makes two of."""
         return not self.recurrence.per_step or self.parts.may_be_taken()
 
-    @property
-    def has_forms(self) -> bool:
-        """Whether "auto" may run steps otherwise than one by one: both are to be weighed."""
-        batching = self.time_batching
-        is_open = batching.is_open(self.recurrence.per_step) or self.parts.may_be_taken()
-        return is_open and batching.choice == "auto"
+    def forms(self) -> list[Form]:
+        """The forms that steps may be run in, where "auto" leaves it open; the rule's first."""
+        per_step, has_parts = self.recurrence.per_step, self.parts.may_be_taken()
+        kernel = self.parts.of_kernel if has_parts else None
+        return self.time_batching.forms(per_step, has_parts=has_parts, of_kernel=kernel)
 
     @property
     def promises_bits(self) -> bool:

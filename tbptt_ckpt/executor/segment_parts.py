@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.memory.reading import Told
-from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
+from tbptt_ckpt.module.step_parts import StepParts, bare_cell
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.time_batching.interception import suspended
-from tbptt_ckpt.time_batching.over_time import run_cell
+from tbptt_ckpt.time_batching.over_time import has_kernel, run_cell
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 
@@ -26,6 +26,12 @@ class SegmentParts:
 
     def __init__(self, parts: StepParts, batching: TimeBatching) -> None:
         self._parts, self._batching, self.is_one_call = parts, batching, False
+
+    @property
+    def of_kernel(self) -> Tensor | None:
+        """The recurrent weight of a cell that has a kernel; None where the transition is none."""
+        bare = self._parts.cell
+        return bare.cell.weight_hh if bare is not None and has_kernel(bare.cell) else None
 
     def run(
         self,
@@ -42,7 +48,7 @@ class SegmentParts:
         num_steps = tensors_of(inputs)[0].shape[0]
         with suspended():
             encoded = _unfolded(self._parts.encode(folded(inputs)), num_steps)
-            found = _of_cell(self._parts.cell, encoded, state)
+            found = self._of_cell(encoded, state)
         if found is None:
             features, state = self._loop(encoded, state, first_wanted, rows, told)
         else:
@@ -56,6 +62,24 @@ class SegmentParts:
             wanted = _from(first_wanted, encoded)
             outputs = self._parts.readout(folded(features), folded(wanted))
         return _unfolded(outputs, num_steps - first_wanted), state
+
+    def _of_cell(self, encoded: Tree, state: Tree) -> tuple[nn.RNNCellBase, Tree, Tree] | None:
+        """A cell, and its features and state of all steps; None if it is called step by step.
+
+        It takes what is encoded, or the first of several tensors, and gives features alike.
+        """
+        bare = self._parts.cell
+        if bare is None or bare_cell(bare.cell) is None:  # hooks may be new
+            return None
+        x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
+        states = None if state is None else bare.split(state)
+        kernel_leaves = self._batching.takes_kernel(bare.cell.weight_hh)
+        found = run_cell(bare.cell, x, states, kernel_leaves=kernel_leaves)
+        if found is None:
+            return None
+        outputs, last = found
+        features = (outputs,) if isinstance(encoded, tuple) else outputs
+        return bare.cell, features, bare.join(*last)
 
     def _loop(
         self,
@@ -105,22 +129,3 @@ def _stacked(trees: Sequence[Tree]) -> Tree:
         return torch.stack(list(trees))
     columns = zip(*map(tensors_of, trees), strict=True)
     return replace_tensors(trees[0], [torch.stack(column) for column in columns])
-
-
-def _of_cell(
-    bare: BareCell | None, encoded: Tree, state: Tree
-) -> tuple[nn.RNNCellBase, Tree, Tree] | None:
-    """A cell, and its features and state of all steps; None where it is to be called step by step.
-
-    It takes what is encoded, or the first of several tensors, and gives features alike.
-    """
-    if bare is None or bare_cell(bare.cell) is None:  # hooks may be new
-        return None
-    x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
-    states = None if state is None else bare.split(state)
-    found = run_cell(bare.cell, x, states)
-    if found is None:
-        return None
-    outputs, last = found
-    features = (outputs,) if isinstance(encoded, tuple) else outputs
-    return bare.cell, features, bare.join(*last)

@@ -106,6 +106,8 @@ class WindowBench:
             executed_steps=window.executed_steps,
             held_states=self._watch.held_states,
             longest_leaf=window.plan.longest_leaf if window.plan else None,
+            form=window.plan.form if window.plan else None,
+            forms=dict(window.plan.forms) if window.plan else {},
             trace=self._trace(meter, before_bytes, found) if trace else None,
         )
 

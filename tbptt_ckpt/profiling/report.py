@@ -101,6 +101,8 @@ class MemoryReport:
         executed_steps: Module steps it ran, recomputed ones included.
         held_states: Most boundary states kept at once.
         longest_leaf: Steps of its longest leaf.
+        form: How its steps were made, "plain", "batched", "fused" or by the rule of "auto".
+        forms: Predicted seconds of each form that was weighed; None where no plan fits.
         trace: The window in time.
     """
 
@@ -131,6 +133,8 @@ class MemoryReport:
     executed_steps: int | None = None
     held_states: int | None = None
     longest_leaf: int | None = None
+    form: str | None = None
+    forms: dict[str, float | None] = field(default_factory=dict)
     trace: WindowTrace | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.report import MemoryReport
+from tbptt_ckpt.schedule.forms import described
 
 _BATCHING = "time batching"
 _GAP = "  "
@@ -29,7 +30,8 @@ def table_of(
     for number in range(len(rows)):
         cells = (_placed(column, column[1][number]) for column in columns)
         lines.append(_GAP.join(cells).rstrip())
-    notes = [*_notes(rows, environment), *map(_message, (row for row in rows if row.message))]
+    notes = [*_notes(rows, environment), *map(_form, (row for row in rows if row.forms))]
+    notes += map(_message, (row for row in rows if row.message))
     return "\n".join([*lines, "", *(line for note in notes for line in wrap(note, width))])
 
 
@@ -124,9 +126,17 @@ def _notes(rows: Sequence[MemoryReport], environment: Mapping[str, Any]) -> list
     return notes
 
 
+def _form(row: MemoryReport) -> str:
+    return f"{_named(row)}: {described(str(row.form), row.forms.items())}"
+
+
 def _message(row: MemoryReport) -> str:
+    return f"{_named(row)}: {row.message}"
+
+
+def _named(row: MemoryReport) -> str:
     budget = f", budget {_size(row.budget_bytes)}" if row.budget_bytes is not None else ""
-    return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}: {row.message}"
+    return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
 
 
 def _range(row: MemoryReport) -> str:

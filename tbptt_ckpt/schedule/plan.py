@@ -21,6 +21,7 @@ from tbptt_ckpt.schedule.actions import (
     moved,
     usual_advance_steps,
 )
+from tbptt_ckpt.schedule.forms import Form, described
 from tbptt_ckpt.schedule.nesting import Nesting
 from tbptt_ckpt.schedule.strategies import NestedStrategy, Retain, Strategy
 
@@ -77,6 +78,9 @@ class Plan:
         predicted_peak_bytes: Peak of device memory, everything included; None in a plan that
             was made without costs, for which see `PredictedPlan`.
         predicted_seconds: Time; None in such a plan.
+        form: How steps are made, in the plan of a window that ran.
+        forms: Each form that was weighed, with the seconds that were predicted for the largest
+            window; None where no plan fits.
     """
 
     strategy: str
@@ -84,6 +88,8 @@ class Plan:
     lead_steps: int
     blocks: tuple[Block, ...]
     advance_steps: int
+    form: Form = "auto"
+    forms: tuple[tuple[Form, float | None], ...] = ()
     predicted_peak_bytes: int | None = field(default=None, init=False)
     predicted_seconds: float | None = field(default=None, init=False)
 
@@ -128,9 +134,24 @@ class Plan:
             length += 1 if self._is_one_leaf else 3
         return Schedule(self._actions, length)
 
+    def actions(self, start: int, stop: int, window_steps: int) -> Iterator[Action]:
+        """The actions of a window of as many steps: a plan may be given as a strategy."""
+        if self.num_steps != stop - start:
+            raise ScheduleError(
+                f"the plan given as strategy is of {self.num_steps} steps, the window "
+                f"[{start}, {stop}) has {stop - start}; give a strategy such as 'uniform:32' to "
+                "serve windows of several lengths"
+            )
+        return self._placed(stop)
+
     def at(self, first: int) -> Self:
         """The same plan for a window whose first state stands at another step."""
         return self if first == self.first else replace(self, first=first)
+
+    def without_costs(self) -> Plan:
+        """The same plan, of which nothing is predicted."""
+        made = {each.name: getattr(self, each.name) for each in fields(Plan) if each.init}
+        return Plan(**{**made, "forms": ()})
 
     def predicted(self, peak_bytes: int, seconds: float, advance_steps: int) -> PredictedPlan:
         """The same plan with what it takes when an advance is cut into calls of so many steps."""
@@ -157,7 +178,8 @@ class Plan:
         """
         try:
             blocks = tuple(Block.from_dict(block) for block in plain["blocks"])
-            given = {**plain, "blocks": blocks}
+            forms = tuple((form, seconds) for form, seconds in plain.get("forms", ()))
+            given = {**plain, "blocks": blocks, "forms": forms}
             kind: type[Plan] = PredictedPlan
             if plain["predicted_peak_bytes"] is None:
                 kind = Plan
@@ -178,6 +200,8 @@ class Plan:
             f"leaves up to {self.longest_leaf:,}",
             f"{self.num_boundaries:,} states",
         ]
+        if self.forms:
+            parts.append(described(self.form, self.forms))
         return ", ".join(parts)
 
     @property
@@ -193,13 +217,15 @@ class Plan:
         keeps_start = self.lead_steps and not self._is_one_leaf
         if keeps_start:  # a single leaf begins with the working state
             yield Keep(start)
-        stop = start + self.num_steps
+        yield from self._placed(start + self.num_steps)
+        if keeps_start:
+            yield Drop(start)
+
+    def _placed(self, stop: int) -> Iterator[Action]:
         for block in reversed(self.blocks):
             for _ in range(block.count):
                 stop -= block.steps
                 yield from block.how.placed(stop)
-        if keeps_start:
-            yield Drop(start)
 
 
 @dataclass(frozen=True)
@@ -231,6 +257,11 @@ def plan_window(
     Raises:
         ScheduleError: A user's schedule that does not differentiate the window.
     """
+    if isinstance(strategy, Plan):
+        strategy.actions(start, stop, stop - start)  # of as many steps
+        plan = replace(strategy.without_costs(), first=first, lead_steps=start - first)
+        check_schedule(plan.schedule, first, start, stop, joints)
+        return plan
     if isinstance(strategy, Retain):
         joints = ()  # one leaf, whatever lies inside
     edges = pairwise([start, *joints, stop])

@@ -1,8 +1,7 @@
 """A recurrent cell over all steps of a run: one autograd node, or torch's kernel.
 
 On the CPU torch's kernel of `nn.LSTM` is the fastest there is where nothing is recorded. Where it
-records it keeps three times what a loop keeps, and copies of the weights: a leaf is a kernel only
-where the cell is so small that what torch does beside the products takes longer than they do.
+records it keeps three times what a loop keeps, and copies of the weights.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from tbptt_ckpt.time_batching.cells_over_time import (
     LSTMOverTime,
     RNNOverTime,
 )
-from tbptt_ckpt.time_batching.policy import pays
 from tbptt_ckpt.time_batching.products import multiply, multiply_back
 from tbptt_ckpt.time_batching.taps import Versions, begin_backward, total_of, undisturbed
 
@@ -84,12 +82,12 @@ class OverTime(torch.autograd.Function):
 
 
 def run_cell(
-    cell: nn.RNNCellBase, x: Any, states: Sequence[Any] | None
+    cell: nn.RNNCellBase, x: Any, states: Sequence[Any] | None, *, kernel_leaves: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """A cell's output at each step of x: [L, N, K], and its last states, from states: [N, H] each.
 
     None where the cell is to make them step by step, as under autocast. Without states it begins
-    with zeros.
+    with zeros. `kernel_leaves`: whether torch's kernel runs where something is recorded, too.
     """
     weights = CellWeights(*map(cell._parameters.get, _NAMES))  # type: ignore[arg-type]
     kind = _KINDS[type(cell)](cell)
@@ -104,10 +102,15 @@ def run_cell(
         return None
     known = (*(weight for weight in weights if weight is not None), x, *states)
     is_recorded = torch.is_grad_enabled() and any(each.requires_grad for each in known)
-    if kind.has_kernel and (not is_recorded or not pays(weights.hidden.numel())):
+    if kind.has_kernel and (kernel_leaves or not is_recorded):
         return _by_kernel(x, states, weights)
     outputs, *last = OverTime.apply(kind, x, weights, *weights, *states)  # type: ignore[no-untyped-call]
     return outputs, tuple(last)
+
+
+def has_kernel(cell: nn.RNNCellBase) -> bool:
+    """Whether torch has a kernel for all steps of a cell of that kind, faster than a loop."""
+    return _KINDS[type(cell)](cell).has_kernel
 
 
 def _fit(x: Tensor, states: Sequence[Any], weights: CellWeights) -> bool:

@@ -14,16 +14,18 @@ from torch import Tensor
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import Tree
+from tbptt_ckpt.schedule.forms import Form
 from tbptt_ckpt.time_batching.candidates import Tally
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
 
-TimeBatchingChoice = bool | Literal["auto"]
+TimeBatchingChoice = bool | Literal["auto", "fused"]
 
 SLOWER = "plans without time batching are faster by measurement"
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
 _LARGE = 250_000
+_FORMS: dict[object, Form] = {False: "plain", True: "batched", "auto": "auto", "fused": "fused"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class BatchedOperation:
     count: int
 
 
-def pays(elements: int) -> bool:
+def _pays(elements: int) -> bool:
     """Whether batching gains time for products with a weight of so many elements.
 
     A rule and no measurement, so that equal runs have equal bits; see `docs/time_batching.md`.
@@ -57,18 +59,21 @@ class TimeBatching:
     """Opens a region around each run of steps of a module, or does not.
 
     Attributes:
-        choice: True batches all that can be, False nothing, "auto" what is large enough to gain by
-            it. False within `plain`.
-        pays_off: Whether "auto" batches anything; see `decide`.
+        choice: True batches all that can be, "fused" too, with torch's kernels in leaves, False
+            nothing, "auto" what is large enough to gain by it.
+        form: How steps run now: as chosen, as `decide` says, or as a plan that is followed.
     """
 
     @checked
     def __init__(self, choice: TimeBatchingChoice = False, module: object = None) -> None:
-        self.choice, self.pays_off = choice, True
+        self.choice, self.form = choice, _FORMS[choice]
+        self._decided: Form | None = None
         sizes = [parameter.numel() for parameter in parameters_of(module)]
+        matrices = [p.numel() for p in parameters_of(module) if p.dim() > 1]
         # Where no weight is large a region would cost time and gain none. Of a function the
         # weights may be unknown.
-        self._may_pay = not sizes or pays(max(sizes))
+        self._may_pay = not sizes or _pays(max(sizes))
+        self._is_mixed = self._may_pay and not all(map(_pays, matrices))
         self._tally: Tally = Counter()
         self._region: Region | None = None
 
@@ -82,7 +87,7 @@ class TimeBatching:
         # Modes want to see, or decide about, each operation of the user's module.
         # Inference mode has no versions to look at.
         watched = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
-        if is_open and not self.pays_off:
+        if is_open and self._is_slower:
             self._tally["step", (), SLOWER] += 1
         elif chosen and torch._C._len_torch_dispatch_stack():
             self._tally["step", (), "a mode that sees each operation"] += 1
@@ -91,7 +96,7 @@ class TimeBatching:
     @contextmanager
     def _opened(self, num_steps: int) -> Iterator[None]:
         before = self._region
-        self._region = Region(num_steps, self._tally, _LARGE if self.choice == "auto" else 0)
+        self._region = Region(num_steps, self._tally, _LARGE if self.form == "auto" else 0)
         try:
             with opened(self._region):
                 yield
@@ -99,13 +104,13 @@ class TimeBatching:
             self._region = before
 
     @contextmanager
-    def plain(self) -> Iterator[None]:
-        """While entered, nothing is batched."""
-        before, self.choice = self.choice, False
+    def as_form(self, form: Form) -> Iterator[None]:
+        """While entered, steps run in that form."""
+        before, self.form = self.form, form
         try:
             yield
         finally:
-            self.choice = before
+            self.form = before
 
     def took(self, name: str, weight: Tensor) -> None:
         """Take note of what was made for all steps at once."""
@@ -117,29 +122,57 @@ class TimeBatching:
 
     def leave_slower(self, name: str) -> None:
         """Take note of what "auto" left, as it was measured, if it was."""
-        if self.choice and not self.pays_off:
+        if self._is_slower:
             self.leave(name, SLOWER)
 
-    def decide(self, pays_off: bool) -> None:
-        """Let "auto" follow its rule, or leave all plain: who measured both forms knows better."""
-        self.pays_off = pays_off
+    @property
+    def _is_slower(self) -> bool:
+        return self._decided == "plain"
+
+    def decide(self, form: Form) -> None:
+        """Let "auto" run in that form: who measured them, or has a plan, knows better."""
+        if self.choice == "auto":
+            self.form = self._decided = form
+
+    def forms(self, per_step: bool, *, has_parts: bool, of_kernel: Tensor | None) -> list[Form]:
+        """The forms that "auto" may weigh, that of its rule first; one where nothing is open.
+
+        `has_parts` if steps may run by their parts, `of_kernel` the recurrent weight of one of
+        these that has a kernel.
+        """
+        if self.choice != "auto" or not (has_parts or self.is_open(per_step)):
+            return [self.form]
+        if of_kernel is not None:
+            cells: list[Form] = ["fused", "batched"]
+            return [*(cells if self.takes_kernel(of_kernel) else reversed(cells)), "plain"]
+        return ["auto", "batched", "plain"] if self._is_mixed else ["auto", "plain"]
 
     def is_chosen(self, per_step: bool) -> bool:
         """Whether runs are batched."""
-        return self.choice is True or (self.is_open(per_step) and self.pays_off)
+        if self.form == "auto":
+            return per_step and self._may_pay
+        return self.form != "plain"
 
     def takes_parts(self) -> bool:
         """Whether what is not sequential in a step may be run for all steps of a run at once."""
-        return bool(self.choice) and self.pays_off
+        return self.form != "plain"
+
+    def takes_kernel(self, weight: Tensor) -> bool:
+        """Whether a leaf of a cell with that recurrent weight is torch's kernel.
+
+        By the rule it is where the cell is so small that what torch does beside the products takes
+        longer than they do.
+        """
+        return self.form == "fused" or (self.form == "auto" and not _pays(weight.numel()))
 
     def is_open(self, per_step: bool) -> bool:
-        """Whether "auto" may find something to batch, so that both forms are to be weighed."""
+        """Whether "auto" may find something to batch, so that forms are to be weighed."""
         return self.choice == "auto" and per_step and self._may_pay
 
     def takes(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight of that size is made once for all steps of a run."""
-        is_large = self.choice is True or (self.choice == "auto" and pays(weight.numel()))
-        return is_large and self.pays_off and self.has_batched
+        is_large = self.form != "plain" and (self.form != "auto" or _pays(weight.numel()))
+        return is_large and self.has_batched
 
     @property
     def has_batched(self) -> bool:

@@ -1,7 +1,8 @@
-"""Under a measured plan "auto" weighs both forms, batched over time and plain, and runs one."""
+"""Under a measured plan "auto" weighs the forms that are open, and runs one."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,22 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence, Trainer
+from tbptt_ckpt import (
+    TBPTT,
+    Costs,
+    InfeasibleBudgetError,
+    Plan,
+    ScheduleError,
+    TensorSequence,
+    Trainer,
+)
+from tbptt_ckpt.budget import forms as weighed
 from tbptt_ckpt.budget import window_costs as costed
 from tbptt_ckpt.schedule.curves import scaled
 from tbptt_ckpt.time_batching.policy import SLOWER
 
 WIDTH, LANES, K, STEPS = 256, 2, 10, 30  # wide enough for the rule of "auto"
-Inject = Callable[..., list[tuple[object, float]]]
+Inject = Callable[..., list[tuple[str, float]]]
 
 
 class Loop(nn.Module):
@@ -35,24 +45,29 @@ class Loop(nn.Module):
 KINDS = [Loop, nn.LSTMCell]
 
 
+FORMS = {Loop: ["auto", "plain"], nn.LSTMCell: ["batched", "fused", "plain"]}
+
+
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Inject:
-    """Costs of both forms: those that are measured, times given factors.
+    """Costs of each form: those that are measured, times given factors, one by default.
 
     Returns the forms that were measured, each with the seconds that it was allowed.
     """
     real = costed.calibrate
 
-    def install(plain_seconds: float, batched_bytes: float = 1.0) -> list[tuple[object, float]]:
-        seen: list[tuple[object, float]] = []
+    def install(
+        seconds: dict[str, float], bytes_of: dict[str, float] | None = None
+    ) -> list[tuple[str, float]]:
+        seen: list[tuple[str, float]] = []
 
         def calibrate(probe: Any, limits: Any, *others: Any) -> Costs:
-            choice = probe.runner.time_batching.choice
-            seen.append((choice, limits.max_seconds))
+            form = probe.runner.time_batching.form
+            seen.append((form, limits.max_seconds))
             costs = real(probe, replace(limits, max_steps=3, max_seconds=0.0), *others)
-            seconds = 1.0 if choice == "auto" else plain_seconds
-            grown = batched_bytes if choice == "auto" else 1.0
-            linear = Costs.linear(state_bytes=1, step_bytes=1, step_seconds=seconds)
+            grown = (bytes_of or {}).get(form, 1.0)
+            each = seconds.get(form, 1.0)
+            linear = Costs.linear(state_bytes=1, step_bytes=1, step_seconds=each)
             return replace(
                 costs,
                 leaf_bytes=scaled(costs.leaf_bytes, grown),
@@ -62,7 +77,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Inject:
             )
 
         monkeypatch.setattr(costed, "calibrate", calibrate)
-        monkeypatch.setattr(costed, "_LEAST_SHARE", float("-inf"))  # however slow a machine
+        monkeypatch.setattr(weighed, "_LEAST_SHARE", float("-inf"))  # however slow a machine
         return seen
 
     return install
@@ -85,12 +100,18 @@ def is_plain(tbptt: TBPTT) -> bool:
     return any(operation.reason == SLOWER for operation in tbptt.batched_operations)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plain_seconds", [0.5, 2.0])
-def test_the_form_with_fewer_predicted_seconds_runs_and_gradients_agree(
-    inject: Inject, plain_seconds: float, kind: Any, caplog: pytest.LogCaptureFixture
+def form_of(tbptt: TBPTT) -> str:
+    return tbptt.parts.runner.time_batching.form
+
+
+CASES = [(kind, form) for kind in KINDS for form in FORMS[kind]]
+
+
+@pytest.mark.parametrize(("kind", "fastest"), CASES)
+def test_the_form_with_fewest_predicted_seconds_runs_and_gradients_agree(
+    inject: Inject, fastest: str, kind: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    inject(plain_seconds)
+    seen = inject({fastest: 0.5})
     (ours, sequence), (plain, _) = (
         make(kind=kind),
         make(kind=kind, time_batching=False, strategy="retain"),
@@ -101,23 +122,35 @@ def test_the_form_with_fewer_predicted_seconds_runs_and_gradients_agree(
             for one, other in zip(ours.parts.parameters, plain.parts.parameters, strict=True):
                 difference = (one.grad - other.grad).norm() / other.grad.norm()
                 assert difference <= 1e-12
-    assert is_plain(ours) == (plain_seconds < 1)
-    assert ("steps are left plain" in caplog.text) == (plain_seconds < 1)
+            assert found.plan.form == fastest
+            assert dict(found.plan.forms) == {
+                form: 3 * K * (0.5 if form == fastest else 1.0) for form in FORMS[kind]
+            }
+            assert Plan.from_dict(json.loads(json.dumps(found.plan.to_dict()))) == found.plan
+            assert f"steps {fastest} (predicted: " in str(found.plan)
+    assert [form for form, _ in seen][: len(FORMS[kind])] == FORMS[kind]
+    assert is_plain(ours) == (fastest == "plain")
+    assert f"steps {fastest} (predicted: " in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_faster_form_is_left_where_it_does_not_fit(inject: Inject, kind: Any) -> None:
-    inject(2.0, batched_bytes=1e3)
+def test_a_faster_form_is_left_where_it_does_not_fit(inject: Inject, kind: Any) -> None:
+    others = [form for form in FORMS[kind] if form != "plain"]
+    inject({"plain": 2.0}, dict.fromkeys(others, 1e3))
     tbptt, sequence = make(kind=kind, memory_budget=1)
     with pytest.raises(InfeasibleBudgetError) as raised:
         tbptt.train(sequence)
     budget = int(1.3 * raised.value.smallest_budget_bytes)
     tbptt, sequence = make(kind=kind, memory_budget=budget, measure_memory=True)
-    assert all(window.peak_bytes <= budget for window in tbptt.windows(sequence))
+    windows = list(tbptt.windows(sequence))
+    assert all(window.peak_bytes <= budget for window in windows)
+    weighed_forms = dict(windows[0].plan.forms)
+    assert weighed_forms.pop("plain") > 0
+    assert weighed_forms == dict.fromkeys(others)  # which fit nowhere
     assert is_plain(tbptt)
 
 
-def test_the_smallest_budget_is_that_of_the_form_which_needs_less(inject: Inject) -> None:
+def test_the_smallest_budget_is_that_of_the_form_which_needs_least(inject: Inject) -> None:
     def smallest(**options: Any) -> int:
         tbptt, sequence = make(memory_budget=1, **options)
         with pytest.raises(InfeasibleBudgetError) as raised:
@@ -125,18 +158,50 @@ def test_the_smallest_budget_is_that_of_the_form_which_needs_less(inject: Inject
         assert raised.value.smallest_budget_bytes is not None
         return raised.value.smallest_budget_bytes
 
-    inject(1.0)
+    inject({})
     either, plain = smallest(), smallest(time_batching=False)
-    inject(1.0, batched_bytes=1e3)
+    inject({}, {"auto": 1e3})
     assert smallest() == plain >= either
 
 
-def test_both_forms_share_the_time_of_a_calibration(inject: Inject) -> None:
-    seen = inject(2.0)
-    tbptt, sequence = make()
+def test_where_time_runs_out_others_are_measured_if_nothing_fits(
+    inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = {}
+    for bytes_of in ({}, {"batched": 1e6}):
+        seen = inject({}, bytes_of)
+        monkeypatch.setattr(weighed, "_LEAST_SHARE", float("inf"))
+        tbptt, sequence = make(kind=nn.LSTMCell, memory_budget=10**9)
+        next(tbptt.windows(sequence))
+        forms[len(bytes_of)] = [form for form, _ in seen]
+    assert forms == {0: ["batched"], 1: ["batched", "fused"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_share_the_time_of_a_calibration(inject: Inject, kind: Any) -> None:
+    seen = inject({})
+    tbptt, sequence = make(kind=kind)
     next(tbptt.windows(sequence))
-    assert [choice for choice, _ in seen] == ["auto", False]
-    assert sum(seconds for _, seconds in seen) <= 1.6
+    assert sum(seconds for _, seconds in seen) <= 1.6 + 1e-9
+
+
+def test_a_step_of_large_and_small_weights_has_a_form_that_batches_all(inject: Inject) -> None:
+    class WithReadout(Loop):
+        def __init__(self, width: int, _: int) -> None:
+            super().__init__(width, width)
+            self.readout = nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+            h, state = super().forward(x, state)
+            return self.readout(h), state
+
+    seen = inject({"batched": 0.5})
+    tbptt, sequence = make(kind=WithReadout)
+    next(tbptt.windows(sequence))
+    assert [form for form, _ in seen] == ["auto", "batched", "plain"]
+    assert form_of(tbptt) == "batched"
+    small = {each.shape for each in tbptt.batched_operations if not each.reason}
+    assert (WIDTH, WIDTH) in small
 
 
 @pytest.mark.parametrize(
@@ -145,23 +210,23 @@ def test_both_forms_share_the_time_of_a_calibration(inject: Inject) -> None:
         {"width": 8},
         {"time_batching": True},
         {"time_batching": False},
+        {"time_batching": "fused"},
         {"strategy": "uniform:4"},
     ],
 )
 def test_nothing_is_weighed_where_nothing_is_open(inject: Inject, options: dict[str, Any]) -> None:
-    seen = inject(0.01)
+    seen = inject({"plain": 0.01})
     tbptt, sequence = make(**options)
     tbptt.train(sequence)
     assert [seconds for _, seconds in seen] == [1.6]
     assert not is_plain(tbptt)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plain_seconds", [0.5, 2.0])
+@pytest.mark.parametrize(("kind", "fastest"), CASES)
 def test_a_resumed_run_has_the_same_form_bitwise(
-    inject: Inject, plain_seconds: float, kind: Any, monkeypatch: pytest.MonkeyPatch
+    inject: Inject, fastest: str, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inject(plain_seconds)
+    inject({fastest: 0.5})
     trainer = Trainer(*make(kind=kind))
     windows = trainer.windows()
     next(windows)
@@ -169,20 +234,42 @@ def test_a_resumed_run_has_the_same_form_bitwise(
     resumed = Trainer(*make(kind=kind))
     monkeypatch.delattr(costed, "calibrate")  # nothing is measured again
     resumed.load_state_dict(state)
-    next(resumed.windows())
-    next(windows)
-    assert is_plain(resumed.tbptt) == is_plain(trainer.tbptt) == (plain_seconds < 1)
+    plan = next(resumed.windows()).plan
+    assert plan == next(windows).plan
+    assert plan.form == form_of(resumed.tbptt) == fastest
     ours, theirs = (each.tbptt.parts.parameters for each in (resumed, trainer))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("kind", "fastest"), CASES)
+def test_a_plan_given_as_strategy_fixes_schedule_and_form(
+    inject: Inject, fastest: str, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject({fastest: 0.5})
+    tbptt, sequence = make(kind=kind)
+    results = list(tbptt.windows(sequence))
+    monkeypatch.delattr(costed, "calibrate")  # nothing is measured
+    again, _ = make(kind=kind, memory_budget=None, strategy=results[0].plan)
+    for mine, its in zip(again.windows(sequence), results, strict=True):
+        assert mine.plan.form == its.plan.form
+        assert mine.plan.schedule == its.plan.schedule
+        torch.testing.assert_close(mine.loss, its.loss, rtol=1e-12, atol=0)
+    shorter = TensorSequence(*(each[:5] for each in (sequence.inputs, sequence.targets)))
+    with pytest.raises(ScheduleError, match="is of 10 steps"):
+        again.train(shorter)
+
+
 def test_what_earlier_versions_saved_follows_the_rule(inject: Inject) -> None:
-    inject(0.5)
+    inject({"plain": 0.5})
     tbptt, sequence = make()
     next(tbptt.windows(sequence))
-    state = tbptt.parts.budget.state_dict()
-    assert state.pop("time_batching") is False
-    again, _ = make()
-    again.parts.budget.load_state_dict(state)
-    next(again.windows(sequence))
-    assert not is_plain(again)
+    for rule, form in ((True, "auto"), (False, "plain"), (None, "auto")):
+        state = tbptt.parts.budget.state_dict()
+        assert state.pop("form") == "plain"
+        del state["forms"]
+        again, _ = make()
+        again.parts.budget.load_state_dict(
+            state if rule is None else {**state, "time_batching": rule}
+        )
+        next(again.windows(sequence))
+        assert form_of(again) == form

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt import TbpttError
-from tbptt_ckpt.time_batching import over_time
 from tbptt_ckpt.time_batching.over_time import run_cell
+from tbptt_ckpt.time_batching.policy import TimeBatching
 
 STEPS, LANES, WIDTH_IN, WIDTH = 7, 2, 3, 5
 KINDS = ("lstm", "gru", "tanh", "relu")
@@ -40,9 +40,7 @@ def loop(cell: Any, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tenso
 
 
 def over(cell: Any, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(over_time, "pays", lambda elements: True)  # as if it were wide
-        found = run_cell(cell, x, states)
+    found = run_cell(cell, x, states)
     assert found is not None
     return found[0], list(found[1])
 
@@ -148,20 +146,22 @@ def test_without_states_it_begins_with_zeros(kind: str) -> None:
     assert torch.equal(found[0], zeros[0])
 
 
-def test_a_wide_lstm_records_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel_leaves", [False, True])
+def test_a_kernel_records_where_it_may(kernel_leaves: bool) -> None:
     (x, states), cell = given("lstm"), make_cell("lstm", bias=True)
+    nodes = []
+    for is_recorded in (True, False):
+        with torch.set_grad_enabled(is_recorded):
+            result = run_cell(cell, x, states, kernel_leaves=kernel_leaves)
+        assert result is not None
+        nodes.append(type(result[0].grad_fn).__name__)
+    assert (nodes[0] == "OverTimeBackward") != kernel_leaves
+    assert nodes[1] == "NoneType"
 
-    def forms() -> list[str]:
-        found = []
-        for is_recorded in (True, False):
-            with torch.set_grad_enabled(is_recorded):
-                result = run_cell(cell, x, states)
-            assert result is not None
-            node = result[0].grad_fn
-            found.append("kernel" if node is None else type(node).__name__)
-        return found
 
-    narrow = forms()
-    monkeypatch.setattr(over_time, "pays", lambda elements: True)
-    assert forms() == ["OverTimeBackward", "kernel"]
-    assert "OverTimeBackward" not in narrow
+def test_by_its_rule_auto_has_the_kernel_in_leaves_of_narrow_cells() -> None:
+    narrow, wide = torch.empty(1024, 100), torch.empty(1024, 256)
+    for choice in (False, True, "auto", "fused"):
+        batching = TimeBatching(choice)
+        taken = [batching.takes_kernel(weight) for weight in (narrow, wide)]
+        assert taken == {"auto": [True, False], "fused": [True, True]}.get(choice, [False] * 2)

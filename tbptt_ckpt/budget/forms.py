@@ -1,0 +1,73 @@
+"""The form in which steps run: of those that are open, the one whose plan takes the least time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tbptt_ckpt.errors import InfeasibleBudgetError
+from tbptt_ckpt.schedule.costs import Costs
+from tbptt_ckpt.schedule.forms import Form, FormSeconds, described
+from tbptt_ckpt.schedule.plan import PredictedPlan
+from tbptt_ckpt.time_batching.policy import TimeBatching
+
+_log = logging.getLogger("tbptt_ckpt")
+
+_FIRST_SHARE = 0.5  # of the time, for the first form where several are measured
+_LEAST_SHARE = 0.4  # left over, below which a module is too expensive to be measured once more
+
+
+def fastest_form(
+    batching: TimeBatching,
+    forms: Sequence[Form],
+    most_seconds: float,
+    measured: Callable[[float], Costs],
+    planned: Callable[[Costs], PredictedPlan],
+) -> tuple[Costs, FormSeconds]:
+    """Measure steps in some forms, and let them run in the one whose plan takes the least time.
+
+    Where time runs out the rest is not weighed, unless nothing fits so far.
+
+    Args:
+        batching: Told of the form.
+        forms: The first is measured best, and taken where all are alike.
+        most_seconds: All of the time.
+        measured: Measures costs in so many seconds.
+        planned: The plan that counts under some costs.
+
+    Returns:
+        Costs in that form, and what a window is predicted to take in each that was weighed.
+    """
+    begun, share = time.perf_counter(), _FIRST_SHARE * most_seconds
+    found, ranks = dict[Form, Costs](), dict[Form, tuple[bool, float]]()
+    for form in forms:
+        with batching.as_form(form):
+            found[form] = measured(share)
+        ranks[form] = _rank(found[form], planned)
+        left = most_seconds - (time.perf_counter() - begun)
+        fits = not min(ranks.values())[0]
+        if (fits and left < _LEAST_SHARE * most_seconds) or not batching.has_batched:
+            break
+        share = max(0.0, min(left, (1 - _FIRST_SHARE) * most_seconds / (len(forms) - 1)))
+    chosen = min(ranks, key=lambda form: ranks[form])
+    batching.decide(chosen)
+    seconds: FormSeconds = {form: None if misses else s for form, (misses, s) in ranks.items()}
+    _log.info("%s", described(chosen, seconds.items()))
+    return found[chosen], seconds
+
+
+def saved_forms(state: Mapping[str, Any], batching: TimeBatching) -> FormSeconds:
+    """What a state says of forms, of which the batching is told."""
+    rule = state.get("time_batching", True)  # all that older ones say
+    batching.decide(state.get("form", "auto" if rule else "plain"))
+    return dict(state.get("forms", ()))
+
+
+def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:
+    """The predicted time, or after all that fit the least bytes."""
+    try:
+        return False, planned(costs).predicted_seconds
+    except InfeasibleBudgetError as error:
+        return True, error.smallest_budget_bytes or 0
