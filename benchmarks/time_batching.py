@@ -182,16 +182,17 @@ def compare(
 def figures_of(size: Size, arguments: argparse.Namespace) -> list[Figure]:
     """One size with recomputation, with nothing recomputed, and without time batching."""
     case, pairs = Case(size), arguments.pairs
+    form = True if arguments.form == "batched" else arguments.form
     segments = f"uniform:{arguments.segment or size.segment}"
     recomputed = compare(
         f"{size}, {segments}",
         case,
-        case.treated(segments, True),
+        case.treated(segments, form),
         (size.limit, MOST_PEAK_PERCENT),
         pairs,
     )
     kept = compare(
-        f"{size}, retain", case, case.treated("retain", True), (size.limit_kept, None), pairs
+        f"{size}, retain", case, case.treated("retain", form), (size.limit_kept, None), pairs
     )
     if not arguments.unbatched:
         return recomputed + kept
@@ -205,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--only", default="", help="sizes whose name contains this")
     parser.add_argument("--segment", type=int, help="steps recomputed as one piece")
+    parser.add_argument("--form", default="auto", choices=("auto", "fused", "batched"))
     parser.add_argument("--unbatched", action="store_true", help="also without time batching")
     add_output_arguments(parser)
     return parser.parse_args()

@@ -51,8 +51,8 @@ class MeasuredBudget(WindowBudget):
             budget is promised, given bytes are held against a few short segments first.
         updater: Whose state and transients count.
         parameters: The weights.
-        batching: Whether steps are batched over time; where "auto" leaves that open, plans from
-            the measured costs of both forms decide.
+        batching: In which form steps run; where "auto" leaves that open, plans from the measured
+            costs of each decide.
     """
 
     def __init__(

@@ -73,9 +73,10 @@ class TBPTT:
             of nested `torch.utils.checkpoint` calls; or an executor, such as
             `CheckpointExecutor(context_fn)` for selective recomputation.
         time_batching: Whether weight gradients and products of the inputs are made over all
-            steps of a segment at once: True wherever it can be, False nowhere, "auto" where it
-            gains time. A plan from measured costs weighs both forms and may leave all plain.
-            Gradients agree to rounding.
+            steps of a segment at once: True wherever it can be, "fused" too, with torch's
+            kernel for an `nn.LSTMCell` in leaves, False nowhere, "auto" where it gains time: by a
+            rule of sizes, or, where costs are measured, in the form whose plan takes the least
+            time. Gradients agree to rounding.
         per_step: Whether an unrecognised module takes one step (the default) or a segment; it
             must be said of modules that contain an `nn.RNN/LSTM/GRU`.
         time_dim: Where a segment module wants time, 0 by default; `batch_first` sets it.

@@ -74,7 +74,7 @@ class MemoryReport:
         k2: Steps the gradient reaches back.
         overlap: "refresh" or "stale".
         executor: "replay" or "checkpoint".
-        time_batching: "true", "false" or "auto"; plain BPTT has "false".
+        time_batching: "true", "fused", "false" or "auto"; plain BPTT has "false".
         device: Where it ran.
         budget_bytes: The memory budget it was given, if any.
         status: "ok", "out of memory", "over budget" or "failed".

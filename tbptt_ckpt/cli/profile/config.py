@@ -14,7 +14,7 @@ from tbptt_ckpt.errors import ArgumentError
 if TYPE_CHECKING:
     from tbptt_ckpt.profiling.configuration import Configuration
 
-_TIME_BATCHING: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+_TIME_BATCHING: dict[str, bool | str] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,8 @@ class ProfileConfig(ModelOptions):
     overlap: Annotated[options.Overlap, "What later windows start from."] = "refresh"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
     time_batching: Annotated[
-        Literal["auto", "true", "false"], "Products over time; plain BPTT is measured without."
+        Literal["auto", "fused", "true", "false"],
+        "Products over time; plain BPTT is measured without.",
     ] = "auto"
     repeats: Annotated[int, "Windows to time for a row.", check_positive_int] = 5
     csv: Annotated[Path | None, "Write the rows to this file."] = None
@@ -117,5 +118,5 @@ class ProfileConfig(ModelOptions):
             device=find_device(self.device),
             overlap=self.overlap,
             executor=self.executor,
-            time_batching=_TIME_BATCHING[self.time_batching],
+            time_batching=_TIME_BATCHING.get(self.time_batching, self.time_batching),
         )
