@@ -59,9 +59,11 @@ from tbptt_ckpt.memory import (
 from tbptt_ckpt.module import recurrent_parts
 from tbptt_ckpt.profiling import (
     Configuration,
+    MeasuredReach,
     MemoryReport,
     StrategyReport,
     Workload,
+    measure_reach,
     pareto_front,
     with_baselines,
 )
@@ -135,6 +137,10 @@ def work() -> dict[str, Any]:
         "targets": inputs + 1,
         "init_state": torch.zeros(LANES, WIDTH),
     }
+
+
+def decay() -> Decay:
+    return Decay((Border(1, 1.0, 1e-2), Border(2, None, 0.0)), 1)
 
 
 def sequence() -> TensorSequence:
@@ -222,10 +228,7 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             {k: v for k, v in work().items() if k not in ("loss_fn", "targets")},
         ),
         "verify": lambda: (verify, {**work(), "strategy": "sqrt"}),
-        "Decay.reach": lambda: (
-            Decay((Border(1, 1.0, 1e-2), Border(2, None, 0.0)), 1).reach,
-            {"tolerance": 1e-3},
-        ),
+        "Decay.reach": lambda: (decay().reach, {"tolerance": 1e-3}),
         "evaluate": lambda: (
             evaluate,
             {"module": module(), "loss_fn": F.mse_loss, "sequence": sequence()},
@@ -240,6 +243,14 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             lambda made: engine().train(sequence(), made),
             state=torch.zeros(1, WIDTH),
             lanes=LANES,
+        ),
+        "MeasuredReach.reach": lambda: (
+            MeasuredReach(k1=1, k2=2, decays=(decay(),)).reach,
+            {"tolerance": 1e-3},
+        ),
+        "measure_reach": lambda: (
+            measure_reach,
+            {**work(), "k1": 2, "k2": 4, "tolerances": (0.1,), "windows": 1},
         ),
         "profile_window": lambda: (profile_window, {**work(), "k1": 2, "k2": 4, "repeats": 1}),
         "profile_strategies": lambda: (

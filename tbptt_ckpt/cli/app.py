@@ -16,7 +16,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tbptt_ckpt.cli.commands import GIVEN, doctor, init, plan, profile, snapshots, train
+from tbptt_ckpt.cli.commands import GIVEN, doctor, explain, init, plan, profile, snapshots, train
+from tbptt_ckpt.cli.explain.config import ExplainConfig
 from tbptt_ckpt.cli.options import Command
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.profile.config import ProfileConfig
@@ -29,6 +30,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 app = typer.Typer(name="tbptt-ckpt")
 app.command("train")(Command(TrainingConfig, train))
 app.command("plan")(Command(PlanningConfig, plan))
+app.command("explain")(Command(ExplainConfig, explain))
 app.command("snapshots")(snapshots)
 app.command("profile")(Command(ProfileConfig, profile))
 app.command("init")(init)

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from tbptt_ckpt.cli.explain.config import ExplainConfig
 from tbptt_ckpt.cli.options import path_of
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.profile.config import ProfileConfig
@@ -72,6 +73,27 @@ def plan(config: PlanningConfig, *, json: Json = False) -> None:
         typer.echo(plan_json(outcome)) if json else print_plan(outcome)
     else:
         typer.echo(reaches_json(outcome)) if json else print_reaches(outcome)
+
+
+def explain(config: ExplainConfig, *, json: Json = False) -> None:
+    """How far back the gradient reaches, and what a window that long costs.
+
+    Measures, at the weights that the model begins with, how much of the gradient
+    is missing for every k2, and plans windows of those worth trying.
+    """
+    from tbptt_ckpt.cli.explain.job import run_explaining_job
+    from tbptt_ckpt.cli.explain.report import (
+        draw_explanation,
+        explanation_json,
+        print_explanation,
+    )
+    from tbptt_ckpt.cli.terminal import progress_bar
+
+    with progress_bar("windows") as watch:
+        found = run_explaining_job(config, watch)
+    if config.plot is not None:
+        draw_explanation(found, config.plot)
+    typer.echo(explanation_json(found)) if json else print_explanation(found)
 
 
 def profile(

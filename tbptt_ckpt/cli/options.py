@@ -251,6 +251,7 @@ def _parse_size(option: str, text: str) -> int:
 
 
 SIZE, TEXTS = Read(_parse_size), read_list(lambda _, text: text)
+NUMBERS = read_list(lambda _, text: float(text))
 WHOLE_NUMBERS = read_list(lambda _, text: int(text))
 Overlap = Literal["refresh", "stale"]
 ExecutorName = Literal["replay", "checkpoint"]

@@ -1,49 +1,19 @@
-"""Pictures: what memory costs in time, memory within one window, and how far back fits.
-
-Figures are made without pyplot, so that nobody's backend changes.
-"""
+"""Pictures: what memory costs in time, memory within one window, and how far back fits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.profiling.figures import BLACK, BLUE, GREY, ORANGE, VERMILLION, mib, new_figure
 from tbptt_ckpt.profiling.front import are_in_turns, comparable_times, pareto_front
 from tbptt_ckpt.profiling.report import ActionSpan, MemoryReport
 
-# Okabe & Ito's palette, which people with any colour vision can tell apart; differences are
-# in shape and line as well.
-_BLUE, _ORANGE, _VERMILLION, _GREY, _BLACK = "#0072B2", "#E69F00", "#D55E00", "#999999", "#000000"
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "savefig.dpi": 150,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tbptt-ckpt",
-}
-_STAIRS = {"color": _BLUE, "drawstyle": "steps-post"}
+_STAIRS = {"color": BLUE, "drawstyle": "steps-post"}
 _MOST_POINTS = 400  # of a line; what is denser is drawn as its envelope
 _MOST_LABELLED = 60  # predicted peaks
-
-
-def check_drawable(option: str, path: Path) -> None:
-    """Raise `ArgumentError` unless pictures can be drawn into the file that an option names."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ArgumentError(f"{option} {path} must end in .png or .svg")
-    _matplotlib()
-
-
-def write_figure(figure: Any, path: Path) -> None:
-    """Write a picture; equal figures give equal files."""
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    with _matplotlib().rc_context(_STYLE):
-        figure.savefig(path, metadata=metadata)
 
 
 def draw_front(reports: Sequence[MemoryReport], title: str, ax: Any = None) -> Any:
@@ -52,18 +22,18 @@ def draw_front(reports: Sequence[MemoryReport], title: str, ax: Any = None) -> A
     if not rows:
         raise ArgumentError("there is nothing to draw: no row has both a peak and a time")
     times = {id(row): time for row, time in zip(rows, comparable_times(rows), strict=True)}
-    with _figure(figsize=(7.2, 4.6)) as make:
+    with new_figure(figsize=(7.2, 4.6)) as make:
         axes = make().subplots() if ax is None else ax
         front = pareto_front(rows)[::-1]  # by time
-        at = [times[id(row)] for row in front], [_mib(row.peak_bytes) for row in front]
+        at = [times[id(row)] for row in front], [mib(row.peak_bytes) for row in front]
         axes.plot(*at, **_STAIRS, linewidth=1.2, zorder=1, label="nothing is faster and smaller")
         _draw_points(axes, rows, times, front)
         _draw_ranges(axes, rows, times)
         predicted = [row for row in rows if row.predicted_peak_bytes]
         if predicted:
             x = [times[id(row)] for row in predicted]
-            y = [_mib(row.predicted_peak_bytes) for row in predicted]
-            style = {"marker": "_", "s": 180, "color": _VERMILLION, "linewidth": 1.4}
+            y = [mib(row.predicted_peak_bytes) for row in predicted]
+            style = {"marker": "_", "s": 180, "color": VERMILLION, "linewidth": 1.4}
             axes.scatter(x, y, **style, zorder=4, label="predicted peak")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -85,8 +55,8 @@ def draw_windows(reports: Sequence[MemoryReport], title: str) -> Any:
         raise ArgumentError("there is nothing to draw: no row holds a window in time")
     num_columns = min(2, len(rows))
     num_rows = math.ceil(len(rows) / num_columns)
-    highest = max(_mib(row.peak_bytes) for row in rows)
-    with _figure(figsize=(3.9 * num_columns, 1.1 + 2.1 * num_rows)) as make:
+    highest = max(mib(row.peak_bytes) for row in rows)
+    with new_figure(figsize=(3.9 * num_columns, 1.1 + 2.1 * num_rows)) as make:
         figure = make()
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
         for axes, row in zip(grid.flat, rows, strict=False):
@@ -113,19 +83,19 @@ def draw_reaches(what: str, tables: Sequence[tuple[str, Sequence[dict[str, Any]]
         what: What was planned.
         tables: Names of budgets, and rows as `tbptt-ckpt plan --json` prints them.
     """
-    colours = (_BLUE, _VERMILLION, _ORANGE, _BLACK)
+    colours = (BLUE, VERMILLION, ORANGE, BLACK)
     marks = {None: "", 0: "o", 1: "^", 2: "s"}
-    with _figure(figsize=(7.2, 5.6)) as make:
+    with new_figure(figsize=(7.2, 5.6)) as make:
         figure = make()
         above, below = figure.subplots(2, 1, sharex=True)
         plain = sorted({(r["k2"], r["retained_peak_bytes"]) for _, rows in tables for r in rows})
-        style = {"color": _GREY, "linestyle": "--", "label": "plain BPTT"}
-        above.plot([k2 for k2, _ in plain], [_mib(peak) for _, peak in plain], **style)
+        style = {"color": GREY, "linestyle": "--", "label": "plain BPTT"}
+        above.plot([k2 for k2, _ in plain], [mib(peak) for _, peak in plain], **style)
         for number, (name, rows) in enumerate(tables):
             colour = colours[number % len(colours)]
             line: dict[str, Any] = {"color": colour, "linewidth": 1.3}
             steps = [row["k2"] for row in rows]
-            above.plot(steps, [_mib(row["predicted_peak_bytes"]) for row in rows], **line)
+            above.plot(steps, [mib(row["predicted_peak_bytes"]) for row in rows], **line)
             below.plot(steps, [row["over_retained"] for row in rows], **line, label=name)
             for row in (row for row in rows if row["longest_at_extra_forwards"] is not None):
                 extra = row["longest_at_extra_forwards"]
@@ -145,31 +115,6 @@ def draw_reaches(what: str, tables: Sequence[tuple[str, Sequence[dict[str, Any]]
         return figure
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ArgumentError(
-            "pictures need matplotlib, which is not installed: pip install 'tbptt-ckpt[plots]'"
-        ) from error
-    return matplotlib
-
-
-@contextmanager
-def _figure(**options: Any) -> Iterator[Callable[[], Any]]:
-    """Makes a figure in our style, while the context is open; with no pyplot in it."""
-    with _matplotlib().rc_context(_STYLE):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        def make() -> Any:
-            figure = Figure(layout="constrained", **options)
-            FigureCanvasAgg(figure)
-            return figure
-
-        yield make
-
-
 def _draw_points(
     axes: Any,
     rows: Sequence[MemoryReport],
@@ -179,18 +124,18 @@ def _draw_points(
     several = len({(row.k1, row.k2) for row in rows}) > 1
     labelled = set[bool]()
     for row in rows:
-        time, peak, is_best = times[id(row)], _mib(row.peak_bytes), row in front
-        style = {"marker": "s", "s": 36, "facecolor": "white", "edgecolor": _GREY}
+        time, peak, is_best = times[id(row)], mib(row.peak_bytes), row in front
+        style = {"marker": "s", "s": 36, "facecolor": "white", "edgecolor": GREY}
         label = "something is faster and smaller"
         if is_best:
-            style = {"marker": "o", "s": 46, "facecolor": _BLUE, "edgecolor": _BLUE}
+            style = {"marker": "o", "s": 46, "facecolor": BLUE, "edgecolor": BLUE}
             label = "measured"
         style["label"] = None if is_best in labelled else label
         labelled.add(is_best)
         axes.scatter([time], [peak], **style, linewidth=1.4, zorder=3)
         name = f"{row.strategy} ({row.k1}, {row.k2})" if several else row.strategy
         if row.budget_bytes is not None and row.strategy in ("auto", "optimal"):
-            name += f" in {_mib(row.budget_bytes):.0f} MiB"
+            name += f" in {mib(row.budget_bytes):.0f} MiB"
         offset = (7, 4) if is_best else (7, -12)
         beside = {"xytext": offset, "textcoords": "offset points", "zorder": 3.5}  # above points
         axes.annotate(name, (time, peak), **beside, fontsize=9)
@@ -202,26 +147,26 @@ def _draw_ranges(axes: Any, rows: Sequence[MemoryReport], times: dict[int, float
     label: str | None = "fastest to slowest repeat"
     for row in rows:
         if (ends := getattr(row, name)) is not None:
-            height = [_mib(row.peak_bytes)] * 2
-            axes.plot(ends, height, color=_BLACK, linewidth=0.8, zorder=2, label=label)
+            height = [mib(row.peak_bytes)] * 2
+            axes.plot(ends, height, color=BLACK, linewidth=0.8, zorder=2, label=label)
             label = None
 
 
 def _draw_window(axes: Any, row: MemoryReport, highest: float) -> None:
     trace = row.trace
     assert trace is not None, "rows without one are not drawn"
-    held = [(1e3 * action.began_seconds, _mib(action.live_bytes)) for action in trace.actions]
-    held += [(1e3 * action.ended_seconds, _mib(action.live_bytes)) for action in trace.actions[-1:]]
-    shade = {"color": _ORANGE, "alpha": 0.55, "linewidth": 0}
+    held = [(1e3 * action.began_seconds, mib(action.live_bytes)) for action in trace.actions]
+    held += [(1e3 * action.ended_seconds, mib(action.live_bytes)) for action in trace.actions[-1:]]
+    shade = {"color": ORANGE, "alpha": 0.55, "linewidth": 0}
     axes.fill_between(*zip(*held, strict=True), step="post", **shade, label="there between actions")
-    measured = [(1e3 * seconds, _mib(live)) for seconds, live in trace.timeline]
+    measured = [(1e3 * seconds, mib(live)) for seconds, live in trace.timeline]
     _draw_line(axes, measured)
     if row.fixed_bytes is not None:
-        style = {"color": _GREY, "linestyle": ":", "label": "whatever the schedule"}
-        axes.axhline(_mib(row.fixed_bytes), **style)
+        style = {"color": GREY, "linestyle": ":", "label": "whatever the schedule"}
+        axes.axhline(mib(row.fixed_bytes), **style)
     _draw_predicted(axes, trace.actions)
     _draw_phases(axes, trace.actions, 1.12 * highest)
-    axes.set_title(f"{row.strategy}: {_mib(row.peak_bytes):.1f} MiB", loc="left")
+    axes.set_title(f"{row.strategy}: {mib(row.peak_bytes):.1f} MiB", loc="left")
     axes.set_ylim(0, 1.16 * highest)
     axes.set_xlim(0, measured[-1][0])
 
@@ -235,7 +180,7 @@ def _draw_line(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     times = [part[0][0] for part in parts]
     low, high = ([f(live for _, live in part) for part in parts] for f in (min, max))
-    axes.fill_between(times, low, high, step="post", color=_BLUE, alpha=0.35, linewidth=0)
+    axes.fill_between(times, low, high, step="post", color=BLUE, alpha=0.35, linewidth=0)
     axes.plot(times, high, **_STAIRS, linewidth=0.7, label="measured")
 
 
@@ -243,24 +188,24 @@ def _draw_predicted(axes: Any, actions: Sequence[ActionSpan]) -> None:
     known = [action for action in actions if action.predicted_bytes is not None]
     if len(known) > _MOST_LABELLED:
         times = [1e3 * action.began_seconds for action in known]
-        peaks = [_mib(action.predicted_bytes) for action in known]
+        peaks = [mib(action.predicted_bytes) for action in known]
         size = -(-len(known) // _MOST_LABELLED)
         starts = range(0, len(known), size)
         heights = [max(peaks[start : start + size]) for start in starts]
-        style = {"drawstyle": "steps-post", "color": _BLACK, "linewidth": 1.0}
+        style = {"drawstyle": "steps-post", "color": BLACK, "linewidth": 1.0}
         axes.plot([times[start] for start in starts], heights, **style, label="predicted peaks")
         return
     label: str | None = "predicted peaks"
     for action in known:
         times = [1e3 * action.began_seconds, 1e3 * action.ended_seconds]
-        height = [_mib(action.predicted_bytes)] * 2
-        axes.plot(times, height, color=_BLACK, linewidth=1.3, label=label)
+        height = [mib(action.predicted_bytes)] * 2
+        axes.plot(times, height, color=BLACK, linewidth=1.3, label=label)
         label = None
 
 
 def _draw_phases(axes: Any, actions: Sequence[ActionSpan], top: float) -> None:
     """A strip that says what is done: steps advanced, or a leaf run and differentiated."""
-    named = {"advance": ("advance, no graph", _GREY), "differentiate": ("run a leaf", _VERMILLION)}
+    named = {"advance": ("advance, no graph", GREY), "differentiate": ("run a leaf", VERMILLION)}
     for kind, (label, colour) in named.items():
         spans = [
             (1e3 * a.began_seconds, 1e3 * (a.ended_seconds - a.began_seconds))
@@ -285,8 +230,3 @@ def _plain_ticks(axes: Any) -> None:
             axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-
-
-def _mib(num_bytes: int | None) -> float:
-    assert num_bytes is not None, "only rows with this figure are drawn"
-    return num_bytes / 2**20

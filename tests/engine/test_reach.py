@@ -10,6 +10,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from cut_windows import cut_at
 from simulated_device import SimulatedWaits, on_device
 from torch import Tensor, nn
 
@@ -37,28 +38,6 @@ def ran(
     return TBPTT(module, F.mse_loss, k1, k2, **options).windows(data)
 
 
-def cut_at(module: nn.Module, step: int, new_start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The weights' gradient of a window that is cut at `step`, and that of the state there."""
-    inputs, targets = cases.random_data(NUM_STEPS)
-    state: Any = None
-    with torch.no_grad():
-        for t in range(step):
-            state = module(inputs[t], state)[1]
-    states = [] if state is None else list(state) if isinstance(state, tuple) else [state]
-    states = [each.requires_grad_() for each in states]
-    state = None if state is None else tuple(states) if isinstance(state, tuple) else states[0]
-    loss: Any = 0.0
-    for t in range(step, stop):
-        y, state = module(inputs[t], state)
-        loss = loss + F.mse_loss(y, targets[t]) / (stop - new_start) * (t >= new_start)
-    weights = list(module.parameters())
-    found = torch.autograd.grad(loss, [*weights, *states], allow_unused=True)
-    flat = [g.reshape(-1) for g in found if g is not None]
-    count = sum(g is not None for g in found[: len(weights)])
-    nothing = torch.zeros(1, dtype=torch.float64)
-    return torch.cat(flat[:count]), torch.cat([nothing, *flat[count:]])
-
-
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("strategy", ["uniform:3", "step", "revolve:2"])
 @pytest.mark.parametrize("make", [cases.tanh_cell, cases.lstm_cell])
@@ -68,7 +47,7 @@ def test_every_border_is_what_a_loop_that_is_cut_there_says(make: Any, strategy:
         if window.decay is None:
             assert window.stop - window.start <= K1
             continue
-        whole, _ = cut_at(module, window.start, window.new_start, window.stop)
+        whole, _ = cut_at(module, NUM_STEPS, window.start, window.new_start, window.stop)
         norm = float(whole.norm())
         against, mean = max(norm, mean), 0.9 * mean + 0.1 * norm if mean else norm
         places = [border.steps_back for border in window.decay.borders]
@@ -76,7 +55,7 @@ def test_every_border_is_what_a_loop_that_is_cut_there_says(make: Any, strategy:
         assert places[-1] == window.stop - window.start
         for border in window.decay.borders:
             step = window.stop - border.steps_back
-            cut, state_grad = cut_at(module, step, window.new_start, window.stop)
+            cut, state_grad = cut_at(module, NUM_STEPS, step, window.new_start, window.stop)
             error = float((whole - cut).norm()) / against
             assert border.error == pytest.approx(error, rel=ROUGHLY, abs=1e-12)
             if border.norm is not None:

@@ -69,7 +69,7 @@ class PlanningConfig(ModelOptions):
 
     def _check_plot(self, path: Path) -> None:
         from tbptt_ckpt.cli.files import check_target
-        from tbptt_ckpt.profiling.plots import check_drawable
+        from tbptt_ckpt.profiling.figures import check_drawable
 
         if self.steps is not None:
             raise ArgumentError("--plot draws the table of reaches; leave --steps out")

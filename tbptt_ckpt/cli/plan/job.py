@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError
+from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError, Workload
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, budget_bytes
 from tbptt_ckpt.budget.calibrate import Limits
@@ -126,12 +126,17 @@ def _costs(config: PlanningConfig) -> tuple[str, Costs, str]:
         costs = replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
         return "costs by hand", costs, "cpu"
     task = make_task(config)
-    work, num_steps = task.workload, min(max(config.steps or MEASURED_STEPS, 2), MEASURED_STEPS)
+    costs = measured_costs(task.workload, config.steps or MEASURED_STEPS)
+    device = str(task.workload.device)
+    return f"{config.model} on {task.data}, measured on {device}", costs, device
+
+
+def measured_costs(work: Workload, steps: int) -> Costs:
+    """What windows of so many steps take, from short segments of the work."""
+    num_steps = min(max(steps, 2), MEASURED_STEPS)
     parts = work.engine(num_steps, num_steps, strategy="retain").parts
     limits = Limits(num_steps, _MEASURING_SECONDS, AUTO_BUDGET.bytes_beside(0, work.device))
-    costs = measure_workload(work, parts, num_steps, num_steps, limits)
-    device = str(work.device)
-    return f"{config.model} on {task.data}, measured on {device}", costs, device
+    return measure_workload(work, parts, num_steps, num_steps, limits)
 
 
 def _read_costs(path: Path) -> Costs:

@@ -15,7 +15,8 @@ from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
 from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.ladder import FARTHEST, MOST_PLANNED, Reach
-from tbptt_ckpt.profiling.plots import draw_reaches, write_figure
+from tbptt_ckpt.profiling.figures import write_figure
+from tbptt_ckpt.profiling.plots import draw_reaches
 
 _LONGEST = {
     None: "",

@@ -73,7 +73,7 @@ class ProfileConfig(ModelOptions):
         """Raise `ArgumentError` for options that cannot work, before anything is started."""
         from tbptt_ckpt.cli.devices import find_device
         from tbptt_ckpt.cli.files import check_target
-        from tbptt_ckpt.profiling.plots import check_drawable
+        from tbptt_ckpt.profiling.figures import check_drawable
         from tbptt_ckpt.profiling.sweep import with_baselines
 
         super(ProfileConfig, self).check()  # slots make the class anew

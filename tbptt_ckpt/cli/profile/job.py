@@ -10,7 +10,7 @@ from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.profile.config import ProfileConfig
-from tbptt_ckpt.profiling.plots import write_figure
+from tbptt_ckpt.profiling.figures import write_figure
 from tbptt_ckpt.profiling.process import ProcessBench
 from tbptt_ckpt.profiling.strategy_report import StrategyReport
 from tbptt_ckpt.profiling.sweep import Watch, sweep, unwatched

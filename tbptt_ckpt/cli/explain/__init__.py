@@ -1,0 +1,1 @@
+"""`tbptt-ckpt explain`."""
