@@ -276,6 +276,7 @@ class FittingPlans:
             budget_bytes=max(1, budget_bytes),
             strategy=OPTIMAL if self.finds_fastest else self.strategy,
             new_steps=shape.new_steps,
+            lead_steps=shape.lead_steps,
             joints=shape.joints,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -64,11 +64,26 @@ class Shape:
     recorded_states: int  # states that exist before it for it and later ones to start from
     coming_states: int  # states that it notes, and the gradient of one
     cuts: Cuts = Cuts.NONE  # of segments, that its leaves may go on across
+    lead_steps: int = 0  # earlier ones that only advance, as its gradient was stopped by lot
 
     @property
     def run_steps(self) -> int:
         """Steps that run at all."""
-        return max(self.num_steps, self.new_steps)
+        return max(self.lead_steps + self.num_steps, self.new_steps)
+
+    def with_states(self, num_states: int) -> Shape:
+        """The same beside so many more states."""
+        return replace(self, coming_states=self.coming_states + num_states)
+
+    def reaching(self, window: Window, joints: Sequence[int]) -> Shape:
+        """The same where the gradient reaches back over `window`, part of it."""
+        lead_steps = 0 if window.run_start is None else window.start - window.run_start
+        return replace(
+            self,
+            num_steps=window.stop - window.start,
+            joints=tuple(joint - window.start for joint in joints),
+            lead_steps=lead_steps,
+        ).with_states(-bool(lead_steps))
 
 
 def shape_of(

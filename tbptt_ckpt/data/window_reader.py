@@ -73,9 +73,8 @@ class WindowReader:
             block = self._read(first, stop)
             assert block is not None, "a source with a length has its steps"
             return [block]
-        self.drop_before(first)
         self._pull(stop)
-        return [block for block in self._held if block.start < stop]
+        return [block for block in self._held if block.start < stop and block.stop > first]
 
     def ahead_bytes(self, stop: int) -> int:
         """Bytes of the steps from `stop` on that are held already."""

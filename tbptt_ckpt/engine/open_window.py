@@ -22,7 +22,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Notes, Records
 from tbptt_ckpt.engine.window_numbers import WindowNumbers
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.borders import Borders
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import Observer
@@ -34,27 +34,30 @@ from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
-from tbptt_ckpt.schedule.windows import Window, joint_steps, recorded_steps
+from tbptt_ckpt.schedule.truncation import Reach
+from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
 
 
 class OpenWindow:
     """One window, from its first state to what later windows start from.
 
-    `initial` is the state at step 0; `records` is what earlier windows left, generators and
-    buffers at the window's new steps among them.
+    `reach` says how far back it goes; `initial` is the state at step 0; `records` is what earlier
+    windows left, generators and buffers at the window's new steps among them.
 
     Attributes:
         loss: Its loss, once it has run.
         executed_steps: Module steps run for it.
         notes: What was noted in passing.
         numbers: What is read of it.
+        reach: How far back it goes: all the way where it has no loss.
+        borders: Where its gradient was divided.
     """
 
     def __init__(
         self,
         options: Options,
         parts: Parts,
-        window: Window,
+        reach: Reach,
         num_steps: int | None,
         blocks: Sequence[StepBlock],
         ambient: Ambient,
@@ -62,7 +65,7 @@ class OpenWindow:
         records: Records,
         observer: Observer,
     ) -> None:
-        self._options, self._parts = options, parts
+        self._options, self._parts, window = options, parts, reach.whole
         self._window, self._num_steps, self._blocks = window, num_steps, blocks
         self._ambient, self._initial, self._records = ambient, initial, records
         self._observer = observer
@@ -70,8 +73,11 @@ class OpenWindow:
         self._loss_start = options.loss_start(window)
         self.numbers = WindowNumbers(parts.updater, initial, observer)
         self.notes = Notes(options, window, num_steps, records, self.numbers)
+        self.reach = reach = reach if self.has_loss() else reach.unstopped()
+        self._reached = reach.window  # what is differentiated of it
+        self.borders = Borders(reach.divisors, self.numbers)
         # The state that an earlier window left is a constant: nobody sees its gradient.
-        self._wants_state_grads = window.start == records.origin
+        self._wants_state_grads = self._reached.start == records.origin
         self.loss: WindowLoss = NO_LOSS
         self.executed_steps = 0
 
@@ -94,23 +100,26 @@ class OpenWindow:
     ) -> Request:
         """What a plan of the window has to know."""
         window, records, k1, k2 = self._window, self._records, self._options.k1, self._options.k2
+        is_stale, reached = self._options.is_stale, self._reached
         shape = fullest = replace(
-            shape_of(window, self._num_steps, k1, k2, stale=self._options.is_stale),
+            shape_of(window, self._num_steps, k1, k2, stale=is_stale),
             recorded_states=len(records.boundaries),  # more after windows without a loss
         )
         passed = len(records.ambients)
         if (most := fullest_window(window, self._num_steps, k1, k2)) != window:
             reach = k2 if most.stop - most.start == k2 else None
-            fullest = shape_of(most, None, k1, reach, stale=self._options.is_stale)
+            fullest = shape_of(most, None, k1, reach, stale=is_stale)
             passed = len(recorded_steps(most, None, k1, reach, stale=True))
+        if self.reach.borders and not is_stale:  # others have a lead, and its last state
+            shape, fullest = shape.with_states(1), fullest.with_states(1)
         return Request(
-            window=window,
-            shape=shape,
+            window=reached,
+            shape=shape.reaching(reached, sorted(self._joints())),
             fullest=fullest,
             held=held,
             recorded=tuple(records.boundaries.values()),
             coming_ambients=max(0, passed - len(records.ambients)),
-            makes_first_state=not tensors_of(self._boundary_at(window.first).state),
+            makes_first_state=not tensors_of(self._boundary_at(reached.first).state),
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,
@@ -131,7 +140,7 @@ class OpenWindow:
         put_back: Callable[[], None],
     ) -> StateGrads | None:
         """Run the window with its gradient; the gradients of its first state."""
-        window, options, parts = self._window, self._options, self._parts
+        window, options, parts = self._reached, self._options, self._parts
         loss = WindowLoss(
             parts.loss_function, self._blocks, self._loss_start, window.stop, options.reduction
         )
@@ -148,7 +157,8 @@ class OpenWindow:
             put_back()  # a device's count shows only now that nothing counted
             self.numbers.drop_loss()
             return None
-        self._check_graph(loss)
+        if self._wants_state_grads:  # else a loss of the first state alone would have no graph
+            loss.check_graph(parts.parameters)
         self.loss = loss
         return grads
 
@@ -235,15 +245,17 @@ class OpenWindow:
             has_room=options.memory_budget is None,
             completed=lambda: self.numbers.complete(loss, self.notes.states()),
             numbers=self.numbers,
+            borders=self.borders,
         )
 
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:
         """Where every run ends, whatever the plan."""
-        return {self._window.new_start, *self.notes.stops(), *self._ambient.changes(ambients)}
+        changes = self._ambient.changes(ambients)
+        return {self._window.new_start, *self.reach.borders, *self.notes.stops(), *changes}
 
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""
-        window, k1 = self._window, self._options.k1
+        window, k1 = self._reached, self._options.k1
         if not self._parts.runner.calls_segments:
             return []
         stops = self._stops(self._records.ambients_for(window.first, k1))
@@ -256,7 +268,7 @@ class OpenWindow:
         self.executed_steps += this_pass.executed_steps
 
     def _probe(self) -> SegmentProbe:
-        parts, window = self._parts, self._window
+        parts, window = self._parts, self._reached
         return SegmentProbe(
             runner=parts.runner,
             loss=parts.loss_function,
@@ -271,23 +283,12 @@ class OpenWindow:
             resets=self._resets,
         )
 
-    def _check_graph(self, loss: WindowLoss) -> None:
-        """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
-        if not self._wants_state_grads:  # nor would a loss of the first state alone have one
-            return
-        learns = any(parameter.requires_grad for parameter in self._parts.parameters)
-        if learns and loss.lacks_graph and not loss.has_graph:
-            raise ArgumentError(
-                "loss_fn returned losses without a graph although there are weights to learn; "
-                "outputs or losses must not be detached"
-            )
-
     def _joints(self) -> dict[int, Boundary]:
         """Under stale overlap, the recorded states from which blocks restart."""
         if not self._options.is_stale:
             return {}
         boundaries = self._records.boundaries
-        return {step: boundaries[step] for step in joint_steps(self._window, self._options.k1)}
+        return {step: boundaries[step] for step in joint_steps(self._reached, self._options.k1)}
 
     def _boundary_at(self, step: int) -> Boundary:
         records = self._records

@@ -9,9 +9,11 @@ import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, check_fields
 from tbptt_ckpt.budget.amount import Amount, MemoryBudget, parse_budget
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import AnyStrategy, Strategy, parse_strategy
+from tbptt_ckpt.schedule.truncation import AnyTruncation, Roulette, parse_truncation
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
@@ -35,6 +37,7 @@ class Options:
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
     overlap: Overlap = "refresh"
+    truncation: AnyTruncation = "fixed"
     strategy: AnyStrategy = "auto"
     memory_budget: MemoryBudget = None
     executor: ExecutorName | Executor = "replay"
@@ -55,6 +58,23 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if (roulette := self.parsed_truncation()) is not None:
+            self._check_borders(roulette)
+
+    def _check_borders(self, roulette: Roulette) -> None:
+        """Raise unless a gradient can be stopped on its way, and where the overlap lets it."""
+        k1, every = self.k1, roulette.every
+        given = f"truncation={roulette}"
+        if self.k2 is not None and self.k2 <= k1:
+            raise ArgumentError(
+                f"{given} with k2={self.k2} and k1={k1} has nothing to stop: new steps are always "
+                "reached; give a k2 above k1, or truncation='fixed'"
+            )
+        if self.is_stale and every is not None and every % k1:
+            raise ArgumentError(
+                f"{given} with overlap='stale' must have every a multiple of k1={k1}, such as "
+                f"every={max(1, every // k1) * k1}: states are recorded at update points"
+            )
 
     @property
     def is_stale(self) -> bool:
@@ -68,6 +88,10 @@ class Options:
     def parsed_strategy(self) -> Strategy:
         """The strategy as an object."""
         return parse_strategy(self.strategy)
+
+    def parsed_truncation(self) -> Roulette | None:
+        """How a gradient is stopped by lot; None where it is not."""
+        return parse_truncation(self.truncation)
 
     def parsed_budget(self) -> Amount | None:
         """The memory budget; None where none was asked for."""

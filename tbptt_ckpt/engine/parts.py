@@ -16,6 +16,7 @@ from tbptt_ckpt.budget.window_budget import PlannedWindow, WindowBudget
 from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_gauge import ReachGauge
+from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
 from tbptt_ckpt.executor.cuts import CallCuts
@@ -54,6 +55,7 @@ class Parts:
     updater: Updater
     executor: Executor
     budget: WindowBudget  # plans windows, and keeps them within bytes
+    truncation: Truncation  # how far back each of them goes
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done
     cuts: CallCuts  # whether it matters where calls are cut
@@ -139,6 +141,7 @@ def make_parts(
         updater=updater,
         executor=executor,
         budget=_make_budget(options, executor, updater, parameters, runner, measured=measured),
+        truncation=Truncation(options),
         parameters=parameters,
         observer=observer,
         cuts=CallCuts(),

@@ -27,6 +27,8 @@ class WindowFigures(Window):
             weights; 0.0 where no step of an earlier window runs again.
         seconds: Wall-clock time.
         updated: Whether the weights were updated.
+        survival: How probable it was that the gradient reached as far back as `start`; what it
+            brings from there is divided by this. 1.0 where nothing was drawn.
         decay: How the gradient fades from the window's end to its start, in the windows in which
             that is measured: as many as take 1 % of the time, those of two leaves and more, and
             none under `executor="checkpoint"` or where weights are sharded; None in the others.
@@ -40,6 +42,7 @@ class WindowFigures(Window):
     drift: float
     seconds: float
     updated: bool
+    survival: float
     decay: Decay | None = None
     reach: Reach | None = None
 

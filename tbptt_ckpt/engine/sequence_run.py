@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.schedule.truncation import Reach
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 
 
@@ -110,12 +112,13 @@ class SequenceRun:
                 "module, loss_fn, a hook or the optimizer raised StopIteration; raise another error"
             ) from error
 
-    def _run(self, window: Window) -> WindowResult:
+    def _run(self, whole: Window) -> WindowResult:
         begun, parts = time.perf_counter(), self._parts
         parts.updater.deliveries.wrappers.begin()
         weights = parts.weights()
         guard = parts.guard(weights)
-        opened = self._open(window)
+        opened = self._open(parts.truncation.reach(whole))
+        window, records = opened.reach.window, self._standing.records
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
@@ -127,7 +130,6 @@ class SequenceRun:
             self._observer.differentiated(window, loss, opened.notes.states())
             opened.hand_on()
             if loss is not None:
-                records = self._standing.records
                 if window.start == records.origin and not records.has_origin_state:
                     self.initial.collect(state_grads)
                 delivery.deliver()
@@ -138,10 +140,8 @@ class SequenceRun:
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
         result = WindowResult(
-            index=window.index,
-            start=window.start,
-            new_start=window.new_start,
-            stop=window.stop,
+            **asdict(window),
+            survival=opened.reach.survival,
             loss=loss,
             loss_value=opened.numbers.loss_value,
             state=opened.notes.final.state,
@@ -155,17 +155,18 @@ class SequenceRun:
             updated=updated,
             **parts.reach.take_figures(),
         )
-        done = self._standing.records, self.totals.plus(result, opened.loss), guard.expected
+        done = records, self.totals.plus(result, opened.loss), guard.expected
         self._standing = Standing(window.index + 1, *done, state_grads)
+        parts.truncation.has_run(opened.reach, opened.borders.norms)
         return result
 
-    def _open(self, window: Window) -> OpenWindow:
+    def _open(self, reach: Reach) -> OpenWindow:
         """The window with its steps; what generators and buffers they find is recorded."""
-        blocks = self._reader.window(window.first, window.stop)
+        blocks = self._reader.window(reach.window.first, reach.window.stop)
         ambient = self._ambient_for(blocks)
         records, num_steps = self._standing.records, self._reader.num_steps
-        records.find_ambient(window.new_start, ambient.found())
-        given = (self._options, self._parts, window, num_steps, blocks, ambient)
+        records.find_ambient(reach.window.new_start, ambient.found())
+        given = (self._options, self._parts, reach, num_steps, blocks, ambient)
         return OpenWindow(*given, self.initial, records, self._observer)
 
     def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:

@@ -31,6 +31,7 @@ from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim, recognise
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import AnyStrategy
+from tbptt_ckpt.schedule.truncation import AnyTruncation
 from tbptt_ckpt.time_batching.policy import BatchedOperation, TimeBatchingChoice
 from tbptt_ckpt.updates.updater import AnyOptimizer
 
@@ -61,6 +62,9 @@ class TBPTT:
         overlap: "refresh" runs the whole window with today's weights; "stale" restarts each
             block of `k1` steps from the state recorded when it was new: cheaper, and not
             the exact gradient once weights have moved.
+        truncation: "fixed" differentiates the whole window; "roulette", or a `Roulette`, stops the
+            gradient at a border by lot and divides what goes on, so that its mean is the whole
+            window's.
         strategy: "auto" or "optimal": the fastest plan within the memory budget, or, where none
             is given, within the free memory. "retain", "step", "sqrt", "uniform:LENGTH",
             "revolve:STATES", the equal object, a list of actions, or a function
@@ -124,6 +128,7 @@ class TBPTT:
         loss: LossSteps = "new",
         reduction: Reduction = "mean",
         overlap: Overlap = "refresh",
+        truncation: AnyTruncation = "fixed",
         strategy: AnyStrategy = "auto",
         memory_budget: MemoryBudget = None,
         executor: ExecutorName | Executor = "replay",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, TypeGuard
 
 import torch
@@ -114,6 +114,15 @@ class WindowLoss:
             self.has_graph = self.has_graph or losses.total.requires_grad
             self.lacks_graph = self.lacks_graph or not (constant or losses.total.requires_grad)
             self._losses.add(losses.total.detach(), 0.0, losses.factor)
+
+    def check_graph(self, parameters: Iterable[Tensor]) -> None:
+        """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
+        learns = any(parameter.requires_grad for parameter in parameters)
+        if learns and self.lacks_graph and not self.has_graph:
+            raise ArgumentError(
+                "loss_fn returned losses without a graph although there are weights to learn; "
+                "outputs or losses must not be detached"
+            )
 
     def is_known_empty(self) -> bool:
         """Whether the weights, now that all are known, sum to zero, as far as the host knows."""

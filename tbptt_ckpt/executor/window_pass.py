@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.errors import shown
+from tbptt_ckpt.executor.borders import Borders
 from tbptt_ckpt.executor.boundary import Boundary, rejoined
 from tbptt_ckpt.executor.guard import InputGuard, WeightGuard, advancing
 from tbptt_ckpt.executor.loss_sum import LossSum
@@ -89,6 +90,8 @@ class WindowPass:
     # Called once all is differentiated, before any of the numbers that were asked for is read.
     completed: Callable[[], None] = UNOBSERVED.ends
     numbers: Numbers = field(default_factory=Numbers)
+    # Where the gradient of the state is divided on its way back; runs are cut there too.
+    borders: Borders = field(default_factory=lambda: Borders({}, Numbers()))
     executed_steps: int = 0  # module steps run so far
     # Steps that were run in one call of a segment module, by earlier windows too.
     calls: set[tuple[int, int]] = field(default_factory=set)
@@ -118,6 +121,7 @@ class WindowPass:
             for begin, end in self._pieces(start, stop, longest):
                 if begin != start:
                     state = self.rejoin(begin, state)
+                state = self.borders.cross(begin, state)
                 with self._enter(begin, end, found):
                     try:
                         state = self.runner.run(self.blocks, self.resets, begin, end, state, sink)

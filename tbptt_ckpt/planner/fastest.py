@@ -46,6 +46,7 @@ def plan(
     budget_bytes: PositiveInt | None = None,
     strategy: AnyStrategy = OPTIMAL,
     new_steps: Dimension | None = None,
+    lead_steps: Dimension = 0,
     joints: Sequence[int] = (),
     recorded_states: Dimension = 0,
     first: Dimension = 0,
@@ -63,6 +64,8 @@ def plan(
         new_steps: Steps that no window before has run: the last ones, which alone have a loss.
             Where they are more than `num_steps` (k2 < k1), those before only advance. None
             where every step has a loss.
+        lead_steps: Steps before all these that only advance and have no loss: what a gradient
+            does not reach that is stopped by lot.
         joints: Steps, counted from the first one differentiated, whose states are given
             (stale overlap). Blocks are cut there.
         recorded_states: States that exist throughout beside the fixed part of the costs.
@@ -78,8 +81,13 @@ def plan(
         one-step leaves.
     """
     _check_joints(num_steps, new_steps, joints)
+    if joints and lead_steps:
+        raise ArgumentError(
+            f"lead_steps={lead_steps} do not go with joints={list(joints)}: steps begin at a "
+            "recorded state, or are advanced to"
+        )
     lengths = tuple(b - a for a, b in pairwise([0, *joints, num_steps]))
-    demand = Demand(lengths, new_steps, recorded_states)
+    demand = Demand(lengths, new_steps, recorded_states, lead_steps)
     if isinstance(strategy, str) and strategy == OPTIMAL:
         return _fastest(demand, costs, budget_bytes).at(first)
     start = first + demand.lead_steps
@@ -214,7 +222,7 @@ def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: 
     peaks, seconds = [costs.update_bytes], 0.0
     lead_state = 0
     if demand.lead_steps:
-        peaks.append(costs.advance_peak(demand.lead_steps, demand.lead_steps, advance_steps))
+        peaks.append(costs.advance_peak(demand.lead_steps, demand.lead_losses, advance_steps))
         seconds += advance_seconds(costs, demand.lead_steps, advance_steps)
         lead_state = costs.state_bytes
     losses, is_last = demand.num_losses, True

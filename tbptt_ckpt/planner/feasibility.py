@@ -89,6 +89,7 @@ class Demand:
     # and none only advances.
     new_steps: int | None = None
     recorded_states: int = 0  # states that exist throughout
+    earlier_steps: int = 0  # without a loss, before all others; they only advance
 
     @property
     def num_steps(self) -> int:
@@ -98,6 +99,11 @@ class Demand:
     @property
     def lead_steps(self) -> int:
         """Steps that only advance."""
+        return self.earlier_steps + self.lead_losses
+
+    @property
+    def lead_losses(self) -> int:
+        """Of these, the steps that have a loss, the last ones."""
         return max(0, (self.new_steps or 0) - self.num_steps)
 
     @property

@@ -21,17 +21,20 @@ class Window:
         start: First step the gradient reaches.
         new_start: First step no earlier window has run, the update point before.
         stop: The update point that ends the window.
+        run_start: Where `truncation="roulette"` has stopped the gradient on its way to a state,
+            the step of that state; None elsewhere.
     """
 
     index: int
     start: int
     new_start: int
     stop: int
+    run_start: int | None = None
 
     @property
     def first(self) -> int:
         """First step that runs at all: with `k2 < k1`, new steps before `start` run too."""
-        return min(self.start, self.new_start)
+        return min(self.start, self.new_start) if self.run_start is None else self.run_start
 
     @property
     def num_new_steps(self) -> int:

@@ -72,6 +72,7 @@ class RunIdentity:
         saved = state["identity"]
         here, there = self._flat(self.begin(), saved), self._flat(saved, self.begin())
         there.setdefault("module", here["module"])  # older snapshots do not say
+        there.setdefault("truncation", "fixed")
         data = saved["data"]
         found = self._data(data["epoch"]) if data is not None else None
         for name in _DATA:
@@ -133,6 +134,9 @@ def _run(options: Options, parts: Parts) -> dict[str, Any]:
         "loss_fn": _described(parts.loss_function.loss_fn),
         "module": _layers(recurrence.module),
         "optimizer": _kind(updater.optimizer),
+        "truncation": "fixed"
+        if (roulette := options.parsed_truncation()) is None
+        else repr(roulette),
         "parameters": _parameters(parts),
         "per_step": recurrence.per_step,
         "scaler": _kind(updater.scaler),

@@ -35,12 +35,12 @@ def all_or_nothing(
         SnapshotError: It is no state of a run.
     """
     check_schema(state)
-    group, loss = parts.updater.group, parts.loss_function
+    put_back = (parts.updater.group, parts.loss_function, parts.truncation)
     try:
         with ExitStack() as stack:
             used = parts.weights()
             stack.callback(set_random_state, random_state(used), used)  # the last one called
-            for owner in (*owners, group, loss):
+            for owner in (*owners, *put_back):
                 stack.callback(owner.load_state_dict, copy.deepcopy(owner.state_dict()))
             stack.callback(passes.copied())
             stack.callback(copied_learning_state(parts))

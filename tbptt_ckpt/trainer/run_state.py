@@ -99,6 +99,7 @@ class RunState:
             "limit": None if run is None else self._passes.limit,
             "init_state": [] if run is None else stored_state(run.initial.given),
             "plan": plan_state(self._parts, self._asked),
+            "truncation": self._parts.truncation.state_dict(),
             "identity": self.identity.state_dict(),
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
             "random": random_state(self._parts.weights()),
@@ -126,6 +127,8 @@ class RunState:
                 resume_run(run, saved, self._passes.limit, self._options.k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
                 self._extra[name].load_state_dict(state["extra"][name])
+            if "truncation" in state:  # older snapshots have none
+                self._parts.truncation.load_state_dict(state["truncation"])
             set_random_state(state["random"], self._parts.weights())
             messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
         self.progress, self.session, self.run = progress, Session(), run

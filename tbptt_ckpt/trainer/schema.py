@@ -82,7 +82,7 @@ _LEARNING = {
     "generators": [object],
 }
 _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
-_LATER = {"generators", "drawn", "sequence", "folds"}  # which older snapshots lack
+_LATER = {"generators", "drawn", "sequence", "folds", "truncation"}  # which older snapshots lack
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
@@ -90,6 +90,7 @@ STATE = {
     "device": str,
     "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
+    "truncation": {"drawn": int},
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},
     "identity": {
         "run": {str: object},

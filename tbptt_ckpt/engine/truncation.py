@@ -1,0 +1,66 @@
+"""How far back each window of an engine reaches, drawn window by window."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.module.host import Number
+from tbptt_ckpt.schedule.truncation import Reach, drawn_reach
+from tbptt_ckpt.schedule.windows import Window
+
+_GROWING = 3  # windows in a row whose gradient grows are told of
+
+
+class Truncation:
+    """Draws for the windows of all runs of an engine, which differ from run to run."""
+
+    def __init__(self, options: Options) -> None:
+        self._roulette, self._k1 = options.parsed_truncation(), options.k1
+        self._restarts = options.is_stale
+        self._drawn = 0  # windows that have run
+        self._growing = 0  # of them, the last ones whose gradient grew
+        self._has_warned = False
+
+    def reach(self, window: Window) -> Reach:
+        """How far it goes back; the same until it has run, however often it is asked for."""
+        if self._roulette is None or window.start >= window.new_start:
+            return Reach(window, window)
+        number = self._roulette.number(self._drawn)
+        return drawn_reach(window, self._roulette, self._k1, number, restarts=self._restarts)
+
+    def has_run(self, reach: Reach, norms: Mapping[int, Number]) -> None:
+        """A window is done; `norms` of the state's gradient arrived at borders."""
+        if self._roulette is None:
+            return
+        self._drawn += 1
+        crossed = [border for border in reach.divisors if border in norms]
+        if self._has_warned or len(crossed) < 2:
+            return
+        near, far = crossed[0], crossed[-1]
+        before = reach.survival / reach.divisors[far]  # what arrived there was divided by it
+        grown = float(norms[far]) * before > float(norms[near]) > 0
+        self._growing = self._growing + 1 if grown else 0
+        if self._growing == _GROWING:
+            self._has_warned = True
+            times = float(norms[far]) * before / float(norms[near])
+            warnings.warn(
+                f"truncation={self._roulette}: the gradient of the state grows with distance, "
+                f"{times:.3g} times over {near - far} steps in window {reach.window.index} and "
+                f"for {_GROWING} windows in a row: it explodes, and what is drawn seldom counts "
+                "most. Drawing then takes more work than the whole walk; use truncation='fixed', "
+                "and recurrent weights that let it decay",
+                TbpttWarning,
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the draws stand."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._drawn = state["drawn"]
