@@ -72,8 +72,12 @@ from tbptt_ckpt.schedule import (
     Differentiate,
     FixedBytes,
     Plan,
+    Roulette,
     Schedule,
+    fitted_roulette,
     parse_strategy,
+    parse_truncation,
+    roulette_price,
 )
 from tbptt_ckpt.snapshot import SnapshotStore
 from tbptt_ckpt.time_batching import TimeBatching
@@ -288,6 +292,13 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "Curve.through": lambda: (Curve.through, {"points": [(1, 1.0)]}),
         "Uniform": lambda: (Uniform, {"leaf_steps": 2}),
         "Revolve": lambda: (Revolve, {"num_states": 2}),
+        "Roulette": lambda: _on(Roulette, lambda made: use(engine(truncation=made)), survival=0.5),
+        "roulette_price": lambda: (
+            roulette_price,
+            {"roulette": Roulette(), "errors": [0.5, 0.1], "noise": 1.0},
+        ),
+        "fitted_roulette": lambda: (fitted_roulette, {"errors": [0.5, 0.1], "every": 2}),
+        "parse_truncation": lambda: (parse_truncation, {"truncation": "roulette"}),
         "Schedule": lambda: _on(Schedule, list, make_actions=lambda: iter(()), length=0),
         "parse_strategy": lambda: (parse_strategy, {"strategy": "sqrt"}),
         "simulate": lambda: (simulate, {"schedule": [Differentiate(0, 4)], "costs": costs()}),

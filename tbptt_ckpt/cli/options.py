@@ -237,6 +237,17 @@ def check_strategy(option: str, text: str) -> None:
         raise ArgumentError(f"{option} {text} is not one of {names}") from error
 
 
+def check_truncation(option: str, text: str) -> None:
+    """Refuse what names no truncation."""
+    from tbptt_ckpt.schedule.truncation import parse_truncation
+
+    try:
+        parse_truncation(text)
+    except ArgumentError as error:
+        names = "fixed, roulette, roulette:P with a probability P such as 0.8"
+        raise ArgumentError(f"{option} {text} is not one of {names}") from error
+
+
 def check_budget(option: str, text: str) -> None:
     """Refuse what is neither a size nor a part of the free memory."""
     from tbptt_ckpt.budget.amount import parse_budget

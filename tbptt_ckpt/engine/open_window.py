@@ -110,7 +110,7 @@ class OpenWindow:
             reach = k2 if most.stop - most.start == k2 else None
             fullest = shape_of(most, None, k1, reach, stale=is_stale)
             passed = len(recorded_steps(most, None, k1, reach, stale=True))
-        if self.reach.borders and not is_stale:  # others have a lead, and its last state
+        if self._options.parsed_truncation() and not is_stale:  # others have a lead's last state
             shape, fullest = shape.with_states(1), fullest.with_states(1)
         return Request(
             window=reached,

@@ -29,7 +29,12 @@ def odd_costs() -> Costs:
     )
 
 
-WINDOWS = [{}, {"new_steps": 12}, {"joints": (3, 6), "recorded_states": 4}]
+WINDOWS = [
+    {},
+    {"new_steps": 12},
+    {"joints": (3, 6), "recorded_states": 4},
+    {"new_steps": 2, "lead_steps": 9},
+]
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -107,6 +112,8 @@ BAD = {
     "joints": {"joints": (4, 4)},
     "joints ": {"joints": (10,)},
     "joints  ": {"joints": (3,), "new_steps": 11},
+    "lead_steps": {"lead_steps": -1},
+    "lead_steps ": {"joints": (3,), "lead_steps": 2},
     "strategy": {"strategy": "fastest"},
 }
 

@@ -96,6 +96,7 @@ def test_short_windows_are_planned_as_by_trying_every_split_at_every_place(costs
 
 
 WINDOWS = [{}, {"new_steps": 4}, {"new_steps": 1}, {"new_steps": 0}, {"new_steps": 30}]
+WINDOWS += [{"new_steps": 4, "lead_steps": 5}]
 JOINTS = [{"new_steps": n, "joints": (3, 6), "recorded_states": 4} for n in (1, 4, 5, 7)]
 
 

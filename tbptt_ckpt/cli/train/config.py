@@ -40,6 +40,11 @@ class TrainingConfig(ModelOptions):
         options.Default("none"),
     ] = None
     overlap: Annotated[options.Overlap, "What later windows start from."] = "refresh"
+    truncation: Annotated[
+        str,
+        "fixed; roulette or roulette:P stops a gradient by lot.",
+        options.check_truncation,
+    ] = "fixed"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
     lr: Annotated[float, "Learning rate of Adam."] = 4e-3
     max_steps: Annotated[int, "Time steps per lane, in total.", check_positive_int] = 48_000

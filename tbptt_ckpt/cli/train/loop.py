@@ -110,6 +110,7 @@ class TrainingLoop:
                 config.k1,
                 config.k2,
                 overlap=config.overlap,
+                truncation=config.truncation,
                 strategy=config.strategy,
                 memory_budget=config.budget,
                 executor=config.executor,

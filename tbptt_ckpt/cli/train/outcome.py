@@ -73,6 +73,8 @@ def print_outcome(outcome: TrainingOutcome) -> None:
     """Print the outcome as a table on the standard output."""
     config = outcome.config
     reach = "the start" if config.k2 is None else f"{config.k2:,}"
+    if config.truncation != "fixed":
+        reach += f" by {config.truncation}"
     caption = (
         f"k1={config.k1:,}, k2={reach}, {config.strategy}, {config.overlap} overlap, "
         f"{outcome.num_parameters:,} parameters"
