@@ -34,14 +34,14 @@ from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
-from tbptt_ckpt.schedule.truncation import Reach
+from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
 
 
 class OpenWindow:
     """One window, from its first state to what later windows start from.
 
-    `reach` says how far back it goes; `initial` is the state at step 0; `records` is what earlier
+    `draw` says how far back it goes; `initial` is the state at step 0; `records` is what earlier
     windows left, generators and buffers at the window's new steps among them.
 
     Attributes:
@@ -49,7 +49,7 @@ class OpenWindow:
         executed_steps: Module steps run for it.
         notes: What was noted in passing.
         numbers: What is read of it.
-        reach: How far back it goes: all the way where it has no loss.
+        draw: How far back it goes: all the way where it has no loss.
         borders: Where its gradient was divided.
     """
 
@@ -57,7 +57,7 @@ class OpenWindow:
         self,
         options: Options,
         parts: Parts,
-        reach: Reach,
+        draw: Draw,
         num_steps: int | None,
         blocks: Sequence[StepBlock],
         ambient: Ambient,
@@ -65,7 +65,7 @@ class OpenWindow:
         records: Records,
         observer: Observer,
     ) -> None:
-        self._options, self._parts, window = options, parts, reach.whole
+        self._options, self._parts, window = options, parts, draw.whole
         self._window, self._num_steps, self._blocks = window, num_steps, blocks
         self._ambient, self._initial, self._records = ambient, initial, records
         self._observer = observer
@@ -73,9 +73,9 @@ class OpenWindow:
         self._loss_start = options.loss_start(window)
         self.numbers = WindowNumbers(parts.updater, initial, observer)
         self.notes = Notes(options, window, num_steps, records, self.numbers)
-        self.reach = reach = reach if self.has_loss() else reach.unstopped()
-        self._reached = reach.window  # what is differentiated of it
-        self.borders = Borders(reach.divisors, self.numbers)
+        self.draw = draw = draw if self.has_loss() else draw.unstopped()
+        self._reached = draw.window  # what is differentiated of it
+        self.borders = Borders(draw.divisors, self.numbers)
         # The state that an earlier window left is a constant: nobody sees its gradient.
         self._wants_state_grads = self._reached.start == records.origin
         self.loss: WindowLoss = NO_LOSS
@@ -251,7 +251,7 @@ class OpenWindow:
     def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:
         """Where every run ends, whatever the plan."""
         changes = self._ambient.changes(ambients)
-        return {self._window.new_start, *self.reach.borders, *self.notes.stops(), *changes}
+        return {self._window.new_start, *self.draw.borders, *self.notes.stops(), *changes}
 
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""

@@ -134,7 +134,8 @@ def make_parts(
     given = options.executor
     executor: Executor = _EXECUTORS[given]() if isinstance(given, str) else given
     wrappers = deliveries.wrappers
-    works = measured and not (executor.one_graph or wrappers.is_sharded)
+    is_drawn = options.parsed_truncation() is not None  # what gradients are is divided
+    works = measured and not (executor.one_graph or wrappers.is_sharded or is_drawn)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),

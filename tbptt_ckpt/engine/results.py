@@ -31,7 +31,8 @@ class WindowFigures(Window):
             brings from there is divided by this. 1.0 where nothing was drawn.
         decay: How the gradient fades from the window's end to its start, in the windows in which
             that is measured: as many as take 1 % of the time, those of two leaves and more, and
-            none under `executor="checkpoint"` or where weights are sharded; None in the others.
+            none under `executor="checkpoint"` or `truncation="roulette"`, or where weights are
+            sharded; None in the others.
         reach: How many steps back make the gradient to 1e-3, from `decay`.
     """
 
@@ -42,7 +43,7 @@ class WindowFigures(Window):
     drift: float
     seconds: float
     updated: bool
-    survival: float
+    survival: float = 1.0
     decay: Decay | None = None
     reach: Reach | None = None
 

@@ -25,7 +25,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.trees import Tree, tensors_of
-from tbptt_ckpt.schedule.truncation import Reach
+from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 
 
@@ -115,10 +115,9 @@ class SequenceRun:
     def _run(self, whole: Window) -> WindowResult:
         begun, parts = time.perf_counter(), self._parts
         parts.updater.deliveries.wrappers.begin()
-        weights = parts.weights()
-        guard = parts.guard(weights)
-        opened = self._open(parts.truncation.reach(whole))
-        window, records = opened.reach.window, self._standing.records
+        guard = parts.guard(weights := parts.weights())
+        opened = self._open(parts.truncation.of(whole))
+        window, records = opened.draw.window, self._standing.records
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
@@ -141,7 +140,7 @@ class SequenceRun:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
         result = WindowResult(
             **asdict(window),
-            survival=opened.reach.survival,
+            survival=opened.draw.survival,
             loss=loss,
             loss_value=opened.numbers.loss_value,
             state=opened.notes.final.state,
@@ -157,16 +156,16 @@ class SequenceRun:
         )
         done = records, self.totals.plus(result, opened.loss), guard.expected
         self._standing = Standing(window.index + 1, *done, state_grads)
-        parts.truncation.has_run(opened.reach, opened.borders.norms)
+        parts.truncation.has_run(opened.draw, opened.borders.norms)
         return result
 
-    def _open(self, reach: Reach) -> OpenWindow:
+    def _open(self, draw: Draw) -> OpenWindow:
         """The window with its steps; what generators and buffers they find is recorded."""
-        blocks = self._reader.window(reach.window.first, reach.window.stop)
+        blocks = self._reader.window(draw.window.first, draw.window.stop)
         ambient = self._ambient_for(blocks)
         records, num_steps = self._standing.records, self._reader.num_steps
-        records.find_ambient(reach.window.new_start, ambient.found())
-        given = (self._options, self._parts, reach, num_steps, blocks, ambient)
+        records.find_ambient(draw.window.new_start, ambient.found())
+        given = (self._options, self._parts, draw, num_steps, blocks, ambient)
         return OpenWindow(*given, self.initial, records, self._observer)
 
     def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:

@@ -9,7 +9,7 @@ from typing import Any
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.module.host import Number
-from tbptt_ckpt.schedule.truncation import Reach, drawn_reach
+from tbptt_ckpt.schedule.truncation import Draw, draw
 from tbptt_ckpt.schedule.windows import Window
 
 _GROWING = 3  # windows in a row whose gradient grows are told of
@@ -25,23 +25,23 @@ class Truncation:
         self._growing = 0  # of them, the last ones whose gradient grew
         self._has_warned = False
 
-    def reach(self, window: Window) -> Reach:
+    def of(self, window: Window) -> Draw:
         """How far it goes back; the same until it has run, however often it is asked for."""
         if self._roulette is None or window.start >= window.new_start:
-            return Reach(window, window)
+            return Draw(window, window)
         number = self._roulette.number(self._drawn)
-        return drawn_reach(window, self._roulette, self._k1, number, restarts=self._restarts)
+        return draw(window, self._roulette, self._k1, number, restarts=self._restarts)
 
-    def has_run(self, reach: Reach, norms: Mapping[int, Number]) -> None:
+    def has_run(self, drawn: Draw, norms: Mapping[int, Number]) -> None:
         """A window is done; `norms` of the state's gradient arrived at borders."""
         if self._roulette is None:
             return
         self._drawn += 1
-        crossed = [border for border in reach.divisors if border in norms]
+        crossed = [border for border in drawn.divisors if border in norms]
         if self._has_warned or len(crossed) < 2:
             return
         near, far = crossed[0], crossed[-1]
-        before = reach.survival / reach.divisors[far]  # what arrived there was divided by it
+        before = drawn.survival / drawn.divisors[far]  # what arrived there was divided by it
         grown = float(norms[far]) * before > float(norms[near]) > 0
         self._growing = self._growing + 1 if grown else 0
         if self._growing == _GROWING:
@@ -49,7 +49,7 @@ class Truncation:
             times = float(norms[far]) * before / float(norms[near])
             warnings.warn(
                 f"truncation={self._roulette}: the gradient of the state grows with distance, "
-                f"{times:.3g} times over {near - far} steps in window {reach.window.index} and "
+                f"{times:.3g} times over {near - far} steps in window {drawn.window.index} and "
                 f"for {_GROWING} windows in a row: it explodes, and what is drawn seldom counts "
                 "most. Drawing then takes more work than the whole walk; use truncation='fixed', "
                 "and recurrent weights that let it decay",

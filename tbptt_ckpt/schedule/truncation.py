@@ -78,7 +78,7 @@ class Roulette:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class Draw:
     """How far back one window goes.
 
     Attributes:
@@ -95,14 +95,12 @@ class Reach:
     borders: Sequence[int] = ()
     divisors: Mapping[int, float] = field(default_factory=dict)
 
-    def unstopped(self) -> Reach:
+    def unstopped(self) -> Draw:
         """The same, all the way."""
-        return Reach(self.whole, self.whole)
+        return Draw(self.whole, self.whole)
 
 
-def drawn_reach(
-    window: Window, roulette: Roulette, k1: int, number: float, *, restarts: bool
-) -> Reach:
+def draw(window: Window, roulette: Roulette, k1: int, number: float, *, restarts: bool) -> Draw:
     """As far back as `number`, out of [0, 1), says.
 
     Args:
@@ -123,7 +121,7 @@ def drawn_reach(
         divisors[border] = probability
     run_start = None if restarts or start == window.start else window.first
     reached = replace(window, start=start, run_start=run_start)
-    return Reach(window, reached, survival, borders, divisors)
+    return Draw(window, reached, survival, borders, divisors)
 
 
 TruncationName = Literal["fixed", "roulette"]

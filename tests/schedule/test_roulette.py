@@ -10,7 +10,7 @@ import pytest
 
 from tbptt_ckpt import ArgumentError, tbptt_windows
 from tbptt_ckpt.schedule import Roulette, fitted_roulette, roulette_price
-from tbptt_ckpt.schedule.truncation import drawn_reach
+from tbptt_ckpt.schedule.truncation import draw
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -25,17 +25,17 @@ def test_every_window_of_a_sequence_may_stop_at_its_borders(
         borders = list(range(window.new_start, window.start, -(every or k1)))
         stops = dict.fromkeys([*borders, window.start], 0)
         for part in range(512):
-            reach = drawn_reach(window, roulette, k1, part / 512, restarts=restarts)
-            crossed = [border for border in borders if border > reach.window.start]
-            assert list(reach.divisors) == crossed
+            drawn = draw(window, roulette, k1, part / 512, restarts=restarts)
+            crossed = [border for border in borders if border > drawn.window.start]
+            assert list(drawn.divisors) == crossed
             given = [0.75, 0.5, *[0.25] * len(borders)]
-            assert list(reach.divisors.values()) == given[: len(crossed)]
-            assert reach.survival == np.prod(given[: len(crossed)])
-            assert list(reach.borders) == borders
-            assert reach.whole == window
-            led = not restarts and reach.window.start > window.start
-            assert reach.window.first == (window.start if led else reach.window.start)
-            stops[reach.window.start] += 1
+            assert list(drawn.divisors.values()) == given[: len(crossed)]
+            assert drawn.survival == np.prod(given[: len(crossed)])
+            assert list(drawn.borders) == borders
+            assert drawn.whole == window
+            led = not restarts and drawn.window.start > window.start
+            assert drawn.window.first == (window.start if led else drawn.window.start)
+            stops[drawn.window.start] += 1
         left = 1.0
         for border, probability in zip(borders, [0.75, 0.5, *[0.25] * len(borders)], strict=False):
             expected = left * (1 - probability) * 512
