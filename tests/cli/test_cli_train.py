@@ -43,6 +43,7 @@ class TestTraining:
             "--k2 none",
             "--k2 3",
             "--overlap stale",
+            "--truncation roulette:0.5",
             "--executor checkpoint",
             "--strategy revolve:3",
             "--strategy step",
@@ -123,7 +124,7 @@ class TestOptions:
         words = (
             "train --data d --model gru --hidden 2 --layers 3 --lanes 4 --k1 5 --k2 6 "
             "--strategy sqrt --overlap stale --executor checkpoint --lr 0.5 --max-steps 7 "
-            "--seed 8 --device cpu --dtype float64 --save s --force"
+            "--truncation roulette --seed 8 --device cpu --dtype float64 --save s --force"
         )
         assert self.asked_for(monkeypatch, capsys, words.split()) == TrainingConfig(
             data=Path("d"),
@@ -135,6 +136,7 @@ class TestOptions:
             k2=6,
             strategy="sqrt",
             overlap="stale",
+            truncation="roulette",
             executor="checkpoint",
             lr=0.5,
             max_steps=7,

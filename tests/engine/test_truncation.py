@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise, product
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -33,6 +35,7 @@ from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, Trainer
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.schedule import Advance, Differentiate, Keep, Roulette
+from tbptt_ckpt.trainer import JsonLines
 
 STEPS, K1, K2 = 13, 3, 10
 SURVIVAL = (0.9, 0.5, 0.7)
@@ -424,6 +427,25 @@ def test_a_gradient_that_grows_with_distance_is_told_of_once(
     assert told(1.2, "fixed") == []
 
 
+def test_events_say_how_far_and_how_probably(tmp_path: Path) -> None:
+    module = lstm_cell()
+    tbptt = TBPTT(
+        *(module, mean_loss, K1, K2, torch.optim.SGD(module.parameters(), 0.1)),
+        truncation=Roulette(0.6),
+    )
+    sinks = [JsonLines(tmp_path / "events")]
+    trainer = Trainer(tbptt, TensorSequence(*random_data(20)), epochs=1, events=sinks)
+    expected = [(w.start, w.survival, w.executed_steps) for w in trainer.windows()]
+    lines = map(json.loads, (tmp_path / "events").read_text().splitlines())
+    told = [
+        (e["start"], e["survival"], e["stop"] - e["new_start"] + e["recomputed_steps"])
+        for e in lines
+        if e["event"] == "window"
+    ]
+    assert told == expected
+    assert len({survival for _, survival, _ in told}) > 1
+
+
 # Snapshots
 
 
@@ -452,3 +474,4 @@ def test_a_resumed_run_draws_as_one_that_was_never_stopped(overlap: str, tmp_pat
         other, _ = trainer(seed=1)
         with pytest.raises(ArgumentError, match="truncation="):
             other.load_state_dict(state)
+        other.load_state_dict(state, accept=["truncation"])
