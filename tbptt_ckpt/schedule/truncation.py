@@ -135,9 +135,9 @@ def parse_truncation(truncation: object) -> Roulette | None:
     """
     if isinstance(truncation, Roulette):
         return truncation
-    if truncation == "fixed":
-        return None
     text = truncation if isinstance(truncation, str) else ""
+    if text == "fixed":
+        return None
     found = re.fullmatch(r"roulette(?::(0?\.[0-9]{1,17}|1(?:\.0)?))?", text)
     if found is None or not float(found[1] or 1):
         raise ArgumentError(
