@@ -71,6 +71,10 @@ class ReachGauge(Observer):
                 self._places = rows, signs
         return self._places
 
+    def _rest(self, seconds: float) -> None:
+        """So much time was spent: windows that are not measured come next."""
+        self._due = time.perf_counter() + _SHARE * seconds
+
     def _weights(self) -> list[Tensor]:
         found = (*self._parameters, *self._updater.optimized())
         return [w for w in dict.fromkeys(found) if w.requires_grad and w.numel()]
@@ -95,9 +99,13 @@ class ReachGauge(Observer):
 
     def asks(self, numbers: Numbers, loss: Tensor | None, states: list[Tree]) -> None:
         """Ask for the norms."""
-        if self._window is not None:
-            is_whole = loss is not None and self._window.ask(numbers, self._updater.grad_scale)
-            self._window = self._window if is_whole else None
+        measured = self._window
+        if measured is None or (
+            loss is not None and measured.ask(numbers, self._updater.grad_scale)
+        ):
+            return
+        self._rest(measured.seconds)  # gradients that stay were looked at all the same
+        self._window = None
 
     def take_figures(self) -> dict[str, Any]:
         """`decay` and `reach` of the window that was told of last; nothing if unmeasured."""
@@ -106,8 +114,7 @@ class ReachGauge(Observer):
             return {}
         begun = time.perf_counter()
         found = measured.decay(self._mean_norm)
-        ended = time.perf_counter()
-        self._due = ended + _SHARE * (measured.seconds + ended - begun)
+        self._rest(measured.seconds + time.perf_counter() - begun)
         if found is None:
             return {}
         decay, norm = found

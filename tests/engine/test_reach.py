@@ -183,8 +183,9 @@ def test_a_gradient_that_vanishes_is_held_against_others() -> None:
     assert (after.above, after.within) == (0, 2)
 
 
-def test_windows_rest_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only sketches and windows move."""
+@pytest.mark.parametrize("strategy", ["uniform:2", "retain"])
+def test_windows_rest_as_long_as_it_takes(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only sketches and windows move; under "retain" gradients that stay are read."""
     now, spent = [0.0], [0.0]
     known = reach_gauge.sketch
 
@@ -197,10 +198,12 @@ def test_windows_rest_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(reach_gauge.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(reach_gauge, "_SHARE", 20.0)
     measured = 0
-    for window in ran(cases.tanh_cell(), num_steps=400):
+    given: dict[str, Any] = {"strategy": strategy, "optimizer": None}
+    for window in ran(cases.tanh_cell(), num_steps=400, **given):
         now[0] += 10.0
         measured += window.decay is not None
-    assert measured >= 2
+    assert (measured >= 2) == (strategy != "retain")
+    assert spent[0] > 0.0
     assert spent[0] <= now[0] / reach_gauge._SHARE + 0.5 * (K2 // 2 + 1)
 
 
