@@ -232,6 +232,11 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
             {k: v for k, v in work().items() if k not in ("loss_fn", "targets")},
         ),
         "verify": lambda: (verify, {**work(), "strategy": "sqrt"}),
+        "Decay.errors": lambda: (decay().errors, {"every": 1}),
+        "MeasuredReach.errors": lambda: (
+            MeasuredReach(k1=1, k2=2, decays=(decay(),)).errors,
+            {"every": 1},
+        ),
         "Decay.reach": lambda: (decay().reach, {"tolerance": 1e-3}),
         "evaluate": lambda: (
             evaluate,

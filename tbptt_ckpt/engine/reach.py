@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tbptt_ckpt.arguments import AboveZero, checked
+from tbptt_ckpt.arguments import AboveZero, PositiveInt, checked
 
 TOLERANCE = 1e-3  # of the reach that every window's figures have
 
@@ -87,6 +87,27 @@ class Decay:
             elif within is None:
                 within = border.steps_back
         return Reach(tolerance, above, within, self.borders[-1].steps_back)
+
+    @checked
+    def errors(self, every: PositiveInt | None = None) -> list[float]:
+        """What is missing at each border where a gradient may be stopped by lot.
+
+        From where losses begin back to the window's start, as `roulette_price` and
+        `fitted_roulette` take them. Where no leaf begins at such a border it is the error of the
+        next one after it in time, which is mostly larger; 1.0 where there is none.
+
+        Args:
+            every: Steps between them, as for `Roulette`.
+
+        Raises:
+            ArgumentError: No positive number.
+        """
+        step = every or self.loss_steps
+        found = []
+        for steps_back in range(self.loss_steps, self.borders[-1].steps_back, step):
+            known = [border.error for border in self.borders if border.steps_back <= steps_back]
+            found.append(known[-1] if known else 1.0)
+        return found
 
     @property
     def growth(self) -> float | None:

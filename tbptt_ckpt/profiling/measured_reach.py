@@ -63,6 +63,18 @@ class MeasuredReach:
         found = [decay.reach(tolerance) for decay in self.decays]
         return max(found, key=lambda reach: (reach.within is None, reach.steps, reach.above))
 
+    @checked
+    def errors(self, every: PositiveInt | None = None) -> list[float]:
+        """The largest at each border where a gradient may be stopped by lot: see `Decay.errors`.
+
+        Args:
+            every: As there.
+
+        Raises:
+            ArgumentError: No positive number.
+        """
+        return [max(each) for each in zip(*(d.errors(every) for d in self.decays), strict=True)]
+
     @property
     def growth(self) -> float | None:
         """The largest `Decay.growth`; above 1 a gradient grows with distance."""

@@ -31,7 +31,7 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, Trainer
+from tbptt_ckpt import TBPTT, ArgumentError, LaneSource, TensorSequence, Trainer
 from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.executor.observer import ActionTrace
 from tbptt_ckpt.schedule import Advance, Differentiate, Keep, Roulette
@@ -353,6 +353,34 @@ def test_accumulated_windows_are_their_mean(overlap: str) -> None:
             parts = []
 
 
+def test_lanes_of_many_lengths() -> None:
+    """Sequences begin and end in the middle of windows: the mean is the gradient of the whole."""
+    x, y = random_data(4 * STEPS)
+    edges = [0, 5, 16, 20, 33, 45, 4 * STEPS]
+    parts = [TensorSequence(x[a:b, 0], y[a:b, 0]) for a, b in pairwise(edges)]
+
+    def grads(truncation: Any, repeats: int = 1) -> list[tuple[int, int, list[Tensor]]]:
+        module, found = tanh_cell(), []
+        parameters = list(module.parameters())
+        tbptt = TBPTT(module, mean_loss, K1, K2, truncation=truncation, strategy="uniform:4")
+        for _ in range(repeats):
+            for window in tbptt.windows(LaneSource(parts, 2), random_state()):
+                found.append((window.index, window.start, gradients(parameters)))
+                clear_gradients(parameters)
+        return found
+
+    whole = [found for _, _, found in grads("fixed")]
+    roulette, count = Roulette(0.5), len(whole)
+    draws = numbers(roulette, 3)
+    drawn = Drawn(0.5, numbers=draws, windows=count)
+    means = [[torch.zeros_like(g) for g in each] for each in whole]
+    shares = [above - below for above, below in pairwise([1.0, *survivals(roulette, 3), 0.0])]
+    for place, (index, _, found) in enumerate(grads(drawn, len(draws))):
+        for mean, grad in zip(means[index], found, strict=True):
+            mean += shares[place // count] * grad  # draws that a short window has not are alike
+    assert all(relative_error(a, b) <= 1e-12 for a, b in zip(means, whole, strict=True))
+
+
 # What is refused
 
 
@@ -444,6 +472,38 @@ def test_events_say_how_far_and_how_probably(tmp_path: Path) -> None:
     ]
     assert told == expected
     assert len({survival for _, survival, _ in told}) > 1
+
+
+class Scarce(nn.Module):
+    """Finds no memory at some calls of a run."""
+
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self.cell, self.calls, self.done = lstm_cell(), calls, 0
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        self.done += 1
+        if self.done in self.calls:
+            raise MemoryError
+        return self.cell(x, state)
+
+
+def test_a_window_that_is_run_again_draws_what_it_drew() -> None:
+    def run(*calls: int) -> tuple[list[int], list[Tensor]]:
+        module = Scarce(*calls)
+        tbptt = TBPTT(
+            *(module, mean_loss, K1, K2, torch.optim.SGD(module.parameters(), 0.1)),
+            truncation=Roulette(0.6),
+            strategy="uniform:4",
+        )
+        trainer = Trainer(tbptt, TensorSequence(*random_data(20)), epochs=1)
+        return [window.start for window in trainer.windows()], list(module.parameters())
+
+    starts, weights = run()
+    with pytest.warns(TbpttWarning, match="did not fit"):
+        again, found = run(20, 60)
+    assert again == starts
+    assert all(relative_error([a], [b]) <= 1e-12 for a, b in zip(found, weights, strict=True))
 
 
 # Snapshots

@@ -30,6 +30,7 @@ from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor import additivity
 from tbptt_ckpt.module import host
+from tbptt_ckpt.schedule import Roulette
 
 NUM_STEPS, K1, WARM = 19, 3, 4  # windows after which modules and losses are known
 INPUTS, TARGETS = random_data(NUM_STEPS)
@@ -81,6 +82,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Put], Any], dict[
     "refresh": (lstm_cell, F.mse_loss, tensors(), {"k2": 4}),
     "no_overlap": (lstm_cell, F.mse_loss, tensors(), {"k2": 1}),
     "far": (tanh_cell, F.mse_loss, tensors(), {"k2": 8, "strategy": "revolve:2"}),
+    "drawn": (lstm_cell, F.mse_loss, tensors(), {"k2": 4, "truncation": Roulette(0.9)}),
     "stale": (lstm_cell, F.mse_loss, tensors(), {"k2": 4, "overlap": "stale"}),
     "stale_far": (tanh_cell, F.mse_loss, tensors(), {"k2": 8, "overlap": "stale"}),
     "stale_segments": (lstm, F.mse_loss, tensors(), {"k2": 4, "overlap": "stale"}),
@@ -105,6 +107,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Put], Any], dict[
 # Those that are run each time, with what `Trainer` asks for besides.
 CHOSEN = {
     "clipped": True,
+    "drawn": True,
     "plateau": False,
     "masked_window": False,
     "resets": False,

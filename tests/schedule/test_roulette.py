@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from tbptt_ckpt import ArgumentError, tbptt_windows
+from tbptt_ckpt.engine.reach import Border, Decay
+from tbptt_ckpt.profiling.measured_reach import MeasuredReach
 from tbptt_ckpt.schedule import Roulette, fitted_roulette, roulette_price
 from tbptt_ckpt.schedule.truncation import draw
 
@@ -113,6 +115,17 @@ def test_what_does_not_pay_is_refused(errors: list[float]) -> None:
         fitted_roulette(errors)
     for survival in (0.3, 0.8, 0.99):
         assert not roulette_price(Roulette(survival), errors).pays
+
+
+def test_errors_of_a_measured_reach_are_taken_at_borders() -> None:
+    """Where no leaf begins, the error of a shorter cut; and of several windows the largest."""
+    known = [(4, 0.9), (6, 0.7), (8, 0.4), (12, 0.1), (20, 0.0)]
+    decay = Decay(tuple(Border(back, None, error) for back, error in known), 6)
+    assert decay.errors() == [0.7, 0.1, 0.1]  # 6, 12 and 18 steps back
+    assert decay.errors(2) == [0.7, 0.4, 0.4, 0.1, 0.1, 0.1, 0.1]
+    assert Decay(decay.borders[3:], 6).errors() == [1.0, 0.1, 0.1]
+    lower = Decay(tuple(Border(back, None, 0.2) for back, _ in known), 6)
+    assert MeasuredReach(k1=6, k2=20, decays=(decay, lower)).errors() == [0.7, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
