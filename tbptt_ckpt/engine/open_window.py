@@ -32,7 +32,7 @@ from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, has_loss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
-from tbptt_ckpt.module.trees import tensors_of
+from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
 from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
@@ -162,12 +162,15 @@ class OpenWindow:
         self.loss = loss
         return grads
 
+    def begins_with(self) -> tuple[Sequence[StepBlock], Tree, int | None]:
+        """Its steps, its first state, and the steps of the sequence."""
+        return self._blocks, self._boundary_at(self._window.first).state, self._num_steps
+
     def only_advance(self, guard: WeightGuard, weights_before: object) -> None:
         """Run a window without targets.
 
-        Under refresh the steps of earlier windows run again if the weights have changed
-        since, so that the state handed on is today's. States at which later windows begin
-        are kept here, since the next window may not pass them again.
+        Under refresh earlier steps run again if weights have changed since: the state handed on
+        is today's. States at which later windows begin are kept: the next may not pass them again.
         """
         window = self._window
         self.notes.keep_all()
@@ -197,14 +200,13 @@ class OpenWindow:
 
     def num_tokens(self) -> int:
         """Valid new steps of all lanes."""
-        new = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
-        return sum(block.num_tokens() for block in new)
+        blocks = narrow_blocks(self._blocks, self._window.new_start, self._window.stop)
+        return sum(block.num_tokens() for block in blocks)
 
     def beside_bytes(self, reader: WindowReader) -> int:
         """Bytes of its steps, of those that have been read ahead, and of what libraries keep."""
         steps = sum(block.num_bytes() for block in self._blocks)
-        kept = self._parts.library_bytes()
-        return steps + reader.ahead_bytes(self._window.stop) + kept
+        return steps + reader.ahead_bytes(self._window.stop) + self._parts.library_bytes()
 
     def _pass(
         self,

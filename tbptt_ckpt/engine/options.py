@@ -9,12 +9,14 @@ import torch
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, PositiveInt, check_fields
 from tbptt_ckpt.budget.amount import Amount, MemoryBudget, parse_budget
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.executor import compiled_steps
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.strategies import AnyStrategy, Strategy, parse_strategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, Auto, Optimal, Strategy, parse_strategy
 from tbptt_ckpt.schedule.truncation import AnyTruncation, Roulette, parse_truncation
 from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
 LossSteps = Literal["new", "last"]
@@ -42,6 +44,7 @@ class Options:
     memory_budget: MemoryBudget = None
     executor: ExecutorName | Executor = "replay"
     time_batching: TimeBatchingChoice = "auto"
+    compile: CompileChoice = False
     per_step: bool | None = None
     time_dim: Dimension | None = None
     clip_grad_norm: AboveZero | None = None
@@ -58,6 +61,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_compiled(self)
         if (roulette := self.parsed_truncation()) is not None:
             self._check_borders(roulette)
 
@@ -85,9 +89,16 @@ class Options:
         """First step of a window whose loss counts."""
         return window.new_start if self.loss == "new" else window.stop - 1
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps are compiled whatever the run: what they take is not measured then."""
+        return self.compile not in (False, "auto")
+
     def parsed_strategy(self) -> Strategy:
         """The strategy as an object."""
-        return parse_strategy(self.strategy)
+        strategy = parse_strategy(self.strategy)
+        is_auto = self.is_compiled and isinstance(strategy, Auto)
+        return Auto(compiled_steps.BLOCK_STEPS) if is_auto else strategy
 
     def parsed_truncation(self) -> Roulette | None:
         """How a gradient is stopped by lot; None where it is not."""
@@ -96,3 +107,19 @@ class Options:
     def parsed_budget(self) -> Amount | None:
         """The memory budget; None where none was asked for."""
         return parse_budget(self.memory_budget)
+
+
+def _check_compiled(options: Options) -> None:
+    """Raise `ArgumentError` for what needs bytes and seconds of compiled steps."""
+    if not options.is_compiled:
+        return
+    given: dict[str, object] = {"memory_budget": options.memory_budget, "costs": options.costs}
+    if isinstance(options.parsed_strategy(), Optimal):
+        given["strategy"] = options.strategy
+    for name, value in given.items():
+        if value is not None:
+            raise ArgumentError(
+                f"{name}={shown(value)} does not go with compile={shown(options.compile)}: what "
+                "compiled steps take is not measured; leave one of them out, and give a strategy "
+                f"such as 'uniform:{2 * compiled_steps.BLOCK_STEPS}'"
+            )

@@ -120,6 +120,7 @@ def make_parts(
         options.autocast_dtype,
         options.time_batching,
         traces=options.memory_budget is None,  # the smallest is that of a loop
+        compile=options.compile,
     )
     if isinstance(options.strategy, Plan):
         runner.time_batching.decide(options.strategy.form)
@@ -224,6 +225,7 @@ def _make_budget(
     strategy, amount = options.parsed_strategy(), options.parsed_budget()
     if amount is not None:
         amount.check_device(device_of(parameters or updater.optimized()))
+    measured = measured and not options.is_compiled
     finds_fastest = measured and isinstance(strategy, Auto | Optimal)
     if executor.one_graph:
         if amount is not None or isinstance(strategy, Optimal):

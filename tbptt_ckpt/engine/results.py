@@ -34,6 +34,7 @@ class WindowFigures(Window):
             none under `executor="checkpoint"` or `truncation="roulette"`, or where weights are
             sharded; None in the others.
         reach: How many steps back make the gradient to 1e-3, from `decay`.
+        compile_seconds: What compiling its steps took before it, which is no part of `seconds`.
     """
 
     recomputed_steps: int
@@ -46,6 +47,7 @@ class WindowFigures(Window):
     survival: float = 1.0
     decay: Decay | None = None
     reach: Reach | None = None
+    compile_seconds: float = 0.0
 
     @property
     def executed_steps(self) -> int:

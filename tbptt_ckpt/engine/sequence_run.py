@@ -13,6 +13,7 @@ from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.window_budget import PlannedWindow
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
+from tbptt_ckpt.engine.compiling import compile_window
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.open_window import OpenWindow
 from tbptt_ckpt.engine.options import Options
@@ -121,7 +122,9 @@ class SequenceRun:
         planned = self._plan(window, opened) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
-        delivery = parts.updater.deliveries.of((*weights, *self.initial.leaves()))
+        waiting = (*weights, *self.initial.leaves())
+        compile_seconds = compile_window(parts, window, opened, planned, waiting)
+        delivery = parts.updater.deliveries.of(waiting)
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             meter.lap()  # what checks took, some of them once, is none of the update's
@@ -149,7 +152,8 @@ class SequenceRun:
             peak_bytes=peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             drift=opened.notes.drift.value,
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - begun - compile_seconds,
+            compile_seconds=compile_seconds,
             plan=parts.plan_of(planned) if planned is not None and loss is not None else None,
             updated=updated,
             **parts.reach.take_figures(),
@@ -224,10 +228,7 @@ class SequenceRun:
         return self._ambient
 
     def mark(self) -> Mark:
-        """Where the run stands between windows, for `rewind`; holds states, copies none.
-
-        Where gradients accumulate they are copied, since a window adds to them.
-        """
+        """Where the run stands, for `rewind`; copies no states, but gradients that accumulate."""
         ambient = self._present_ambient()
         return Mark(
             standing=self._standing.copy(),
@@ -258,10 +259,7 @@ class SequenceRun:
         self._standing = self._standing.skipping(window, ambient)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands between windows, in containers of numbers and tensors.
-
-        The tensors are the run's own; write them out before the next window.
-        """
+        """Where the run stands between windows; tensors are its own, to be written at once."""
         return {
             **self._standing.state_dict(self._present_ambient(), self._weights()),
             "collected": self.initial.collected(),

@@ -18,6 +18,7 @@ from tbptt_ckpt.engine.parts import make_parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
+from tbptt_ckpt.executor.compiled_steps import Wanted
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay_check import UNCHECKED, CheckInBackward
 from tbptt_ckpt.executor.runner import make_runner
@@ -28,7 +29,8 @@ from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, recognise, time_of
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
-from tbptt_ckpt.schedule.strategies import AnyStrategy, parse_strategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy
+from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
 X = TypeVar("X")  # inputs
@@ -48,6 +50,7 @@ def run_window(
     strategy: AnyStrategy = "auto",
     executor: ExecutorName | Executor = "replay",
     time_batching: TimeBatchingChoice = "auto",
+    compile: CompileChoice = False,  # noqa: A002
     reduction: Reduction = "mean",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
@@ -68,6 +71,7 @@ def run_window(
         strategy: As for `TBPTT`.
         executor: As for `TBPTT`.
         time_batching: As for `TBPTT`.
+        compile: As for `TBPTT`.
         reduction: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
@@ -89,6 +93,7 @@ def run_window(
         executor=executor,
         autocast_dtype=autocast_dtype,
         time_batching=time_batching,
+        compile=compile,
         deliver=deliver,
         check_replays=check_replays,
     )
@@ -106,6 +111,7 @@ def unroll(
     init_state: S | None = None,
     *,
     strategy: AnyStrategy = "auto",
+    compile: CompileChoice = False,  # noqa: A002
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
     autocast_dtype: torch.dtype | None = None,
@@ -123,6 +129,7 @@ def unroll(
         inputs: Nested tensors with time on `time_dim`, such as [T, B, F].
         init_state: The state at the first step; gradients flow to it.
         strategy: As for `TBPTT`.
+        compile: As for `TBPTT`.
         per_step: As for `TBPTT`.
         time_dim: Where time is; by default 1 for modules with `batch_first`, otherwise 0.
         autocast_dtype: As for `TBPTT`.
@@ -138,14 +145,17 @@ def unroll(
     """
     time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     check_differentiable(module)
-    runner = make_runner(recurrence, autocast_dtype)
+    runner = make_runner(recurrence, autocast_dtype, compile=compile)
     sequence = TensorSequence(inputs, time_dim=time_dim)
     inputs, num_steps = sequence.inputs, len(sequence)
-    plan = plan_window(parse_strategy(strategy), 0, 0, num_steps)
+    options = Options(k1=num_steps, k2=None, strategy=strategy, compile=compile)
+    plan = plan_window(options.parsed_strategy(), 0, 0, num_steps)
     tensors = [*parameters_of(module), *tensors_of(init_state), *tensors_of(inputs)]
     # With the inputs as targets every step has one, so that every output is collected.
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
     ambient = Ambient([runner.recurrence.module], tensors)
+    wanted = Wanted(plan.longest_leaf, run_steps=num_steps)
+    runner.compiled.look([block], 0, init_state, wanted)
     whole = WindowPass([block], 0, 0, num_steps, 0, ambient, runner)
     sinks: list[Sink] = []
 

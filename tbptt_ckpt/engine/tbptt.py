@@ -32,6 +32,7 @@ from tbptt_ckpt.module.recurrence import check_differentiable, check_time_dim, r
 from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 from tbptt_ckpt.schedule.truncation import AnyTruncation
+from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import BatchedOperation, TimeBatchingChoice
 from tbptt_ckpt.updates.updater import AnyOptimizer
 
@@ -81,6 +82,11 @@ class TBPTT:
             kernel for an `nn.LSTMCell` in leaves, False nowhere, "auto" where it gains time: by a
             rule of sizes, or, where costs are measured, in the form whose plan takes the least
             time. Gradients agree to rounding.
+        compile: Whether the steps of a module of one step are run by blocks of 16 that
+            `torch.compile` makes: True, "auto" where the run is long enough to earn it back and
+            a compiler is there, the name of a backend, or a dict of what `torch.compile` takes as
+            `backend`, `mode` and `options`. It takes up to a minute once, at the begin of a
+            window. Not with a `memory_budget`.
         per_step: Whether an unrecognised module takes one step (the default) or a segment; it
             must be said of modules that contain an `nn.RNN/LSTM/GRU`.
         time_dim: Where a segment module wants time, 0 by default; `batch_first` sets it.
@@ -133,6 +139,7 @@ class TBPTT:
         memory_budget: MemoryBudget = None,
         executor: ExecutorName | Executor = "replay",
         time_batching: TimeBatchingChoice = "auto",
+        compile: CompileChoice = False,  # noqa: A002
         per_step: bool | None = None,
         time_dim: Dimension | None = None,
         clip_grad_norm: AboveZero | None = None,

@@ -14,13 +14,13 @@ from torch.nn.utils import parametrize
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, steps_of, to_time_dim
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
-from tbptt_ckpt.devices import device_of
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.compiled_steps import CompiledSteps
 from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.segment_parts import SegmentParts
+from tbptt_ckpt.executor.segment_parts import SegmentParts, rows_of
 from tbptt_ckpt.executor.sinks import LossSink, Sink
-from tbptt_ckpt.executor.weight_caches import uncached_autocast, without_cached_weights
+from tbptt_ckpt.executor.weight_caches import autocast_of, without_cached_weights
 from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.memory.reading import Told, told_of_calls
 from tbptt_ckpt.module.counters import Counters
@@ -36,6 +36,7 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
 from tbptt_ckpt.schedule.forms import Form
+from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatching, TimeBatchingChoice
 
 
@@ -46,6 +47,8 @@ class Runner:
         recurrence: The module.
         autocast_dtype: Run under autocast with this dtype; None leaves autocast as it is.
         time_batching: Whether products are made over all steps of a run.
+        parts: What runs steps by their parts.
+        compiled: What runs them by compiled blocks.
     """
 
     def __init__(
@@ -54,18 +57,20 @@ class Runner:
         autocast_dtype: torch.dtype | None,
         time_batching: TimeBatching,
         parts: FoundParts,
+        compiled: CompiledSteps,
     ) -> None:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
-        self.parts = parts
+        self.parts, self.compiled = parts, compiled
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
         self._told: Told | None = None  # of calls, while steps are run
 
     def anew(self) -> Runner:
-        """The same, which looks at its first call again."""
-        return Runner(self.recurrence, self._autocast_dtype, self.time_batching, self.parts)
+        """The same, which looks at its first call again, and compiles nothing."""
+        given = self.recurrence, self._autocast_dtype, self.time_batching, self.parts
+        return Runner(*given, CompiledSteps(self.recurrence, False, self.time_batching))
 
     def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
@@ -100,21 +105,21 @@ class Runner:
     def promises_bits(self) -> bool:
         """Whether a step gives the same bits however many are run together."""
         batched = self.time_batching.is_chosen(per_step=True) or self.parts.may_be_taken()
-        return self.recurrence.per_step and not batched
+        return self.recurrence.per_step and not (batched or self.compiled.may_be_taken())
 
     def is_in_half(self, example: Tree) -> bool:
         """Whether steps run under autocast."""
-        return self._autocast_dtype is not None or torch.is_autocast_enabled(
-            self._device_type(example)
-        )
+        return autocast_of(self._autocast_dtype, self.recurrence.parameters, example) is not None
 
     def region(self, num_steps: int, example: Tree) -> AbstractContextManager[object]:
         """While entered, one run of so many steps is under way: autocast and time batching.
 
         `example` are its state and inputs, for where they are.
         """
-        batched = self.time_batching.region(num_steps, self.recurrence.per_step)
-        autocast = self._autocast(example)
+        batched: AbstractContextManager[object] = nullcontext()
+        if not self.compiled.are_ready():  # what is compiled meets torch's own functions
+            batched = self.time_batching.region(num_steps, self.recurrence.per_step)
+        autocast = autocast_of(self._autocast_dtype, self.recurrence.parameters, example)
         if autocast is None and not parametrize._cache_enabled:
             return batched  # most are, and a stack of managers takes as long as a small step
         with ExitStack() as stack:
@@ -150,15 +155,24 @@ class Runner:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
         found = self.parts.of(blocks, state)
-        if found is not None:
+        if found is not None and (found[0].has_cell or not self.compiled.are_ready()):
             return self._run_parts(*found, state, first_wanted, sink)
+        if self.compiled.are_ready() and tensors_of(state):
+            start, state = self.compiled.run(blocks, state, first_wanted, partial(self._give, sink))
+            if start == stop:
+                return state
+            blocks, first_wanted = (
+                list(narrow_blocks(blocks, start, stop)),
+                max(start, first_wanted),
+            )
         if start < first_wanted:
             with OutputsNeeded(False) as outputs:
                 for block in narrow_blocks(blocks, start, first_wanted):
                     for inputs in self._step_inputs(block):
                         output, state = self._call_step(inputs, state)
-                # Parts, which may run the same steps another time, show only what is wanted.
-                if outputs.are_whole() and not self.parts.may_be_taken():
+                # Other forms, which may run the same steps, show only what is wanted.
+                is_shown = self.parts.may_be_taken() or self.compiled.may_be_taken()
+                if outputs.are_whole() and not is_shown:
                     sink.passed(first_wanted, output)
         if first_wanted < stop:
             with OutputsNeeded(True):
@@ -170,17 +184,20 @@ class Runner:
         self, parts: SegmentParts, block: StepBlock, state: Tree, first_wanted: int, sink: Sink
     ) -> Tree:
         """The same by their parts, for a block with time first."""
-        rows, first = partial(_rows_of, self.time_batching), first_wanted - block.start
+        rows, first = partial(rows_of, self.time_batching), first_wanted - block.start
         with begins(self.recurrence, state):
             outputs, state = parts.run(block.inputs, state, first, rows, self._told)
         if first_wanted < block.stop:
-            block = block.part(first_wanted, block.stop)
-            if not self._has_compared:
-                row, target = next(steps_of(outputs, 0, 1)), next(block.step_targets())
-                self._compare_first(sink, next(block.step_inputs()), row, target)
-            sink.take_steps(outputs, block)
-            sink.passed(block.stop, outputs, 0)
+            self._give(sink, outputs, block.part(first_wanted, block.stop))
         return state
+
+    def _give(self, sink: Sink, outputs: Tree, block: StepBlock) -> None:
+        """Outputs of consecutive steps, with time first as their block has it."""
+        if not self._has_compared:
+            row, target = next(steps_of(outputs, 0, 1)), next(block.step_targets())
+            self._compare_first(sink, next(block.step_inputs()), row, target)
+        sink.take_steps(outputs, block)
+        sink.passed(block.stop, outputs, 0)
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
         weights = block.step_weights()
@@ -261,26 +278,6 @@ class Runner:
         targets = to_time_dim(block.targets, block.time_dim, time_dim)
         sink.take_segment(outputs, targets, block, time_dim)
 
-    def _autocast(self, example: Tree) -> AbstractContextManager[None] | None:
-        """Autocast as the user wants it, whoever turned it on; None where nobody did."""
-        device_type = self._device_type(example)
-        if self._autocast_dtype is not None:
-            return uncached_autocast(torch.autocast(device_type, dtype=self._autocast_dtype))
-        return uncached_autocast(nullcontext()) if torch.is_autocast_enabled(device_type) else None
-
-    def _device_type(self, example: Tree) -> str:
-        """Where the steps run: with the weights, and those of a function with what it is given."""
-        if self.recurrence.parameters:
-            return device_of(self.recurrence.parameters).type
-        types = (t.device.type for t in iterate_tensors(example))
-        return next((kind for kind in types if kind != "cpu"), "cpu")
-
-
-def _rows_of(batching: TimeBatching, whole: Tree) -> Iterator[Any]:
-    """The entries of consecutive steps, known as such in the region that is entered."""
-    rows = batching.step_inputs(whole, 0)
-    return steps_of(whole, 0, tensors_of(whole)[0].shape[0]) if rows is None else rows
-
 
 def make_runner(
     recurrence: Recurrence,
@@ -288,6 +285,7 @@ def make_runner(
     time_batching: TimeBatchingChoice = False,
     *,
     traces: bool = False,
+    compile: CompileChoice = False,  # noqa: A002
 ) -> Runner:
     """A runner for the user's module; `traces` if parts of its step may be found by a trace."""
     module = recurrence.module
@@ -296,4 +294,5 @@ def make_runner(
     batching = TimeBatching(time_batching, module)
     traces = traces and autocast_dtype is None  # which no trace sees
     parts = FoundParts(recurrence, batching, traces=traces)
-    return Runner(recurrence, autocast_dtype, batching, parts)
+    compiled = CompiledSteps(recurrence, compile, batching, in_half=autocast_dtype is not None)
+    return Runner(recurrence, autocast_dtype, batching, parts, compiled)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.data.blocks import steps_of
 from tbptt_ckpt.memory.reading import Told
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell
 from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
@@ -32,6 +33,11 @@ class SegmentParts:
         """The recurrent weight of a cell that has a kernel; None where the transition is none."""
         bare = self._parts.cell
         return bare.cell.weight_hh if bare is not None and has_kernel(bare.cell) else None
+
+    @property
+    def has_cell(self) -> bool:
+        """Whether its transition is one of torch's cells, which may run all steps at once."""
+        return self._parts.cell is not None
 
     def run(
         self,
@@ -97,6 +103,12 @@ class SegmentParts:
             if step >= first_wanted:
                 kept.append(features)
         return _stacked(kept), state
+
+
+def rows_of(batching: TimeBatching, whole: Tree) -> Iterator[Any]:
+    """The entries of consecutive steps, known as such in the region that is entered."""
+    rows = batching.step_inputs(whole, 0)
+    return steps_of(whole, 0, tensors_of(whole)[0].shape[0]) if rows is None else rows
 
 
 def folded(tree: Tree) -> Tree:

@@ -106,13 +106,20 @@ SHORT_WINDOW_STEPS = 8
 class Auto(NestedStrategy):
     """The fastest plan for the free memory, from measured costs.
 
-    Where nothing is measured, short windows are retained and others are cut as by `Sqrt`.
+    Without costs, short windows are retained and others cut as by `Sqrt`, in leaves of blocks.
     """
+
+    block_steps: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """What is done without costs."""
-        is_short = window_steps <= SHORT_WINDOW_STEPS
-        return (Retain() if is_short else Sqrt()).nesting(steps, window_steps)
+        if window_steps <= SHORT_WINDOW_STEPS:
+            return Retain().nesting(steps, window_steps)
+        blocks = -(-(math.isqrt(window_steps - 1) + 1) // self.block_steps)
+        return Uniform(blocks * self.block_steps).nesting(steps, window_steps)
 
     def __str__(self) -> str:
         return "auto"

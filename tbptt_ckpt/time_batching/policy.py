@@ -34,8 +34,8 @@ class BatchedOperation:
 
     Attributes:
         operation: Such as "linear", "LSTMCell", or "linear of inputs" for one that was made
-            for all steps at once.
-        shape: Of its weight; empty where it was left to the plain operation.
+            for all steps at once; "compiled block" of steps.
+        shape: Of its weight; empty for blocks, and where it was left to the plain operation.
         reason: Why it was left; empty where it was batched.
         count: Segments in which it was batched, or calls that were left.
     """
@@ -115,6 +115,10 @@ class TimeBatching:
     def took(self, name: str, weight: Tensor) -> None:
         """Take note of what was made for all steps at once."""
         self._tally[name, tuple(weight.shape), ""] += 1
+
+    def made(self, name: str) -> None:
+        """Take note of a run of steps that is made in another form, whatever its weights."""
+        self._tally[name, (), ""] += 1
 
     def leave(self, name: str, reason: str) -> None:
         """Take note of what is run as it is."""
