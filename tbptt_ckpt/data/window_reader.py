@@ -67,12 +67,16 @@ class WindowReader:
             self._pull(stop)
             self._check_not_empty()
 
-    def window(self, first: int, stop: int) -> list[StepBlock]:
-        """The steps `[first, stop)` in blocks; blocks at the ends may reach further."""
+    def window(self, first: int, stop: int, needed: int | None = None) -> list[StepBlock]:
+        """The steps `[first, stop)` in blocks; blocks at the ends may reach further.
+
+        Steps before `needed`, `first` if it is not given, are needed no more.
+        """
         if not self._in_order:
             block = self._read(first, stop)
             assert block is not None, "a source with a length has its steps"
             return [block]
+        self.drop_before(first if needed is None else needed)
         self._pull(stop)
         return [block for block in self._held if block.start < stop and block.stop > first]
 

@@ -75,7 +75,7 @@ class OpenWindow:
         self.notes = Notes(options, window, num_steps, records, self.numbers)
         self.draw = draw = draw if self.has_loss() else draw.unstopped()
         self._reached = draw.window  # what is differentiated of it
-        self.borders = Borders(draw.divisors, self.numbers)
+        self.borders = Borders(draw.divisors, self.numbers, stops=draw.stops)
         # The state that an earlier window left is a constant: nobody sees its gradient.
         self._wants_state_grads = self._reached.start == records.origin
         self.loss: WindowLoss = NO_LOSS

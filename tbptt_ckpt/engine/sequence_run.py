@@ -165,7 +165,7 @@ class SequenceRun:
 
     def _open(self, draw: Draw) -> OpenWindow:
         """The window with its steps; what generators and buffers they find is recorded."""
-        blocks = self._reader.window(draw.window.first, draw.window.stop)
+        blocks = self._reader.window(draw.window.first, draw.window.stop, draw.whole.first)
         ambient = self._ambient_for(blocks)
         records, num_steps = self._standing.records, self._reader.num_steps
         records.find_ambient(draw.window.new_start, ambient.found())

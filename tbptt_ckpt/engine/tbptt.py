@@ -42,8 +42,8 @@ class TBPTT:
 
     Consecutive windows overlap where `k2 > k1`. No graph is retained for the overlap:
     detached states are kept at segment boundaries, and segments are recomputed in each
-    window's backward. The gradient is fixed by `(k1, k2, loss, overlap)`; `strategy` and
-    `executor` change only memory and time.
+    window's backward. The gradient is fixed by `(k1, k2, loss, overlap, truncation)`;
+    `strategy` and `executor` change only memory and time.
 
     Args:
         module: Per step `(x_t, state) -> (y_t, state)`, or over a segment

@@ -16,11 +16,14 @@ class Borders:
     """Divides what flows back over a border, wherever leaves begin and whoever runs them.
 
     Attributes:
+        stops: Whether the gradient is stopped at one, before weights that earlier steps alone have.
         norms: Of the state's gradient as it arrived at each border, as the host reads it.
     """
 
-    def __init__(self, divisors: Mapping[int, float], numbers: Numbers) -> None:
-        self._divisors, self._numbers = divisors, numbers
+    def __init__(
+        self, divisors: Mapping[int, float], numbers: Numbers, *, stops: bool = False
+    ) -> None:
+        self._divisors, self._numbers, self.stops = divisors, numbers, stops
         self.norms: dict[int, Number] = {}
 
     def cross(self, step: int, state: Tree) -> Tree:

@@ -145,7 +145,8 @@ class WindowCheck:
             stop = min(self._first.step + _LOOKED_BACK, window.stop)
             self._settlement().look_back(self._first.step, stop)
         owner = window.runner.recurrence.module
-        self._checks.gradients.look(window.guard.parameters, owner, replays=self._replays)
+        replays = self._replays and not window.borders.stops
+        self._checks.gradients.look(window.guard.parameters, owner, replays=replays)
 
     def _reaches(
         self,

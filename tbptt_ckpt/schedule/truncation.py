@@ -95,6 +95,11 @@ class Draw:
     borders: Sequence[int] = ()
     divisors: Mapping[int, float] = field(default_factory=dict)
 
+    @property
+    def stops(self) -> bool:
+        """Whether it reaches less far than it might."""
+        return self.window.start > self.whole.start
+
     def unstopped(self) -> Draw:
         """The same, all the way."""
         return Draw(self.whole, self.whole)

@@ -474,6 +474,32 @@ def test_events_say_how_far_and_how_probably(tmp_path: Path) -> None:
     assert len({survival for _, survival, _ in told}) > 1
 
 
+class Beginning(nn.Module):
+    """A weight that the first step of a sequence alone has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.begin = tanh_cell(), nn.Parameter(random_state())
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.cell(x, self.begin if state is None else state)
+
+
+def test_a_weight_that_is_not_reached_is_no_cause_for_alarm(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    module = Beginning()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    tbptt = TBPTT(module, mean_loss, K1, None, optimizer, truncation="roulette")
+    reached = [
+        (window.start == 0, module.begin.grad is not None)
+        for window in tbptt.windows(TensorSequence(*random_data(30)))
+    ]
+    assert all(is_first == has_gradient for is_first, has_gradient in reached)
+    assert {is_first for is_first, _ in reached} == {False, True}
+    assert [str(w.message) for w in recwarn if w.category is TbpttWarning] == []
+
+
 class Scarce(nn.Module):
     """Finds no memory at some calls of a run."""
 
