@@ -196,7 +196,7 @@ class _Measuring:
             state_bytes=kept[0],
             leaf_bytes=self._peaks_curve((s.steps, s.leaf) for s in self.bytes),
             leaf_seconds=seconds_curve((steps, leaf) for steps, (leaf, _) in self.seconds.items()),
-            advance_bytes=self._advance_curve(self.bytes, has_losses=True),
+            advance_bytes=self._advance_curve(self.bytes, kept[0], has_losses=True),
             advance_seconds=seconds_curve((steps, at) for steps, (_, at) in self.seconds.items()),
             last_leaf_bytes=self._peaks_curve(
                 (s.steps, s.last_leaf_beside_gradients) for s in self.bytes
@@ -212,7 +212,7 @@ class _Measuring:
             host_state_bytes=host_state_bytes(self.probe.boundary),
             ambient_bytes=kept[1],
             handed_on_bytes=kept[2],
-            quiet=self._quiet_bytes(),
+            quiet=self._quiet_bytes(kept[0]),
             irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
             weighed_step_bytes=weighed_step_bytes(self.probe, self.bytes),
             metered_steps=longest.steps,
@@ -226,7 +226,7 @@ class _Measuring:
         fitting = {sample.steps for sample in self.bytes if sample.peak <= room}
         return more_bytes(self.probe, samples, fitting, gradients, has_losses=has_losses)
 
-    def _quiet_bytes(self) -> QuietBytes | None:
+    def _quiet_bytes(self, state_bytes: int) -> QuietBytes | None:
         """What steps without a loss take, where there was more than one step to measure it."""
         if not self.quiet:
             return None
@@ -239,7 +239,7 @@ class _Measuring:
         return QuietBytes(
             leaf=self._peaks_curve((s.steps, s.leaf) for s in self.quiet),
             graph=None if is_loop else graph,
-            advance=self._advance_curve(self.quiet, has_losses=False),
+            advance=self._advance_curve(self.quiet, state_bytes, has_losses=False),
             joined=(joined and bounding_curve([alone, *((n, j.leaf) for n, j in joined)])) or None,
             last_joined=(joined and bounding_curve([alone, *((n, j.last_leaf) for n, j in joined)]))
             or None,
@@ -260,13 +260,20 @@ class _Measuring:
         return bounding_curve(samples)
 
     def _advance_curve(
-        self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
+        self,
+        samples: Sequence[SegmentBytes | QuietSample],
+        state_bytes: int,
+        *,
+        has_losses: bool,
     ) -> Curve:
-        curve = self._bytes_curve((s.steps, s.advance) for s in samples)
+        # A call that follows another begins with a state of its own, beside the advance's first.
+        beside = state_bytes if self.probe.runner.calls_segments else 0
+        curve = self._bytes_curve((s.steps, s.advance + beside) for s in samples)
         if has_losses not in self.long_advances:
             return curve
         steps, taken = self.long_advances[has_losses]
-        return Curve.through([*(p for p in curve.points if p[0] < steps), (steps, taken)])
+        shorter = (point for point in curve.points if point[0] < steps)
+        return Curve.through([*shorter, (steps, taken + beside)])
 
     def _host_step_bytes(self) -> float:
         known = [(steps, size) for steps, size in self.host if size is not None]

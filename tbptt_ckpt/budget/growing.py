@@ -1,8 +1,9 @@
-"""Sequences of several sizes: what steps take is measured anew where they grow.
+"""Steps that become others: what they take is measured anew.
 
 What is known of a run's windows holds for as many lanes, and features, as they were measured with.
-Sequences that follow each other, such as batches of a loader, may have more: they would take more
-than was planned, and nobody would see it before it was too late.
+Sequences that follow each other, such as batches of a loader, may have more; and a module that
+changes may no longer be run by its parts, or by parts for the first time. They would take more than
+was planned, and nobody would see it before it was too late.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class GrowingBudget(WindowBudget):
         self._library_bytes: int | None = None
         self._sizes: Sizes | None = None  # of the steps that it knows
         self._is_smaller = False  # whether the present sequence has steps below these
+        self._runs_by_parts: bool | None = None  # those steps, as it was measured
         self.times_made = 1
 
     @property
@@ -65,6 +67,7 @@ class GrowingBudget(WindowBudget):
         """The window's plan."""
         request = make_request()
         self._look_at(sizes_of(request.blocks[0]))
+        self._look_at_parts(request.runs_by_parts)
         planned = self._present.plan(window, joints, lambda: request)
         # What smaller steps take says nothing of those that the costs are of.
         return PlannedWindow(planned.plan) if self._is_smaller else planned
@@ -86,7 +89,8 @@ class GrowingBudget(WindowBudget):
     def state_dict(self) -> dict[str, Any]:
         """Costs, plans, and the steps that they are of."""
         state = self._present.state_dict()
-        return state and {**state, "sizes": self._sizes, "is_smaller": self._is_smaller}
+        mine = {"sizes": self._sizes, "is_smaller": self._is_smaller}
+        return state and {**state, **mine, "runs_by_parts": self._runs_by_parts}
 
     def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
         """Go on with the same."""
@@ -94,6 +98,7 @@ class GrowingBudget(WindowBudget):
         sizes = state.get("sizes")  # older ones do not say
         self._sizes = sizes and [list(size) for size in sizes]
         self._is_smaller = state.get("is_smaller", False)
+        self._runs_by_parts = state.get("runs_by_parts")
 
     def _look_at(self, sizes: Sizes) -> None:
         known = self._sizes
@@ -101,9 +106,20 @@ class GrowingBudget(WindowBudget):
         if self._is_smaller or sizes == known or not sizes:
             return
         if known is not None:
-            self._present = self._make()
-            self.times_made += 1
+            self._begin_anew()
         self._sizes = sizes
+
+    def _look_at_parts(self, runs_by_parts: bool | None) -> None:
+        known = self._runs_by_parts
+        if runs_by_parts is None or runs_by_parts == known:
+            return
+        if known is not None and self.costs is not None:
+            self._begin_anew()
+        self._runs_by_parts = runs_by_parts
+
+    def _begin_anew(self) -> None:
+        self._present = self._make()
+        self.times_made += 1
 
 
 def sizes_of(block: StepBlock) -> Sizes:

@@ -85,7 +85,7 @@ def measure_costs(
     """
     time_dim, recurrence = time_of(recognise(module, per_step, time_dim), time_dim, inputs)
     sequence = TensorSequence(inputs, targets, time_dim=time_dim, weight=weight)
-    runner = make_runner(recurrence, autocast_dtype, time_batching)
+    runner = make_runner(recurrence, autocast_dtype, time_batching, traces=True)
     check_differentiable(module)
     parameters = parameters_of(module, loss_fn)
     check_on_one("measure_costs", parameters)

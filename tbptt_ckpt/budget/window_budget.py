@@ -131,6 +131,7 @@ class Request:
     reading_bytes: Callable[[int], int]
     copies_weights: bool  # whether its update copies what it changes
     library_bytes: int  # what libraries keep of the device's memory
+    runs_by_parts: bool | None  # whether its steps do; None where their form does not ask
     loss_start: int  # the first step that has a loss
     cuts: Sequence[int]  # where segments are cut whatever the plan
     blocks: Sequence[StepBlock]  # its steps

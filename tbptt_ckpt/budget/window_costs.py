@@ -249,7 +249,8 @@ class WindowCosts:
     ) -> Costs:
         """Measured costs in the form of steps whose plan takes the least time."""
         probe = request.make_probe()
-        if len(probe.runner.forms()) == 1:
+        if len(forms := probe.runner.forms()) == 1:
+            self._batching.decide(*forms)
             return self._measured(request, limits)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             warm_up(probe)

@@ -101,6 +101,7 @@ class OpenWindow:
         """What a plan of the window has to know."""
         window, records, k1, k2 = self._window, self._records, self._options.k1, self._options.k2
         is_stale, reached = self._options.is_stale, self._reached
+        state = self._boundary_at(reached.first).state
         shape = fullest = replace(
             shape_of(window, self._num_steps, k1, k2, stale=is_stale),
             recorded_states=len(records.boundaries),  # more after windows without a loss
@@ -119,11 +120,12 @@ class OpenWindow:
             held=held,
             recorded=tuple(records.boundaries.values()),
             coming_ambients=max(0, passed - len(records.ambients)),
-            makes_first_state=not tensors_of(self._boundary_at(reached.first).state),
+            makes_first_state=not tensors_of(state),
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,
             library_bytes=self._parts.library_bytes(),
+            runs_by_parts=self._parts.runner.parts.look(self._blocks, reached.first, state),
             loss_start=self._loss_start,
             cuts=self._cuts(),
             blocks=self._blocks,

@@ -119,7 +119,8 @@ def make_parts(
         recurrence,
         options.autocast_dtype,
         options.time_batching,
-        traces=options.memory_budget is None,  # the smallest is that of a loop
+        traces=True,
+        has_room=options.memory_budget is None,
         compile=options.compile,
     )
     if isinstance(options.strategy, Plan):

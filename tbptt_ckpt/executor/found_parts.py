@@ -57,11 +57,14 @@ class _Held:
 class FoundParts:
     """The parts of a module's steps, once a step has shown that they are those of the module.
 
-    `traces`: whether parts that a module does not say may be found by a trace.
+    `traces`: whether parts that a module does not say may be found by a trace. `has_room`: whether
+    that may take a copy of the module, and its gradients, at any window.
     """
 
-    def __init__(self, recurrence: Recurrence, batching: TimeBatching, *, traces: bool) -> None:
-        self._recurrence, self._batching = recurrence, batching
+    def __init__(
+        self, recurrence: Recurrence, batching: TimeBatching, *, traces: bool, has_room: bool
+    ) -> None:
+        self._recurrence, self._batching, self._has_room = recurrence, batching, has_room
         # What is given itself: who wraps, compiles or binds a module wants to be called.
         owner = module_of(recurrence.call) if recurrence.per_step else None
         self._said = _said_by(owner)
@@ -101,11 +104,18 @@ class FoundParts:
         if self._is_traced:
             self._parts = None
 
-    def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
+    def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> bool | None:
         """A window begins: hold the parts against the module, if they are not known of it as it is.
 
         Not later, where a checkpoint may be recording what is run.
+
+        Returns:
+            Whether its steps run by their parts; None where their form does not ask.
         """
+        self._look(blocks, begin, state)
+        return self._parts is not None if self._batching.takes_parts() else None
+
+    def _look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
         module, leaves = self._recurrence.module, tensors_of(state)
         if leaves and len(leaves) not in _OF_CELL:
             self._is_traced = False
@@ -115,7 +125,10 @@ class FoundParts:
             self._batching.leave_slower("step in parts")
             return
         (block,) = narrow_blocks(blocks, begin, begin + 1)
-        if not _are_rows([block]) or (self._is_traced and not _may_trace(blocks, state)):
+        is_long = bool(self._held) or blocks[-1].stop - blocks[0].start >= _LEAST_STEPS
+        if not _are_rows([block]) or (
+            self._is_traced and not (is_long and _may_trace(blocks, state))
+        ):
             return
         self._num_steps += blocks[-1].stop - begin
         self._num_windows += 1
@@ -173,8 +186,8 @@ class FoundParts:
         if self._said is None and parts.cell is None:  # else it is not worth it
             raise NoPartsError("its transition is more than one of torch's cells")
         # Said ones have the gradients of the module in every mode, or in none.
-        grads = self._is_traced or not self._num_held
-        is_copied = self._is_traced and tensor_bytes(module) <= _COPIED_BYTES
+        grads = (self._is_traced and self._has_room) or not self._num_held
+        is_copied = self._is_traced and self._has_room and tensor_bytes(module) <= _COPIED_BYTES
         hold_against(parts, module, *few, on_copy=is_copied, grads=grads)
         return parts
 
@@ -228,9 +241,8 @@ def _may_trace(blocks: Sequence[StepBlock], state: Tree) -> bool:
     modes = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
     hooks = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     is_watched = modes or hooks or has_function_mode() or torch.is_autocast_enabled("cpu")
-    is_long = blocks[-1].stop - blocks[0].start >= _LEAST_STEPS
     on_cpu = all(tensor.is_cpu for tensor in tensors_of((blocks[0].inputs, state)))
-    return is_long and on_cpu and not is_watched
+    return on_cpu and not is_watched
 
 
 def _may_have_parts(module: object, batching: TimeBatching) -> bool:

@@ -285,14 +285,15 @@ def make_runner(
     time_batching: TimeBatchingChoice = False,
     *,
     traces: bool = False,
+    has_room: bool = True,
     compile: CompileChoice = False,  # noqa: A002
 ) -> Runner:
-    """A runner for the user's module; `traces` if parts of its step may be found by a trace."""
+    """A runner for the user's module; the rest is as for `FoundParts`."""
     module = recurrence.module
     check_initialised("module", module)
     check_autocast(module, autocast_dtype)
     batching = TimeBatching(time_batching, module)
     traces = traces and autocast_dtype is None  # which no trace sees
-    parts = FoundParts(recurrence, batching, traces=traces)
+    parts = FoundParts(recurrence, batching, traces=traces, has_room=has_room)
     compiled = CompiledSteps(recurrence, compile, batching, in_half=autocast_dtype is not None)
     return Runner(recurrence, autocast_dtype, batching, parts, compiled)

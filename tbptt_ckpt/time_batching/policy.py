@@ -145,7 +145,7 @@ class TimeBatching:
         these that has a kernel.
         """
         if self.choice != "auto" or not (has_parts or self.is_open(per_step)):
-            return [self.form]
+            return [_FORMS[self.choice]]
         if of_kernel is not None:
             cells: list[Form] = ["fused", "batched"]
             return [*(cells if self.takes_kernel(of_kernel) else reversed(cells)), "plain"]

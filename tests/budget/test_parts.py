@@ -10,6 +10,7 @@ from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, InfeasibleBudgetError, Recurrent, TensorSequence
+from tbptt_ckpt.executor import found_parts
 
 LANES, WIDTH, CLASSES = 8, 48, 24
 
@@ -18,7 +19,32 @@ def in_parts(transition: nn.Module) -> nn.Module:
     return Recurrent(transition, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
 
 
+class OneForward(nn.Module):
+    """A step that does not say its parts."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+        self.encode, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if state is None:
+            state = x.new_zeros(len(x), WIDTH)
+        state = self.cell(torch.tanh(self.encode(x)), state)
+        return self.out(state), state
+
+
+class OneForwardOfTwo(OneForward):
+    """The same, whose cell has two states."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        h, c = self.cell(torch.tanh(self.encode(x)), state)
+        return self.out(h), (h, c)
+
+
 KINDS = {
+    "found kernel": lambda: OneForwardOfTwo(nn.LSTMCell(WIDTH, WIDTH)),
+    "found": lambda: OneForward(nn.GRUCell(WIDTH, WIDTH)),
     "kernel": lambda: in_parts(nn.LSTMCell(WIDTH, WIDTH)),
     "loop": lambda: in_parts(nn.GRUCell(WIDTH, WIDTH)),
     "cell": lambda: nn.LSTMCell(WIDTH, WIDTH),
@@ -31,6 +57,11 @@ def summed(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES = {"of torch's": nn.functional.cross_entropy, "own": summed}
+
+
+@pytest.fixture(autouse=True)
+def _short_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_parts, "_LEAST_STEPS", 1)
 
 
 def data(num_steps: int, *, resets: bool, weights: bool, dtype: torch.dtype) -> TensorSequence:
@@ -104,6 +135,32 @@ def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strateg
         tbptt.parts.recurrence.module.train(window.index % 2 > 0)
         assert window.peak_bytes is not None
         assert window.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("strategy", ["optimal", "uniform:6"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_that_is_watched_from_some_window_on_keeps_to_its_budget(
+    kind: str, strategy: str
+) -> None:
+    """A hook wants to see every step, and a loop takes other bytes: they are measured anew."""
+    sequence = data(100, resets=False, weights=False, dtype=torch.float64)
+    what = kind, "of torch's", torch.float64, 20, 20
+    budgets = [
+        least(*what, sequence=sequence, strategy=strategy, time_batching=form)
+        for form in ("auto", False)
+    ]
+    budget = int(1.1 * max(budgets))
+    tbptt = make(*what, memory_budget=budget, measure_memory=True, strategy=strategy)
+    plain = make(*what, time_batching=False)
+    for mine, its in zip(tbptt.windows(sequence), plain.windows(sequence), strict=True):
+        if mine.index == 1:
+            module = tbptt.parts.recurrence.module
+            next(module.children(), module).register_forward_hook(lambda *_: None)
+        assert mine.peak_bytes is not None
+        assert mine.peak_bytes <= budget
+        torch.testing.assert_close(mine.loss, its.loss, rtol=1e-10, atol=0)
+    made = [each.operation for each in tbptt.batched_operations if not each.reason]
+    assert any(name.endswith("of all steps") for name in made)
 
 
 @pytest.mark.parametrize("kind", KINDS)
