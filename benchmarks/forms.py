@@ -19,7 +19,7 @@ import torch
 from benchmarks.paired import time_pairs, timed
 from benchmarks.recomputation import peak_bytes_of
 from benchmarks.report import Figure, add_output_arguments, publish
-from benchmarks.time_batching import IN_PARTS, Case, Size
+from benchmarks.time_batching import Case, Size
 from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
 
 MOST = 1.03
@@ -82,9 +82,9 @@ def figure_of(setting: Setting, num_pairs: int) -> Figure:
     weights = sum(parameter.nbytes for parameter in case.module.parameters())
     given = 2 * weights + case.inputs.nbytes + case.targets.nbytes
     budget = given + int(setting.share * peak_bytes_of(case.plain))
-    words = {"plain": False, "batched": True}
-    if setting.cell == f"{IN_PARTS}LSTMCell":
-        words["fused"] = "fused"
+    words: dict[str, object] = {"plain": False, "batched": True}
+    if "LSTMCell" in setting.cell:
+        words |= {"fused": "fused", "mixed": "mixed"}
     forms, seconds = {}, {}
     for form, choice in words.items():
         forms[form] = Bounded(case, choice, budget)

@@ -2,7 +2,8 @@
 
 Windows over all steps (k1 = k2 = T, no optimizer) with time batching, against plain BPTT
 written by hand in eager PyTorch: run everything, then one backward. Once in segments that
-are recomputed, once with nothing recomputed. "LSTMCell" and others are steps of a cell and a
+are recomputed, once with nothing recomputed, and with `--budget` by the plan and in the form that
+are the fastest within a share of plain BPTT's peak. "LSTMCell" and others are steps of a cell and a
 readout that are written as one forward, "Recurrent" the same in parts.
 
 Peaks are tensor-allocator bytes above those at the start, where weights, inputs and `.grad`
@@ -129,7 +130,15 @@ class Case:
         loss.backward()
         return float(loss.detach())
 
-    def treated(self, strategy: str, time_batching: object) -> Callable[[], float]:
+    @property
+    def given_bytes(self) -> int:
+        """What exists before a window: weights, their gradients, inputs and targets."""
+        weights = sum(parameter.nbytes for parameter in self.module.parameters())
+        return 2 * weights + self.inputs.nbytes + self.targets.nbytes
+
+    def treated(
+        self, strategy: str, time_batching: object, memory_budget: int | None = None
+    ) -> Callable[[], float]:
         """The package, as a run of many windows: what is made once is made before."""
         num_steps = len(self.inputs)
         tbptt = TBPTT(
@@ -139,6 +148,7 @@ class Case:
             num_steps,
             strategy=strategy,
             time_batching=time_batching,
+            memory_budget=memory_budget,
         )
 
         def run() -> float:
@@ -161,7 +171,7 @@ def compare(
     error = float((found - expected).norm() / expected.norm())
     if error > 1e-5:
         raise SystemExit(f"{what}: gradients differ by {error:.1e}, so times mean nothing")
-    times = time_pairs(case.plain, treated, num_pairs=num_pairs)
+    times = time_pairs(case.plain, treated, num_pairs, num_warmups=4)  # budgets meter the first
     plain_bytes = peak_bytes_of(case.plain) - case.transient_bytes
     treated_bytes = peak_bytes_of(treated) - case.transient_bytes
     further = {**times.seconds(), "gradient error": error}
@@ -194,6 +204,12 @@ def figures_of(size: Size, arguments: argparse.Namespace) -> list[Figure]:
     kept = compare(
         f"{size}, retain", case, case.treated("retain", form), (size.limit_kept, None), pairs
     )
+    if arguments.budget:
+        room = arguments.budget / 100 * (peak_bytes_of(case.plain) - case.transient_bytes)
+        budget = case.given_bytes + case.transient_bytes + int(room)
+        what = f"{size}, within {arguments.budget:g} %"
+        within = case.treated("optimal", form, memory_budget=budget)
+        kept += compare(what, case, within, (size.limit, arguments.budget), pairs)
     if not arguments.unbatched:
         return recomputed + kept
     unbatched = case.treated(segments, False)
@@ -206,7 +222,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--only", default="", help="sizes whose name contains this")
     parser.add_argument("--segment", type=int, help="steps recomputed as one piece")
-    parser.add_argument("--form", default="auto", choices=("auto", "fused", "batched"))
+    parser.add_argument("--form", default="auto", choices=("auto", "fused", "mixed", "batched"))
+    parser.add_argument("--budget", type=float, help="percent of plain BPTT's peak: also within it")
     parser.add_argument("--unbatched", action="store_true", help="also without time batching")
     add_output_arguments(parser)
     return parser.parse_args()

@@ -101,7 +101,7 @@ class OpenWindow:
         """What a plan of the window has to know."""
         window, records, k1, k2 = self._window, self._records, self._options.k1, self._options.k2
         is_stale, reached = self._options.is_stale, self._reached
-        state = self._boundary_at(reached.first).state
+        state, parts = self._boundary_at(reached.first).state, self._parts
         shape = fullest = replace(
             shape_of(window, self._num_steps, k1, k2, stale=is_stale),
             recorded_states=len(records.boundaries),  # more after windows without a loss
@@ -124,12 +124,12 @@ class OpenWindow:
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,
-            library_bytes=self._parts.library_bytes(),
-            runs_by_parts=self._parts.runner.parts.look(self._blocks, reached.first, state),
+            library_bytes=parts.library_bytes(),
+            runs_by_parts=parts.runner.parts.look(self._blocks, reached.first, state),
             loss_start=self._loss_start,
             cuts=self._cuts(),
             blocks=self._blocks,
-            device=self._parts.device,
+            device=parts.device,
             make_probe=self._probe,
         )
 
@@ -289,10 +289,8 @@ class OpenWindow:
 
     def _joints(self) -> dict[int, Boundary]:
         """Under stale overlap, the recorded states from which blocks restart."""
-        if not self._options.is_stale:
-            return {}
-        boundaries = self._records.boundaries
-        return {step: boundaries[step] for step in joint_steps(self._reached, self._options.k1)}
+        steps = joint_steps(self._reached, self._options.k1) if self._options.is_stale else ()
+        return {step: self._records.boundaries[step] for step in steps}
 
     def _boundary_at(self, step: int) -> Boundary:
         records = self._records

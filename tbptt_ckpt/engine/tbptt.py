@@ -79,9 +79,9 @@ class TBPTT:
             `CheckpointExecutor(context_fn)` for selective recomputation.
         time_batching: Whether weight gradients and products of the inputs are made over all
             steps of a segment at once: True wherever it can be, "fused" too, with torch's
-            kernel for an `nn.LSTMCell` in leaves, False nowhere, "auto" where it gains time: by a
-            rule of sizes, or, where costs are measured, in the form whose plan takes the least
-            time. Gradients agree to rounding.
+            kernel for an `nn.LSTMCell`, "mixed" with that in advances alone, False nowhere, "auto"
+            where it gains time: by a rule of sizes, or, where costs are measured, in the form
+            whose plan takes the least time. Gradients agree to rounding.
         compile: Whether the steps of a module of one step are run by blocks of 16 that
             `torch.compile` makes: True, "auto" where the run is long enough to earn it back and
             a compiler is there, the name of a backend, or a dict of what `torch.compile` takes as

@@ -95,8 +95,13 @@ class FoundParts:
         return parts is not None and parts.is_one_call
 
     @property
+    def are_in_force(self) -> bool:
+        """Whether steps run by their parts, as the last look has shown."""
+        return self._parts is not None
+
+    @property
     def of_kernel(self) -> Tensor | None:
-        """The recurrent weight of a cell in force that has a kernel of all steps."""
+        """The recurrent weight of a cell in force that has a kernel for all steps."""
         return None if self._parts is None else self._parts.of_kernel
 
     def lapse(self) -> None:

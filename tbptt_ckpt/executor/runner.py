@@ -97,8 +97,8 @@ class Runner:
 
     def forms(self) -> list[Form]:
         """The forms that steps may be run in, where "auto" leaves it open; the rule's first."""
-        per_step, has_parts = self.recurrence.per_step, self.parts.may_be_taken()
-        kernel = self.parts.of_kernel if has_parts else None
+        has_parts, kernel = self.parts.are_in_force, self.parts.of_kernel
+        per_step = self.recurrence.per_step
         return self.time_batching.forms(per_step, has_parts=has_parts, of_kernel=kernel)
 
     @property

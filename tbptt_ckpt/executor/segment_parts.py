@@ -79,8 +79,7 @@ class SegmentParts:
             return None
         x = encoded[0] if isinstance(encoded, tuple) and encoded else encoded
         states = None if state is None else bare.split(state)
-        kernel_leaves = self._batching.takes_kernel(bare.cell.weight_hh)
-        found = run_cell(bare.cell, x, states, kernel_leaves=kernel_leaves)
+        found = run_cell(bare.cell, x, states, takes_kernel=self._batching.takes_kernel)
         if found is None:
             return None
         outputs, last = found

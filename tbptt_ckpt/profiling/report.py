@@ -74,7 +74,7 @@ class MemoryReport:
         k2: Steps the gradient reaches back.
         overlap: "refresh" or "stale".
         executor: "replay" or "checkpoint".
-        time_batching: "true", "fused", "false" or "auto"; plain BPTT has "false".
+        time_batching: "true", "fused", "mixed", "false" or "auto"; plain BPTT has "false".
         device: Where it ran.
         budget_bytes: The memory budget it was given, if any.
         status: "ok", "out of memory", "over budget" or "failed".
@@ -101,7 +101,7 @@ class MemoryReport:
         executed_steps: Module steps it ran, recomputed ones included.
         held_states: Most boundary states kept at once.
         longest_leaf: Steps of its longest leaf.
-        form: How its steps were made, "plain", "batched", "fused" or by the rule of "auto".
+        form: How its steps were made, "plain", "batched", "fused", "mixed" or by the rule "auto".
         forms: Predicted seconds of each form that was weighed; None where no plan fits.
         trace: The window in time.
     """

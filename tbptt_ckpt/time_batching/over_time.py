@@ -82,12 +82,17 @@ class OverTime(torch.autograd.Function):
 
 
 def run_cell(
-    cell: nn.RNNCellBase, x: Any, states: Sequence[Any] | None, *, kernel_leaves: bool = False
+    cell: nn.RNNCellBase,
+    x: Any,
+    states: Sequence[Any] | None,
+    *,
+    takes_kernel: Callable[..., bool] = lambda weight, in_leaves: not in_leaves,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """A cell's output at each step of x: [L, N, K], and its last states, from states: [N, H] each.
 
     None where the cell is to make them step by step, as under autocast. Without states it begins
-    with zeros. `kernel_leaves`: whether torch's kernel runs where something is recorded, too.
+    with zeros. `takes_kernel`: of a recurrent weight, and of whether something is recorded: whether
+    torch's kernel runs, where there is one.
     """
     weights = CellWeights(*map(cell._parameters.get, _NAMES))  # type: ignore[arg-type]
     kind = _KINDS[type(cell)](cell)
@@ -102,7 +107,7 @@ def run_cell(
         return None
     known = (*(weight for weight in weights if weight is not None), x, *states)
     is_recorded = torch.is_grad_enabled() and any(each.requires_grad for each in known)
-    if kind.has_kernel and (kernel_leaves or not is_recorded):
+    if kind.has_kernel and takes_kernel(weights.hidden, in_leaves=is_recorded):
         return _by_kernel(x, states, weights)
     outputs, *last = OverTime.apply(kind, x, weights, *weights, *states)  # type: ignore[no-untyped-call]
     return outputs, tuple(last)

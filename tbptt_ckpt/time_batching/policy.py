@@ -19,13 +19,16 @@ from tbptt_ckpt.time_batching.candidates import Tally
 from tbptt_ckpt.time_batching.interception import opened
 from tbptt_ckpt.time_batching.region import Region
 
-TimeBatchingChoice = bool | Literal["auto", "fused"]
+TimeBatchingChoice = bool | Literal["auto", "fused", "mixed"]
 
 SLOWER = "plans without time batching are faster by measurement"
 # Elements of a weight from which on "auto" batches its products on the CPU: what is saved is
 # a pass over the weight's gradient in every step.
 _LARGE = 250_000
-_FORMS: dict[object, Form] = {False: "plain", True: "batched", "auto": "auto", "fused": "fused"}
+_FORMS: dict[object, Form] = {
+    **{False: "plain", True: "batched"},
+    **{"auto": "auto", "fused": "fused", "mixed": "mixed"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class TimeBatching:
     """Opens a region around each run of steps of a module, or does not.
 
     Attributes:
-        choice: True batches all that can be, "fused" too, with torch's kernels in leaves, False
-            nothing, "auto" what is large enough to gain by it.
+        choice: True batches all that can be, "fused" too, with torch's kernels, "mixed" with these
+            in advances alone, False nothing, "auto" what is large enough to gain by it.
         form: How steps run now: as chosen, as `decide` says, or as a plan that is followed.
     """
 
@@ -147,8 +150,9 @@ class TimeBatching:
         if self.choice != "auto" or not (has_parts or self.is_open(per_step)):
             return [_FORMS[self.choice]]
         if of_kernel is not None:
-            cells: list[Form] = ["fused", "batched"]
-            return [*(cells if self.takes_kernel(of_kernel) else reversed(cells)), "plain"]
+            if _pays(of_kernel.numel()):
+                return ["mixed", "fused", "batched", "plain"]
+            return ["fused", "mixed", "batched", "plain"]
         return ["auto", "batched", "plain"] if self._is_mixed else ["auto", "plain"]
 
     def is_chosen(self, per_step: bool) -> bool:
@@ -161,13 +165,15 @@ class TimeBatching:
         """Whether what is not sequential in a step may be run for all steps of a run at once."""
         return self.form != "plain"
 
-    def takes_kernel(self, weight: Tensor) -> bool:
-        """Whether a leaf of a cell with that recurrent weight is torch's kernel.
+    def takes_kernel(self, weight: Tensor, *, in_leaves: bool) -> bool:
+        """Whether torch's kernel runs a cell with that recurrent weight, in advances or leaves.
 
-        By the rule it is where the cell is so small that what torch does beside the products takes
-        longer than they do.
+        In leaves it does by the rule where the cell is so small that what torch does beside the
+        products takes longer than they do.
         """
-        return self.form == "fused" or (self.form == "auto" and not _pays(weight.numel()))
+        if self.form == "auto":
+            return not (in_leaves and _pays(weight.numel()))
+        return self.form == "fused" or (self.form == "mixed" and not in_leaves)
 
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that forms are to be weighed."""

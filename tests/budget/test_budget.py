@@ -312,7 +312,8 @@ def wrong_curve(curve, factor):
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.5])
 def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     # However slow a machine: on a line through 8 steps there is nothing wrong beyond them.
-    measured = measure_costs(Loop(), loss_fn, data(60).inputs, data(60).targets, max_seconds=60)
+    given, form = (data(60).inputs, data(60).targets), {"time_batching": False}
+    measured = measure_costs(Loop(), loss_fn, *given, max_seconds=60, **form)
     wrong = replace(
         measured,
         leaf_seconds=Curve.linear(1.0, 1e-3),  # whatever it measured: few and long leaves
@@ -322,10 +323,9 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     )
     smallest = smallest_budget("LSTMCell loop", 200, k1=100, k2=100)
     budget = int(1.6 * smallest)
-    trace = ActionTrace()
-    options = {"memory_budget": budget, "costs": wrong, "measure_memory": True, "observer": trace}
-    tbptt = make("LSTMCell loop", 100, 100, **options)
-    windows = []
+    trace, windows = ActionTrace(), []
+    form |= {"memory_budget": budget, "costs": wrong, "measure_memory": True, "observer": trace}
+    tbptt = make("LSTMCell loop", 100, 100, **form)
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         for window in tbptt.windows(data(300)):
             windows.append(window)
@@ -350,8 +350,8 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
 def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor, room):
     budget = int(room * smallest_budget(name))
     low = Costs.linear(state_bytes=int(3072 * factor), step_bytes=20_000 * factor)
-    tbptt = make(name, memory_budget=budget, costs=low, measure_memory=True)
-    for window in tbptt.windows(data(180)):
+    options = {"costs": low, "measure_memory": True, "time_batching": False}
+    for window in make(name, memory_budget=budget, **options).windows(data(180)):
         assert window.peak_bytes <= budget
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, measure_costs
-from tbptt_ckpt.budget import calibrate, probe, window_costs
+from tbptt_ckpt.budget import calibrate, forms, probe
 
 STEPS, WIDTH = 24, 8
 STEP_SECONDS, COLD_SECONDS = 1e-4, 30.0
@@ -22,7 +22,7 @@ class Clock:
     def __init__(self, monkeypatch, cold_seconds):
         self.now, self._cold = 0.0, dict.fromkeys(("forward", "backward"), cold_seconds)
         reading = types.SimpleNamespace(perf_counter=lambda: self.now)
-        for module in (calibrate, probe, window_costs):
+        for module in (calibrate, probe, forms):
             monkeypatch.setattr(module, "time", reading)
 
     def runs(self, what):
@@ -68,4 +68,4 @@ def test_a_cold_start_leaves_time_to_weigh_both_forms(monkeypatch, caplog):
     run = TBPTT(module, nn.functional.mse_loss, STEPS, STEPS, memory_budget="1GiB")
     with caplog.at_level(logging.INFO, logger="tbptt_ckpt"):
         next(run.windows(TensorSequence(*data(width))))
-    assert "predicted with time batching" in caplog.text
+    assert "(predicted: " in caplog.text

@@ -45,7 +45,7 @@ class Loop(nn.Module):
 KINDS = [Loop, nn.LSTMCell]
 
 
-FORMS = {Loop: ["auto", "plain"], nn.LSTMCell: ["batched", "fused", "plain"]}
+FORMS = {Loop: ["auto", "plain"], nn.LSTMCell: ["mixed", "fused", "batched", "plain"]}
 
 
 @pytest.fixture
@@ -168,13 +168,13 @@ def test_where_time_runs_out_others_are_measured_if_nothing_fits(
     inject: Inject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forms = {}
-    for bytes_of in ({}, {"batched": 1e6}):
+    for bytes_of in ({}, {"mixed": 1e6}):
         seen = inject({}, bytes_of)
         monkeypatch.setattr(weighed, "_LEAST_SHARE", float("inf"))
         tbptt, sequence = make(kind=nn.LSTMCell, memory_budget=10**9)
         next(tbptt.windows(sequence))
         forms[len(bytes_of)] = [form for form, _ in seen]
-    assert forms == {0: ["batched"], 1: ["batched", "fused"]}
+    assert forms == {0: ["mixed"], 1: ["mixed", "fused"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,6 +211,7 @@ def test_a_step_of_large_and_small_weights_has_a_form_that_batches_all(inject: I
         {"time_batching": True},
         {"time_batching": False},
         {"time_batching": "fused"},
+        {"time_batching": "mixed"},
         {"strategy": "uniform:4"},
     ],
 )

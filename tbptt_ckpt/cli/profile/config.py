@@ -49,7 +49,7 @@ class ProfileConfig(ModelOptions):
     overlap: Annotated[options.Overlap, "What later windows start from."] = "refresh"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
     time_batching: Annotated[
-        Literal["auto", "fused", "true", "false"],
+        Literal["auto", "fused", "mixed", "true", "false"],
         "Products over time; plain BPTT is measured without.",
     ] = "auto"
     repeats: Annotated[int, "Windows to time for a row.", check_positive_int] = 5
