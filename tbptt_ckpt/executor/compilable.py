@@ -18,6 +18,7 @@ from tbptt_ckpt.module.trees import (
     tensors_of,
 )
 
+_PARALLEL = ("torch.nn.parallel", "torch.distributed")
 _EXACT = (torch.float32, torch.float64)  # dtypes whose rounding tells right from wrong
 
 
@@ -31,6 +32,9 @@ def check_module(module: object) -> nn.Module:
         raise LeftError("its weights are not known: it is a function")
     if any(map(has_hooks, module.modules())):
         raise LeftError("it has hooks, which want to see every step")
+    for part in module.modules():
+        if type(part).__module__.startswith(_PARALLEL):
+            raise LeftError(f"it is a {type(part).__name__}, which wants each of its calls")
     return module
 
 

@@ -264,6 +264,7 @@ class Hooked(nn.Module):
         (Averaging, "draws random numbers or changes buffers"),
         (Counting, "a step changes Counting"),
         (Hooked, "it has hooks"),
+        (lambda: nn.DataParallel(nn.Identity()), "it is a DataParallel"),
         (Reading, "it cannot be compiled"),
     ],
 )
