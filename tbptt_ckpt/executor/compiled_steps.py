@@ -284,7 +284,7 @@ def _from(first: int, outputs: Tree) -> Tree:
 
 
 def _first_line(error: BaseException) -> str:
-    while (cause := error.__cause__) is not None:
-        error = cause
+    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = cause  # torch's own names the backend alone
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

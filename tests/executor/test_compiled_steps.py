@@ -138,6 +138,7 @@ def test_gradients_are_those_of_a_plain_loop_in_every_window(kind: str, executor
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what it imports
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_inductor_are_those_of_a_plain_loop(kind: str) -> None:
     tbptt = check(kind, "mean", WEIGHTS, "refresh", k1=3, k2=7, strategy="uniform:3", compile=True)
