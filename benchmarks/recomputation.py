@@ -7,8 +7,9 @@ bytes above those at the start, where weights, inputs and `.grad` already exist.
 Each row is measured in a process of its own: where a row before it made the heap large, plain
 BPTT faults in fewer pages, and its ratio is 0.05 to 0.1 higher.
 
-The modules ask `outputs_needed`, so that an advance makes no readout. What it costs not to ask
-is shown for bytes and for a large vocabulary.
+The cell is a plain step, whose parts windows find by themselves; with `time_batching=False` it is
+called step by step. Segment modules ask `outputs_needed`, so that an advance makes no readout. What
+it costs not to ask is shown for bytes and for a large vocabulary.
 
     python -m benchmarks.recomputation
 """
@@ -16,7 +17,6 @@ is shown for bytes and for a large vocabulary.
 from __future__ import annotations
 
 import argparse
-import functools
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -52,9 +52,9 @@ class ByteCell(nn.Module):
         super().__init__()
         self.cell, self.readout = nn.LSTMCell(width, width), nn.Linear(width, num_symbols)
 
-    def forward(self, x: Tensor, state: object) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, state: object) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         h, c = self.cell(x, state)
-        return self.readout(h) if outputs_needed() else None, (h, c)
+        return self.readout(h), (h, c)
 
 
 class ByteLSTM(nn.Module):
@@ -107,8 +107,8 @@ class Case:
         logits, _ = self.module(self.inputs, None)
         return byte_loss(logits, self.targets)
 
-    def recomputed(self, executor: str) -> float:
-        """The package, recomputing segments."""
+    def recomputed(self, executor: str, time_batching: object = "auto") -> Callable[[], float]:
+        """The package, recomputing segments, as in a run of many windows."""
         num_steps = len(self.inputs)
         tbptt = TBPTT(
             self.module,
@@ -117,11 +117,16 @@ class Case:
             num_steps,
             strategy=f"uniform:{self.segment}",
             executor=executor,
+            time_batching=time_batching,
             per_step=self.per_step,
         )
-        loss = tbptt.train(TensorSequence(self.inputs, self.targets)).loss
-        assert loss is not None, "every step has a target"
-        return loss
+
+        def run() -> float:
+            loss = tbptt.train(TensorSequence(self.inputs, self.targets)).loss
+            assert loss is not None, "every step has a target"
+            return loss
+
+        return run
 
 
 def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -151,6 +156,7 @@ class Row:
     make_module: Callable[[int, int], nn.Module]  # of its width and number of symbols
     limits: Limits | None = None
     executor: str = "replay"
+    time_batching: object = "auto"
     large: bool = False  # a large vocabulary, fewer steps, lanes and steps of a segment
 
     def case(self, arguments: argparse.Namespace) -> Case:
@@ -170,7 +176,8 @@ class Row:
 
 
 ROWS = (
-    Row("LSTMCell loop, replay", ByteCell, LIMITS_CELL),
+    Row("LSTMCell step, replay", ByteCell, LIMITS_CELL),
+    Row("LSTMCell loop, replay", ByteCell, time_batching=False),
     Row("nn.LSTM per segment, replay", ByteLSTM, LIMITS_FUSED),
     Row("LSTMCell loop, checkpoint", ByteCell, executor="checkpoint"),
     Row("nn.LSTM per segment, checkpoint", ByteLSTM, executor="checkpoint"),
@@ -184,7 +191,7 @@ def compare(row: Row, arguments: argparse.Namespace) -> list[Figure]:
     """Time and peak of the package over those of plain BPTT."""
     torch.set_num_threads(arguments.threads)
     case, limits = row.case(arguments), row.limits
-    treated = functools.partial(case.recomputed, row.executor)
+    treated = case.recomputed(row.executor, row.time_batching)
     expected, found = gradients_of(case, case.plain), gradients_of(case, treated)
     error = float((found - expected).norm() / expected.norm())
     if error > 1e-4:
@@ -225,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment", type=int, default=32, help="steps recomputed as one piece")
     parser.add_argument("--symbols", type=int, default=10_000, help="of the large vocabulary")
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     add_output_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -236,7 +244,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     figures = []
-    for row in ROWS:
+    for row in (each for each in ROWS if arguments.only in each.what):
         found = compare_in_a_process(row, arguments)
         print(*(figure.line() for figure in found), sep="\n", flush=True)
         figures += found
