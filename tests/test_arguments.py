@@ -31,7 +31,7 @@ NOT_CALLED = {
     *("Evaluation", "Reach"),
     *("EventSink", "Executor", "Keep", "Lap", "Loaded", "Notice", "Observer"),
     *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "RecurrentParts"),
-    *("Retain", "RssBytes"),
+    *("Retain", "RoulettePrice", "RssBytes"),
     *("Simulation", "SnapshotReport", "SnapshotWarning", "Source", "Sqrt", "Step"),
     *("TensorBoard", "TrainResult", "TrainerResult", "TrainingStopped"),
     *("UpdateEvent", "Verification", "Window", "WindowEvent", "WindowFigures", "WindowResult"),

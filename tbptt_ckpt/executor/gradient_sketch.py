@@ -61,14 +61,15 @@ def tail_norms(rows: Sequence[Row]) -> Any:
         stacked = torch.stack(list(rows))
         return torch.linalg.vector_norm(stacked[-1] - stacked, dim=1)
     arrays = np.stack(rows)
-    return np.linalg.norm(arrays[-1] - arrays, axis=1)
+    with np.errstate(all="ignore"):  # of gradients that are not finite, which others tell of
+        return np.linalg.norm(arrays[-1] - arrays, axis=1)
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Any:
     """The norm of tensors together: a number, or a tensor elsewhere."""
     flats = [_flat(tensor) for tensor in tensors]
     if all(map(_is_read_in_place, flats)):
-        arrays = [flat.numpy() for flat in flats]
+        arrays = [_array(flat) for flat in flats]
         return float(sum(np.dot(array, array) for array in arrays)) ** 0.5
     norms = [torch.linalg.vector_norm(flat.to(_wide(flat))) for flat in flats]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -81,7 +82,7 @@ def signs_for(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _of_array(flat: Tensor, chunk: int) -> Row:
-    values = flat.numpy()
+    values = _array(flat)
     row: Row = np.zeros(BUCKETS)
     for begin in range(0, len(values), _CHUNK):
         part = values[begin : begin + _CHUNK]
@@ -116,6 +117,11 @@ def _of_tensor(flat: Tensor, chunk: int) -> Row:
     return row if is_waited_for(row) else row.numpy()
 
 
+def _array(flat: Tensor) -> Any:
+    """The numbers where they lie; `numpy()` would mark their memory as one that is not torch's."""
+    return np.from_dlpack(flat)
+
+
 def _first_bucket(chunk: int) -> int:
     return chunk * _STEP % BUCKETS
 
@@ -134,10 +140,13 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    """All elements as they lie, which is the same order in every look at one gradient."""
     values = tensor.detach()
-    return (torch.view_as_real(values.resolve_conj()) if values.is_complex() else values).reshape(
-        -1
-    )
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    strides = values.stride()
+    as_it_lies = values.permute(sorted(range(values.dim()), key=lambda dim: -strides[dim]))
+    return as_it_lies.reshape(-1)  # a copy only of what has gaps
 
 
 def _size(tensor: Tensor) -> int:

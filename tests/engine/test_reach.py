@@ -14,7 +14,14 @@ from cut_windows import cut_at
 from simulated_device import SimulatedWaits, on_device
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, WindowResult, run_window
+from tbptt_ckpt import (
+    TBPTT,
+    ArgumentError,
+    TensorSequence,
+    WindowResult,
+    peak_memory,
+    run_window,
+)
 from tbptt_ckpt.engine import Border, Decay, reach_gauge
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS, sketch, tail_norms
 
@@ -138,6 +145,18 @@ def test_it_takes_no_byte(budget: str | None, monkeypatch: pytest.MonkeyPatch) -
     assert count > seldom
     assert peaks == expected
     assert budget is None or max(peaks) <= 350 * 1024
+
+
+@pytest.mark.usefixtures("always")
+def test_it_leaves_gradients_as_torch_s() -> None:
+    """A meter that begins later is to see them freed, whatever their layout."""
+    module = nn.GRU(cases.WIDTH_IN, cases.WIDTH, 2).double()
+    assert any(window.decay for window in ran(module, time_batching="auto", strategy="uniform:4"))
+    held = sum(weight.nbytes for weight in module.parameters())
+    assert all(weight.grad.untyped_storage().resizable() for weight in module.parameters())
+    with peak_memory(held=module, rss=False) as memory:
+        module.zero_grad(set_to_none=True)
+    assert memory.net_bytes == -held
 
 
 class Wide(nn.Module):
