@@ -16,6 +16,7 @@ import torch
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, WindowBudget
 from tbptt_ckpt.data.blocks import Column, StepBlock
+from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.schedule.costs import Costs
@@ -68,7 +69,14 @@ class GrowingBudget(WindowBudget):
         request = make_request()
         self._look_at(sizes_of(request.blocks[0]))
         self._look_at_parts(request.runs_by_parts)
-        planned = self._present.plan(window, joints, lambda: request)
+        was_known = self.costs is not None
+        try:
+            planned = self._present.plan(window, joints, lambda: request)
+        except InfeasibleBudgetError:
+            if not was_known or len(self.forms) < 2:
+                raise
+            self._begin_anew()  # a form that was fast for shorter windows is not the smallest
+            planned = self._present.plan(window, joints, lambda: request)
         # What smaller steps take says nothing of those that the costs are of.
         return PlannedWindow(planned.plan) if self._is_smaller else planned
 

@@ -84,16 +84,15 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Inject:
 
 
 def make(
-    width: int = WIDTH, kind: Callable[..., nn.Module] = Loop, **options: Any
+    width: int = WIDTH, kind: Callable[..., nn.Module] = Loop, k: int = K, **options: Any
 ) -> tuple[TBPTT, TensorSequence]:
     torch.manual_seed(0)
     cell = kind(width, width).double()
-    sequence = TensorSequence(
-        torch.randn(STEPS, LANES, width).double(), torch.randn(STEPS, LANES, width).double()
-    )
+    shape = max(STEPS, k), LANES, width
+    sequence = TensorSequence(torch.randn(shape).double(), torch.randn(shape).double())
     options = {"memory_budget": 10**9, **options}
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
-    return TBPTT(cell, nn.functional.mse_loss, K, K, optimizer, **options), sequence
+    return TBPTT(cell, nn.functional.mse_loss, k, k, optimizer, **options), sequence
 
 
 def is_plain(tbptt: TBPTT) -> bool:
@@ -175,6 +174,30 @@ def test_where_time_runs_out_others_are_measured_if_nothing_fits(
         next(tbptt.windows(sequence))
         forms[len(bytes_of)] = [form for form, _ in seen]
     assert forms == {0: ["mixed"], 1: ["mixed", "fused"]}
+
+
+def test_longer_windows_than_those_before_are_weighed_anew(inject: Inject) -> None:
+    """The fastest form for short windows, with room to spare, may not fit long ones."""
+    inject({"mixed": 0.5}, {"mixed": 1.4})
+
+    def trained(steps: int, **options: Any) -> TBPTT:
+        tbptt, sequence = make(kind=nn.LSTMCell, **{"k": 400, **options})
+        tbptt.train(TensorSequence(sequence.inputs[:steps], sequence.targets[:steps]))
+        return tbptt
+
+    def smallest(steps: int, form: str) -> int:
+        with pytest.raises(InfeasibleBudgetError) as raised:
+            trained(steps, memory_budget=1, time_batching=form)
+        assert raised.value.smallest_budget_bytes is not None
+        return raised.value.smallest_budget_bytes
+
+    budget = smallest(400, "mixed") - 1
+    assert max(smallest(20, "mixed"), smallest(400, "auto")) <= budget
+    tbptt = trained(20, memory_budget=budget)
+    assert form_of(tbptt) == "mixed"
+    _, sequence = make(kind=nn.LSTMCell, k=400)
+    tbptt.train(sequence)
+    assert form_of(tbptt) != "mixed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
