@@ -73,7 +73,7 @@ class GrowingBudget(WindowBudget):
         try:
             planned = self._present.plan(window, joints, lambda: request)
         except InfeasibleBudgetError:
-            if not was_known or len(self.forms) < 2:
+            if not was_known or not self.forms:  # only one is open
                 raise
             self._begin_anew()  # a form that was fast for shorter windows is not the smallest
             planned = self._present.plan(window, joints, lambda: request)
