@@ -125,7 +125,7 @@ class OpenWindow:
             reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,
             library_bytes=parts.library_bytes(),
-            runs_by_parts=parts.runner.parts.look(self._blocks, reached.first, state),
+            runs_by_parts=parts.runner.parts.look(self._blocks, reached.first, state, ahead=True),
             loss_start=self._loss_start,
             cuts=self._cuts(),
             blocks=self._blocks,

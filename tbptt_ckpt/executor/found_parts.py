@@ -73,6 +73,7 @@ class FoundParts:
         self._num_held = 0
         self._parts: SegmentParts | None = None  # that are in force
         self._num_steps = self._num_windows = 0  # since parts were last compared
+        self._is_counted = False  # the window that begins
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by their parts, or may be, where none has been seen yet."""
@@ -109,15 +110,20 @@ class FoundParts:
         if self._is_traced:
             self._parts = None
 
-    def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> bool | None:
+    def look(
+        self, blocks: Sequence[StepBlock], begin: int, state: Tree, *, ahead: bool = False
+    ) -> bool | None:
         """A window begins: hold the parts against the module, if they are not known of it as it is.
 
-        Not later, where a checkpoint may be recording what is run.
+        Not later, where a checkpoint may be recording what is run. `ahead`: before it is planned,
+        so that it will be looked at once more.
 
         Returns:
             Whether its steps run by their parts; None where their form does not ask.
         """
+        self._is_counted &= not ahead
         self._look(blocks, begin, state)
+        self._is_counted = ahead
         return self._parts is not None if self._batching.takes_parts() else None
 
     def _look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> None:
@@ -135,8 +141,9 @@ class FoundParts:
             self._is_traced and not (is_long and _may_trace(blocks, state))
         ):
             return
-        self._num_steps += blocks[-1].stop - begin
-        self._num_windows += 1
+        if not self._is_counted:
+            self._num_steps += blocks[-1].stop - begin
+            self._num_windows += 1
         inputs, looks = block.with_time_first().inputs, [plain_attributes(module)]
         if self._is_traced:
             looks.append(look_of(module, map_tensors(lambda t: t[0], inputs)))
