@@ -123,7 +123,9 @@ def test_budgets_are_kept_and_gradients_are_those_of_a_loop(
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("strategy", ["optimal", "uniform:6"])
+@pytest.mark.parametrize(
+    "strategy", ["optimal", pytest.param("uniform:6", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strategy: str) -> None:
     """What comparing it with its parts takes is no step's, and later windows are not refused."""
@@ -137,7 +139,9 @@ def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strateg
         assert window.peak_bytes <= budget
 
 
-@pytest.mark.parametrize("strategy", ["optimal", "uniform:6"])
+@pytest.mark.parametrize(
+    "strategy", ["optimal", pytest.param("uniform:6", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_that_is_watched_from_some_window_on_keeps_to_its_budget(
     kind: str, strategy: str

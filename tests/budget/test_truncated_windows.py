@@ -47,7 +47,7 @@ def engine(segments: bool, **options: Any) -> TBPTT:
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_the_smallest_budget_holds_for_every_draw(segments: bool, overlap: str) -> None:
     data = TensorSequence(torch.randn(STEPS, LANES, WIDTH), torch.randn(STEPS, LANES, WIDTH))
     budget, found = 1, list[WindowResult]()
