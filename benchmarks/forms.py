@@ -79,9 +79,7 @@ def figure_of(setting: Setting, num_pairs: int) -> Figure:
     size = Size(setting.cell, setting.lanes, setting.width, setting.num_steps, 1, 1.0, 1.0)
     case = Case(size)
     case.plain()  # gradients exist
-    weights = sum(parameter.nbytes for parameter in case.module.parameters())
-    given = 2 * weights + case.inputs.nbytes + case.targets.nbytes
-    budget = given + int(setting.share * peak_bytes_of(case.plain))
+    budget = case.given_bytes + int(setting.share * peak_bytes_of(case.plain))
     words: dict[str, object] = {"plain": False, "batched": True}
     if "LSTMCell" in setting.cell:
         words |= {"fused": "fused", "mixed": "mixed"}
