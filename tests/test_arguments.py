@@ -29,7 +29,7 @@ ROOMS = (
 NOT_CALLED = {
     *("ActionTrace", "Advance", "BatchedOperation", "Border", "Differentiate", "Drop"),
     *("Evaluation", "Reach"),
-    *("EventSink", "Executor", "Keep", "Lap", "Loaded", "Notice", "Observer"),
+    *("EventSink", "Executor", "Keep", "Lap", "Lifted", "Loaded", "Notice", "Observer"),
     *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "RecurrentParts"),
     *("Retain", "RoulettePrice", "RssBytes"),
     *("Simulation", "SnapshotReport", "SnapshotWarning", "Source", "Sqrt", "Step"),

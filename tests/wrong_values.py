@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from stateful_modules import Attribute, stateful
 from torch import nn
 
 from tbptt_ckpt import (
@@ -56,7 +57,7 @@ from tbptt_ckpt.memory import (
     parse_bytes,
     tensor_bytes,
 )
-from tbptt_ckpt.module import recurrent_parts
+from tbptt_ckpt.module import lifted, recurrent_parts
 from tbptt_ckpt.profiling import (
     Configuration,
     MeasuredReach,
@@ -245,6 +246,10 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "recurrent_parts": lambda: (
             recurrent_parts,
             {"module": module(), "example": (torch.ones(LANES, WIDTH), torch.ones(LANES, WIDTH))},
+        ),
+        "lifted": lambda: (
+            lifted,
+            {"module": stateful(Attribute).float(), "inputs": torch.ones(LANES, 2), "leave": ()},
         ),
         "measure_costs": lambda: (measure_costs, {**work(), "max_seconds": 0.01}),
         "SharedState": lambda: _on(
