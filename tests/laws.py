@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("trainer", "profiling"),
     (NAME,),  # the package itself: its public names
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )
@@ -51,6 +52,7 @@ GIVEN_OUT = {
     *("restype", "argtypes"),  # functions of ctypes
     "showwarning",  # of `warnings`
     "default_map",  # of a command's context
+    "output",  # of an Ignite engine's state
 }
 # What a default device (`torch.set_default_device`) changes.
 MAKERS = {f"torch.{function.__name__}" for function in _device_constructors()}
