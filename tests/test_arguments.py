@@ -27,7 +27,7 @@ ROOMS = (
 # What nobody calls with arguments of their own: results, events, errors, protocols, parts that the
 # package makes, and actions and windows, which are looked at where they are used.
 NOT_CALLED = {
-    *("ActionTrace", "Advance", "BatchedOperation", "Border", "Differentiate", "Drop"),
+    *("ActionTrace", "Advance", "BatchedOperation", "Border", "ChosenK2", "Differentiate", "Drop"),
     *("Evaluation", "Reach"),
     *("EventSink", "Executor", "Keep", "Lap", "Lifted", "Loaded", "Notice", "Observer"),
     *("PeakMeter", "ProcessBench", "ProfileError", "Progress", "ProgressBar", "RecurrentParts"),

@@ -217,6 +217,11 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "TBPTT": lambda: _on(
             TBPTT, use, module=module(), loss_fn=F.mse_loss, k1=2, k2=4, strategy="sqrt"
         ),
+        "TBPTT.auto": lambda: _on(
+            *(TBPTT, use),
+            **{"module": module(), "loss_fn": F.mse_loss, "k1": 2, "k2": "auto", "max_k2": 4},
+            **{"k2_tolerance": 0.5, "strategy": "sqrt"},
+        ),
         "Batches": lambda: _on(
             Batches, list, loader=[(torch.ones(LANES, STEPS, WIDTH),) * 2], time_dim=1, seed=0
         ),

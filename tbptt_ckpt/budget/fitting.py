@@ -34,6 +34,12 @@ _MOST_CACHED = 64
 class FittingPlans:
     """Plans each shape of window once, within a budget.
 
+    Args:
+        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
+            checked.
+        amount: The budget; None plans for the free memory and holds nothing against it.
+        parted: Whether the fastest plan has no leaf across a joint.
+
     Attributes:
         strategy: How schedules are chosen.
         promised: Whether the budget is held.
@@ -42,8 +48,8 @@ class FittingPlans:
         slack: Of a budget of reserved bytes, those that are none of the run's tensors.
     """
 
-    def __init__(self, strategy: Strategy, amount: Amount | None) -> None:
-        self.strategy, self.promised = strategy, amount is not None
+    def __init__(self, strategy: Strategy, amount: Amount | None, *, parted: bool = False) -> None:
+        self.strategy, self.promised, self._parted = strategy, amount is not None, parted
         self.finds_fastest = isinstance(strategy, Auto | Optimal)
         self._amount = amount or AUTO_BUDGET
         self.budget_bytes: int | None = None
@@ -278,6 +284,7 @@ class FittingPlans:
             new_steps=shape.new_steps,
             lead_steps=shape.lead_steps,
             joints=shape.joints,
+            parted=self._parted,
         )
 
 

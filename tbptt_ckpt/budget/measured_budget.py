@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from tbptt_ckpt.budget.amount import Amount
 from tbptt_ckpt.budget.fitting import FittingPlans
 from tbptt_ckpt.budget.irregular import cuts_within_leaves
 from tbptt_ckpt.budget.probe import ChangingStateError
@@ -44,9 +43,7 @@ class MeasuredBudget(WindowBudget):
     """Plans windows from measured costs, and holds measured windows against their plans.
 
     Args:
-        strategy: "auto" and "optimal" for the fastest plan, or a fixed one, whose bytes are
-            checked.
-        amount: The budget; None plans for the free memory and holds nothing against it.
+        plans: Makes them.
         costs: What the module takes; None to have it measured at the first window. Where a
             budget is promised, given bytes are held against a few short segments first.
         updater: Whose state and transients count.
@@ -57,15 +54,14 @@ class MeasuredBudget(WindowBudget):
 
     def __init__(
         self,
-        strategy: Strategy,
-        amount: Amount | None,
+        plans: FittingPlans,
         costs: Costs | None,
         updater: Updater,
         parameters: Sequence[nn.Parameter],
         batching: TimeBatching,
     ) -> None:
-        super().__init__(strategy)
-        self._plans = FittingPlans(strategy, amount)
+        super().__init__(plans.strategy)
+        self._plans = plans
         self._costs = WindowCosts(costs, self._plans.promised, updater, parameters, batching)
         self._num_metered, self._longest_metered = 0, 0
         self._last: tuple[Shape, Costs] | None = None  # planned

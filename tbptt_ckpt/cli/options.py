@@ -221,6 +221,17 @@ def parse_reach(option: str, text: str) -> int | None:
         raise ArgumentError(f"{option} {text} is neither a number of steps nor none") from None
 
 
+def parse_auto_reach(option: str, text: str) -> int | str | None:
+    """The same, or `auto`."""
+    return "auto" if text.lower() == "auto" else parse_reach(option, text)
+
+
+def check_auto_reach(option: str, steps: int | str) -> None:
+    """Refuse what is neither a number of steps nor `auto`."""
+    if steps != "auto":
+        check_positive_int(option, steps, "none (reach back to the start)")
+
+
 def check_reach(option: str, steps: int) -> None:
     """Refuse what is no number of steps."""
     check_positive_int(option, steps, "none (reach back to the start)")

@@ -3,6 +3,7 @@
 from tbptt_ckpt.engine.evaluation import Evaluation, evaluate
 from tbptt_ckpt.engine.initial_state import SharedState
 from tbptt_ckpt.engine.reach import Border, Decay, Reach
+from tbptt_ckpt.engine.reach_rule import ChosenK2
 from tbptt_ckpt.engine.results import TrainResult, WindowFigures, WindowResult
 from tbptt_ckpt.engine.single_window import run_window, unroll
 from tbptt_ckpt.engine.tbptt import TBPTT
@@ -11,6 +12,7 @@ from tbptt_ckpt.engine.verification import Verification, verify
 __all__ = [
     "TBPTT",
     "Border",
+    "ChosenK2",
     "Decay",
     "Evaluation",
     "Reach",

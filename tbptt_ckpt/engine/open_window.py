@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.probe import SegmentProbe
-from tbptt_ckpt.budget.window_budget import (
-    PlannedWindow,
-    Request,
-    fullest_window,
-    shape_of,
-)
+from tbptt_ckpt.budget.window_budget import PlannedWindow, Request
 from tbptt_ckpt.data.blocks import StepBlock, narrow_blocks
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import InitialState
@@ -22,6 +16,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.records import Notes, Records
 from tbptt_ckpt.engine.window_numbers import WindowNumbers
+from tbptt_ckpt.engine.window_shapes import shapes_of
 from tbptt_ckpt.executor.borders import Borders
 from tbptt_ckpt.executor.boundary import Boundary, check_same_structure
 from tbptt_ckpt.executor.guard import WeightGuard
@@ -35,7 +30,7 @@ from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import Tree, tensors_of
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
 from tbptt_ckpt.schedule.truncation import Draw
-from tbptt_ckpt.schedule.windows import joint_steps, recorded_steps
+from tbptt_ckpt.schedule.windows import joint_steps
 
 
 class OpenWindow:
@@ -73,7 +68,7 @@ class OpenWindow:
         self._loss_start = options.loss_start(window)
         self.numbers = WindowNumbers(parts.updater, initial, observer)
         self.notes = Notes(options, window, num_steps, records, self.numbers)
-        self.draw = draw = draw if self.has_loss() else draw.unstopped()
+        self.draw = draw = draw if self.has_loss() else draw.without_loss()
         self._reached = draw.window  # what is differentiated of it
         self.borders = Borders(draw.divisors, self.numbers, stops=draw.stops)
         # The state that an earlier window left is a constant: nobody sees its gradient.
@@ -93,33 +88,24 @@ class OpenWindow:
     def joints(self) -> Sequence[int]:
         """Steps at which a plan may restart, since their states are given."""
         # In one graph, which is in the order of time, no block can go before another.
-        return () if self._parts.executor.one_graph else sorted(self._joints())
+        return () if self._parts.executor.one_graph else self._joint_steps()
 
     def request(
         self, reader: WindowReader, held: tuple[object, ...], copies_weights: bool
     ) -> Request:
         """What a plan of the window has to know."""
-        window, records, k1, k2 = self._window, self._records, self._options.k1, self._options.k2
-        is_stale, reached = self._options.is_stale, self._reached
+        window, records, reached = self._window, self._records, self._reached
         state, parts = self._boundary_at(reached.first).state, self._parts
-        shape = fullest = replace(
-            shape_of(window, self._num_steps, k1, k2, stale=is_stale),
-            recorded_states=len(records.boundaries),  # more after windows without a loss
+        shape, fullest, coming_ambients = shapes_of(
+            self._options, self.draw, self._num_steps, records, self._joint_steps()
         )
-        passed = len(records.ambients)
-        if (most := fullest_window(window, self._num_steps, k1, k2)) != window:
-            reach = k2 if most.stop - most.start == k2 else None
-            fullest = shape_of(most, None, k1, reach, stale=is_stale)
-            passed = len(recorded_steps(most, None, k1, reach, stale=True))
-        if self._options.parsed_truncation() and not is_stale:  # others have a lead's last state
-            shape, fullest = shape.with_states(1), fullest.with_states(1)
         return Request(
             window=reached,
-            shape=shape.reaching(reached, sorted(self._joints())),
+            shape=shape,
             fullest=fullest,
             held=held,
             recorded=tuple(records.boundaries.values()),
-            coming_ambients=max(0, passed - len(records.ambients)),
+            coming_ambients=coming_ambients,
             makes_first_state=not tensors_of(state),
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,
@@ -143,6 +129,10 @@ class OpenWindow:
     ) -> StateGrads | None:
         """Run the window with its gradient; the gradients of its first state."""
         window, options, parts = self._reached, self._options, self._parts
+        first, found = self._boundary_at(window.first), self._records.ambients[window.new_start]
+        if self.draw.audited and not options.is_stale:  # leaves begin at states of today
+            longest = min(planned.plan.advance_steps, planned.plan.longest_leaf)
+            self._advance(first, window.new_start, guard, longest)
         loss = WindowLoss(
             parts.loss_function, self._blocks, self._loss_start, window.stop, options.reduction
         )
@@ -150,10 +140,9 @@ class OpenWindow:
             window.first, window.start, window.stop, guard, parts.runner, loss, grad_scale
         )
         route = meter.route(planned)
-        first, found = self._boundary_at(window.first), self._records.ambients[window.new_start]
         grads = parts.executor.run(this_pass, route, first)
         parts.cuts.check(this_pass, first, found, self.notes.left)
-        self.executed_steps = this_pass.executed_steps
+        self.executed_steps += this_pass.executed_steps
         this_pass.completed()  # where the executor has not told
         if grads is None or loss.is_empty() or not loss.has_losses:
             put_back()  # a device's count shows only now that nothing counted
@@ -174,11 +163,11 @@ class OpenWindow:
         Under refresh earlier steps run again if weights have changed since: the state handed on
         is today's. States at which later windows begin are kept: the next may not pass them again.
         """
-        window = self._window
+        window, start = self._window, self._reached.start
         self.notes.keep_all()
         changed = weights_before not in (None, guard.fingerprint())
-        rerun = window.start < window.new_start and changed and not self._options.is_stale
-        first = window.start if rerun else window.new_start
+        rerun = start < window.new_start and changed and not self._options.is_stale
+        first = start if rerun else window.new_start
         self._advance(self._boundary_at(first), window.stop, guard)
         if not self.notes.has_next_start():
             next_start = self.notes.next_start
@@ -263,12 +252,16 @@ class OpenWindow:
         if not self._parts.runner.calls_segments:
             return []
         stops = self._stops(self._records.ambients_for(window.first, k1))
-        return [step for step in stops - {*self._joints()} if window.start < step < window.stop]
+        return [
+            step for step in stops - {*self._joint_steps()} if window.start < step < window.stop
+        ]
 
-    def _advance(self, boundary: Boundary, stop: int, guard: WeightGuard) -> None:
+    def _advance(
+        self, boundary: Boundary, stop: int, guard: WeightGuard, longest: int = ADVANCE_STEPS
+    ) -> None:
         this_pass = self._pass(boundary.step, stop, stop, guard, self._parts.runner)
         with SilenceableHooks():
-            this_pass.advance(boundary, stop, ADVANCE_STEPS)
+            this_pass.advance(boundary, stop, longest)
         self.executed_steps += this_pass.executed_steps
 
     def _probe(self) -> SegmentProbe:
@@ -287,10 +280,13 @@ class OpenWindow:
             resets=self._resets,
         )
 
+    def _joint_steps(self) -> Sequence[int]:
+        """Where blocks restart: at recorded states, and in an audit at those of today."""
+        is_stale, k1 = self._options.is_stale, self._options.k1
+        return joint_steps(self._reached, k1) if is_stale else self.draw.audited
+
     def _joints(self) -> dict[int, Boundary]:
-        """Under stale overlap, the recorded states from which blocks restart."""
-        steps = joint_steps(self._reached, self._options.k1) if self._options.is_stale else ()
-        return {step: self._records.boundaries[step] for step in steps}
+        return {step: self.notes.noted(step) for step in self._joint_steps()}
 
     def _boundary_at(self, step: int) -> Boundary:
         records = self._records

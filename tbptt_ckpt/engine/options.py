@@ -13,7 +13,17 @@ from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.executor import compiled_steps
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.schedule.costs import Costs
-from tbptt_ckpt.schedule.strategies import AnyStrategy, Auto, Optimal, Strategy, parse_strategy
+from tbptt_ckpt.schedule.plan import Plan
+from tbptt_ckpt.schedule.strategies import (
+    AnyStrategy,
+    Auto,
+    Optimal,
+    Retain,
+    Strategy,
+    Uniform,
+    UserSchedule,
+    parse_strategy,
+)
 from tbptt_ckpt.schedule.truncation import AnyTruncation, Roulette, parse_truncation
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.compiler import CompileChoice
@@ -22,8 +32,11 @@ from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 LossSteps = Literal["new", "last"]
 Reduction = Literal["mean", "sum"]
 Overlap = Literal["refresh", "stale"]
+AnyK2 = PositiveInt | Literal["auto"] | None
 ExecutorName = Literal["replay", "checkpoint"]
 DeliverName = Literal["auto", "once"]
+
+K2_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +48,9 @@ class Options:
     """
 
     k1: PositiveInt
-    k2: PositiveInt | None
+    k2: AnyK2
+    max_k2: PositiveInt | None = None
+    k2_tolerance: AboveZero = K2_TOLERANCE
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
     overlap: Overlap = "refresh"
@@ -62,6 +77,7 @@ class Options:
     def __post_init__(self) -> None:
         check_fields(self)
         _check_compiled(self)
+        _check_auto_k2(self)
         if (roulette := self.parsed_truncation()) is not None:
             self._check_borders(roulette)
 
@@ -69,7 +85,7 @@ class Options:
         """Raise unless a gradient can be stopped on its way, and where the overlap lets it."""
         k1, every = self.k1, roulette.every
         given = f"truncation={roulette}"
-        if self.k2 is not None and self.k2 <= k1:
+        if isinstance(self.k2, int) and self.k2 <= k1:
             raise ArgumentError(
                 f"{given} with k2={self.k2} and k1={k1} has nothing to stop: new steps are always "
                 "reached; give a k2 above k1, or truncation='fixed'"
@@ -81,9 +97,23 @@ class Options:
             )
 
     @property
+    def is_auto(self) -> bool:
+        """Whether windows reach as far back as audits say."""
+        return self.k2 == "auto"
+
+    @property
+    def most_k2(self) -> int | None:
+        """Steps that any window reaches back; None for back to the start."""
+        return self.max_k2 if isinstance(self.k2, str) else self.k2
+
+    @property
     def is_stale(self) -> bool:
         """Whether blocks restart from recorded states."""
         return self.overlap == "stale"
+
+    def begins_at_records(self, *, has_length: bool) -> bool:
+        """Whether a short last window begins at a recorded state: at an update point."""
+        return self.is_auto or (self.is_stale and not has_length)
 
     def loss_start(self, window: Window) -> int:
         """First step of a window whose loss counts."""
@@ -97,6 +127,8 @@ class Options:
     def parsed_strategy(self) -> Strategy:
         """The strategy as an object."""
         strategy = parse_strategy(self.strategy)
+        if self.is_auto and isinstance(strategy, Retain):  # an audit ends leaves on its way
+            return Uniform(self.max_k2 or self.k1)
         is_auto = self.is_compiled and isinstance(strategy, Auto)
         return Auto(compiled_steps.BLOCK_STEPS) if is_auto else strategy
 
@@ -123,3 +155,37 @@ def _check_compiled(options: Options) -> None:
                 "compiled steps take is not measured; leave one of them out, and give a strategy "
                 f"such as 'uniform:{2 * compiled_steps.BLOCK_STEPS}'"
             )
+
+
+def _check_auto_k2(options: Options) -> None:
+    """Raise `ArgumentError` for what is of `k2="auto"` alone, or does not go with it."""
+    k1, max_k2 = options.k1, options.max_k2
+    if not options.is_auto:
+        default = {"max_k2": None, "k2_tolerance": K2_TOLERANCE}
+        for name, value in default.items():
+            if (given := getattr(options, name)) != value:
+                raise ArgumentError(
+                    f"{name}={shown(given)} is for k2='auto', and k2={options.k2} is fixed; leave "
+                    "it out, or give k2='auto'"
+                )
+        return
+    if max_k2 is None:
+        raise ArgumentError(
+            f"k2='auto' needs max_k2, the furthest that a window may reach back, such as "
+            f"max_k2={16 * k1}: audits do, and what they find says how far others reach"
+        )
+    if max_k2 % k1 or max_k2 < 2 * k1:
+        raise ArgumentError(
+            f"max_k2={max_k2} must be a multiple of k1={k1}, and twice as much at least, such as "
+            f"max_k2={max(2, -(-max_k2 // k1)) * k1}: windows begin at update points"
+        )
+    if options.parsed_truncation() is not None:
+        raise ArgumentError(
+            f"truncation={shown(options.truncation)} does not go with k2='auto': audits need the "
+            "whole gradient; give a fixed k2, or leave truncation out"
+        )
+    if isinstance(options.parsed_strategy(), Plan | UserSchedule):
+        raise ArgumentError(
+            "strategy given as actions, or as a plan, is of one length, and windows of k2='auto' "
+            "have several; give a name such as 'uniform:32', or a function"
+        )

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.budget.fitting import FittingPlans
 from tbptt_ckpt.budget.growing import GrowingBudget
 from tbptt_ckpt.budget.measured_budget import MeasuredBudget
 from tbptt_ckpt.budget.window_budget import PlannedWindow, WindowBudget
 from tbptt_ckpt.devices import check_on_one, device_of
+from tbptt_ckpt.engine.auto_k2 import make_truncation
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_gauge import ReachGauge
 from tbptt_ckpt.engine.truncation import Truncation
@@ -82,6 +84,11 @@ class Parts:
         owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
         return (self.parameters, *owners, self.reach.held())
 
+    @property
+    def gauges(self) -> tuple[Observer, ...]:
+        """What looks at gradients on their way."""
+        return self.reach, self.truncation.observer
+
     def library_bytes(self) -> int:
         """What libraries keep where the weights are; on an accelerator buckets are among it."""
         buckets = self.updater.deliveries.wrappers.bucket_bytes
@@ -144,7 +151,7 @@ def make_parts(
         updater=updater,
         executor=executor,
         budget=_make_budget(options, executor, updater, parameters, runner, measured=measured),
-        truncation=Truncation(options),
+        truncation=make_truncation(options, executor, parameters, updater),
         parameters=parameters,
         observer=observer,
         cuts=CallCuts(),
@@ -249,7 +256,11 @@ def _make_budget(
             )
         return GrowingBudget(
             lambda: MeasuredBudget(
-                strategy, amount, options.costs, updater, parameters, runner.time_batching
+                FittingPlans(strategy, amount, parted=options.is_auto),
+                options.costs,
+                updater,
+                parameters,
+                runner.time_batching,
             )
         )
     return WindowBudget(strategy)

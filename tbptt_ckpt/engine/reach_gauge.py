@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from tbptt_ckpt.engine.reach import Border, Decay
 from tbptt_ckpt.executor.gradient_sketch import (
     BUCKETS,
     Row,
+    asked,
     can_sketch,
     norm_of,
     signs_for,
@@ -169,7 +169,7 @@ class _Measured:
         begun = time.perf_counter()
         factor = scale(self._weights[0].device)
         wanted = (tail_norms(self._rows), factor, *self._norms)
-        self._asked = [_asked(value, numbers) for value in wanted]
+        self._asked = [asked(value, numbers) for value in wanted]
         self._rows, self._norms = [], []
         self.seconds += time.perf_counter() - begun
         return True
@@ -194,9 +194,3 @@ class _Measured:
             row = self._places[len(self._rows)].copy_(row)
         self._rows.append(row)
         self.seconds += time.perf_counter() - begun
-
-
-def _asked(value: Any, numbers: Numbers) -> Number:
-    if isinstance(value, Tensor):
-        return numbers.ask(value)
-    return Number(value.tolist() if isinstance(value, np.ndarray) else value)

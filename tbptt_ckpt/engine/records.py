@@ -10,7 +10,7 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.host import Number, Numbers
 from tbptt_ckpt.module.trees import Tree, detach_state, norms_of_change
-from tbptt_ckpt.schedule.windows import Window, later_starts, window_at
+from tbptt_ckpt.schedule.windows import Window, later_starts, next_point, points_after, window_at
 
 
 @dataclass(slots=True)
@@ -126,13 +126,18 @@ class Notes:
         numbers: Numbers,
     ) -> None:
         self._options, self._window, self._records = options, window, records
-        upcoming = window_at(window.index + 1, num_steps, options.k1, options.k2)
+        k1, k2 = options.k1, options.most_k2
+        upcoming = window_at(window.index + 1, num_steps, k1, k2)
         # Where the next window starts, or this one's end if that is earlier.
         self.next_start = max(min(upcoming.start, window.stop), records.origin)
-        self._later_starts = later_starts(window, num_steps, options.k1, options.k2)
-        self._keeps_later_starts = options.is_stale
+        self._later_starts: Sequence[int] = later_starts(window, num_steps, k1, k2)
+        if options.is_auto:  # a window may start at any update point
+            self.next_start = next_point(self.next_start, k1)
+            self._later_starts = points_after(max(window.first, self.next_start), window.stop, k1)
+        self._keeps_later_starts = options.is_stale or options.is_auto
         # Generators and buffers as the first run of the steps so far left them.
         self.left = records.ambients[window.new_start]
+        self._records_all = self._keeps_later_starts  # states at all update points
         self._noted: dict[int, Boundary] = {}
         self._final: Boundary | None = None
         self.drift = Drift(numbers)
@@ -146,6 +151,10 @@ class Notes:
     def states(self) -> list[Tree]:
         """The states that later windows start from."""
         return [boundary.state for boundary in (*self._noted.values(), self.final)]
+
+    def noted(self, step: int) -> Boundary:
+        """The state there, if it was noted, or else as it was recorded."""
+        return self._noted.get(step) or self._records.boundaries[step]
 
     def keep_all(self) -> None:
         """Note where all later windows start: the next one may not pass these states again."""
@@ -170,7 +179,9 @@ class Notes:
         """Note a state that later windows start from, and how far an old one has drifted."""
         window, records, is_stale = self._window, self._records, self._options.is_stale
         is_old = step <= window.new_start
-        is_block = is_stale and step % self._options.k1 == 0
+        is_block = self._records_all and step % self._options.k1 == 0
+        if step in self._noted:  # an audit passes twice
+            return
         if step == window.new_start or (is_old and is_block):
             self.drift.add(state, records.boundaries[step].state)
         if not is_old:

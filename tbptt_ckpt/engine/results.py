@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tbptt_ckpt.engine.reach import Decay, Reach
+from tbptt_ckpt.engine.reach_rule import ChosenK2
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
@@ -34,6 +35,8 @@ class WindowFigures(Window):
             none under `executor="checkpoint"` or `truncation="roulette"`, or where weights are
             sharded; None in the others.
         reach: How many steps back make the gradient to 1e-3, from `decay`.
+        chosen_k2: Under `k2="auto"`, how far back it was to reach, and what that misses; None
+            elsewhere, and where nothing was differentiated.
         compile_seconds: What compiling its steps took before it, which is no part of `seconds`.
     """
 
@@ -47,6 +50,7 @@ class WindowFigures(Window):
     survival: float = 1.0
     decay: Decay | None = None
     reach: Reach | None = None
+    chosen_k2: ChosenK2 | None = None
     compile_seconds: float = 0.0
 
     @property

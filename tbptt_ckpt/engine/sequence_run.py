@@ -47,9 +47,9 @@ class SequenceRun:
                 "this outside of it"
             )
         self._options, self._parts = options, parts
-        self._observer = together(parts.observer, observer, parts.reach)
+        self._observer = together(parts.observer, observer, *parts.gauges)
         device = None if options.memory_budget is None else parts.device
-        self._reader = WindowReader(sequence, options.k1, options.k2, parts.recurrence, device)
+        self._reader = WindowReader(sequence, options.k1, options.most_k2, parts.recurrence, device)
         self._has_length = self._reader.num_steps is not None
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
         self._standing = Standing()
@@ -93,7 +93,7 @@ class SequenceRun:
 
     def next_window(self) -> Window | None:
         """The next window, or None at the end; reads up to k1 steps past its end."""
-        k1, k2, index = self._options.k1, self._options.k2, self._standing.index
+        k1, k2, index = self._options.k1, self._options.most_k2, self._standing.index
         self._reader.look_ahead(update_point(index + 1, None, k1))
         num_steps = self._reader.num_steps
         if num_steps is not None and index * k1 >= num_steps:
@@ -101,7 +101,7 @@ class SequenceRun:
         self._reader.drop_before(window_at(index, num_steps, k1, k2).first)
         self._reader.look_ahead(update_point(index + 2, None, k1))
         window = window_at(index, self._reader.num_steps, k1, k2)
-        must_be_recorded = self._options.is_stale and not self._has_length
+        must_be_recorded = self._options.begins_at_records(has_length=self._has_length)
         return self._standing.records.placed(window, must_be_recorded=must_be_recorded)
 
     def run_window(self, window: Window) -> WindowResult:
@@ -141,9 +141,10 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
+        draw, norms = opened.draw, opened.borders.norms
+        figures = parts.truncation.has_run(draw, norms, has_loss=loss is not None)
         result = WindowResult(
             **asdict(window),
-            survival=opened.draw.survival,
             loss=loss,
             loss_value=opened.numbers.loss_value,
             state=opened.notes.final.state,
@@ -157,10 +158,10 @@ class SequenceRun:
             plan=parts.plan_of(planned) if planned is not None and loss is not None else None,
             updated=updated,
             **parts.reach.take_figures(),
+            **figures,
         )
         done = records, self.totals.plus(result, opened.loss), guard.expected
         self._standing = Standing(window.index + 1, *done, state_grads)
-        parts.truncation.has_run(opened.draw, opened.borders.norms)
         return result
 
     def _open(self, draw: Draw) -> OpenWindow:
@@ -287,7 +288,7 @@ class SequenceRun:
         if self.totals.num_steps % self._options.k1:
             self._reader.look_ahead(self.totals.num_steps + 1)
         ends = filter(None, (self._reader.num_steps, limit))
-        at_records = self._options.is_stale and not (changed or self._has_length)
+        at_records = self._options.begins_at_records(has_length=changed or self._has_length)
         return self._standing.unkept_window(min(ends, default=None), self._options, at_records)
 
     def _present_ambient(self) -> AmbientState | None:

@@ -45,17 +45,18 @@ class Standing:
         and one with steps whose states it would need. With `at_records` windows begin where
         there is a state.
         """
-        k1, k2, done, index = options.k1, options.k2, self.totals.num_steps, self.index
+        k1, k2, done, index = options.k1, options.most_k2, self.totals.num_steps, self.index
+        records_all = options.is_stale or options.is_auto
         if done % k1 and num_steps != done:
             return window_at(index - 1, num_steps, k1, k2)
         while done and (num_steps is None or index * k1 < num_steps):
             window = window_at(index, num_steps, k1, k2)
-            if index > self.index and (k2 is None or window.start >= done or not options.is_stale):
+            if index > self.index and (k2 is None or window.start >= done or not records_all):
                 break  # its state is one that windows to come pass, or the first one's
             placed = self.records.placed(window, must_be_recorded=at_records)
             needed = {placed.first}
             if index == self.index:
-                needed |= {placed.new_start, *(joint_steps(placed, k1) if options.is_stale else ())}
+                needed |= {placed.new_start, *(joint_steps(placed, k1) if records_all else ())}
                 needed -= {self.records.origin} & {placed.new_start}  # it finds what it needs there
             if not all(map(self.records.has, needed)):
                 return placed

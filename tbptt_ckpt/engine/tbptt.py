@@ -15,6 +15,8 @@ from tbptt_ckpt.data.source import Steps
 from tbptt_ckpt.engine.evaluation import Evaluation, run_evaluation
 from tbptt_ckpt.engine.finite import FiniteLoss
 from tbptt_ckpt.engine.options import (
+    K2_TOLERANCE,
+    AnyK2,
     DeliverName,
     ExecutorName,
     LossSteps,
@@ -54,7 +56,8 @@ class TBPTT:
             mean over the steps given, or `(loss_sum, weight)`. It must be a function of its
             arguments.
         k1: Steps between updates.
-        k2: Steps an update reaches back; None reaches back to the start of the sequence.
+        k2: Steps an update reaches back; None reaches back to the start of the sequence, "auto"
+            as far as audits find that it matters.
         optimizer: Steps once per window, or per `accumulate` windows. None lets gradients
             accumulate in `.grad`.
         loss: "new" takes the losses of a window's new steps, "last" that of its last step.
@@ -66,6 +69,10 @@ class TBPTT:
         truncation: "fixed" differentiates the whole window; "roulette", or a `Roulette`, stops the
             gradient at a border by lot and divides what goes on, so that its mean is the whole
             window's.
+        max_k2: Under `k2="auto"` how far back audits reach, and windows at most: a multiple of
+            `k1`.
+        k2_tolerance: Under `k2="auto"` how large the mean of what is cut off may be, relative to
+            the mean gradient.
         strategy: "auto" or "optimal": the fastest plan within the memory budget, or, where none
             is given, within the free memory. "retain", "step", "sqrt", "uniform:LENGTH",
             "revolve:STATES", the equal object, a list of actions, or a function
@@ -128,13 +135,15 @@ class TBPTT:
         module: Callable[..., Any],
         loss_fn: Callable[[Any, Any], Any],
         k1: PositiveInt,
-        k2: PositiveInt | None,
+        k2: AnyK2,
         optimizer: AnyOptimizer | None = None,
         *,
         loss: LossSteps = "new",
         reduction: Reduction = "mean",
         overlap: Overlap = "refresh",
         truncation: AnyTruncation = "fixed",
+        max_k2: PositiveInt | None = None,
+        k2_tolerance: AboveZero = K2_TOLERANCE,
         strategy: AnyStrategy = "auto",
         memory_budget: MemoryBudget = None,
         executor: ExecutorName | Executor = "replay",

@@ -8,6 +8,7 @@ from typing import Any
 
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.module.host import Number
 from tbptt_ckpt.schedule.truncation import Draw, draw
 from tbptt_ckpt.schedule.windows import Window
@@ -16,7 +17,13 @@ _GROWING = 3  # windows in a row whose gradient grows are told of
 
 
 class Truncation:
-    """Draws for the windows of all runs of an engine, which differ from run to run."""
+    """Draws for the windows of all runs of an engine, which differ from run to run.
+
+    Attributes:
+        observer: What has to see how they run.
+    """
+
+    observer: Observer = UNOBSERVED
 
     def __init__(self, options: Options) -> None:
         self._roulette, self._k1 = options.parsed_truncation(), options.k1
@@ -32,11 +39,20 @@ class Truncation:
         number = self._roulette.number(self._drawn)
         return draw(window, self._roulette, self._k1, number, restarts=self._restarts)
 
-    def has_run(self, drawn: Draw, norms: Mapping[int, Number]) -> None:
-        """A window is done; `norms` of the state's gradient arrived at borders."""
-        if self._roulette is None:
-            return
-        self._drawn += 1
+    def has_run(
+        self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool
+    ) -> dict[str, Any]:
+        """A window is done; `norms` of the state's gradient arrived at borders.
+
+        Returns:
+            Further figures of it.
+        """
+        if self._roulette is not None:
+            self._drawn += 1
+            self._look_at_growth(drawn, norms)
+        return {"survival": drawn.survival}
+
+    def _look_at_growth(self, drawn: Draw, norms: Mapping[int, Number]) -> None:
         crossed = [border for border in drawn.divisors if border in norms]
         if self._has_warned or len(crossed) < 2:
             return
@@ -59,7 +75,7 @@ class Truncation:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the draws stand."""
-        return {"drawn": self._drawn}
+        return {"drawn": self._drawn, "audits": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.module.host import is_waited_for, sent
+from tbptt_ckpt.module.host import Number, Numbers, is_waited_for, sent
 
 BUCKETS = 256
 _CHUNK = BUCKETS * BUCKETS  # elements, with a sign each
@@ -73,6 +73,13 @@ def norm_of(tensors: Sequence[Tensor]) -> Any:
         return float(sum(np.dot(array, array) for array in arrays)) ** 0.5
     norms = [torch.linalg.vector_norm(flat.to(_wide(flat))) for flat in flats]
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def asked(value: Any, numbers: Numbers) -> Number:
+    """Rows, or numbers made of them, as the host reads them: at once where they are its own."""
+    if isinstance(value, Tensor):
+        return numbers.ask(value)
+    return Number(value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def signs_for(weights: Sequence[Tensor]) -> list[Tensor]:

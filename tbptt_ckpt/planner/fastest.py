@@ -48,6 +48,7 @@ def plan(
     new_steps: Dimension | None = None,
     lead_steps: Dimension = 0,
     joints: Sequence[int] = (),
+    parted: bool = False,
     recorded_states: Dimension = 0,
     first: Dimension = 0,
 ) -> PredictedPlan:
@@ -68,6 +69,7 @@ def plan(
             does not reach that is stopped by lot.
         joints: Steps, counted from the first one differentiated, whose states are given
             (stale overlap). Blocks are cut there.
+        parted: Whether the best plan has no leaf across one, as an audit of `k2="auto"` needs it.
         recorded_states: States that exist throughout beside the fixed part of the costs.
         first: Step of the window's first state, from which the plan counts.
 
@@ -87,7 +89,7 @@ def plan(
             "recorded state, or are advanced to"
         )
     lengths = tuple(b - a for a, b in pairwise([0, *joints, num_steps]))
-    demand = Demand(lengths, new_steps, recorded_states, lead_steps)
+    demand = Demand(lengths, new_steps, recorded_states, lead_steps, parted)
     if isinstance(strategy, str) and strategy == OPTIMAL:
         return _fastest(demand, costs, budget_bytes).at(first)
     start = first + demand.lead_steps
@@ -177,7 +179,7 @@ def _made_for(budget_bytes: int, demand: Demand, costs: Costs) -> PredictedPlan:
         advance_steps=1,
     )
     cut = _within(planned, demand, costs, budget_bytes, ())
-    if len(demand.lengths) == 1:
+    if len(demand.lengths) == 1 or demand.parted:
         return cut
     # A leaf over all blocks saves their calls.
     leaf = Retain().nesting(demand.num_steps, demand.num_steps)

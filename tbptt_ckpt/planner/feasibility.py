@@ -90,6 +90,7 @@ class Demand:
     new_steps: int | None = None
     recorded_states: int = 0  # states that exist throughout
     earlier_steps: int = 0  # without a loss, before all others; they only advance
+    parted: bool = False  # whether no leaf may go over several blocks
 
     @property
     def num_steps(self) -> int:

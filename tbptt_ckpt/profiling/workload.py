@@ -13,7 +13,7 @@ from torch import Tensor
 from tbptt_ckpt.arguments import AboveZero, Dimension, check_fields
 from tbptt_ckpt.data.source import Source, as_tensors, rows_of
 from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.engine.options import LossSteps, Reduction
+from tbptt_ckpt.engine.options import AnyK2, LossSteps, Reduction
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.storages import copy_sharing
@@ -103,7 +103,7 @@ class Workload:
         """Whether a window's last step is the only one with a loss."""
         return self.loss == "last"
 
-    def engine(self, k1: int, k2: int | None, **choices: Any) -> TBPTT:
+    def engine(self, k1: int, k2: AnyK2, **choices: Any) -> TBPTT:
         """`TBPTT` for windows of these reaches, under these choices."""
         further = {name: getattr(self, name) for name in _FURTHER}
         return TBPTT(self.module, self.loss_fn, k1, k2, self.optimizer, **further, **choices)

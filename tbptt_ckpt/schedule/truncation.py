@@ -87,6 +87,8 @@ class Draw:
         survival: The probability of reaching as far.
         borders: Where it might have stopped.
         divisors: Borders that are crossed, each with what the state's gradient is divided by.
+        quiet: How far it goes where it turns out to have no loss; None for all the way.
+        audited: Steps at which its gradient is looked at on the way (`k2="auto"`), in order.
     """
 
     whole: Window
@@ -94,15 +96,17 @@ class Draw:
     survival: float = 1.0
     borders: Sequence[int] = ()
     divisors: Mapping[int, float] = field(default_factory=dict)
+    quiet: Window | None = None
+    audited: Sequence[int] = ()
 
     @property
     def stops(self) -> bool:
         """Whether it reaches less far than it might."""
         return self.window.start > self.whole.start
 
-    def unstopped(self) -> Draw:
-        """The same, all the way."""
-        return Draw(self.whole, self.whole)
+    def without_loss(self) -> Draw:
+        """The same for a window that has no gradient."""
+        return Draw(self.whole, self.quiet or self.whole)
 
 
 def draw(window: Window, roulette: Roulette, k1: int, number: float, *, restarts: bool) -> Draw:

@@ -109,6 +109,11 @@ def update_point(count: int, num_steps: int | None, k1: int) -> int:
     return point if num_steps is None else min(point, num_steps)
 
 
+def next_point(step: int, k1: int) -> int:
+    """The first update point at or after a step, of a sequence that does not end before it."""
+    return -(-step // k1) * k1
+
+
 def window_start(stop: int, k2: int | None) -> int:
     """First step that a window ending at `stop` reaches."""
     return 0 if k2 is None else max(0, stop - k2)
@@ -130,6 +135,11 @@ def later_starts(window: Window, num_steps: int | None, k1: int, k2: int | None)
     if num_steps is not None and window.first < num_steps - k2 <= window.stop < num_steps:
         starts.append(num_steps - k2)
     return starts
+
+
+def points_after(step: int, stop: int, k1: int) -> range:
+    """Update points between two steps, neither of them included."""
+    return range(next_point(step + 1, k1), stop, k1)
 
 
 def joint_steps(window: Window, k1: int) -> range:

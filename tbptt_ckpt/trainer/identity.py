@@ -13,15 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.options import K2_TOLERANCE, Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.trainer.learning_state import modules_of
 
-_OPTIONS = ("k1", "k2", "loss", "reduction", "overlap", "accumulate", "clip_grad_norm")
+_OPTIONS = (
+    *("k1", "k2", "max_k2", "k2_tolerance", "loss", "reduction", "overlap"),
+    *("accumulate", "clip_grad_norm"),
+)
 # Another one of these is another run.
-_NEVER = ("accumulate", "k1", "k2", "overlap", "parameters")
+_NEVER = ("accumulate", "k1", "k2", "max_k2", "overlap", "parameters")
+# What runs had before there was a choice.
+_BEFORE = {"truncation": "fixed", "max_k2": None, "k2_tolerance": K2_TOLERANCE}
 _HOW = ("params", "capturable", "differentiable", "foreach", "fused")  # not what is learned
 _ABSENT = "nothing"
 _DATA = ("data", "lanes")
@@ -72,7 +77,8 @@ class RunIdentity:
         saved = state["identity"]
         here, there = self._flat(self.begin(), saved), self._flat(saved, self.begin())
         there.setdefault("module", here["module"])  # older snapshots do not say
-        there.setdefault("truncation", "fixed")
+        for name, before in _BEFORE.items():
+            there.setdefault(name, before)
         data = saved["data"]
         found = self._data(data["epoch"]) if data is not None else None
         for name in _DATA:

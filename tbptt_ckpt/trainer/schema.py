@@ -81,8 +81,14 @@ _LEARNING = {
     "scaler": (dict, None),
     "generators": [object],
 }
+_AUDITS = {
+    **{"means": Tensor, "squares": Tensor, "errors": Tensor},
+    **{"k2": int, "audits": int, "since": int, "gap": int},
+    **{"growing": int, "has_warned": bool},
+}
 _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
-_LATER = {"generators", "drawn", "sequence", "folds", "truncation"}  # which older snapshots lack
+# Which older snapshots lack.
+_LATER = {"generators", "drawn", "sequence", "folds", "truncation", "audits"}
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
@@ -90,7 +96,7 @@ STATE = {
     "device": str,
     "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
-    "truncation": {"drawn": int},
+    "truncation": {"drawn": int, "audits": (_AUDITS, None)},
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},
     "identity": {
         "run": {str: object},

@@ -41,6 +41,8 @@ class TensorBoard:
             self._add(f"window/{name}", getattr(event, name), event.steps)
         if event.reach is not None:
             self._add("window/reach_steps", event.reach.steps, event.steps)
+        if event.chosen_k2 is not None:
+            self._add("window/k2", event.chosen_k2.k2, event.steps)
 
     def on_update(self, event: UpdateEvent) -> None:
         """Write its figures."""

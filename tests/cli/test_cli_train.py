@@ -43,6 +43,7 @@ class TestTraining:
             "--k2 none",
             "--k2 3",
             "--overlap stale",
+            "--k2 auto --max-k2 24",
             "--truncation roulette:0.5",
             "--executor checkpoint",
             "--strategy revolve:3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tbptt_ckpt.arguments import check_above_zero, check_positive_int
 from tbptt_ckpt.cli import options
@@ -13,6 +13,7 @@ from tbptt_ckpt.errors import ArgumentError
 
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_LR = 1_000.0  # Adam moves every weight by about this much at once
+_REACH = 16  # of audits, in k1
 _STRATEGY = "uniform:32"  # depends on nothing measured
 
 
@@ -22,11 +23,17 @@ class TrainingConfig(ModelOptions):
 
     k1: Annotated[int, "Steps between updates.", check_positive_int] = 64
     k2: Annotated[
-        int | None,
-        "Steps an update reaches back; none: to the start.",
-        options.Read(options.parse_reach),
-        options.check_reach,
+        int | Literal["auto"] | None,
+        "Steps an update reaches back; none: to the start; auto: as audits say.",
+        options.Read(options.parse_auto_reach),
+        options.check_auto_reach,
     ] = 128
+    max_k2: Annotated[
+        int | None,
+        "Under --k2 auto, how far back audits reach.",
+        check_positive_int,
+        options.Default("16 times --k1"),
+    ] = None
     strategy: Annotated[
         str,
         "auto, optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES.",
@@ -69,6 +76,8 @@ class TrainingConfig(ModelOptions):
     tensorboard: Annotated[Path | None, "Directory for TensorBoard's event files."] = None
 
     def __post_init__(self) -> None:
+        if self.k2 == "auto" and self.max_k2 is None:
+            object.__setattr__(self, "max_k2", _REACH * self.k1)
         if not self.strategy:
             object.__setattr__(self, "strategy", "optimal" if self.budget else _STRATEGY)
 

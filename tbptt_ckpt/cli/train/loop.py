@@ -95,7 +95,8 @@ class TrainingLoop:
         self._work, self.scorecard = work, Scorecard()
         self._reach: Reach | None = None  # as this process has measured it
         num_steps = min(len(work.source), config.max_steps)
-        self._metered = fullest_window(tbptt_windows(num_steps, config.k1, config.k2))
+        most = config.max_k2 if isinstance(config.k2, str) else config.k2
+        self._metered = fullest_window(tbptt_windows(num_steps, config.k1, most))
         sinks = [] if config.tensorboard is None else [TensorBoard(config.tensorboard)]
         snapshots = None
         if config.snapshot_dir is not None:
@@ -109,6 +110,7 @@ class TrainingLoop:
             work.engine(
                 config.k1,
                 config.k2,
+                max_k2=config.max_k2,
                 overlap=config.overlap,
                 truncation=config.truncation,
                 strategy=config.strategy,

@@ -72,7 +72,9 @@ class TrainingOutcome:
 def print_outcome(outcome: TrainingOutcome) -> None:
     """Print the outcome as a table on the standard output."""
     config = outcome.config
-    reach = "the start" if config.k2 is None else f"{config.k2:,}"
+    reach = "the start" if config.k2 is None else f"{config.max_k2 or config.k2:,}"
+    if config.k2 == "auto":
+        reach = f"auto up to {reach}"
     if config.truncation != "fixed":
         reach += f" by {config.truncation}"
     caption = (
