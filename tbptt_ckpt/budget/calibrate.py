@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
+from tbptt_ckpt.budget.lengths import Lengths
 from tbptt_ckpt.budget.measuring import measuring
 from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.rests import Rest, with_rests
 from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes, peaks_curve
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
 from tbptt_ckpt.memory.sizes import format_bytes
@@ -19,18 +21,10 @@ from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
 
 _log = logging.getLogger("tbptt_ckpt")
 
-# Lengths that are metered, odd ones among them, since kernels round some sizes up.
-_METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
-_SHORT_METERED = 8  # metered whatever the time
-# Metered before anything longer is timed: bytes are a straight line from some 13 steps on. One
-# through 5 and 8 steps predicts long leaves of an nn.LSTM of 3 layers 3.5 % too low.
-_STRAIGHT_BY = 21
 _LONG_ADVANCE = 64  # what most advances are cut into
 _HOST_STEPS = (2, 8, 21)  # lengths at which host memory is looked at
 _BACKWARD_SHARE = 1.5  # bytes a step adds to a peak, over those of its graph, at most
 _METERED_SHARE = 0.5  # of the time, for metering; the rest is for timing
-_TIMED = (1, 3, 8, 21, 55)  # lengths that are timed as well
-_LONGER = 4  # factor between lengths that are only timed
 _ROUNDS = 4  # of timing; what disturbs one length in a round spares it in another
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
 
@@ -84,10 +78,15 @@ class _Measuring:
     spent: float = 0.0
     quiet: list[QuietSample] = field(default_factory=list)
     long_advances: dict[bool, tuple[int, int]] = field(default_factory=dict)
+    lengths: Lengths = field(init=False)
+    rests: list[Rest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lengths = Lengths(self.probe.runner.block_steps)
 
     def run(self) -> None:
         """Meter growing lengths, and time longer ones too."""
-        for steps in _METERED:
+        for steps in self.lengths.metered:
             if steps > self.limits.max_steps or not self._may_meter(steps):
                 break
             self._meter(steps)
@@ -98,8 +97,10 @@ class _Measuring:
         for steps in (min(asked, self.probe.stop - self.probe.loss_start), asked):
             if steps > self.bytes[-1].steps and self._peak(steps) <= self.limits.room_bytes:
                 self._meter(steps)
+        self._meter_rests()
         self._meter_long_advance()
-        lengths = self._timed_lengths()
+        # In rounds, from one step to the whole window, of which none depends on luck.
+        lengths = self.lengths.timed(self.bytes[-1].steps, self.limits.max_steps)
         for number in range(_ROUNDS):
             for steps in lengths:
                 if self._may_time(steps, is_first=number == 0):
@@ -117,6 +118,13 @@ class _Measuring:
             self.host.append((steps, self.probe.host_bytes_of(self.bytes[-1])))
         self.spent = time.perf_counter() - began
 
+    def _meter_rests(self) -> None:
+        """Where steps run in blocks, what is left of one takes what they take one by one."""
+        for steps in self.lengths.rests:
+            if steps < self.probe.num_steps and self._peak(steps) <= self.limits.room_bytes:
+                loud = self.probe.bytes_of(steps)
+                self.rests.append((loud, self.probe.quiet_bytes_of(steps, joins=False)))
+
     def _quiet_bytes_of(self, sample: SegmentBytes) -> QuietSample:
         joins = sample.peak + sample.gradients <= self.limits.room_bytes
         quiet = self.probe.quiet_bytes_of(sample.steps, joins=joins)
@@ -130,7 +138,7 @@ class _Measuring:
         Kernels may take more from some length on, and plans use every length that fits.
         """
         last = self.bytes[-1].steps
-        usual = next((steps for steps in _METERED if steps > last), last)
+        usual = next((steps for steps in self.lengths.metered if steps > last), last)
         longest = min(usual - 1, self.limits.max_steps)
         while longest > last and not self._may_meter(longest):
             longest -= 1
@@ -148,14 +156,6 @@ class _Measuring:
                 taken = self.probe.advance_bytes_of(steps, has_losses=has_losses)
                 self.long_advances[has_losses] = steps, taken
 
-    def _timed_lengths(self) -> list[int]:
-        """Lengths from one step to the whole window, in rounds of which none depends on luck."""
-        longest = self.bytes[-1].steps
-        lengths = [steps for steps in _TIMED if steps <= longest]
-        while (longest := min(_LONGER * longest, self.limits.max_steps)) > lengths[-1]:
-            lengths.append(longest)
-        return lengths
-
     def _time(self, steps: int) -> None:
         leaf, advance = self.probe.seconds_of(steps)
         least_leaf, least_advance = self.seconds.get(steps, (leaf, advance))
@@ -165,14 +165,14 @@ class _Measuring:
         if steps == 1:
             return True
         ends = self._elapsed() + 1.7 * self.spent
-        share = 1.0 if steps <= _STRAIGHT_BY else _METERED_SHARE
-        in_time = steps <= _SHORT_METERED or ends <= share * self.limits.max_seconds
+        share = 1.0 if steps <= self.lengths.straight else _METERED_SHARE
+        in_time = steps <= self.lengths.short or ends <= share * self.limits.max_seconds
         return in_time and self._peak(steps) <= self.limits.room_bytes
 
     def _may_time(self, steps: int, *, is_first: bool) -> bool:
         if steps > 1 and self._peak(steps) > self.limits.room_bytes:
             return False
-        if is_first and steps <= _SHORT_METERED:
+        if is_first and steps <= self.lengths.short:
             return True
         known = steps if steps in self.seconds else max(self.seconds)
         seconds = sum(self.seconds[known]) * steps / known
@@ -192,7 +192,7 @@ class _Measuring:
     def costs(self, kept: tuple[int, int, int], update: UpdateBytes, fixed: FixedBytes) -> Costs:
         """The samples as curves."""
         longest = self.bytes[-1]
-        return Costs(
+        found = Costs(
             state_bytes=kept[0],
             leaf_bytes=self._peaks_curve((s.steps, s.leaf) for s in self.bytes),
             leaf_seconds=seconds_curve((steps, leaf) for steps, (leaf, _) in self.seconds.items()),
@@ -216,7 +216,9 @@ class _Measuring:
             irregular_bytes=self._irregular_bytes(self.bytes, has_losses=True),
             weighed_step_bytes=weighed_step_bytes(self.probe, self.bytes),
             metered_steps=longest.steps,
+            block_steps=self.probe.runner.block_steps,
         )
+        return with_rests(found, self.rests)
 
     def _irregular_bytes(
         self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool

@@ -25,6 +25,8 @@ def fastest_form(
     most_seconds: float,
     measured: Callable[[float], Costs],
     planned: Callable[[Costs], PredictedPlan],
+    *,
+    asked: Form | None = None,
 ) -> tuple[Costs, FormSeconds]:
     """Measure steps in some forms, and let them run in the one whose plan takes the least time.
 
@@ -36,11 +38,13 @@ def fastest_form(
         most_seconds: All of the time.
         measured: Measures costs in so many seconds.
         planned: The plan that counts under some costs.
+        asked: A form that is taken wherever it fits.
 
     Returns:
         Costs in that form, and what a window is predicted to take in each that was weighed.
     """
-    begun, share = time.perf_counter(), _FIRST_SHARE * most_seconds
+    begun = time.perf_counter()
+    share = most_seconds * (1.0 if forms[0] == asked else _FIRST_SHARE)
     found, ranks = dict[Form, Costs](), dict[Form, tuple[bool, float]]()
     for form in forms:
         with batching.as_form(form):
@@ -48,7 +52,11 @@ def fastest_form(
         ranks[form] = _rank(found[form], planned)
         left = most_seconds - (time.perf_counter() - begun)
         fits = not min(ranks.values())[0]
-        if (fits and left < _LEAST_SHARE * most_seconds) or not batching.has_batched:
+        if (
+            (fits and form == asked)
+            or (fits and left < _LEAST_SHARE * most_seconds)
+            or not batching.has_batched
+        ):
             break
         share = max(0.0, min(left, (1 - _FIRST_SHARE) * most_seconds / (len(forms) - 1)))
     chosen = min(ranks, key=lambda form: ranks[form])
@@ -68,6 +76,9 @@ def saved_forms(state: Mapping[str, Any], batching: TimeBatching) -> FormSeconds
 def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:
     """The predicted time, or after all that fit the least bytes."""
     try:
-        return False, planned(costs).predicted_seconds
+        plan = planned(costs)
     except InfeasibleBudgetError as error:
         return True, error.smallest_budget_bytes or 0
+    if plan.longest_leaf < min(costs.block_steps, plan.num_steps):  # nothing runs by blocks
+        return True, plan.predicted_peak_bytes
+    return False, plan.predicted_seconds

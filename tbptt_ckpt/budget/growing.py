@@ -8,6 +8,7 @@ was planned, and nobody would see it before it was too late.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from tbptt_ckpt.schedule.costs import Costs
 from tbptt_ckpt.schedule.forms import FormSeconds
 from tbptt_ckpt.schedule.strategies import Strategy
 from tbptt_ckpt.schedule.windows import Window
+from tbptt_ckpt.time_batching.policy import TimeBatching
 
 Sizes = list[list[int]]  # of each tensor of a step: bytes of a number, and its shape
 
@@ -34,8 +36,8 @@ class GrowingBudget(WindowBudget):
         times_made: How often it was begun anew.
     """
 
-    def __init__(self, make: Callable[[], MeasuredBudget]) -> None:
-        self._make, self._present = make, make()
+    def __init__(self, make: Callable[[], MeasuredBudget], batching: TimeBatching) -> None:
+        self._make, self._present, self._batching = make, make(), batching
         self._library_bytes: int | None = None
         self._sizes: Sizes | None = None  # of the steps that it knows
         self._is_smaller = False  # whether the present sequence has steps below these
@@ -51,6 +53,11 @@ class GrowingBudget(WindowBudget):
     def costs(self) -> Costs | None:
         """What the module takes; None before it has been measured, unless it was given."""
         return self._present.costs
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether the form of steps was decided by what was measured."""
+        return self._present.has_measured
 
     @property
     def forms(self) -> FormSeconds:
@@ -69,6 +76,7 @@ class GrowingBudget(WindowBudget):
         request = make_request()
         self._look_at(sizes_of(request.blocks[0]))
         self._look_at_parts(request.runs_by_parts)
+        self._look_at_compiled(request)
         was_known = self.costs is not None
         try:
             planned = self._present.plan(window, joints, lambda: request)
@@ -124,6 +132,26 @@ class GrowingBudget(WindowBudget):
         if known is not None and self.costs is not None:
             self._begin_anew()
         self._runs_by_parts = runs_by_parts
+
+    def _look_at_compiled(self, request: Request) -> None:
+        is_compiled, is_open = self._batching.is_compiled, not self._present.has_measured
+        if request.compile_ahead is None or not (is_compiled or is_open):
+            if (
+                request.compile_ahead is None and is_compiled
+            ):  # a snapshot's, that are not asked for
+                self._do_not_compile()
+            return
+        room = self._present.room(request) if self._present.plans_by_costs(request) else math.inf
+        is_ready = request.compile_ahead(room)
+        if is_ready is False and is_compiled:
+            self._do_not_compile()
+        elif is_ready and self.costs is not None:  # given ones are of the form that was asked for
+            self._batching.decide("compiled")
+
+    def _do_not_compile(self) -> None:
+        self._batching.do_not_compile()
+        if self.has_measured:
+            self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._present = self._make()

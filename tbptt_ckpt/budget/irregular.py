@@ -210,6 +210,8 @@ def more_bytes(
         return max(0.0, taken - sample.leaf.most + share * max(0, beyond[sample.steps] - beyond[1]))
 
     begins = more(samples[0], 1) if resets or weighs else 0.0
+    if (block := probe.runner.block_steps) > 1:
+        return Curve.linear(begins, _of_rests(samples, block))
     if samples[-1].steps < 2:
         return Curve(((0, begins),))
     cut = [s for s in samples if 1 < s.steps <= _SEVERAL and s.steps in fitting]
@@ -222,6 +224,13 @@ def more_bytes(
         return Curve.linear(begins, max(0, first - begins))
     last = first + max(0, more(several, several.steps) - all_cut)
     return Curve.through([(0, begins), (1, first), (1 + several.steps - shortest.steps, last)])
+
+
+def _of_rests(samples: Sequence[SegmentBytes | QuietSample], block_steps: int) -> float:
+    """What a cut adds at most to a leaf of blocks: the steps of one more run one by one."""
+    first, *_, last = [s for s in samples if s.steps < block_steps] * 2
+    longer = last.leaf.most - first.leaf.most if last is not first else last.leaf.most
+    return block_steps * max(0, longer) / max(1, last.steps - first.steps)
 
 
 def weighed_step_bytes(probe: SegmentProbe, samples: Sequence[SegmentBytes]) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from tbptt_ckpt.budget.fitting import FittingPlans
 from tbptt_ckpt.budget.irregular import cuts_within_leaves
 from tbptt_ckpt.budget.probe import ChangingStateError
-from tbptt_ckpt.budget.watched_window import WatchedWindow, as_measured_now
+from tbptt_ckpt.budget.watched_window import WatchedWindow, watched
 from tbptt_ckpt.budget.window_budget import (
     PlannedWindow,
     Request,
@@ -73,6 +73,24 @@ class MeasuredBudget(WindowBudget):
         return self._costs.known
 
     @property
+    def has_measured(self) -> bool:
+        """Whether the form of steps was decided by what was measured."""
+        return self._is_measured and self._costs.are_measured
+
+    def plans_by_costs(self, request: Request) -> bool:
+        """Whether the window's plan follows from costs, known ones or such as are measured now."""
+        is_short = not self._plans.promised and request.shape.run_steps <= SHORT_WINDOW_STEPS
+        cannot = self._costs.must_measure and (is_short or not self.can_meter(request.device))
+        return self._is_measured and not cannot
+
+    def room(self, request: Request) -> int:
+        """What segments may take beside what there is; fixes the budget."""
+        held_bytes, recorded = _held_bytes(request), request.bytes_of(*request.recorded)
+        live_bytes = held_bytes + recorded + request.input_bytes
+        budget_bytes = self._plans.fix_budget(live_bytes, request.device)
+        return budget_bytes - held_bytes - request.input_bytes
+
+    @property
     def forms(self) -> FormSeconds:
         """Forms of steps that were weighed, with predicted seconds of the largest window."""
         return self._costs.forms
@@ -89,16 +107,14 @@ class MeasuredBudget(WindowBudget):
         if not self._is_measured:
             return super().plan(window, joints, make_request)
         request = make_request()
-        shape, is_fixed = request.shape, not self._plans.finds_fastest
-        is_short = not self._plans.promised and shape.run_steps <= SHORT_WINDOW_STEPS
-        if self._costs.must_measure and (is_short or not self.can_meter(request.device)):
-            unmeasured = WindowBudget(self.strategy if is_fixed else Auto())
+        if not self.plans_by_costs(request):
+            fixed = not self._plans.finds_fastest or isinstance(self.strategy, Auto)
+            unmeasured = WindowBudget(self.strategy if fixed else Auto())
             return unmeasured.plan(window, joints, make_request)
         if self._costs.take_irregular(request):
             self._plans.forget()
-        held_bytes = request.bytes_of(*request.held) + request.ahead_bytes + request.library_bytes
         try:
-            shape, costs, chosen = self._chosen(request, held_bytes)
+            shape, costs, chosen = self._chosen(request, _held_bytes(request))
         except ChangingStateError as error:
             self._do_without_costs()
             ignored = ", and memory_budget is not looked at" if self._plans.promised else ""
@@ -114,7 +130,8 @@ class MeasuredBudget(WindowBudget):
         is_known = has_seen_alike or self._plans.is_confirmed(shape)
         if is_known or not self._plans.promised or not self.can_meter(request.device):
             return PlannedWindow(chosen)
-        return self._watched(request, shape, chosen, costs)
+        exists = self._costs.optimizer_bytes()
+        return watched(request, shape, chosen, costs, exists, self._plans, self._refusal)
 
     def _chosen(self, request: Request, held_bytes: int) -> tuple[Shape, Costs, PredictedPlan]:
         """A plan, cut as its leaves are cut and of no leaf that is longer than known ones foretell.
@@ -224,9 +241,7 @@ class MeasuredBudget(WindowBudget):
 
     def _prepared(self, request: Request, held_bytes: int) -> Costs:
         """Fix the budget, know the costs, and make sure that larger windows will fit."""
-        live_bytes = held_bytes + request.bytes_of(*request.recorded) + request.input_bytes
-        budget_bytes = self._plans.fix_budget(live_bytes, request.device)
-        fullest, room = request.fullest, budget_bytes - held_bytes - request.input_bytes
+        fullest, room = request.fullest, self.room(request)
 
         def planned(costs: Costs) -> PredictedPlan:
             of_fullest = self._costs.of(costs, fullest, request, held_bytes)
@@ -236,7 +251,8 @@ class MeasuredBudget(WindowBudget):
         is_new = self._costs.must_measure
         costs = self._costs.prepare(request, room, planned if finds_fastest else None)
         if is_new:  # caches are empty: what is reserved beside the run will be
-            self._plans.slack.begins_beside(live_bytes)
+            recorded = request.bytes_of(*request.recorded)
+            self._plans.slack.begins_beside(held_bytes + recorded + request.input_bytes)
         self._plans.check_fullest(fullest, self._costs.of(costs, fullest, request, held_bytes))
         return costs
 
@@ -264,30 +280,7 @@ class MeasuredBudget(WindowBudget):
             self._follow(Auto())
         self._is_measured = False
 
-    def _watched(
-        self, request: Request, shape: Shape, chosen: PredictedPlan, costs: Costs
-    ) -> PlannedWindow:
-        missing = costs.fixed.optimizer - self._costs.optimizer_bytes()
-        handed_on = costs.handed_on_bytes
-        made = request.makes_first_state * (costs.state_bytes + handed_on)
-        coming = request.shape.coming_states * costs.state_bytes + handed_on
-        recorded = max(0, request.bytes_of(*request.recorded) - handed_on)
-        absent = max(0, costs.fixed.states - coming - made - recorded)
-        if missing or absent:
-            chosen = as_measured_now(request, chosen, costs, missing, absent)
-        given = {*request.absolute_joints}
-        if not chosen.lead_steps:
-            given.add(request.window.start)
-        return WatchedWindow(
-            plan=chosen,
-            costs=costs,
-            shape=shape,
-            given=frozenset(given),
-            missing_bytes=missing + absent,
-            absent_bytes=absent,
-            optimizer_bytes=self._costs.optimizer_bytes(),
-            gradient_bytes=costs.fixed.gradients + costs.state_bytes + handed_on,
-            first_state_bytes=made,
-            plans=self._plans,
-            refuse=self._refusal,
-        )
+
+def _held_bytes(request: Request) -> int:
+    """What is live before a window whatever it is: states and its steps aside."""
+    return request.bytes_of(*request.held) + request.ahead_bytes + request.library_bytes

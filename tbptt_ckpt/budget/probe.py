@@ -155,7 +155,9 @@ class SegmentProbe:
 
     def warm_up(self) -> None:
         """Run a leaf and an advance: libraries load kernels, and make what they keep, for good."""
-        self._run((self._leaf(1), self._advance(1)), UNOBSERVED)
+        block = self.runner.block_steps
+        for steps in {1, block} if block <= self.num_steps else {1}:
+            self._run((self._leaf(steps), self._advance(steps)), UNOBSERVED)
 
     def host_bytes_of(self, sample: SegmentBytes) -> int | None:
         """Host memory of a leaf's graph besides its tensors; None where nobody says."""

@@ -225,7 +225,7 @@ class WatchedWindow(PlannedWindow):
         return fixed - self.missing_bytes
 
 
-def as_measured_now(
+def _as_measured_now(
     request: Request, chosen: PredictedPlan, costs: Costs, missing: int, absent: int
 ) -> PredictedPlan:
     """The plan with the prediction of an early window, where not all exists yet.
@@ -244,3 +244,42 @@ def as_measured_now(
     )
     update = fixed.total(request.shape.run_steps) - absent + costs.update_bytes
     return replace(chosen, predicted_peak_bytes=max(leaves.peak_bytes, update))
+
+
+def watched(
+    request: Request,
+    shape: Shape,
+    chosen: PredictedPlan,
+    costs: Costs,
+    optimizer_bytes: int,
+    plans: FittingPlans,
+    refuse: Callable[[WatchedWindow, InfeasibleBudgetError], InfeasibleBudgetError],
+) -> WatchedWindow:
+    """A window that is held against its plan, which is for the time when all exists.
+
+    `optimizer_bytes` are those of the state that exists now.
+    """
+    missing = costs.fixed.optimizer - optimizer_bytes
+    handed_on = costs.handed_on_bytes
+    made = request.makes_first_state * (costs.state_bytes + handed_on)
+    coming = request.shape.coming_states * costs.state_bytes + handed_on
+    recorded = max(0, request.bytes_of(*request.recorded) - handed_on)
+    absent = max(0, costs.fixed.states - coming - made - recorded)
+    if missing or absent:
+        chosen = _as_measured_now(request, chosen, costs, missing, absent)
+    given = {*request.absolute_joints}
+    if not chosen.lead_steps:
+        given.add(request.window.start)
+    return WatchedWindow(
+        plan=chosen,
+        costs=costs,
+        shape=shape,
+        given=frozenset(given),
+        missing_bytes=missing + absent,
+        absent_bytes=absent,
+        optimizer_bytes=optimizer_bytes,
+        gradient_bytes=costs.fixed.gradients + costs.state_bytes + handed_on,
+        first_state_bytes=made,
+        plans=plans,
+        refuse=refuse,
+    )

@@ -137,6 +137,8 @@ class Request:
     blocks: Sequence[StepBlock]  # its steps
     device: torch.device  # where memory counts
     make_probe: Callable[[], SegmentProbe]  # makes what measures segments of it
+    # Compiles its steps, in so many bytes: whether they can be run so, None where they are too few.
+    compile_ahead: Callable[[float], bool | None] | None = None  # None where none are to be
 
     @property
     def input_bytes(self) -> int:
@@ -194,6 +196,11 @@ class WindowBudget:
     def costs(self) -> Costs | None:
         """What the module takes, where plans follow from it and it is known by now."""
         return None
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether the form of steps was decided by what was measured."""
+        return False
 
     @property
     def forms(self) -> FormSeconds:

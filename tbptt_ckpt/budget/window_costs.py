@@ -28,7 +28,7 @@ from tbptt_ckpt.devices import device_of
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve, higher
-from tbptt_ckpt.schedule.forms import FormSeconds
+from tbptt_ckpt.schedule.forms import Form, FormSeconds
 from tbptt_ckpt.schedule.plan import PredictedPlan
 from tbptt_ckpt.time_batching.policy import TimeBatching
 from tbptt_ckpt.updates.updater import Updater
@@ -66,6 +66,11 @@ class WindowCosts:
     def must_measure(self) -> bool:
         """Whether segments have to be run before the first plan."""
         return not self._is_checked or self.known is None
+
+    @property
+    def are_measured(self) -> bool:
+        """Whether they were measured in the form that steps run in."""
+        return self.known is not None and self._measured_first is not None
 
     def take_irregular(self, request: Request) -> bool:
         """Count steps that take more; whether plans that were made before know too few."""
@@ -249,6 +254,7 @@ class WindowCosts:
     ) -> Costs:
         """Measured costs in the form of steps whose plan takes the least time."""
         probe = request.make_probe()
+        asked: Form | None = "compiled" if probe.runner.compiled.is_asked else None
         if len(forms := probe.runner.forms()) == 1:
             self._batching.decide(*forms)
             return self._measured(request, limits)
@@ -260,6 +266,7 @@ class WindowCosts:
             limits.max_seconds,
             lambda seconds: self._measured(request, replace(limits, max_seconds=seconds)),
             planned,
+            asked=asked,
         )
         return costs
 

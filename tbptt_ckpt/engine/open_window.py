@@ -71,7 +71,7 @@ class OpenWindow:
         self.draw = draw = draw if self.has_loss() else draw.without_loss()
         self._reached = draw.window  # what is differentiated of it
         self.borders = Borders(draw.divisors, self.numbers, stops=draw.stops)
-        # The state that an earlier window left is a constant: nobody sees its gradient.
+        # Nobody sees the gradient of a state that an earlier window left.
         self._wants_state_grads = self._reached.start == records.origin
         self.loss: WindowLoss = NO_LOSS
         self.executed_steps = 0
@@ -248,13 +248,14 @@ class OpenWindow:
 
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""
-        window, k1 = self._reached, self._options.k1
-        if not self._parts.runner.calls_segments:
+        window, runner = self._reached, self._parts.runner
+        block = runner.block_steps  # at whose ends a cut costs nothing
+        if not (runner.calls_segments or runner.compiled.may_be_taken()):
             return []
-        stops = self._stops(self._records.ambients_for(window.first, k1))
-        return [
-            step for step in stops - {*self._joint_steps()} if window.start < step < window.stop
-        ]
+        stops = self._stops(self._records.ambients_for(window.first, self._options.k1))
+        inner = stops - {*self._joint_steps()}
+        found = [step for step in inner if window.start < step < window.stop]
+        return [step for step in found if block == 1 or (window.stop - step) % block]
 
     def _advance(
         self, boundary: Boundary, stop: int, guard: WeightGuard, longest: int = ADVANCE_STEPS

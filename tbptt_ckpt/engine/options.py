@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.strategies import (
     AnyStrategy,
     Auto,
-    Optimal,
     Retain,
     Strategy,
     Uniform,
@@ -76,7 +75,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_compiled(self)
+        if isinstance(self.strategy, Plan) and self.strategy.form == "compiled":
+            _check_compiled(self)
         _check_auto_k2(self)
         if (roulette := self.parsed_truncation()) is not None:
             self._check_borders(roulette)
@@ -121,8 +121,20 @@ class Options:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether steps are compiled whatever the run: what they take is not measured then."""
-        return self.compile not in (False, "auto")
+        """Whether steps are compiled whatever the run."""
+        return self.parsed_compile() not in (False, "auto")
+
+    def parsed_compile(self) -> CompileChoice:
+        """How steps are compiled; a plan that is followed decides where that is left open."""
+        if self.compile == "auto" and isinstance(self.strategy, Plan):
+            return self.strategy.form == "compiled"
+        return self.compile
+
+    def parsed_costs(self) -> Costs | None:
+        """Given costs: of steps in blocks, where these are to be compiled."""
+        if self.costs is None or not self.is_compiled:
+            return self.costs
+        return replace(self.costs, block_steps=compiled_steps.BLOCK_STEPS)
 
     def parsed_strategy(self) -> Strategy:
         """The strategy as an object."""
@@ -142,19 +154,12 @@ class Options:
 
 
 def _check_compiled(options: Options) -> None:
-    """Raise `ArgumentError` for what needs bytes and seconds of compiled steps."""
-    if not options.is_compiled:
-        return
-    given: dict[str, object] = {"memory_budget": options.memory_budget, "costs": options.costs}
-    if isinstance(options.parsed_strategy(), Optimal):
-        given["strategy"] = options.strategy
-    for name, value in given.items():
-        if value is not None:
-            raise ArgumentError(
-                f"{name}={shown(value)} does not go with compile={shown(options.compile)}: what "
-                "compiled steps take is not measured; leave one of them out, and give a strategy "
-                f"such as 'uniform:{2 * compiled_steps.BLOCK_STEPS}'"
-            )
+    """Raise `ArgumentError` for a plan of compiled steps that are not to be compiled."""
+    if options.compile is False:
+        raise ArgumentError(
+            f"strategy={options.strategy} is a plan of compiled steps, and compile=False; give "
+            "compile=True, or the backend that the plan was made with"
+        )
 
 
 def _check_auto_k2(options: Options) -> None:

@@ -128,7 +128,7 @@ def make_parts(
         options.time_batching,
         traces=True,
         has_room=options.memory_budget is None,
-        compile=options.compile,
+        compile=options.parsed_compile(),
     )
     if isinstance(options.strategy, Plan):
         runner.time_batching.decide(options.strategy.form)
@@ -233,7 +233,6 @@ def _make_budget(
     strategy, amount = options.parsed_strategy(), options.parsed_budget()
     if amount is not None:
         amount.check_device(device_of(parameters or updater.optimized()))
-    measured = measured and not options.is_compiled
     finds_fastest = measured and isinstance(strategy, Auto | Optimal)
     if (finds_fastest or amount is not None) and _is_compiled_by_length(runner.recurrence):
         if amount is None and isinstance(strategy, Auto):
@@ -254,14 +253,16 @@ def _make_budget(
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "
                 "strategy, such as 'sqrt', without a budget"
             )
+        costs, batching = options.parsed_costs(), runner.time_batching
         return GrowingBudget(
             lambda: MeasuredBudget(
                 FittingPlans(strategy, amount, parted=options.is_auto),
-                options.costs,
+                costs,
                 updater,
                 parameters,
-                runner.time_batching,
-            )
+                batching,
+            ),
+            batching,
         )
     return WindowBudget(strategy)
 

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.window_budget import PlannedWindow
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
-from tbptt_ckpt.engine.compiling import compile_window
+from tbptt_ckpt.engine.compiling import compile_planned, plan_opened
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.open_window import OpenWindow
 from tbptt_ckpt.engine.options import Options
@@ -119,11 +120,12 @@ class SequenceRun:
         guard = parts.guard(weights := parts.weights())
         opened = self._open(parts.truncation.of(whole))
         window, records = opened.draw.window, self._standing.records
-        planned = self._plan(window, opened) if opened.has_loss() else None
+        waiting = (*weights, *self.initial.leaves())
+        planned = self._plan(opened, waiting) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
-        waiting = (*weights, *self.initial.leaves())
-        compile_seconds = compile_window(parts, window, opened, planned, waiting)
+        compile_planned(parts, opened, planned, waiting)
+        compile_seconds = parts.runner.compiled.take_seconds()
         delivery = parts.updater.deliveries.of(waiting)
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
@@ -173,13 +175,11 @@ class SequenceRun:
         given = (self._options, self._parts, draw, num_steps, blocks, ambient)
         return OpenWindow(*given, self.initial, records, self._observer)
 
-    def _plan(self, window: Window, opened: OpenWindow) -> PlannedWindow:
-        planned = self._parts.budget.plan(
-            window,
-            opened.joints(),
-            lambda: opened.request(self._reader, self._held(), self._observer.wants_copies),
-        )
-        self._observer.planned(window)
+    def _plan(self, opened: OpenWindow, waiting: Sequence[Tensor]) -> PlannedWindow:
+        copies = self._observer.wants_copies
+        given = (self._parts, opened, self._reader, self._held, waiting)
+        planned = plan_opened(*given, copies_weights=copies)
+        self._observer.planned(opened.draw.window)
         return planned
 
     def _differentiate(

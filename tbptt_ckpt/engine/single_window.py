@@ -17,8 +17,8 @@ from tbptt_ckpt.engine.options import DeliverName, ExecutorName, Options, Reduct
 from tbptt_ckpt.engine.parts import make_parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.executor.block_forms import Wanted
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
-from tbptt_ckpt.executor.compiled_steps import Wanted
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay_check import UNCHECKED, CheckInBackward
 from tbptt_ckpt.executor.runner import make_runner
@@ -155,7 +155,8 @@ def unroll(
     block = StepBlock(0, num_steps, inputs, inputs, None, time_dim)
     ambient = Ambient([runner.recurrence.module], tensors)
     wanted = Wanted(plan.longest_leaf, run_steps=num_steps)
-    runner.compiled.look([block], 0, init_state, wanted)
+    if runner.compiled.look([block], 0, init_state, wanted):
+        runner.time_batching.decide("compiled")
     whole = WindowPass([block], 0, 0, num_steps, 0, ambient, runner)
     sinks: list[Sink] = []
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.executor.held_blocks import bytes_to_hold
+from tbptt_ckpt.executor.step_blocks import block_function, run_block
+from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
@@ -66,6 +71,22 @@ def check_step(
     if structure(state) != structure(reached):
         raise LeftError("its state is nested otherwise from step to step")
     return map_tensors(lambda t: t.detach().clone(), state)
+
+
+def check_room(
+    recurrence: Recurrence, inputs: Tree, state: Tree, num_steps: int, room_bytes: float
+) -> None:
+    """Raise `LeftError` where so many steps and their block, with gradients, do not fit."""
+    if room_bytes == float("inf"):
+        return
+    block = block_function(recurrence.call, wants=True)
+    one = partial(run_block, block, map_tensors(lambda t: t[:1], inputs), state, graph=True)
+    needed = bytes_to_hold(one, num_steps, recurrence.parameters)
+    if needed > room_bytes:
+        raise LeftError(
+            f"holding a block against its steps may take {format_bytes(needed)}, of which the "
+            f"memory budget leaves {format_bytes(max(0, int(room_bytes)))}"
+        )
 
 
 def _check_tensors(recurrence: Recurrence, one: Tree, outputs: Tree, reached: Tree) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -24,9 +24,20 @@ from torch import nn
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
-from tbptt_ckpt.executor.compilable import LeftError, check_module, check_step
-from tbptt_ckpt.executor.held_blocks import BlockDiffersError, NotFiniteError, hold_block
-from tbptt_ckpt.executor.step_blocks import Block, block_function, is_watched, key_of, run_block
+from tbptt_ckpt.executor.block_forms import LEAF, NAMES, Kind, Made, Wanted
+from tbptt_ckpt.executor.compilable import LeftError, check_module, check_room, check_step
+from tbptt_ckpt.executor.held_blocks import (
+    BlockDiffersError,
+    NotFiniteError,
+    hold_block,
+)
+from tbptt_ckpt.executor.step_blocks import (
+    block_function,
+    first_line,
+    is_watched,
+    key_of,
+    run_block,
+)
 from tbptt_ckpt.module.ambient import Ambient, untouched
 from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.inside import name_of
@@ -46,44 +57,6 @@ _MOST_TIMES = 3  # that a block is compiled for one shape, as what it reads chan
 # products of a step, beyond which it saves too little.
 _EARNED_STEPS = 150_000
 _MOST_PRODUCTS = 4_000_000
-
-_Form = tuple[bool, bool]  # with a graph; with outputs
-_LEAF, _ADVANCE, _WEIGHED = (True, True), (False, False), (False, True)
-_NAMES = {True: "compiled block of a leaf", False: "compiled block of an advance"}
-
-
-@dataclass(slots=True)
-class _Made:
-    """What was compiled for one shape of inputs and state."""
-
-    forms: dict[_Form, Block] = field(default_factory=dict)
-    times: int = 0
-
-    def add(self, form: _Form, block: Block) -> None:
-        """A form of it has been compiled."""
-        self.forms[form] = block
-        self.times += form == _LEAF
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """How a window runs steps.
-
-    Attributes:
-        leaf_steps: Of its longest leaf.
-        advances: Whether some are run without a graph.
-        weighs: Whether the outputs of some of these are wanted too.
-        run_steps: Of all windows of the sequence, as far as it is known.
-    """
-
-    leaf_steps: int
-    advances: bool = False
-    weighs: bool = False
-    run_steps: int = 0
-
-    def forms(self) -> list[_Form]:
-        """With a graph or not, with outputs or not."""
-        return [_LEAF, *[_ADVANCE] * self.advances, *[_WEIGHED] * self.weighs]
 
 
 class CompiledSteps:
@@ -117,34 +90,58 @@ class CompiledSteps:
         self._recurrence, self._batching, self._choice = recurrence, batching, choice
         self._compiler = None if choice is False else Compiler(True if choice == "auto" else choice)
         self._is_left = self._compiler is None or not recurrence.per_step
-        self._made: dict[object, _Made] = {}
+        self._made: dict[object, Made] = {}
+        self._seconds = 0.0
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by blocks, or may be."""
         return not self._is_left
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether blocks are to be taken whatever the run."""
+        return self._choice not in (False, "auto")
+
+    @property
+    def block_steps(self) -> int:
+        """Steps that run as one; 1 where they run one by one."""
+        return BLOCK_STEPS if self.are_in_force() else 1
+
     def are_ready(self) -> bool:
         """Whether there is a block to run."""
-        return any(made.forms for made in self._made.values())
+        return any(made.kinds for made in self._made.values())
 
-    def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree, wanted: Wanted) -> float:
-        """A window begins: compile what it wants, unless it is there; the seconds that it took.
+    def are_in_force(self) -> bool:
+        """Whether steps are run by blocks, as far as there are such."""
+        return self._batching.is_compiled and self.are_ready()
+
+    def take_seconds(self) -> float:
+        """What compiling took since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def look(
+        self, blocks: Sequence[StepBlock], begin: int, state: Tree, wanted: Wanted
+    ) -> bool | None:
+        """A window begins: compile what it wants, unless it is there.
 
         Args:
             blocks: The window's steps.
             begin: The first that is run.
             state: The state there.
             wanted: How it runs steps.
+
+        Returns:
+            Whether its leaves can be run by blocks; None where they are too short for one.
         """
         if self._is_left or wanted.leaf_steps < BLOCK_STEPS:
-            return 0.0
-        begun = time.perf_counter()
+            return False if self._is_left else None
         try:
-            if self._choice != "auto" or self._pays(blocks, wanted):
-                self._compile(blocks, begin, state, wanted)
+            if self._choice != "auto" or self._batching.is_compiled or self._pays(blocks, wanted):
+                return self._compile(blocks, begin, state, wanted)
         except LeftError as error:
-            self._leave(str(error))
-        return time.perf_counter() - begun
+            self.leave(str(error))
+        return False
 
     def run(
         self,
@@ -175,19 +172,17 @@ class CompiledSteps:
 
     def _run_one(self, inputs: Tree, state: Tree, *, wants: bool) -> tuple[Tree, Tree] | None:
         """Outputs of one block and the state after it; None where it is not compiled for these."""
-        form = _LEAF if torch.is_grad_enabled() else (False, wants)
+        kind = LEAF if torch.is_grad_enabled() else (False, wants)
         made = self._made.get(key_of(inputs, state))
-        call = None if made is None else made.forms.get(form)
-        if made is not None and form == _ADVANCE:
-            call = call or made.forms.get(_WEIGHED)
+        call = None if made is None else made.find(kind)
         if made is None or call is None or is_watched():
             return None
         try:
-            found = run_block(call, inputs, state, graph=form[0])
+            found = run_block(call, inputs, state, graph=kind[0])
         except torch._dynamo.exc.TorchDynamoException:  # what it reads is not what it was
-            made.forms.clear()
+            made.kinds.clear()
             return None
-        self._batching.made(_NAMES[form[0]])
+        self._batching.made(NAMES[kind[0]])
         return found
 
     def _pays(self, blocks: Sequence[StepBlock], wanted: Wanted) -> bool:
@@ -201,7 +196,8 @@ class CompiledSteps:
 
     def _compile(
         self, blocks: Sequence[StepBlock], begin: int, state: Tree, wanted: Wanted
-    ) -> None:
+    ) -> bool:
+        """Whether a leaf has its block, in the end."""
         if self._in_half:
             raise LeftError("autocast is on")
         module = check_module(self._recurrence.module)
@@ -210,13 +206,14 @@ class CompiledSteps:
             raise LeftError("the inputs of its steps are not tensors of one shape")
         block = join_blocks(few).with_time_first()
         if block.stop - block.start < BLOCK_STEPS or is_watched():
-            return
+            return False
         tensors = tensors_of((block.inputs, state))
         if tensors_of(state) and not self._missing(key_of(block.inputs, state), wanted):
-            return
+            return self._has_leaf(key_of(block.inputs, state))
         ambient = Ambient([module], [*self._recurrence.parameters, *tensors])
         attributes = Attributes(module)
         with (
+            self._timed(),
             torch.enable_grad(),
             untouched(module, tensors=tensors, ambient=ambient),
             OutputsNeeded(True),
@@ -226,34 +223,50 @@ class CompiledSteps:
             except LeftError:
                 raise
             except Exception:  # the window itself says better what is wrong
-                return
+                return False
             finally:
                 attributes.put_back()
             try:
                 key = key_of(block.inputs, state)
-                for form in self._missing(key, wanted):
-                    self._make(key, form, module, block.inputs, state)
+                if missing := self._missing(key, wanted):
+                    check_room(
+                        self._recurrence, block.inputs, state, BLOCK_STEPS, wanted.room_bytes
+                    )
+                for kind in missing:
+                    self._make(key, kind, module, block.inputs, state)
             finally:
                 attributes.put_back()
+        return self._has_leaf(key)
 
-    def _missing(self, key: object, wanted: Wanted) -> list[_Form]:
-        """The forms that a window of some shape is to have and has not."""
-        made = self._made.get(key, _Made())
-        missing = [form for form in wanted.forms() if form not in made.forms]
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - begun
+
+    def _has_leaf(self, key: object) -> bool:
+        return key in self._made and LEAF in self._made[key].kinds
+
+    def _missing(self, key: object, wanted: Wanted) -> list[Kind]:
+        """What a window of some shape is to have and has not."""
+        made = self._made.get(key, Made())
+        missing = [kind for kind in wanted.kinds() if kind not in made.kinds]
         if not missing or (key not in self._made and len(self._made) == _MOST_SHAPES):
             return []
-        if _LEAF in missing and made.times == _MOST_TIMES:
+        if LEAF in missing and made.times == _MOST_TIMES:
             raise LeftError("what its steps read beside inputs and states keeps changing")
         return missing
 
-    def _make(self, key: object, form: _Form, module: nn.Module, inputs: Tree, state: Tree) -> None:
+    def _make(self, key: object, kind: Kind, module: nn.Module, inputs: Tree, state: Tree) -> None:
         assert self._compiler is not None
-        begun, (graph, wants) = time.perf_counter(), form
+        begun, (graph, wants) = time.perf_counter(), kind
         block = block_function(self._recurrence.call, wants=wants)
         made = self._compiler.compiled(block)
         plain, compiled = (partial(run_block, each, graph=graph) for each in (block, made))
-        kind = f"{BLOCK_STEPS} steps {'with' if graph else 'without'} a graph"
-        _log.info("compiling %s of %s (%s)", kind, name_of(module), self._compiler.backend)
+        what = f"{BLOCK_STEPS} steps {'with' if graph else 'without'} a graph"
+        _log.info("compiling %s of %s (%s)", what, name_of(module), self._compiler.backend)
         weights = [w for w in self._recurrence.parameters if w.requires_grad]
         try:
             with torch.set_grad_enabled(graph), self._compiler.open():
@@ -263,12 +276,15 @@ class CompiledSteps:
         except BlockDiffersError as error:
             raise LeftError(f"compiled by {self._compiler.backend} {error}") from None
         except Exception as error:  # of a compiler, or of a step that cannot be compiled
-            raise LeftError(f"it cannot be compiled: {_first_line(error)}") from error
-        self._made.setdefault(key, _Made()).add(form, made)
+            raise LeftError(f"it cannot be compiled: {first_line(error)}") from error
+        self._made.setdefault(key, Made()).add(kind, made)
         seconds = time.perf_counter() - begun
-        _log.info("compiled %s of %s in %.1f s", kind, name_of(module), seconds)
+        _log.info("compiled %s of %s in %.1f s", what, name_of(module), seconds)
 
-    def _leave(self, reason: str) -> None:
+    def leave(self, reason: str) -> None:
+        """Run no steps by blocks from here on, and say why."""
+        if self._is_left:
+            return
         self._is_left = True
         self._made.clear()
         self._batching.leave("compiled steps", reason)
@@ -281,10 +297,3 @@ class CompiledSteps:
 
 def _from(first: int, outputs: Tree) -> Tree:
     return map_tensors(lambda t: t[first:], outputs) if first else outputs
-
-
-def _first_line(error: BaseException) -> str:
-    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
-        error = cause  # torch's own names the backend alone
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -101,6 +101,11 @@ class FoundParts:
         return self._parts is not None
 
     @property
+    def have_cell(self) -> bool:
+        """Whether those in force have a cell of torch's, which may run all steps at once."""
+        return self._parts is not None and self._parts.has_cell
+
+    @property
     def of_kernel(self) -> Tensor | None:
         """The recurrent weight of a cell in force that has a kernel for all steps."""
         return None if self._parts is None else self._parts.of_kernel

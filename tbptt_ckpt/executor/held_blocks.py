@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.devices import device_of
+from tbptt_ckpt.memory.meter import can_measure, peak_memory
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.trees import (
     Tree,
     is_differentiable,
@@ -62,6 +65,21 @@ def hold_block(
         if expected is not None and other is not None and got is not None:
             largest = max(largest, _size(expected) if is_differentiable(expected) else 0.0)
             _compare(name, expected, other, got, largest)
+
+
+def bytes_to_hold(one_step: Callable[[], object], num_steps: int, weights: Sequence[Tensor]) -> int:
+    """What comparing a block of so many steps may take, from a step with its graph.
+
+    0 where memory cannot be measured.
+    """
+    device = device_of(weights)
+    if not can_measure(device):
+        return 0
+    with peak_memory(device, held=(), rss=False) as meter:
+        graph = one_step()
+    del graph
+    # A graph, and what others have left: outputs, and gradients of weights and their sums.
+    return num_steps * meter.peak_bytes * 5 // 4 + 4 * tensor_bytes(list(weights))
 
 
 def _part(tree: Tree, begin: int, end: int) -> Tree:

@@ -19,7 +19,7 @@ from tbptt_ckpt.executor.compiled_steps import CompiledSteps
 from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.segment_parts import SegmentParts, rows_of
-from tbptt_ckpt.executor.sinks import LossSink, Sink
+from tbptt_ckpt.executor.sinks import LossSink, Sink, give_segment
 from tbptt_ckpt.executor.weight_caches import autocast_of, without_cached_weights
 from tbptt_ckpt.executor.weighted_steps import is_present
 from tbptt_ckpt.memory.reading import Told, told_of_calls
@@ -34,7 +34,7 @@ from tbptt_ckpt.module.recurrence import (
     following_time_dim,
     split_result,
 )
-from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
 from tbptt_ckpt.schedule.forms import Form
 from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatching, TimeBatchingChoice
@@ -93,13 +93,20 @@ class Runner:
     @property
     def calls_segments(self) -> bool:
         """Whether what many steps take may be that of one call, which a cut makes two of."""
-        return not self.recurrence.per_step or self.parts.may_be_taken()
+        one_call = self.parts.may_be_taken() or self.compiled.are_in_force()
+        return not self.recurrence.per_step or one_call
+
+    @property
+    def block_steps(self) -> int:
+        """Steps that a leaf has whole numbers of, if it may; 1 where that does not matter."""
+        return self.compiled.block_steps
 
     def forms(self) -> list[Form]:
         """The forms that steps may be run in, where "auto" leaves it open; the rule's first."""
         has_parts, kernel = self.parts.are_in_force, self.parts.of_kernel
         per_step = self.recurrence.per_step
-        return self.time_batching.forms(per_step, has_parts=has_parts, of_kernel=kernel)
+        found = self.time_batching.forms(per_step, has_parts=has_parts, of_kernel=kernel)
+        return ["compiled", *found] if self.compiled.are_ready() else found
 
     @property
     def promises_bits(self) -> bool:
@@ -117,7 +124,7 @@ class Runner:
         `example` are its state and inputs, for where they are.
         """
         batched: AbstractContextManager[object] = nullcontext()
-        if not self.compiled.are_ready():  # what is compiled meets torch's own functions
+        if not self.compiled.are_in_force():  # what is compiled meets torch's own functions
             batched = self.time_batching.region(num_steps, self.recurrence.per_step)
         autocast = autocast_of(self._autocast_dtype, self.recurrence.parameters, example)
         if autocast is None and not parametrize._cache_enabled:
@@ -155,9 +162,9 @@ class Runner:
         start, stop = blocks[0].start, blocks[-1].stop
         first_wanted = min(max(start, first_wanted), stop)
         found = self.parts.of(blocks, state)
-        if found is not None and (found[0].has_cell or not self.compiled.are_ready()):
+        if found is not None:
             return self._run_parts(*found, state, first_wanted, sink)
-        if self.compiled.are_ready() and tensors_of(state):
+        if self.compiled.are_in_force() and tensors_of(state):
             start, state = self.compiled.run(blocks, state, first_wanted, partial(self._give, sink))
             if start == stop:
                 return state
@@ -247,7 +254,7 @@ class Runner:
                 targets = to_time_dim(block.targets, block.time_dim, time_dim)
                 self._compare_first(sink, inputs, outputs, targets)
             block = block.part(max(block.start, first_wanted), block.stop)
-            self._give_segment(block, outputs, num_steps, time_dim, sink)
+            give_segment(sink, block, outputs, num_steps, time_dim)
         return state
 
     def _segment_inputs(self, block: StepBlock, time_dim: int) -> Tree:
@@ -267,16 +274,6 @@ class Runner:
             if self.recurrence.layer is None
             else following_time_dim(time_dim, block.inputs)
         )
-
-    def _give_segment(
-        self, block: StepBlock, outputs: Tree, num_steps: int, time_dim: int, sink: Sink
-    ) -> None:
-        wanted = block.stop - block.start
-        if wanted < num_steps:
-            first = num_steps - wanted
-            outputs = map_tensors(lambda t: t.narrow(time_dim, first, wanted), outputs)
-        targets = to_time_dim(block.targets, block.time_dim, time_dim)
-        sink.take_segment(outputs, targets, block, time_dim)
 
 
 def make_runner(

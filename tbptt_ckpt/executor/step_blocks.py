@@ -85,3 +85,11 @@ def key_of(inputs: Tree, state: Tree) -> object:
     )
     asks = tuple(t.requires_grad for t in tensors_of(inputs))
     return given, held, asks
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in the first place, in one line."""
+    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = cause  # torch's own names the backend alone
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

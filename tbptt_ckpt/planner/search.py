@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from tbptt_ckpt.planner.blocks import in_blocks, in_steps
 from tbptt_ckpt.planner.feasibility import Demand, Stretch, Way, way_fits, ways
 from tbptt_ckpt.planner.leaves import LeafRoom
 from tbptt_ckpt.planner.predictions import Prediction, in_longest_calls, predict
@@ -28,8 +29,18 @@ def is_exact(demand: Demand) -> bool:
 
 def fastest_nestings(demand: Demand, free_bytes: int, costs: Costs) -> list[Nesting]:
     """Nestings of the blocks of a window that fits, in time order; those alike are planned once."""
-    planned = cache(lambda stretch: _Search(stretch, free_bytes, costs).fastest())
+    planned = cache(lambda stretch: _fastest(stretch, free_bytes, costs))
     return [planned(stretch) for stretch in demand.stretches]
+
+
+def _fastest(stretch: Stretch, free_bytes: int, costs: Costs) -> Nesting:
+    """In whole blocks, where these fit: what is left of a leaf takes more time than costs say."""
+    if costs.block_steps > 1:
+        blocks, of_blocks = in_blocks(stretch, costs.block_steps), costs.of_blocks()
+        if any(way_fits(way, blocks.steps, free_bytes) for way in ways(blocks, of_blocks)):
+            found = _Search(blocks, free_bytes, of_blocks).fastest()
+            return in_steps(found, costs.block_steps, stretch.steps)
+    return _Search(stretch, free_bytes, costs).fastest()
 
 
 class _Search:

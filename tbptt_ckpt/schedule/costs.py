@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from tbptt_ckpt.arguments import Dimension, Size, check_fields, checked
+from tbptt_ckpt.arguments import Dimension, PositiveInt, Size, check_fields, checked
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -124,6 +124,8 @@ class Costs:
             that is nothing.
         weighed_step_bytes: What each step of a leaf takes more where lanes are left out.
         metered_steps: The longest leaf whose bytes were measured; 0 where that is not known.
+        block_steps: Leaves are whole blocks of so many steps where these fit, since a compiler made
+            code for them; 1 where steps are run one by one.
     """
 
     state_bytes: Dimension
@@ -142,6 +144,7 @@ class Costs:
     irregular_bytes: Curve | None = None
     weighed_step_bytes: float = 0.0
     metered_steps: Dimension = 0
+    block_steps: PositiveInt = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -189,6 +192,23 @@ class Costs:
             leaf_bytes=change(self.leaf_bytes),
             last_leaf_bytes=last and change_last(last),
             quiet=quiet and quiet.changed(change),
+        )
+
+    def of_blocks(self) -> Costs:
+        """The same of so many blocks in place of so many steps."""
+        block = self.block_steps
+
+        def change(curve: Curve) -> Curve:
+            return curve.of_blocks(block)
+
+        quiet = self.quiet and self.quiet.changed(change)
+        return replace(
+            self.with_leaves(change, change),
+            leaf_seconds=change(self.leaf_seconds),
+            advance_bytes=change(self.advance_bytes),
+            advance_seconds=change(self.advance_seconds),
+            quiet=quiet and replace(quiet, advance=change(quiet.advance)),
+            block_steps=1,
         )
 
     @classmethod

@@ -73,6 +73,14 @@ class Curve:
         """The curve with so much more for each step."""
         return Curve(tuple((steps, value + per_step * steps) for steps, value in self.points))
 
+    def of_blocks(self, steps: int) -> Curve:
+        """The same of so many blocks, of so many steps each."""
+        if len(self.points) == 1:
+            return self
+        counts = {at for each, _ in self.points for at in (each // steps, -(-each // steps))}
+        counts.add(max(counts) + 1)
+        return Curve.through((count, self(count * steps)) for count in counts)
+
     def bends(self, below: int) -> list[int]:
         """The numbers of steps of its points, below the given one."""
         return [steps for steps, _ in self.points if 0 < steps < below]

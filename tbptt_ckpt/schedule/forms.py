@@ -7,8 +7,9 @@ from typing import Literal
 
 # "plain": one by one, by the module. "batched": weight gradients and products of inputs once a
 # segment, torch's cells as one node. "fused": the same, with torch's kernel for all steps of a cell
-# that has one; "mixed": with that in advances, and the node in leaves. "auto": by a rule of sizes.
-Form = Literal["auto", "plain", "batched", "fused", "mixed"]
+# that has one; "mixed": with that in advances, and the node in leaves. "compiled": by blocks of
+# steps that a compiler made, and the rest one by one. "auto": by a rule of sizes.
+Form = Literal["auto", "plain", "batched", "fused", "mixed", "compiled"]
 FormSeconds = dict[Form, float | None]  # predicted of a window; None where no plan fits
 
 

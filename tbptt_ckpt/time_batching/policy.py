@@ -29,6 +29,7 @@ _FORMS: dict[object, Form] = {
     **{False: "plain", True: "batched"},
     **{"auto": "auto", "fused": "fused", "mixed": "mixed"},
 }
+_UNBATCHED: tuple[Form, ...] = ("plain", "compiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,24 @@ class TimeBatching:
         return self._decided == "plain"
 
     def decide(self, form: Form) -> None:
-        """Let "auto" run in that form: who measured them, or has a plan, knows better."""
+        """Let "auto" run in that form: who measured them, or has a plan, knows better.
+
+        Compiled steps are no matter of the choice.
+        """
         if self.choice == "auto":
             self.form = self._decided = form
+        elif form == "compiled" or self.is_compiled:
+            self.form = form if form == "compiled" else _FORMS[self.choice]
+
+    def do_not_compile(self) -> None:
+        """Steps cannot run by compiled blocks, or not any more: run as was chosen."""
+        if self.is_compiled:
+            self.form, self._decided = _FORMS[self.choice], None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps run by compiled blocks, as far as there are such."""
+        return self.form == "compiled"
 
     def forms(self, per_step: bool, *, has_parts: bool, of_kernel: Tensor | None) -> list[Form]:
         """The forms that "auto" may weigh, that of its rule first; one where nothing is open.
@@ -159,11 +175,11 @@ class TimeBatching:
         """Whether runs are batched."""
         if self.form == "auto":
             return per_step and self._may_pay
-        return self.form != "plain"
+        return self.form not in _UNBATCHED
 
     def takes_parts(self) -> bool:
         """Whether what is not sequential in a step may be run for all steps of a run at once."""
-        return self.form != "plain"
+        return self.form not in _UNBATCHED
 
     def takes_kernel(self, weight: Tensor, *, in_leaves: bool) -> bool:
         """Whether torch's kernel runs a cell with that recurrent weight, in advances or leaves.
@@ -181,8 +197,8 @@ class TimeBatching:
 
     def takes(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight of that size is made once for all steps of a run."""
-        is_large = self.form != "plain" and (self.form != "auto" or _pays(weight.numel()))
-        return is_large and self.has_batched
+        is_taken = self.form not in _UNBATCHED and (self.form != "auto" or _pays(weight.numel()))
+        return is_taken and self.has_batched
 
     @property
     def has_batched(self) -> bool:
