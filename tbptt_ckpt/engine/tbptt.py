@@ -93,7 +93,8 @@ class TBPTT:
             `torch.compile` makes: True, "auto" where the run is long enough to earn it back and
             a compiler is there, the name of a backend, or a dict of what `torch.compile` takes as
             `backend`, `mode` and `options`. It takes half a minute to some minutes once, at the
-            begin of a window. Not with a `memory_budget`.
+            begin of a window. Measured plans have leaves of whole blocks, and where no block fits
+            steps run uncompiled.
         per_step: Whether an unrecognised module takes one step (the default) or a segment; it
             must be said of modules that contain an `nn.RNN/LSTM/GRU`.
         time_dim: Where a segment module wants time, 0 by default; `batch_first` sets it.

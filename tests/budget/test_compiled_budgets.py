@@ -209,6 +209,7 @@ def test_given_costs_are_planned_in_blocks() -> None:
     assert all(steps % BLOCK == 0 for w in windows for steps in leaves_of(w.plan))
 
 
+@pytest.mark.exhaustive
 def test_compiling_counts_in_no_window_and_is_done_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
