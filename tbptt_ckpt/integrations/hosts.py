@@ -21,6 +21,5 @@ def imported(name: str, extra: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # something that the library needs
         raise ArgumentError(
-            f"tbptt_ckpt.integrations.{extra} needs the package {package}: "
-            f"pip install 'tbptt-ckpt[{extra}]'"
+            f"the package {package} is missing: pip install 'tbptt-ckpt[{extra}]'"
         ) from error

@@ -7,6 +7,7 @@ from typing import Any
 from tbptt_ckpt.arguments import AnyPath, checked
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.trainer.scalars import scalars_of
 
 
 class TensorBoard:
@@ -34,27 +35,16 @@ class TensorBoard:
 
     def on_window(self, event: WindowEvent) -> None:
         """Write its figures."""
-        for name in (
-            *("loss", "drift", "steps_per_second"),
-            *("executed_steps_per_step", "peak_bytes"),
-        ):
-            self._add(f"window/{name}", getattr(event, name), event.steps)
-        if event.reach is not None:
-            self._add("window/reach_steps", event.reach.steps, event.steps)
-        if event.chosen_k2 is not None:
-            self._add("window/k2", event.chosen_k2.k2, event.steps)
+        self._add(event)
 
     def on_update(self, event: UpdateEvent) -> None:
         """Write its figures."""
-        self._add("update/grad_norm", event.grad_norm, event.steps)
-        self._add("update/learning_rate", event.learning_rate, event.steps)
+        self._add(event)
 
     def on_notice(self, event: Notice) -> None:
         """Write its message, and its figures."""
         self._open().add_text(event.kind, event.message, event.steps)
-        for name, value in event.figures.items():
-            if isinstance(value, int | float):
-                self._add(f"{event.kind}/{name}", value, event.steps)
+        self._add(event)
 
     def resume_at(self, steps: int) -> None:
         """Later events replace what was written of the same steps."""
@@ -72,9 +62,9 @@ class TensorBoard:
             self._writer.close()
             self._writer = None
 
-    def _add(self, name: str, value: float | None, steps: int) -> None:
-        if value is not None:
-            self._open().add_scalar(name, value, steps)
+    def _add(self, event: WindowEvent | UpdateEvent | Notice) -> None:
+        for name, value in scalars_of(event).items():
+            self._open().add_scalar(name, value, event.steps)
 
     def _open(self) -> Any:
         if self._writer is None:

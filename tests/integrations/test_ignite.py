@@ -183,7 +183,7 @@ def test_what_cannot_work_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.run([torch.zeros(3)])
     monkeypatch.setitem(sys.modules, "ignite.engine", None)
     with pytest.raises(
-        ArgumentError, match=r"needs the package ignite: pip install 'tbptt-ckpt\[ig"
+        ArgumentError, match=r"ignite is missing: pip install 'tbptt-ckpt\[ignite\]'"
     ):
         create_supervised_tbptt_trainer(*given, 4)
 
