@@ -61,6 +61,7 @@ class Engine:
 
     def run(self) -> float:
         """One window."""
+        self.case.module.zero_grad()
         (window,) = self.tbptt.windows(self.sequence)
         self.plan = window.plan
         return float(window.loss)  # type: ignore[arg-type]

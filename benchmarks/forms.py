@@ -71,6 +71,7 @@ class Bounded:
 
     def __call__(self) -> None:
         case = self._case
+        case.module.zero_grad()
         (self.window,) = self._tbptt.windows(TensorSequence(case.inputs, case.targets), case.state)
 
 
@@ -78,7 +79,6 @@ def figure_of(setting: Setting, num_pairs: int) -> Figure:
     """Time of "auto" over that of the fastest form."""
     size = Size(setting.cell, setting.lanes, setting.width, setting.num_steps, 1, 1.0, 1.0)
     case = Case(size)
-    case.plain()  # gradients exist
     budget = case.given_bytes + int(setting.share * peak_bytes_of(case.plain))
     words: dict[str, object] = {"plain": False, "batched": True}
     if "LSTMCell" in setting.cell:

@@ -6,9 +6,8 @@ are recomputed, once with nothing recomputed, and with `--budget` by the plan an
 are the fastest within a share of plain BPTT's peak. "LSTMCell" and others are steps of a cell and a
 readout that are written as one forward, "Recurrent" the same in parts.
 
-Peaks are tensor-allocator bytes above those at the start, where weights, inputs and `.grad`
-exist. From each the transient gradient of the largest weight is taken off, which
-accumulating into `.grad` needs on both sides.
+Gradients are cleared before each run, as training does. Peaks are tensor-allocator bytes above
+weights, inputs and gradients.
 
     python -m benchmarks.time_batching
 """
@@ -116,12 +115,9 @@ class Case:
         zeros = torch.zeros(size.lanes, size.width)
         self.state = (zeros, zeros.clone()) if "LSTMCell" in size.cell else zeros
 
-    @property
-    def transient_bytes(self) -> int:
-        return max(parameter.nbytes for parameter in self.module.parameters())
-
     def plain(self) -> float:
         """Plain BPTT by hand."""
+        self.module.zero_grad()
         state, total = self.state, torch.zeros(())
         for x, target in zip(self.inputs.unbind(), self.targets.unbind(), strict=True):
             logits, state = self.module(x, state)
@@ -152,6 +148,7 @@ class Case:
         )
 
         def run() -> float:
+            self.module.zero_grad()
             loss = tbptt.train(TensorSequence(self.inputs, self.targets), self.state).loss
             assert loss is not None, "every step has a target"
             return loss
@@ -172,14 +169,9 @@ def compare(
     if error > 1e-5:
         raise SystemExit(f"{what}: gradients differ by {error:.1e}, so times mean nothing")
     times = time_pairs(case.plain, treated, num_pairs, num_warmups=4)  # budgets meter the first
-    plain_bytes = peak_bytes_of(case.plain) - case.transient_bytes
-    treated_bytes = peak_bytes_of(treated) - case.transient_bytes
+    plain_bytes, treated_bytes = peak_bytes_of(case.plain), peak_bytes_of(treated)
     further = {**times.seconds(), "gradient error": error}
-    sizes = {
-        "baseline MiB": plain_bytes / 2**20,
-        "treated MiB": treated_bytes / 2**20,
-        "% with its transient": 100 * (treated_bytes + case.transient_bytes) / plain_bytes,
-    }
+    sizes = {"baseline MiB": plain_bytes / 2**20, "treated MiB": treated_bytes / 2**20}
     figures = [
         Figure(f"{what}: time", times.ratio, "x", limits[0], times.interval, further),
         Figure(f"{what}: peak", 100 * treated_bytes / plain_bytes, "%", limits[1], None, sizes),
@@ -205,8 +197,7 @@ def figures_of(size: Size, arguments: argparse.Namespace) -> list[Figure]:
         f"{size}, retain", case, case.treated("retain", form), (size.limit_kept, None), pairs
     )
     if arguments.budget:
-        room = arguments.budget / 100 * (peak_bytes_of(case.plain) - case.transient_bytes)
-        budget = case.given_bytes + case.transient_bytes + int(room)
+        budget = case.given_bytes + int(arguments.budget / 100 * peak_bytes_of(case.plain))
         what = f"{size}, within {arguments.budget:g} %"
         within = case.treated("optimal", form, memory_budget=budget)
         kept += compare(what, case, within, (size.limit, arguments.budget), pairs)

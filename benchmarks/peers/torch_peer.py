@@ -29,7 +29,7 @@ class TorchPeer(ABC):
         self._weights = _by_name(self.model)
         for name, weight in self._weights.items():
             weight.data.copy_(torch.from_numpy(work.weights[name]))
-            weight.grad = torch.zeros_like(weight)  # exists before, so that no peak has it
+            weight.grad = torch.zeros_like(weight)
         self.inputs = torch.from_numpy(work.inputs).to(device)
         self.targets = torch.from_numpy(work.targets).to(device)
 
@@ -47,7 +47,7 @@ class TorchPeer(ABC):
         self.accumulate(self.inputs[:WARMUP_STEPS], self.targets[:WARMUP_STEPS])
 
     def run(self) -> float:
-        self.model.zero_grad(set_to_none=False)
+        self.model.zero_grad()  # as training does; no peak has gradients, being above those before
         return self.accumulate(self.inputs, self.targets)
 
     def gradients(self) -> Arrays:

@@ -2,9 +2,10 @@
 
 NOTE [Factors first]
 What the gates of a step do to the gradient that comes from later steps is known before that
-gradient is. The factors are made of all steps at once, where the gates were; what is left to be
+gradient is. The factors are made of many steps at once, where the gates were; what is left to be
 done step by step, backwards, is to multiply by them, and one product with the recurrent weight.
 What the factors become so are the gradients of the gates' sums, of which the weights' are made.
+Of so many steps only that what this takes beside them stays small, and in the processor's cache.
 
 Letters: L steps, N lanes, K inputs, H width; G gates (LSTM 4, GRU 3, RNN 1).
 """
@@ -21,6 +22,7 @@ from tbptt_ckpt.time_batching.cells import CellWeights
 from tbptt_ckpt.time_batching.products import add_product, multiply, multiply_back
 
 Grads = list[Tensor]
+_PIECE_ELEMENTS = 1 << 18  # of the gates whose factors are made at once
 # What a window's leaf saves of a cell: gates, [L, N, G*H], states, [L+1, N, H] each, and for the
 # GRU what its reset gate multiplies, [L, N, H].
 Saved = tuple[Tensor, Sequence[Tensor], Tensor | None]
@@ -40,7 +42,6 @@ class CellOverTime(ABC):
         States come with the first of each; the others are written.
         """
 
-    @abstractmethod
     def walk_back(
         self, saved: Saved, hidden: Tensor, outputs: Sequence[Tensor], grads: Grads
     ) -> Grads:
@@ -48,6 +49,21 @@ class CellOverTime(ABC):
 
         From those of each step's output, [N, H], and of the last states, which may be written to.
         """
+        gates, states, reset = saved
+        stop, most = len(gates), max(1, _PIECE_ELEMENTS // max(1, gates[0].numel()))
+        while stop:
+            start = max(0, stop - most)
+            part = None if reset is None else reset[start:stop]
+            piece = gates[start:stop], [each[start : stop + 1] for each in states], part
+            grads = self._walk_piece_back(piece, hidden, outputs[start:stop], grads)
+            stop = start
+        return grads
+
+    @abstractmethod
+    def _walk_piece_back(
+        self, saved: Saved, hidden: Tensor, outputs: Sequence[Tensor], grads: Grads
+    ) -> Grads:
+        """The same for a piece."""
 
 
 class LSTMOverTime(CellOverTime):
@@ -70,7 +86,7 @@ class LSTMOverTime(CellOverTime):
             torch.mul(f[t], c[t], out=c[t + 1]).addcmul_(i[t], g[t])
             torch.tanh(c[t + 1], out=h[t + 1]).mul_(o[t])
 
-    def walk_back(
+    def _walk_piece_back(
         self, saved: Saved, hidden: Tensor, outputs: Sequence[Tensor], grads: Grads
     ) -> Grads:
         """From gradients of h and c to theirs at the start."""
@@ -122,7 +138,7 @@ class GRUOverTime(CellOverTime):
             n[t].addcmul_(r[t], part[t]).tanh_()
             torch.sub(h[t], n[t], out=h[t + 1]).mul_(z[t]).add_(n[t])
 
-    def walk_back(
+    def _walk_piece_back(
         self, saved: Saved, hidden: Tensor, outputs: Sequence[Tensor], grads: Grads
     ) -> Grads:
         """From gradients of h to that at the start; those of the reset gate's part in its place."""
@@ -172,7 +188,7 @@ class RNNOverTime(CellOverTime):
             else:
                 torch.clamp(sums[t], min=0, out=h[t + 1])
 
-    def walk_back(
+    def _walk_piece_back(
         self, saved: Saved, hidden: Tensor, outputs: Sequence[Tensor], grads: Grads
     ) -> Grads:
         """From gradients of h to that at the start."""

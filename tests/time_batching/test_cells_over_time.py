@@ -63,10 +63,14 @@ def gradients(run: Any, cell: Any, x: Tensor, states: list[Tensor], read: tuple[
     return [*results, *found]
 
 
+@pytest.mark.parametrize("most", [1 << 18, 100, 1])  # of a piece: all steps, a few, one
 @pytest.mark.parametrize("read", [(0,), (1,), (-1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_states_and_every_gradient(kind: str, bias: bool, read: tuple[int, ...]) -> None:
+def test_outputs_states_and_every_gradient(
+    kind: str, bias: bool, read: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tbptt_ckpt.time_batching.cells_over_time._PIECE_ELEMENTS", most)
     cell, (x, states) = make_cell(kind, bias), given(kind)
     expected = gradients(loop, cell, x, states, read)
     for mine, its in zip(gradients(over, cell, x, states, read), expected, strict=True):
