@@ -22,7 +22,7 @@ from tbptt_ckpt.time_batching.cells import CellWeights
 from tbptt_ckpt.time_batching.products import add_product, multiply, multiply_back
 
 Grads = list[Tensor]
-_PIECE_ELEMENTS = 1 << 18  # of the gates whose factors are made at once
+_PIECE_STEPS, _PIECE_ELEMENTS = 16, 1 << 18  # of the gates whose factors are made at once, at most
 # What a window's leaf saves of a cell: gates, [L, N, G*H], states, [L+1, N, H] each, and for the
 # GRU what its reset gate multiplies, [L, N, H].
 Saved = tuple[Tensor, Sequence[Tensor], Tensor | None]
@@ -50,7 +50,8 @@ class CellOverTime(ABC):
         From those of each step's output, [N, H], and of the last states, which may be written to.
         """
         gates, states, reset = saved
-        stop, most = len(gates), max(1, _PIECE_ELEMENTS // max(1, gates[0].numel()))
+        stop, fitting = len(gates), _PIECE_ELEMENTS // max(1, gates[0].numel())
+        most = max(1, min(_PIECE_STEPS, fitting))
         while stop:
             start = max(0, stop - most)
             part = None if reset is None else reset[start:stop]
