@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,18 @@ def test_a_model_is_measured(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert found["costs"]["state_bytes"] == 2 * 2 * 16 * 4
     assert found["costs"]["fixed"]["optimizer"] > 0
     assert "measured on" in found["what"]
+
+
+def test_a_plan_says_in_which_form_steps_run(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "lstmcell", "--hidden", "16", "--lanes", "2", "--steps", "200"]
+    found = run_json(capsys, *options)["plan"]
+    weighed = dict(found["forms"])
+    assert found["form"] == min(weighed, key=weighed.__getitem__)
+    assert weighed[found["form"]] == found["predicted_seconds"]
+    assert main(["plan", *options]) == 0
+    assert re.search(r"form +steps \w+ \(predicted: ", capsys.readouterr().out)
+    fixed = run_json(capsys, *options, "--strategy", "sqrt")["plan"]  # as training under it does
+    assert (fixed["form"], fixed["forms"]) == ("auto", [])
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError, Workload
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, budget_bytes
 from tbptt_ckpt.budget.calibrate import Limits
+from tbptt_ckpt.budget.forms import fastest_form
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.config import PlanningConfig
+from tbptt_ckpt.cli.task import Task
+from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.fastest import quick_plan
 from tbptt_ckpt.planner.ladder import Reach, Rung, budget_ladder, longest_windows, reach_ladder
 from tbptt_ckpt.profiling.predicting import measure_workload
 from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
 from tbptt_ckpt.schedule import FixedBytes
+from tbptt_ckpt.schedule.forms import Form, FormSeconds
 from tbptt_ckpt.schedule.plan import PredictedPlan
 
 MEASURED_STEPS = 256
@@ -26,6 +31,19 @@ _MEASURING_SECONDS = 1.6
 _ROWS = 12  # of a table of reaches, about
 _SEARCHED_STEPS = 20_000
 HALF = "50%"  # of the free memory, where no budget is given
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCosts:
+    """Costs, and what of.
+
+    `form` is that of the measured steps, `forms` what the window takes in each that was weighed.
+    """
+
+    what: str
+    costs: Costs
+    form: Form = "auto"
+    forms: FormSeconds = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,22 +85,31 @@ def run_planning_job(
     """Find the costs and plan: one window and what other budgets buy, or a table of reaches."""
     config.check()
     watch(Progress("measuring costs", 0, 1))
-    what, costs, device = _costs(config)
+    is_given = config.costs is not None or config.state_bytes is not None
+    task = None if is_given else make_task(config)
+    device = "cpu" if task is None else str(task.workload.device)
     if config.steps is None:
+        found = _given_costs(config) if task is None else _costs_of(config, task)
         budgets = {
             text: budget_bytes(text, "--budget", device) or 0 for text in config.budget or (HALF,)
         }
-        tables = [_reaches_within(text, size, costs, watch) for text, size in budgets.items()]
-        return ReachOutcome(what=what, costs=costs, tables=tables)
+        tables = [_reaches_within(text, size, found.costs, watch) for text, size in budgets.items()]
+        return ReachOutcome(what=found.what, costs=found.costs, tables=tables)
     limit = budget_bytes(config.budget[0], "--budget", device) if config.budget else None
+
+    def planned(costs: Costs) -> PredictedPlan:
+        return _plan(config.steps, costs, limit, config.strategy)  # type: ignore[arg-type]
+
+    found = _given_costs(config) if task is None else _costs_of(config, task, planned)
     watch(Progress("planning", 0, 1))
+    costs, weighed = found.costs, tuple(found.forms.items())
     return PlanningOutcome(
         config=config,
-        what=what,
+        what=found.what,
         costs=costs,
         steps=config.steps,
         budget_bytes=limit,
-        plan=_plan(config.steps, costs, limit, config.strategy),
+        plan=replace(planned(costs), form=found.form, forms=weighed),
         retained=plan_steps(config.steps, costs, strategy="retain"),
         ladder=budget_ladder(config.steps, costs),
     )
@@ -110,33 +137,60 @@ def _reaches_within(text: str, num_bytes: int, costs: Costs, watch: Watch) -> Re
     return found
 
 
-def _costs(config: PlanningConfig) -> tuple[str, Costs, str]:
-    """What the costs are of, and on which device."""
+def _given_costs(config: PlanningConfig) -> FoundCosts:
+    """Costs of a file, or by hand."""
     if config.costs is not None:
-        return str(config.costs), _read_costs(config.costs), "cpu"
-    if config.state_bytes is not None and config.step_bytes is not None:
-        by_hand = Costs.linear(
-            state_bytes=config.state_bytes,
-            step_bytes=config.step_bytes,
-            leaf_bytes=config.leaf_bytes,
-            step_seconds=config.step_seconds,
-            call_seconds=config.call_seconds,
-            backward_ratio=config.backward_ratio,
-        )
-        costs = replace(by_hand, fixed=FixedBytes(other=config.fixed_bytes))
-        return "costs by hand", costs, "cpu"
-    task = make_task(config)
-    costs = measured_costs(task.workload, config.steps or MEASURED_STEPS)
-    device = str(task.workload.device)
-    return f"{config.model} on {task.data}, measured on {device}", costs, device
+        return FoundCosts(str(config.costs), _read_costs(config.costs))
+    assert config.state_bytes is not None, "one of the two is given"
+    assert config.step_bytes is not None, "both are given together"
+    by_hand = Costs.linear(
+        state_bytes=config.state_bytes,
+        step_bytes=config.step_bytes,
+        leaf_bytes=config.leaf_bytes,
+        step_seconds=config.step_seconds,
+        call_seconds=config.call_seconds,
+        backward_ratio=config.backward_ratio,
+    )
+    fixed = FixedBytes(other=config.fixed_bytes)
+    return FoundCosts("costs by hand", replace(by_hand, fixed=fixed))
+
+
+def _costs_of(
+    config: PlanningConfig,
+    task: Task,
+    planned: Callable[[Costs], PredictedPlan] | None = None,
+) -> FoundCosts:
+    """Costs of a model, in the form that training takes for such a plan."""
+    work = task.workload
+    what = f"{config.model} on {task.data}, measured on {work.device}"
+    if planned is None or config.strategy != "optimal":  # then training weighs none
+        return FoundCosts(what, measured_costs(work, config.steps or MEASURED_STEPS))
+    measured, parts = _measuring(work, config.steps or MEASURED_STEPS)
+    costs, batching = measured(_MEASURING_SECONDS / 2), parts.runner.time_batching
+    forms = parts.runner.forms()  # as first steps have shown them
+    if len(forms) == 1:
+        return FoundCosts(what, costs, forms[0])
+    costs, seconds = fastest_form(batching, forms, _MEASURING_SECONDS, measured, planned)
+    return FoundCosts(what, costs, batching.form, seconds)
 
 
 def measured_costs(work: Workload, steps: int) -> Costs:
     """What windows of so many steps take, from short segments of the work."""
+    measured, _ = _measuring(work, steps)
+    return measured(_MEASURING_SECONDS)
+
+
+def _measuring(work: Workload, steps: int) -> tuple[Callable[[float], Costs], Parts]:
+    """What measures the work's costs within some seconds, and whose steps it runs."""
     num_steps = min(max(steps, 2), MEASURED_STEPS)
     parts = work.engine(num_steps, num_steps, strategy="retain").parts
-    limits = Limits(num_steps, _MEASURING_SECONDS, AUTO_BUDGET.bytes_beside(0, work.device))
-    return measure_workload(work, parts, num_steps, num_steps, limits)
+    room = AUTO_BUDGET.bytes_beside(0, work.device)
+
+    def measured(seconds: float) -> Costs:
+        limits = Limits(num_steps, seconds, room)
+        return measure_workload(work, parts, num_steps, num_steps, limits)
+
+    return measured, parts
 
 
 def _read_costs(path: Path) -> Costs:

@@ -17,6 +17,7 @@ from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.ladder import FARTHEST, MOST_PLANNED, Reach
 from tbptt_ckpt.profiling.figures import write_figure
 from tbptt_ckpt.profiling.plots import draw_reaches
+from tbptt_ckpt.schedule.forms import described
 
 _LONGEST = {
     None: "",
@@ -47,6 +48,7 @@ def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
     budget = outcome.budget_bytes
     limit = "none" if budget is None else format_bytes(budget)
     fixed = outcome.costs.fixed.total(outcome.steps)
+    weighed = [("form", described(plan.form, plan.forms))] if plan.forms else []
     return [
         ("strategy", plan.strategy),
         ("budget", limit),
@@ -60,6 +62,7 @@ def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
         ("leaves", f"{plan.num_leaves:,}, up to {plan.longest_leaf:,} steps"),
         ("states at once", f"{plan.num_boundaries:,} of {format_bytes(outcome.costs.state_bytes)}"),
         ("longest call of an advance", f"{plan.advance_steps:,} steps"),
+        *weighed,
     ]
 
 
