@@ -259,6 +259,23 @@ def check_truncation(option: str, text: str) -> None:
         raise ArgumentError(f"{option} {text} is not one of {names}") from error
 
 
+def read_compile(text: str) -> bool | str:
+    """How steps are compiled: `true`, `false`, or a name."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def check_compile(option: str, text: str) -> None:
+    """Refuse what names no way to compile steps."""
+    from tbptt_ckpt.time_batching.compiler import check_compile
+
+    try:
+        check_compile(option, read_compile(text))
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{option} {text} is not one of true, false, auto, or a backend such as inductor"
+        ) from error
+
+
 def check_budget(option: str, text: str) -> None:
     """Refuse what is neither a size nor a part of the free memory."""
     from tbptt_ckpt.budget.amount import parse_budget

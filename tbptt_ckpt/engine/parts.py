@@ -28,7 +28,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.runner import Runner, make_runner
 from tbptt_ckpt.executor.window_pass import Executor
-from tbptt_ckpt.module.inside import is_compiled, modules_in, name_of, owner_of
+from tbptt_ckpt.module.inside import is_compiled, modules_in, owner_of
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
     check_differentiable,
@@ -237,7 +237,7 @@ def _make_budget(
     if (finds_fastest or amount is not None) and _is_compiled_by_length(runner.recurrence):
         if amount is None and isinstance(strategy, Auto):
             return WindowBudget(strategy)  # one length, and what is left of a window
-        _warn_of_lengths(runner.recurrence, options)
+        runner.call_in_blocks()  # of two lengths, whatever leaves have
     if executor.one_graph:
         if amount is not None or isinstance(strategy, Optimal):
             raise ArgumentError(
@@ -272,16 +272,3 @@ def _is_compiled_by_length(recurrence: Recurrence) -> bool:
     module = recurrence.module
     inside = any("_orig_mod" in inner._modules for _, inner in modules_in(module))
     return not recurrence.per_step and (inside or is_compiled(module))
-
-
-def _warn_of_lengths(recurrence: Recurrence, options: Options) -> None:
-    given = {"memory_budget": options.memory_budget, "strategy": options.strategy}
-    name, value = next((name, value) for name, value in given.items() if value is not None)
-    warnings.warn(
-        f"module={name_of(recurrence.module)} is compiled, which torch does anew for each length "
-        f"of a call and, by default, eight times at most; {name}={shown(value)} measures and runs "
-        "many lengths. strategy='uniform:L' without a budget, for an L that divides k1 and k2, "
-        "has one",
-        TbpttWarning,
-        stacklevel=6,
-    )

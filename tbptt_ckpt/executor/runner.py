@@ -15,7 +15,7 @@ from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks, steps_of, t
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.executor.compiled_steps import CompiledSteps
+from tbptt_ckpt.executor.compiled_steps import BLOCK_STEPS, CompiledSteps
 from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.segment_parts import SegmentParts, rows_of
@@ -62,6 +62,8 @@ class Runner:
         self.recurrence, self.time_batching = recurrence, time_batching
         self.counters = Counters(recurrence.module)
         self.parts, self.compiled = parts, compiled
+        # Of a segment module, what is left being called one by one; None for all at once.
+        self.call_steps: int | None = None
         self._autocast_dtype = autocast_dtype
         self._is_known = False  # from a first call
         self._has_compared = False
@@ -99,7 +101,11 @@ class Runner:
     @property
     def block_steps(self) -> int:
         """Steps that a leaf has whole numbers of, if it may; 1 where that does not matter."""
-        return self.compiled.block_steps
+        return self.call_steps or self.compiled.block_steps
+
+    def call_in_blocks(self) -> None:
+        """Call a segment module, which is compiled for each length, over a block or one step."""
+        self.call_steps = BLOCK_STEPS
 
     def forms(self) -> list[Form]:
         """The forms that steps may be run in, where "auto" leaves it open; the rule's first."""
@@ -168,10 +174,8 @@ class Runner:
             start, state = self.compiled.run(blocks, state, first_wanted, partial(self._give, sink))
             if start == stop:
                 return state
-            blocks, first_wanted = (
-                list(narrow_blocks(blocks, start, stop)),
-                max(start, first_wanted),
-            )
+            blocks = list(narrow_blocks(blocks, start, stop))
+            first_wanted = max(start, first_wanted)
         if start < first_wanted:
             with OutputsNeeded(False) as outputs:
                 for block in narrow_blocks(blocks, start, first_wanted):

@@ -191,12 +191,17 @@ class WindowPass:
         return None if scale == divisor else torch.full_like(total, scale / divisor)
 
     def _pieces(self, start: int, stop: int, longest: int | None) -> Iterator[tuple[int, int]]:
-        """Cut `[start, stop)` where states are noted, and into at most `longest` steps."""
-        begin = start
+        """Cut `[start, stop)` where states are noted, and into at most `longest` steps.
+
+        A module that is compiled for each length is called over one length, and over single steps.
+        """
+        begin, block = start, self.runner.call_steps
         while begin < stop:
             position = bisect_right(self.stops_at, begin)
             end = self.stops_at[position] if position < len(self.stops_at) else stop
             end = min(end, stop, stop if longest is None else begin + longest)
+            if block is not None:
+                end = begin + (block if end - begin >= block else 1)
             yield begin, end
             begin = end
 

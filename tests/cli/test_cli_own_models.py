@@ -99,6 +99,8 @@ REFUSALS = [
     ("--strategy revolve:0", "--strategy revolve:0 is not one of auto, optimal, retain"),
     ("--truncation never", "--truncation never is not one of fixed, roulette, roulette:P"),
     ("--truncation roulette:2", "--truncation roulette:2 is not one of fixed, roulette"),
+    ("--compile nobody", "--compile nobody is not one of true, false, auto, or a backend"),
+    ("--compile true", "compile=True is for modules of one step"),
     ("--overlap twice", "'twice' is not one of 'refresh', 'stale'"),
     ("--executor magic", "'magic' is not one of 'replay', 'checkpoint'"),
     ("--dtype float16", "'float16' is not one of 'float32', 'float64', 'bfloat16'"),

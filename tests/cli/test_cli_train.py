@@ -125,7 +125,8 @@ class TestOptions:
         words = (
             "train --data d --model gru --hidden 2 --layers 3 --lanes 4 --k1 5 --k2 6 "
             "--strategy sqrt --overlap stale --executor checkpoint --lr 0.5 --max-steps 7 "
-            "--truncation roulette --seed 8 --device cpu --dtype float64 --save s --force"
+            "--truncation roulette --compile true --seed 8 --device cpu --dtype float64 "
+            "--save s --force"
         )
         assert self.asked_for(monkeypatch, capsys, words.split()) == TrainingConfig(
             data=Path("d"),
@@ -138,6 +139,7 @@ class TestOptions:
             strategy="sqrt",
             overlap="stale",
             truncation="roulette",
+            compile="true",
             executor="checkpoint",
             lr=0.5,
             max_steps=7,

@@ -53,6 +53,11 @@ class TrainingConfig(ModelOptions):
         options.check_truncation,
     ] = "fixed"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
+    compile: Annotated[
+        str,
+        "false, true, auto, or a backend of torch.compile: steps in compiled blocks.",
+        options.check_compile,
+    ] = "false"
     lr: Annotated[float, "Learning rate of Adam."] = 4e-3
     max_steps: Annotated[int, "Time steps per lane, in total.", check_positive_int] = 48_000
     seed: Annotated[int, "Seed of the random numbers."] = 0

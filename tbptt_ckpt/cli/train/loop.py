@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
+from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
@@ -116,6 +117,7 @@ class TrainingLoop:
                 strategy=config.strategy,
                 memory_budget=config.budget,
                 executor=config.executor,
+                compile=options.read_compile(config.compile),
             ),
             work.source,
             init_state=work.init_state,
