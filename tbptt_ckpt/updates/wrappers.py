@@ -122,6 +122,14 @@ def _check_complete(reducer: DistributedDataParallel, tickets: Mapping[int, Tens
 
 
 def _check(module: nn.Module) -> None:
+    for package in ("lightning", "lightning_fabric"):
+        precision = getattr(getattr(module, "_strategy", None), "precision", None)
+        if is_a(module, package, "_FabricModule") and is_a(precision, package, "MixedPrecision"):
+            raise ArgumentError(
+                "module was set up by Fabric with mixed precision, which has every backward go "
+                "through fabric.backward; in one process give its .module, with autocast_dtype="
+                f"{getattr(precision, '_desired_input_dtype', torch.bfloat16)}"
+            )
     for name, package in _REFUSED.items():
         if is_a(module, package, name):
             raise ArgumentError(

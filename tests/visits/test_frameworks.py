@@ -11,7 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 FRAMEWORKS = {
     "recipes.md": ("pytorch_lightning", "ignite", "accelerate"),
-    "integrations.md": ("ignite",),
+    "integrations.md": ("ignite", "lightning.pytorch"),
 }
 PAIRS = [(page, place) for page, names in FRAMEWORKS.items() for place in range(len(names))]
 _PROGRAM = re.compile(r"^```py\n(.*?)\n```", re.MULTILINE | re.DOTALL)
@@ -33,7 +33,7 @@ def test_it_runs_as_written(
     page: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = FRAMEWORKS[page][place]
-    if importlib.util.find_spec(name) is None:
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
     exec(compile(programs(page)[place], str(DOCS / page), "exec"), {"__name__": "__main__"})
