@@ -50,7 +50,8 @@ def run(
     optimizer = torch.optim.Adam(model.parameters(), lr=given.lr)
     most = {"max_k2": MAX_K2} if k2 == "auto" else {}
     tbptt = TBPTT(
-        *(model, recall_loss, K1, k2, optimizer), per_step=False, clip_grad_norm=1.0, **most
+        *(model, recall_loss, K1, k2, optimizer),
+        **{"per_step": False, "clip_grad_norm": 1.0, "strategy": "retain", **most},
     )
     steps = stream(delays, given.steps, given.lanes, 1000 + seed)
     begun = time.process_time()

@@ -16,7 +16,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_rule import ReachRule, audited_steps, reach_sizes
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
-from tbptt_ckpt.executor.gradient_sketch import Row, asked, norm_of, sketch
+from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, asked, norm_of, signs_for, sketch
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.host import Number, Numbers
@@ -26,7 +26,7 @@ from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import Window, next_point
 from tbptt_ckpt.updates.updater import Updater
 
-_GROWING, _TIMES = 3, 2.0  # audits in a row whose gradient grows by so much are told of
+_GROWING, _TIMES = 3, 10.0  # audits in a row whose gradient grows by so much are told of
 
 
 def make_truncation(
@@ -75,6 +75,7 @@ class AutoK2(Truncation):
         self._most, self._parameters, self._updater = options.max_k2, parameters, updater
         self._rule = ReachRule(reach_sizes(options.k1, self._most), options.k2_tolerance)
         self.observer = self._auditor = _Auditor(self._audit_of)
+        self._places: tuple[Tensor, list[Tensor]] | None = None
 
     def of(self, window: Window) -> Draw:
         """As far back as the rule says, or all the way for an audit."""
@@ -103,6 +104,14 @@ class AutoK2(Truncation):
             rule.ran()
         return {"chosen_k2": rule.chosen(k2, is_audit=is_audit)}
 
+    def held(self) -> tuple[Tensor, list[Tensor]] | None:
+        """What audits need on an accelerator; nothing where weights are on the CPU."""
+        if self._places is None and (signs := signs_for(self.weights())):
+            shape = len(self._rule.sizes) + 1, BUCKETS
+            rows = torch.empty(shape, dtype=signs[0].dtype, device=signs[0].device)
+            self._places = rows, signs
+        return self._places
+
     def _is_audit(self, window: Window) -> bool:
         """One that is due, and has all the steps that it wants."""
         return self._rule.is_due and window.stop - window.start == self._most
@@ -110,7 +119,8 @@ class AutoK2(Truncation):
     def _audit_of(self, window: Window) -> _Audit | None:
         if not self._is_audit(window):
             return None
-        return _Audit(window, self._rule.sizes, self.weights(), self._updater)
+        rows = None if (held := self.held()) is None else held[0]
+        return _Audit(window, self._rule.sizes, self.weights(), self._updater, rows)
 
     def weights(self) -> list[Tensor]:
         """Whose gradients are looked at."""
@@ -151,19 +161,23 @@ class _Audit:
     """One window whose gradient is looked at where each size begins."""
 
     def __init__(
-        self, window: Window, sizes: Sequence[int], weights: Sequence[Tensor], updater: Updater
+        self,
+        window: Window,
+        sizes: Sequence[int],
+        weights: Sequence[Tensor],
+        updater: Updater,
+        places: Tensor | None,
     ) -> None:
         self._window, self._weights, self._updater = window, weights, updater
-        self._cuts = audited_steps(window, sizes)
-        self._before: Row = None  # what earlier windows left in `.grad`
-        self._rows: list[Row] = []  # the smallest size first
+        self._cuts, self._places = audited_steps(window, sizes), places
+        self._rows: list[Row] = []  # what earlier windows left in `.grad`, then the smallest size
         self._norms: list[Any] = []
         self._asked: list[Number] = []
 
     def begin(self) -> None:
         """Nothing has been differentiated yet."""
-        if self._before is None:
-            self._before = sketch(self._weights)
+        if not self._rows:
+            self._read()
 
     def add(self, step: int, state_grads: Sequence[Tensor | None]) -> None:
         """The gradient has come to `step`."""
@@ -171,15 +185,21 @@ class _Audit:
             known = [grad for grad in state_grads if grad is not None]
             self._norms.append(norm_of(known) if known else 0.0)
         if step in self._cuts or step == self._window.start:
-            self._rows.append(sketch(self._weights))
+            self._read()
 
     def ask(self, numbers: Numbers) -> None:
         """Ask for all of it, once."""
-        rows = [row - self._before for row in self._rows]
-        sums = torch.stack(rows) if isinstance(rows[0], Tensor) else np.stack(rows)
+        before, *rows = self._rows
+        sums = (np.stack(rows) if self._places is None else torch.stack(rows)) - before
         scale = self._updater.grad_scale(self._weights[0].device)
         self._asked = [asked(value, numbers) for value in (sums, scale, *self._norms)]
         self._rows, self._norms = [], []
+
+    def _read(self) -> None:
+        row = sketch(self._weights)
+        if self._places is not None:
+            row = self._places[len(self._rows)].copy_(row)
+        self._rows.append(row)
 
     def sums(self) -> Any:
         """The sums of each size, [sizes, BUCKETS]; None where one is not finite."""

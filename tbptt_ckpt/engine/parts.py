@@ -82,7 +82,7 @@ class Parts:
     def held(self) -> tuple[object, ...]:
         """Trees of tensors that are live between windows."""
         owners = (self.recurrence.module, self.loss_function.loss_fn, self.updater.optimizer)
-        return (self.parameters, *owners, self.reach.held())
+        return (self.parameters, *owners, self.reach.held(), self.truncation.held())
 
     @property
     def gauges(self) -> tuple[Observer, ...]:

@@ -73,6 +73,10 @@ class Truncation:
                 stacklevel=2,
             )
 
+    def held(self) -> object:
+        """Trees of tensors that are live between windows."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Where the draws stand."""
         return {"drawn": self._drawn, "audits": None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from simulated_device import SimulatedWaits, on_device
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, InfeasibleBudgetError, TensorSequence, Trainer
@@ -94,7 +95,7 @@ def resets() -> Made:
 
 def engine(module: nn.Module, **options: Any) -> TBPTT:
     optimizer = torch.optim.Adam(module.parameters(), LR)
-    given = {"max_k2": MAX_K2, "k2_tolerance": TOLERANCE, "time_batching": False, **options}
+    given = {"max_k2": MAX_K2, "k2_tolerance": TOLERANCE, **options}
     return TBPTT(module, mean_loss, K1, "auto", optimizer, **given)
 
 
@@ -107,8 +108,8 @@ def expected_windows(make: Callable[[], Made], overlap: str) -> list[naive_auto_
 
 
 PLANS: list[dict[str, Any]] = [
-    {"strategy": "retain"},
-    {"strategy": "uniform:4"},
+    {"strategy": "retain", "time_batching": False},
+    {"strategy": "uniform:4", "time_batching": False},
     {"strategy": "revolve:2", "time_batching": "auto"},
     {"strategy": "optimal", "memory_budget": "1MiB"},
 ]
@@ -154,6 +155,7 @@ def chosen(tbptt: TBPTT, sequence: object, state: Any = None) -> list[Any]:
     return [window.chosen_k2 for window in tbptt.windows(sequence, state)]
 
 
+@pytest.mark.exhaustive
 def test_a_stream_is_run_as_a_sequence_of_known_length() -> None:
     known = cell()
     expected = chosen(engine(known[0]), *known[2:0:-1])
@@ -177,7 +179,17 @@ def test_the_one_size_that_is_chosen_is_that_k2(monkeypatch: pytest.MonkeyPatch)
             assert relative_error([one.state], [its.state]) <= 1e-12
 
 
-def test_accumulated_gradients_are_audited_window_by_window() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 3},
+        pytest.param({"optimizer": None}, marks=EVERY),
+        pytest.param({"scaler": torch.amp.GradScaler("cpu", init_scale=8.0)}, marks=EVERY),
+        pytest.param({"deliver": "once"}, marks=EVERY),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_accumulated_gradients_are_audited_window_by_window(options: dict[str, Any]) -> None:
     """Whatever `.grad` holds before: weights that stay are audited alike."""
 
     def run(**options: Any) -> list[Any]:
@@ -188,17 +200,10 @@ def test_accumulated_gradients_are_audited_window_by_window() -> None:
 
     expected = run()
     assert len({each.k2 for each in expected if not each.is_audit}) > 1
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for options in (
-        {"optimizer": None},
-        {"accumulate": 3},
-        {"scaler": scaler},
-        {"deliver": "once"},
-    ):
-        for one, other in zip(run(**options), expected, strict=True):
-            assert (one.k2, one.is_audit) == (other.k2, other.is_audit), options
-            errors = one.audited_error or 0.0, other.audited_error or 0.0
-            assert errors[0] == pytest.approx(errors[1], rel=1e-6), options
+    for one, other in zip(run(**options), expected, strict=True):
+        assert (one.k2, one.is_audit) == (other.k2, other.is_audit)
+        errors = one.audited_error or 0.0, other.audited_error or 0.0
+        assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 
 
 class Wide(nn.Module):
@@ -277,6 +282,26 @@ def test_a_resumed_run_goes_on_bit_by_bit(overlap: str, places: tuple[int, ...])
         trainer()[0].load_state_dict(state)
 
 
+def test_a_device_is_waited_for_once() -> None:
+    def run(put: Any, waits: SimulatedWaits) -> tuple[list[Any], list[int]]:
+        module, counts, found = put(lstm_cell()), [0], []
+        data = TensorSequence(*map(put, data_of(60)))
+        for window in engine(module, strategy="uniform:4").windows(data):
+            counts.append(waits.total)
+            found.append(window.chosen_k2)
+        return found, [after - before for before, after in pairwise(counts)]
+
+    expected, _ = run(lambda given: given, SimulatedWaits())
+    with SimulatedWaits() as waits:
+        found, counts = run(on_device, waits)
+    assert sum(each.is_audit for each in found) > FIRST
+    assert set(counts[4:]) == {1}, waits.found
+    for one, other in zip(found, expected, strict=True):
+        assert (one.k2, one.is_audit) == (other.k2, other.is_audit)
+        errors = one.audited_error or 0.0, other.audited_error or 0.0
+        assert errors[0] == pytest.approx(errors[1], rel=1e-9, abs=1e-13)
+
+
 def test_events_say_what_was_chosen(tmp_path: Path) -> None:
     module, state, sequence, _ = cell()
     sinks = [JsonLines(tmp_path / "events")]
@@ -298,7 +323,7 @@ class Growing(nn.Module):
         return h, h
 
 
-@pytest.mark.parametrize(("factor", "is_told"), [(1.2, True), (1.0, False), (0.8, False)])
+@pytest.mark.parametrize(("factor", "is_told"), [(1.3, True), (1.05, False), (0.8, False)])
 def test_a_gradient_that_grows_with_distance_is_told_of_once(
     factor: float, is_told: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
