@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
 from tbptt_ckpt.budget.amount import MemoryBudget
+from tbptt_ckpt.engine.options import AnyK2
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.integrations.hosts import imported
@@ -54,7 +55,7 @@ def create_supervised_tbptt_trainer(
     non_blocking: bool = False,
     prepare_batch: Callable[..., Any] | None = None,
     *,
-    k2: PositiveInt | Literal["tbtt_step"] | None = "tbtt_step",
+    k2: AnyK2 | Literal["tbtt_step"] = "tbtt_step",
     strategy: AnyStrategy = "auto",
     memory_budget: MemoryBudget = None,
     **options: Any,
@@ -76,7 +77,8 @@ def create_supervised_tbptt_trainer(
         non_blocking: Whether that may be done while the host goes on.
         prepare_batch: `(batch, device=, non_blocking=) -> (x, y)`, called with the steps of one
             window; Ignite's own by default.
-        k2: Steps an update reaches back; None reaches back to the start of the batch.
+        k2: Steps an update reaches back; None reaches back to the start of the batch; "auto" as for
+            `TBPTT`.
         strategy: As for `TBPTT`.
         memory_budget: As for `TBPTT`.
         **options: Further ones of `TBPTT`.
@@ -87,7 +89,7 @@ def create_supervised_tbptt_trainer(
     engines = imported("ignite.engine", "ignite")
     events = imported("ignite.contrib.engines.tbptt", "ignite").Tbptt_Events
     prepare_batch = engines._prepare_batch if prepare_batch is None else prepare_batch
-    k2 = tbtt_step if isinstance(k2, str) else k2
+    k2 = tbtt_step if k2 == "tbtt_step" else k2
     tbptt = TBPTT(
         model,
         loss_fn,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.data.source import for_module
 from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.engine.options import AnyK2
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, TbpttError, shown
@@ -58,7 +59,7 @@ class WindowedTraining:
 
     recurrent: Any
     k1: int
-    k2: int | None
+    k2: AnyK2
     strategy: AnyStrategy = "auto"
     time_dim: int | None = None
     tbptt_options: ClassVar[Mapping[str, Any]] = {}

@@ -42,6 +42,11 @@ class HiddenState:
     scratch: list[Place] = field(default_factory=list)
     flags: dict[Place, bool] = field(default_factory=dict)
 
+    @property
+    def places(self) -> list[Place]:
+        """All that a call fills, and puts back."""
+        return [*self.state, *self.scratch, *self.flags]
+
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The memory of all tensors that operations are given."""

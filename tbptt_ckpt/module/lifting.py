@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.hidden_state import HiddenState, find_hidden_state, with_gradient
 from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.module.places import (
+    ABSENT,
     Place,
     let_go_of_graphs,
     on_copies,
@@ -56,26 +58,37 @@ class Lifted(nn.Module):
 
     def forward(self, inputs: Tree, state: Tree) -> tuple[Tree, Tree]:
         """Run the module from a state; what it leaves is the state after it."""
-        hidden, module = self._hidden, self.module
-        places = [*hidden.state, *hidden.scratch, *hidden.flags]
-        found = [(place, place.get(module)) for place in places]
+        places = self._hidden.places
+        holders = [place.holder(self.module) for place in places]
+        found = [each.get(place.name, ABSENT) for place, each in zip(places, holders, strict=True)]
         try:
-            for place, value in found:
-                place.put(module, self._own(place, map_tensors(without_graph, value)))
-            if state is not None:
-                for place, value in zip(hidden.state, state, strict=True):
-                    place.put(module, self._own(place, value))
-                for place, flag in hidden.flags.items():
-                    place.put(module, flag)
-            return module(inputs), tuple([place.get(module) for place in hidden.state])
+            given = map(self._own, places, self._given(found, state))
+            self._put(places, holders, given)
+            outputs, last = self.module(inputs), zip(self._hidden.state, holders, strict=False)
+            return outputs, tuple([holder[place.name] for place, holder in last])
         finally:
-            for place, value in found:
-                place.put(module, value)
+            self._put(places, holders, found)
+
+    def _put(self, places: list[Place], holders: list[Any], values: Iterable[Tree]) -> None:
+        for place, holder, value in zip(places, holders, values, strict=True):
+            if value is ABSENT:
+                place.put(self.module, value)
+            else:
+                holder[place.name] = value
+
+    def _given(self, found: list[Tree], state: Tree) -> list[Tree]:
+        """What a step begins with in each place."""
+        hidden = self._hidden
+        if state is None:
+            return [map_tensors(without_graph, value) for value in found]
+        last = len(hidden.state) + len(hidden.scratch)
+        return [*state, *found[len(hidden.state) : last], *hidden.flags.values()]
 
     def _own(self, place: Place, value: Tree) -> Tree:
         """What the step may write into: the containers, and tensors where it does so."""
-        is_written = place in self._hidden.written
-        return map_tensors(Tensor.clone, value) if is_written else copy_containers(value)
+        if place in self._hidden.written:
+            return map_tensors(Tensor.clone, value)
+        return value if isinstance(value, Tensor) else copy_containers(value)
 
     def extra_repr(self) -> str:
         """Where the state is."""

@@ -29,16 +29,17 @@ class Place(NamedTuple):
 
     def get(self, module: nn.Module) -> Tree:
         """What stands there, or `ABSENT`."""
-        return self._holder(module).get(self.name, ABSENT)
+        return self.holder(module).get(self.name, ABSENT)
 
     def put(self, module: nn.Module, value: Tree) -> None:
         """Have it stand there, past what assignments of the module's class do."""
         if value is not ABSENT:
-            self._holder(module)[self.name] = value
-        elif self._holder(module).pop(self.name, ABSENT) is not ABSENT and self.is_buffer:
+            self.holder(module)[self.name] = value
+        elif self.holder(module).pop(self.name, ABSENT) is not ABSENT and self.is_buffer:
             module.get_submodule(self.path)._non_persistent_buffers_set.discard(self.name)
 
-    def _holder(self, module: nn.Module) -> dict[str, Any]:
+    def holder(self, module: nn.Module) -> dict[str, Any]:
+        """The dict that has it, by its name."""
         owner = module.get_submodule(self.path)
         return owner._buffers if self.is_buffer else vars(owner)
 

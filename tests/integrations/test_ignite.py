@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cases import WIDTH, WIDTH_IN, bitwise, random_data, relative_error
 from torch import Tensor, nn
 
+from tbptt_ckpt import TBPTT, TensorSequence
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.integrations.hosts import imported
 
@@ -163,6 +164,25 @@ def test_a_budget_and_further_options_go_through() -> None:
     trainer.run(batches(0, (4,)))
     moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
     assert float(torch.cat([m.flatten() for m in moved]).norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_k2_may_be_found() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(WIDTH_IN, WIDTH)
+    twin, losses = copy.deepcopy(lstm), []
+    options = {"k2": "auto", "max_k2": 8}
+    sgd = torch.optim.SGD(lstm.parameters(), 0.05)
+    trainer = create_supervised_tbptt_trainer(lstm, sgd, F.mse_loss, K1, **options)
+    trainer.add_event_handler(
+        tbptt_of_ignite.Tbptt_Events.TIME_ITERATION_COMPLETED,
+        lambda engine: losses.append(engine.state.output),
+    )
+    trainer.run(batches(0))
+    tbptt = TBPTT(
+        twin, F.mse_loss, K1, optimizer=torch.optim.SGD(twin.parameters(), 0.05), **options
+    )
+    own = [w.loss_value for x, y in batches(0) for w in tbptt.windows(TensorSequence(x, y))]
+    assert losses == own
 
 
 def test_what_cannot_work_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -27,8 +28,8 @@ from cases import (
 from stateful_modules import KINDS, Attribute, Items, LazyBuffer, Logging, Stateful, stateful
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, TensorSequence
-from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer
+from tbptt_ckpt.errors import ArgumentError, ReplayMismatchError
 from tbptt_ckpt.module import lifted
 from tbptt_ckpt.module.trees import tensors_of
 
@@ -128,6 +129,26 @@ class Masked(Attribute):
         return super().forward(x * self.mask)
 
 
+class Late(Attribute):
+    """A state moves through many attributes, one a step, before it is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.gru(x, self.delayed[-1])
+        for n in range(7, 0, -1):
+            setattr(self, f"h{n}", getattr(self, f"h{n - 1}"))
+        self.h0 = new
+        return new
+
+    def load(self, state: Any) -> None:
+        zero = torch.zeros(LANES, WIDTH, dtype=torch.float64)
+        for n in range(8):
+            setattr(self, f"h{n}", zero)
+
+    @property
+    def delayed(self) -> list[Tensor]:
+        return [getattr(self, f"h{n}") for n in range(8)]
+
+
 class Memory:
     def __init__(self) -> None:
         self.values: list[Tensor] = []
@@ -152,6 +173,7 @@ class Foreign(Attribute):
         (Detached, "cell.h (Tensor) changes from step to step, and no gradient passes"),
         (Masked, "cell.mask (Tensor) changes"),
         (Foreign, "changes Foreign.memory in a step"),
+        (Late, "changes Late in a step"),
     ],
 )
 def test_what_else_changes_is_refused_by_name(kind: type[Any], reason: str) -> None:
@@ -171,6 +193,17 @@ def test_what_is_to_be_left_is_left() -> None:
     assert net.cell.steps == 1
     made = lifted(stateful(Foreign), x, leave=["Foreign.memory"])
     assert made.names == ("cell.h",)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_is_left_and_matters_is_found_by_the_replay_check(executor: str) -> None:
+    inputs, targets = random_data(30)
+    net = stateful(Counting)
+    made = lifted(net, inputs[0], leave=["cell.steps"])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    tbptt = TBPTT(made, mean_loss, 8, 24, optimizer, strategy="uniform:8", executor=executor)
+    with pytest.raises(ReplayMismatchError):
+        tbptt.train(TensorSequence(inputs, targets))
 
 
 def test_a_module_without_a_state_or_with_other_inputs_is_refused() -> None:
@@ -268,6 +301,45 @@ def test_it_is_copied_saved_and_loaded(kind: type[Any]) -> None:
     assert {f"module.{name}" for name in stateful(kind).state_dict()} == set(made.state_dict())
     copied.load_state_dict(made.state_dict())
     assert torch.equal(made(x, state)[0], copied(x, state)[0])
+
+
+SOME = {"Memories", "Nested", "LazyBuffer"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k.__name__ in SOME else pytest.param(k, marks=pytest.mark.exhaustive) for k in KINDS],
+)
+def test_it_is_resumed_and_kept_within_a_budget_as_any_module(
+    kind: type[Any], tmp_path: Path
+) -> None:
+    sequence = TensorSequence(*random_data(STEPS))
+
+    def trainer(folder: str, **options: Any) -> tuple[Trainer, nn.Module]:
+        net = stateful(kind)
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        made = lifted(net, sequence.inputs[0])
+        tbptt = TBPTT(made, mean_loss, K1, K2, optimizer, **options)
+        snapshots = Snapshots(directory=tmp_path / folder)
+        return Trainer(tbptt, sequence, epochs=2, snapshots=snapshots), net
+
+    whole, net = trainer("whole", strategy="uniform:2")
+    whole.train()
+    expected = [weight.detach() for weight in net.parameters()]
+    cut, _ = trainer("cut", strategy="uniform:2")
+    windows = cut.windows()
+    for _ in range(3):
+        next(windows)
+    cut.save()
+    windows.close()
+    resumed, net = trainer("cut", strategy="uniform:2")
+    resumed.resume()
+    resumed.train()
+    assert bitwise([weight.detach() for weight in net.parameters()], expected)
+    budgeted, net = trainer("budgeted", memory_budget="4MiB")
+    budgeted.train()
+    assert relative_error(list(net.parameters()), expected) < 1e-12
 
 
 def test_a_step_that_fails_leaves_the_module_as_it_was() -> None:
