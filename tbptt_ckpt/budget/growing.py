@@ -42,6 +42,7 @@ class GrowingBudget(WindowBudget):
         self._sizes: Sizes | None = None  # of the steps that it knows
         self._is_smaller = False  # whether the present sequence has steps below these
         self._runs_by_parts: bool | None = None  # those steps, as it was measured
+        self._was_short = False  # whether windows had too few steps for a compiled block so far
         self.times_made = 1
 
     @property
@@ -106,7 +107,8 @@ class GrowingBudget(WindowBudget):
         """Costs, plans, and the steps that they are of."""
         state = self._present.state_dict()
         mine = {"sizes": self._sizes, "is_smaller": self._is_smaller}
-        return state and {**state, **mine, "runs_by_parts": self._runs_by_parts}
+        mine |= {"runs_by_parts": self._runs_by_parts, "was_short": self._was_short}
+        return state and {**state, **mine}
 
     def load_state_dict(self, state: Mapping[str, Any], used: str | None = None) -> None:
         """Go on with the same."""
@@ -115,6 +117,7 @@ class GrowingBudget(WindowBudget):
         self._sizes = sizes and [list(size) for size in sizes]
         self._is_smaller = state.get("is_smaller", False)
         self._runs_by_parts = state.get("runs_by_parts")
+        self._was_short = state.get("was_short", False)
 
     def _look_at(self, sizes: Sizes) -> None:
         known = self._sizes
@@ -134,24 +137,24 @@ class GrowingBudget(WindowBudget):
         self._runs_by_parts = runs_by_parts
 
     def _look_at_compiled(self, request: Request) -> None:
-        is_compiled, is_open = self._batching.is_compiled, not self._present.has_measured
-        if request.compile_ahead is None or not (is_compiled or is_open):
-            if (
-                request.compile_ahead is None and is_compiled
-            ):  # a snapshot's, that are not asked for
-                self._do_not_compile()
-            return
-        room = self._present.room(request) if self._present.plans_by_costs(request) else math.inf
-        is_ready = request.compile_ahead(room)
-        if is_ready is False and is_compiled:
-            self._do_not_compile()
+        """Have steps compiled, where they run so or may; if they cannot be, not any more."""
+        is_compiled, ahead = self._batching.is_compiled, request.compile_ahead
+        is_open = self._was_short or not self.has_measured
+        if ahead is not None and (is_compiled or is_open):
+            measures = self._present.plans_by_costs(request)
+            is_ready = ahead(self._present.room(request) if measures else math.inf)
+        else:  # a snapshot's may be compiled, and not asked for any more
+            is_ready = None if ahead is not None else False
+        was_short, self._was_short = self._was_short, is_open and is_ready is None
+        if is_ready and was_short and self.has_measured:
+            self._begin_anew()  # forms of windows that have no block were weighed
         elif is_ready and self.costs is not None:  # given ones are of the form that was asked for
             self._batching.decide("compiled")
-
-    def _do_not_compile(self) -> None:
-        self._batching.do_not_compile()
-        if self.has_measured:
-            self._begin_anew()
+        if is_ready is False and is_compiled:
+            self._batching.do_not_compile()
+            if self.has_measured:
+                self._begin_anew()
+                self._sizes, self._is_smaller = sizes_of(request.blocks[0]) or None, False
 
     def _begin_anew(self) -> None:
         self._present = self._make()

@@ -68,6 +68,9 @@ class CompiledSteps:
         batching: Takes note of what is compiled, and what is not and why.
         in_half: Whether steps run under autocast.
 
+    Attributes:
+        is_there: Whether leaves of the window that was looked at last can be run by blocks.
+
     Raises:
         ArgumentError: A module of segments that is to be compiled whatever the run.
     """
@@ -91,7 +94,7 @@ class CompiledSteps:
         self._compiler = None if choice is False else Compiler(True if choice == "auto" else choice)
         self._is_left = self._compiler is None or not recurrence.per_step
         self._made: dict[object, Made] = {}
-        self._seconds = 0.0
+        self._seconds, self.is_there = 0.0, False
 
     def may_be_taken(self) -> bool:
         """Whether steps are run by blocks, or may be."""
@@ -107,13 +110,9 @@ class CompiledSteps:
         """Steps that run as one; 1 where they run one by one."""
         return BLOCK_STEPS if self.are_in_force() else 1
 
-    def are_ready(self) -> bool:
-        """Whether there is a block to run."""
-        return any(made.kinds for made in self._made.values())
-
     def are_in_force(self) -> bool:
         """Whether steps are run by blocks, as far as there are such."""
-        return self._batching.is_compiled and self.are_ready()
+        return self._batching.is_compiled and any(made.kinds for made in self._made.values())
 
     def take_seconds(self) -> float:
         """What compiling took since this was asked last."""
@@ -134,14 +133,15 @@ class CompiledSteps:
         Returns:
             Whether its leaves can be run by blocks; None where they are too short for one.
         """
+        self.is_there = False
         if self._is_left or wanted.leaf_steps < BLOCK_STEPS:
             return False if self._is_left else None
         try:
             if self._choice != "auto" or self._batching.is_compiled or self._pays(blocks, wanted):
-                return self._compile(blocks, begin, state, wanted)
+                self.is_there = self._compile(blocks, begin, state, wanted)
         except LeftError as error:
             self.leave(str(error))
-        return False
+        return self.is_there
 
     def run(
         self,
@@ -287,6 +287,7 @@ class CompiledSteps:
             return
         self._is_left = True
         self._made.clear()
+        self._batching.do_not_compile()
         self._batching.leave("compiled steps", reason)
         told = f"module={name_of(self._recurrence.module)} runs uncompiled: {reason}"
         if self._choice == "auto":

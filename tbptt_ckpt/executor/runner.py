@@ -112,7 +112,7 @@ class Runner:
         has_parts, kernel = self.parts.are_in_force, self.parts.of_kernel
         per_step = self.recurrence.per_step
         found = self.time_batching.forms(per_step, has_parts=has_parts, of_kernel=kernel)
-        return ["compiled", *found] if self.compiled.are_ready() else found
+        return ["compiled", *found] if self.compiled.is_there else found
 
     @property
     def promises_bits(self) -> bool:

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, random_data, relative_error
+from cases import WIDTH, gradients, random_data, relative_error
 from compiled_kinds import ADVANCE, KINDS, LEAF, check, names, normed
 
 from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, Plan, TensorSequence, Trainer
+from tbptt_ckpt.budget import forms as weighed
 from tbptt_ckpt.budget import window_costs
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.executor import compilable, compiled_steps
 from tbptt_ckpt.schedule.actions import Differentiate
+from tbptt_ckpt.schedule.curves import scaled
+from tbptt_ckpt.time_batching.compiler import Compiler
 
 BLOCK = 2
 STEPS, K = 48, 24
@@ -227,3 +230,51 @@ def test_gradients_agree_with_those_of_no_budget() -> None:
         tbptt.train(data(), normed()[1])
         found.append(gradients(list(tbptt.parts.parameters)))
     assert relative_error(found[0], found[1]) < 1e-10
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("factor", "form"), [(0.5, "compiled"), (2.0, "auto")])
+def test_auto_weighs_compiled_steps_like_other_forms(
+    factor: float, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = window_costs.calibrate
+
+    def calibrate(probe: Any, *others: Any) -> Costs:
+        is_compiled = probe.runner.time_batching.form == "compiled"
+        each = factor if is_compiled else 1.0
+        costs, linear = real(probe, *others), Costs.linear(state_bytes=1, step_bytes=1)
+        seconds = scaled(linear.leaf_seconds, each), scaled(linear.advance_seconds, each)
+        return replace(costs, leaf_seconds=seconds[0], advance_seconds=seconds[1])
+
+    monkeypatch.setattr(window_costs, "calibrate", calibrate)
+    monkeypatch.setattr(weighed, "_LEAST_SHARE", float("-inf"))  # however slow a machine
+    monkeypatch.setattr(compiled_steps, "_EARNED_STEPS", 1)
+    monkeypatch.setattr(compiled_steps, "Compiler", lambda choice: Compiler("eager"))
+    tbptt = make(backend="auto", memory_budget=int(1.5 * smallest()), measure_memory=True)
+    for window in tbptt.windows(data(), normed()[1]):
+        assert window.plan.form == form
+        assert {name for name, _ in window.plan.forms} >= {"compiled", "auto"}
+        assert window.peak_bytes <= int(1.5 * smallest())
+
+
+@pytest.mark.exhaustive
+def test_shapes_that_are_compiled_no_more_are_measured_anew() -> None:
+    module, _ = normed()
+    tbptt = TBPTT(module, F.mse_loss, K, K, memory_budget=10**6, compile="eager")
+    forms = []
+    for lanes in (9, 8, 7, 6, 5, 10):  # one compiled shape more than there may be
+        state = tuple(torch.zeros(lanes, WIDTH, dtype=torch.float64) for _ in range(2))
+        sequence = TensorSequence(*random_data(K, lanes=lanes))
+        forms += [window.plan.form for window in tbptt.windows(sequence, state)]
+    assert forms == [*["compiled"] * 4, "auto", "auto"]
+
+
+@pytest.mark.exhaustive
+def test_windows_that_become_long_enough_for_a_block_are_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled_steps, "BLOCK_STEPS", 8)
+    module, init = normed()
+    tbptt = TBPTT(module, F.mse_loss, 6, 12, memory_budget=10**6, compile="eager")
+    forms = [window.plan.form for window in tbptt.windows(data(), init)]
+    assert forms == ["auto", *["compiled"] * (STEPS // 6 - 1)]
