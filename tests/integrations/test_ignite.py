@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.integrations.hosts import imported
 
 tbptt_of_ignite = pytest.importorskip("ignite.contrib.engines.tbptt")
 Events = pytest.importorskip("ignite.engine").Events
@@ -206,10 +205,3 @@ def test_what_cannot_work_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ArgumentError, match=r"ignite is missing: pip install 'tbptt-ckpt\[ignite\]'"
     ):
         create_supervised_tbptt_trainer(*given, 4)
-
-
-def test_what_a_library_lacks_itself_is_told_as_it_is(tmp_path: Any, monkeypatch: Any) -> None:
-    (tmp_path / "halfhost.py").write_text("import nowhere_at_all")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
-        imported("halfhost", "halfhost")

@@ -394,6 +394,27 @@ def spikingjelly_net() -> Any:
     ), ("1._memories", "3._memories")
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_network_of_norse_is_given_its_state_already() -> None:
+    norse = pytest.importorskip("norse.torch")
+    torch.manual_seed(0)
+    layers = nn.Linear(WIDTH_IN, WIDTH), norse.LIFCell(), nn.Linear(WIDTH, WIDTH), norse.LICell()
+    net = norse.SequentialState(*layers).double()
+    inputs, targets = random_data(40)
+    state, loss = None, torch.zeros(())
+    for x, y in zip(5 * inputs, targets, strict=True):
+        output, state = net(x, state)
+        loss = loss + mean_loss(output, y) / len(inputs)
+    loss.backward()
+    expected = gradients(list(net.parameters()))
+    net.zero_grad()
+    result = TBPTT(net, mean_loss, 40, None, strategy="uniform:7").train(
+        TensorSequence(5 * inputs, targets)
+    )
+    assert result.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert relative_error(gradients(list(net.parameters())), expected) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("make", "dtype", "tolerance"),
     [(snntorch_net, torch.float32, 1e-5), (spikingjelly_net, torch.float64, 1e-12)],
