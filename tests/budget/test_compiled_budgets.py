@@ -20,6 +20,8 @@ from compiled_kinds import ADVANCE, KINDS, LEAF, check, names, normed
 from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, Plan, TensorSequence, Trainer
 from tbptt_ckpt.budget import forms as weighed
 from tbptt_ckpt.budget import window_costs
+from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES
+from tbptt_ckpt.budget.measuring import measuring
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.executor import compilable, compiled_steps
 from tbptt_ckpt.schedule.actions import Differentiate
@@ -278,3 +280,30 @@ def test_windows_that_become_long_enough_for_a_block_are_compiled(
     tbptt = TBPTT(module, F.mse_loss, 6, 12, memory_budget=10**6, compile="eager")
     forms = [window.plan.form for window in tbptt.windows(data(), init)]
     assert forms == ["auto", *["compiled"] * (STEPS // 6 - 1)]
+
+
+@pytest.mark.exhaustive
+def test_leaves_of_every_length_take_no_more_than_costs_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, found = window_costs.calibrate, list[tuple[int, float, float]]()
+
+    def calibrate(probe: Any, *others: Any) -> Costs:
+        costs = real(probe, *others)
+        with measuring(probe) as (own, _):
+            for steps in range(1, K):
+                taken = own.bytes_of(steps)
+                last = taken.last_leaf_beside_gradients.most
+                found.append((steps, taken.leaf.most, costs.leaf_bytes(steps)))
+                found.append((steps, last, costs.leaf_curve(is_last=True)(steps)))
+                found.append((steps, taken.advance, costs.advance_bytes(steps)))
+        return costs
+
+    monkeypatch.setattr(compiled_steps, "BLOCK_STEPS", 4)
+    monkeypatch.setattr(window_costs, "calibrate", calibrate)
+    tbptt = make(memory_budget=10**7)
+    tbptt.train(data(K), normed()[1])
+    assert LEAF in names(tbptt)
+    assert len(found) == 3 * (K - 1)
+    for steps, taken, said in found:
+        assert taken <= said + ROUNDING_BYTES, steps

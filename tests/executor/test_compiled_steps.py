@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from tbptt_ckpt import TBPTT, TbpttWarning, TensorSequence, run_window, unroll
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor import compiled_steps
+from tbptt_ckpt.executor.held_blocks import bytes_to_hold, hold_block
+from tbptt_ckpt.executor.step_blocks import block_function, run_block
+from tbptt_ckpt.memory import peak_memory
 from tbptt_ckpt.time_batching.compiler import Compiler
 
 
@@ -321,3 +325,18 @@ def test_what_cannot_be_asked_for_is_one_error() -> None:
             TBPTT(module, F.mse_loss, 2, 4, **how)
     with pytest.raises(ArgumentError, match="takes segments; give it compiled"):
         TBPTT(nn.LSTM(2, 3), F.mse_loss, 2, 4, compile=True)
+
+
+def test_comparing_a_block_takes_no_more_than_was_said() -> None:
+    torch.manual_seed(0)
+    cell, state = nn.GRUCell(32, 32), torch.zeros(8, 32)
+    steps, inputs = (
+        block_function(lambda x, h: 2 * (cell(x, h),), wants=True),
+        torch.randn(16, 8, 32),
+    )
+    block = partial(run_block, steps, graph=True)
+    weights = list(cell.parameters())
+    said = bytes_to_hold(lambda: block(inputs[:1], state), 16, weights)
+    with peak_memory(rss=False) as memory:
+        hold_block(block, block, inputs, state, weights)
+    assert 0.5 * said < memory.peak_bytes <= said
