@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.hidden_state import HiddenState, find_hidden_state, with_gradient
-from tbptt_ckpt.module.inside import name_of
+from tbptt_ckpt.module.inside import is_compiled, name_of
 from tbptt_ckpt.module.places import (
     ABSENT,
     Place,
@@ -125,6 +126,7 @@ def lifted(module: nn.Module, inputs: Tree, *, leave: Sequence[str] = ()) -> Lif
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        _uncompiled(module),
         untouched(module, tensors=tensors_of(inputs)) as start_over,
     ):
         try:
@@ -141,6 +143,11 @@ def lifted(module: nn.Module, inputs: Tree, *, leave: Sequence[str] = ()) -> Lif
         made = Lifted(module, hidden)
         _hold_against(made, inputs, leave, start_over)
     return made
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """While entered, compiled modules inside run as they are written."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(module) else nullcontext()
 
 
 def _hold_against(

@@ -342,6 +342,22 @@ def test_it_is_resumed_and_kept_within_a_budget_as_any_module(
     assert relative_error(list(net.parameters()), expected) < 1e-12
 
 
+@pytest.mark.exhaustive
+def test_a_compiled_module() -> None:
+    inputs, targets = random_data(STEPS)
+    results = []
+    for is_compiled in (False, True):
+        net = stateful(Attribute)
+        module = torch.compile(net, backend="eager") if is_compiled else net
+        made = lifted(module, inputs[0])
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        tbptt = TBPTT(made, mean_loss, K1, K2, optimizer, strategy="uniform:2")
+        tbptt.train(TensorSequence(inputs, targets))
+        results.append(list(net.parameters()))
+    assert made.names == ("_orig_mod.cell.h",)
+    assert relative_error(*results) < 1e-12
+
+
 def test_a_step_that_fails_leaves_the_module_as_it_was() -> None:
     net = stateful(Attribute)
     made = lifted(net, random_data(1)[0][0])
