@@ -172,7 +172,9 @@ def test_the_peak_is_what_a_meter_around_the_window_sees():
 
 
 @pytest.mark.parametrize("factor", [1.0, pytest.param(1.3, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize(("k1", "k2"), [(10, 25), (10, 10), (25, 10), (20, None)])
+@pytest.mark.parametrize(
+    ("k1", "k2"), [(10, 25), pytest.param(10, 10, marks=EXHAUSTIVE), (25, 10), (20, None)]
+)
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.usefixtures("device")
 def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
@@ -345,7 +347,7 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
 
 
 @covering(
-    name=["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"], factor=[0.0, 0.05, 0.5], room=[1.1, 1.6]
+    name=["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"], factor=[0.0, 0.5], room=[1.1, 1.6]
 )
 def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor, room):
     budget = int(room * smallest_budget(name))
@@ -510,7 +512,7 @@ def test_a_reserve_is_no_reason_for_a_plan_that_takes_many_times_as_long():
     next(measured.windows(data(150)))
     costs = measured.parts.budget.costs
     seconds = []
-    for states in range(1, 20, 4):
+    for states in range(1, 20, 9):
         budget = smallest + states * costs.state_bytes
         tbptt = make("deep transition", memory_budget=budget, costs=costs, **options)
         seconds.append(next(tbptt.windows(data(150))).plan.predicted_seconds)

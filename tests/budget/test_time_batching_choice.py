@@ -103,7 +103,11 @@ def form_of(tbptt: TBPTT) -> str:
     return tbptt.parts.runner.time_batching.form
 
 
-CASES = [(kind, form) for kind in KINDS for form in FORMS[kind]]
+CASES = [
+    pytest.param(kind, form, marks=() if form == FORMS[kind][-2] else pytest.mark.exhaustive)
+    for kind in KINDS
+    for form in FORMS[kind]
+]
 
 
 @pytest.mark.parametrize(("kind", "fastest"), CASES)
