@@ -43,7 +43,7 @@ from tbptt_ckpt.schedule.curves import scaled
 
 pytestmark = pytest.mark.times_the_module
 EXHAUSTIVE = pytest.mark.exhaustive
-
+SIDE_BY_SIDE = pytest.param(10, 10, marks=EXHAUSTIVE)
 
 LANES, WIDTH, CLASSES = 8, 48, 24
 
@@ -172,9 +172,7 @@ def test_the_peak_is_what_a_meter_around_the_window_sees():
 
 
 @pytest.mark.parametrize("factor", [1.0, pytest.param(1.3, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize(
-    ("k1", "k2"), [(10, 25), pytest.param(10, 10, marks=EXHAUSTIVE), (25, 10), (20, None)]
-)
+@pytest.mark.parametrize(("k1", "k2"), [(10, 25), SIDE_BY_SIDE, (25, 10), (20, None)])
 @pytest.mark.parametrize("overlap", ["refresh", "stale"])
 @pytest.mark.usefixtures("device")
 def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
