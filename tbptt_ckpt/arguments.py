@@ -132,11 +132,13 @@ def check_fields(instance: Any) -> None:
 
 def _check_of(hint: Any) -> Check:
     choices = _choices(hint)
-    none = "None" if types.NoneType in choices and len(choices) > 1 else None
+    words = [_words(choice) for choice in choices if get_origin(choice) is Literal]
+    words += ["None"] * (types.NoneType in choices and len(choices) > 1)
+    alternative = ", or ".join(words) or None
     annotated = [choice for choice in choices if get_origin(choice) is Annotated]
     tests = [_test_of(choice) for choice in choices if choice not in annotated]
     further = [(_test_of(choice), choice.__metadata__[0]) for choice in annotated]
-    says_it = further[0][1] if len(further) == 1 == len(choices) - bool(none) else None
+    says_it = further[0][1] if len(further) == 1 == len(choices) - len(words) else None
 
     def check(name: str, value: Any) -> None:
         for fits in tests:
@@ -145,7 +147,7 @@ def _check_of(hint: Any) -> Check:
         raises = says_it or next((raises for fits, raises in further if fits(value)), None)
         if raises is None:
             raise ArgumentError(f"{name}={shown(value)} must be {_described(choices)}")
-        raises(name, value, none)
+        raises(name, value, alternative)
 
     return check
 

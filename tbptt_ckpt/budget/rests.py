@@ -22,21 +22,21 @@ def with_rests(costs: Costs, rests: Sequence[Rest]) -> Costs:
     if without is not None:
         without = replace(
             without,
-            leaf=_lifted(without.leaf, [(s.steps, s.leaf.most) for s in quiet]),
-            advance=_lifted(without.advance, [(s.steps, s.advance) for s in quiet]),
-            graph=without.graph and _lifted(without.graph, [(s.steps, s.graph) for s in quiet]),
+            leaf=_raised(without.leaf, [(s.steps, s.leaf.most) for s in quiet]),
+            advance=_raised(without.advance, [(s.steps, s.advance) for s in quiet]),
+            graph=without.graph and _raised(without.graph, [(s.steps, s.graph) for s in quiet]),
         )
     return replace(
         costs,
-        leaf_bytes=_lifted(costs.leaf_bytes, [(s.steps, s.leaf.most) for s in loud]),
+        leaf_bytes=_raised(costs.leaf_bytes, [(s.steps, s.leaf.most) for s in loud]),
         last_leaf_bytes=last
-        and _lifted(last, [(s.steps, s.last_leaf_beside_gradients.most) for s in loud]),
-        advance_bytes=_lifted(costs.advance_bytes, [(s.steps, s.advance) for s in loud]),
+        and _raised(last, [(s.steps, s.last_leaf_beside_gradients.most) for s in loud]),
+        advance_bytes=_raised(costs.advance_bytes, [(s.steps, s.advance) for s in loud]),
         quiet=without,
     )
 
 
-def _lifted(curve: Curve, samples: Sequence[tuple[int, int]]) -> Curve:
+def _raised(curve: Curve, samples: Sequence[tuple[int, int]]) -> Curve:
     """A curve that says no less at some lengths, and from the first of them on so much more."""
     more = max((taken - curve(steps) for steps, taken in samples), default=0.0)
     if more <= 0.0:

@@ -173,6 +173,13 @@ class TestOptions:
         return asked[0]
 
 
+def memory_of_a_process(words):
+    """What a run says of its memory; its peak counts every tensor that lives in its process."""
+    command = [sys.executable, "-m", "tbptt_ckpt", *words, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)["memory"]
+
+
 class TestReport:
     def test_the_json_object_says_what_was_done(self, capsys, small, text):
         outcome = outcome_of(capsys, small)
@@ -189,18 +196,15 @@ class TestReport:
         assert work["mean_drift"] > 0
         assert work["steps_per_second"] == pytest.approx(64 / work["seconds"])
 
-    def test_memory_is_measured_and_retaining_takes_more(self, capsys, small):
-        memory = outcome_of(capsys, [*small, "--k2", "64", "--max-steps", "128"])["memory"]
+    def test_memory_is_measured_and_retaining_takes_more(self, small):
+        memory = memory_of_a_process([*small, "--k2", "64", "--max-steps", "128"])
         assert memory["window_steps"] == 64
         assert memory["retained_is_measured"]
         assert 0 < memory["peak_bytes"] < memory["retained_peak_bytes"]
         assert 0 < memory["rss_before_bytes"] <= memory["rss_peak_bytes"]
 
     def test_retaining_as_strategy_takes_what_retaining_takes(self, small):
-        # In a process of its own: the run's peak counts every live tensor of the process.
-        command = [sys.executable, "-m", "tbptt_ckpt", *small, "--strategy", "retain", "--json"]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory = json.loads(run.stdout)["memory"]
+        memory = memory_of_a_process([*small, "--strategy", "retain"])
         assert memory["peak_bytes"] == pytest.approx(memory["retained_peak_bytes"], rel=0.02)
 
     @pytest.mark.parametrize("model", ["lstm", "lstmcell"])

@@ -71,11 +71,15 @@ TABLE: dict[str, Bad] = {
     "k1_bool": argument(r"^k1=True must be an integer", k1=True),
     "k1_string": argument(r"^k1='2' must be an integer", k1="2"),
     "k1_none": argument(r"^k1=None must be an integer", k1=None),
-    "k2_zero": argument(r"^k2=0 must be an integer of at least 1, or None", k2=0),
-    "k2_negative": argument(r"^k2=-1 must be an integer of at least 1, or None", k2=-1),
-    "k2_float": argument(r"^k2=4\.5 must be an integer of at least 1, or None", k2=4.5),
-    "k2_bool": argument(r"^k2=False must be an integer of at least 1, or None", k2=False),
-    "k2_string": argument(r"^k2='all' must be an integer of at least 1, or None", k2="all"),
+    "k2_zero": argument(r"^k2=0 must be an integer of at least 1, or 'auto', or None", k2=0),
+    "k2_negative": argument(r"^k2=-1 must be an integer of at least 1, or 'auto', or None", k2=-1),
+    "k2_float": argument(r"^k2=4\.5 must be an integer of at least 1, or 'auto', or None", k2=4.5),
+    "k2_bool": argument(
+        r"^k2=False must be an integer of at least 1, or 'auto', or None", k2=False
+    ),
+    "k2_string": argument(
+        r"^k2='all' must be an integer of at least 1, or 'auto', or None", k2="all"
+    ),
     "num_steps_zero": Bad(lambda _: tbptt_windows(0, 1, 1), r"^num_steps=0 must be an integer"),
     # choices
     "loss_unknown": argument(r"^loss='all' must be 'new' or 'last'", loss="all"),
