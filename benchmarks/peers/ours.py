@@ -54,6 +54,7 @@ class OursPeer(TorchPeer):
     def warm_up(self) -> None:
         """Short stretches, so that costs are measured and corrected."""
         for num_steps in WARMUP_LENGTHS if self.has_budget else (WARMUP_STEPS,):
+            self.model.zero_grad()
             self.accumulate(self.inputs[:num_steps], self.targets[:num_steps])
 
     def accumulate(self, inputs: Tensor, targets: Tensor) -> float:

@@ -62,6 +62,7 @@ class WatchedWindow(PlannedWindow):
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
+        absent_gradient_bytes: What the first leaf makes of gradients where some may exist before.
         plans: Replans, within the budget.
         refuse: What to raise where the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
@@ -79,6 +80,7 @@ class WatchedWindow(PlannedWindow):
     optimizer_bytes: int
     gradient_bytes: int
     first_state_bytes: int
+    absent_gradient_bytes: int
     plans: FittingPlans
     refuse: Callable[[WatchedWindow, InfeasibleBudgetError], InfeasibleBudgetError]
     rest: list[Action] = field(default_factory=list)
@@ -145,6 +147,7 @@ class WatchedWindow(PlannedWindow):
 
     def _compare_leaf(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
         taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
+        taken -= self.absent_gradient_bytes * (stop == self._stop)
         makes_gradients = stop == self._stop and self.costs.last_leaf_bytes is not None
         predicted = self.costs.leaf_peak(
             stop - start, self._num_losses(start, stop), is_last=makes_gradients
@@ -280,6 +283,7 @@ def watched(
         optimizer_bytes=optimizer_bytes,
         gradient_bytes=costs.fixed.gradients + costs.state_bytes + handed_on,
         first_state_bytes=made,
+        absent_gradient_bytes=request.absent_gradient_bytes * (costs.last_leaf_bytes is None),
         plans=plans,
         refuse=refuse,
     )

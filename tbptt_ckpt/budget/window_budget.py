@@ -122,10 +122,10 @@ class Request:
     # Trees of what is live before it and belongs to the run, gradients and recorded states aside.
     held: tuple[object, ...]
     recorded: tuple[object, ...]  # trees of recorded states
-    # Generators and buffers at update points that a later window finds noted beside those that
-    # are now.
-    coming_ambients: int
+    coming_ambients: int  # generators and buffers that a later window finds noted in addition
     makes_first_state: bool  # whether the module makes the first state for itself, from None
+    is_only: bool  # whether its run has no other window
+    absent_gradient_bytes: int  # of weights that have none before it
     ahead_bytes: int  # steps after it that a stream has given already
     # Taken beside the blocks of so many steps while they are read and packed, between windows.
     reading_bytes: Callable[[int], int]

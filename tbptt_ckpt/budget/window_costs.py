@@ -148,7 +148,9 @@ class WindowCosts:
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
         # A gradient of what is handed on, and itself where no first state was given that has it.
         state_bytes += (1 + request.makes_first_state) * costs.handed_on_bytes
-        clears, waiting = self._updater.clears_gradients, self._waiting_bytes()
+        # Without an optimizer users may have cleared them; a later window finds this one's.
+        is_first = request.is_only and request.absent_gradient_bytes == tensor_bytes(trained)
+        clears, waiting = self._updater.clears_gradients or is_first, self._waiting_bytes()
         return replace(
             costs,
             last_leaf_bytes=costs.last_leaf_bytes if clears else None,

@@ -107,6 +107,8 @@ class OpenWindow:
             recorded=tuple(records.boundaries.values()),
             coming_ambients=coming_ambients,
             makes_first_state=not tensors_of(state),
+            is_only=window.new_start == 0 and window.stop == self._num_steps,
+            absent_gradient_bytes=parts.absent_gradient_bytes(),
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,
             copies_weights=copies_weights,

@@ -89,6 +89,10 @@ class Parts:
         """What looks at gradients on their way."""
         return self.reach, self.truncation.observer
 
+    def absent_gradient_bytes(self) -> int:
+        """Of weights that learn and have no gradient now."""
+        return sum(p.nbytes for p in self.parameters if p.requires_grad and p.grad is None)
+
     def library_bytes(self) -> int:
         """What libraries keep where the weights are; on an accelerator buckets are among it."""
         buckets = self.updater.deliveries.wrappers.bucket_bytes

@@ -216,7 +216,8 @@ class SequenceRun:
         if not wanted or not self._parts.budget.can_meter(self._parts.device):
             return UnmeteredWindow()
         held = (*self._held(), *self._standing.records.boundaries.values())
-        return WindowMeter(self._parts.device, held, opened.beside_bytes(self._reader))
+        beside = opened.beside_bytes(self._reader) + self._parts.updater.aside_bytes
+        return WindowMeter(self._parts.device, held, beside)
 
     def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
         if self._ambient is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
@@ -66,6 +67,7 @@ class Updater:
         self.optimizer, self.scaler, self.scheduler = optimizer, scaler, scheduler
         self._clip, self._cleared = clip_grad_norm, list(parameters)
         self._scale: float | Tensor = 1.0
+        self.aside_bytes = 0  # of gradients that are copied while a window runs
         self._update: Update | None = None  # while one is going on
         self.grad_norm: Number | None = None  # the last one
         self._known_norm: tuple[Tensor, Number] | None = None  # of a window's gradients
@@ -177,10 +179,12 @@ class Updater:
 
         Without `keeps` those that accumulate are not copied, and stay as the window left them.
         """
+        self.aside_bytes = 0
         if self.accumulates and not keeps:
             return lambda: None
         tensors, keeps = self._changed(init_state_leaves), self.accumulates
         grads = [t.grad.clone() if keeps and t.grad is not None else None for t in tensors]
+        self.aside_bytes = tensor_bytes(grads)
 
         def put_back() -> None:
             for tensor, grad in zip(tensors, grads, strict=True):

@@ -1,0 +1,76 @@
+"""Windows of an engine without an optimizer, whose gradients a user clears, or does not."""
+
+import pytest
+import torch
+from torch import nn
+
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt.memory.meter import peak_memory
+from tbptt_ckpt.memory.storages import tensor_bytes
+
+LANES, WIDTH, STEPS = 2, 96, 80
+
+
+class Step(nn.Module):
+    """Weights that take far more than a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.state = nn.Linear(4, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.tanh(self.inputs(x) + self.state(h))
+        return h, h
+
+
+def sequence(num_steps: int) -> TensorSequence:
+    torch.manual_seed(0)
+    return TensorSequence(torch.randn(num_steps, LANES, 4), torch.randn(num_steps, LANES, WIDTH))
+
+
+def least(module: nn.Module, k1: int, data: TensorSequence) -> int:
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        TBPTT(module, nn.functional.mse_loss, k1, k1, memory_budget=1).train(data, FIRST)
+    assert raised.value.smallest_budget_bytes is not None
+    return raised.value.smallest_budget_bytes
+
+
+FIRST = torch.zeros(LANES, WIDTH)
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_peaks_are_predicted_whether_they_were_cleared_or_not(clears: bool) -> None:
+    module, data = Step(), sequence(STEPS)
+    TBPTT(module, nn.functional.mse_loss, STEPS, STEPS).train(data, FIRST)
+    if clears:
+        module.zero_grad()
+    smallest = least(module, STEPS, data)
+    options = {"memory_budget": smallest + 20_000, "measure_memory": True}
+    tbptt = TBPTT(module, nn.functional.mse_loss, STEPS, STEPS, **options)
+    there = tensor_bytes(module, data.inputs, data.targets, FIRST)
+    for _ in range(4):
+        if clears:
+            module.zero_grad()
+        held = tensor_bytes([p.grad for p in module.parameters() if p.grad is not None])
+        with peak_memory(rss=False) as meter:
+            (window,) = tbptt.windows(data, FIRST)
+        assert window.peak_bytes == pytest.approx(there + held + meter.peak_bytes, rel=0.02)
+        assert there + held + meter.peak_bytes <= smallest + 20_000
+    assert window.plan.predicted_peak_bytes == pytest.approx(window.peak_bytes, rel=0.03)
+
+
+def test_cleared_ones_need_less_since_none_are_kept_until_a_window_is_checked() -> None:
+    module, data = Step(), sequence(STEPS)
+    cleared = least(module, STEPS, data)
+    TBPTT(module, nn.functional.mse_loss, STEPS, STEPS).train(data, FIRST)
+    gradients = tensor_bytes([parameter.grad for parameter in module.parameters()])
+    assert least(module, STEPS, data) - cleared == pytest.approx(gradients, rel=0.1)
+
+
+def test_a_budget_is_for_later_windows_too_which_find_gradients() -> None:
+    module, data = Step(), sequence(STEPS)
+    budget = least(module, 20, data)
+    module.zero_grad()
+    tbptt = TBPTT(module, nn.functional.mse_loss, 20, 20, memory_budget=budget, measure_memory=True)
+    for window in tbptt.windows(data, FIRST):
+        assert window.peak_bytes <= budget
