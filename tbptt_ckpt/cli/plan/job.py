@@ -166,10 +166,10 @@ def _costs_of(
     if planned is None or config.strategy != "optimal":  # then training weighs none
         return FoundCosts(what, measured_costs(work, config.steps or MEASURED_STEPS))
     measured, parts = _measuring(work, config.steps or MEASURED_STEPS)
-    costs, batching = measured(_MEASURING_SECONDS / 2), parts.runner.time_batching
-    forms = parts.runner.forms()  # as first steps have shown them
+    measured(0.0)  # a few first steps show which forms are open
+    forms, batching = parts.runner.forms(), parts.runner.time_batching
     if len(forms) == 1:
-        return FoundCosts(what, costs, forms[0])
+        return FoundCosts(what, measured(_MEASURING_SECONDS), forms[0])
     costs, seconds = fastest_form(batching, forms, _MEASURING_SECONDS, measured, planned)
     return FoundCosts(what, costs, batching.form, seconds)
 
