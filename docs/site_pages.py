@@ -1,7 +1,7 @@
 """Pages of the site that are made when it is built (`mkdocs build -f .mkdocs.yml`).
 
 README, changelog and benchmarks lie beside `docs/` and are pages too; the commands are what
-`--help` prints; the API is what each room's `__all__` names.
+`--help` prints; the API is what each room's `__all__` names; every example has a page.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {"commands.md": commands(), "api/index.md": root_names()}
     for room in ROOMS:
         made[f"api/{room}.md"] = room_page(room)
+    for path in sorted((ROOT / "docs" / "examples").glob("*.py")):
+        code = path.read_text("utf-8")
+        made[f"examples/{path.stem}.md"] = f"# {path.stem}\n\n````python\n{code}````\n"
     for page, content in made.items():
         files.append(File.generated(config, page, content=content))
     return files
@@ -63,6 +66,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def there(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, link[1])).removeprefix("docs/")
         target = BESIDE.get(target, target)
+        if target.startswith("examples/"):
+            target = target.removesuffix(".py") + ".md"
         if target == "benchmarks/results":
             target = "benchmarks/README.md"
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
