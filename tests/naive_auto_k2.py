@@ -25,6 +25,7 @@ class Rule:
     tolerance: float = 0.1
     first: int = 8  # audits before anything is chosen
     most: int = 8  # windows between two audits
+    window_tolerance: float | None = None
     sizes: list[int] = field(init=False)
     audits: list[dict[int, Tensor]] = field(default_factory=list)  # what each size missed
     since: int = 0
@@ -62,6 +63,8 @@ class Rule:
             mean, noise = self.mean(size)
             if mean > 1.5 * noise and self.missing(size) > self.tolerance:
                 break
+            if self.window_tolerance is not None and self.share_over(size) > 0.05:
+                break
             found = size
         return found
 
@@ -70,6 +73,16 @@ class Rule:
         mean, noise = self.mean(size)
         whole, whole_noise = self.mean(self.max_k2)
         return math.sqrt(max(0.0, mean - noise) / max(whole - whole_noise, 0.1 * whole))
+
+    def share_over(self, size: int) -> float:
+        """The share of audits that missed too much of what the norm was then, newer ones more."""
+        share, square = 0.0, 0.0
+        for count, audit in enumerate(self.audits, 1):
+            weight = max(0.02, 1 / count)
+            square = (1 - weight) * square + weight * float(audit[self.max_k2].square().sum())
+            is_over = float(audit[size].norm()) > self.window_tolerance * math.sqrt(square)
+            share = (1 - weight) * share + weight * is_over
+        return share
 
     def mean(self, size: int) -> tuple[float, float]:
         """Squared, the norm of the running mean, and what it would be of noise alone."""

@@ -220,7 +220,7 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "TBPTT.auto": lambda: _on(
             *(TBPTT, use),
             **{"module": module(), "loss_fn": F.mse_loss, "k1": 2, "k2": "auto", "max_k2": 4},
-            **{"k2_tolerance": 0.5, "strategy": "sqrt"},
+            **{"k2_tolerance": 0.5, "k2_window_tolerance": 0.5, "strategy": "sqrt"},
         ),
         "Batches": lambda: _on(
             Batches, list, loader=[(torch.ones(LANES, STEPS, WIDTH),) * 2], time_dim=1, seed=0

@@ -64,7 +64,7 @@ class AutoK2(Truncation):
     """Chooses for the windows of all runs of an engine, from what audits of them find.
 
     Args:
-        options: With `max_k2` and `k2_tolerance`.
+        options: With `max_k2`, `k2_tolerance` and `k2_window_tolerance`.
         parameters: The weights of module and loss.
         updater: Knows others, and the factor on gradients.
     """
@@ -73,7 +73,8 @@ class AutoK2(Truncation):
         super().__init__(options)
         assert options.max_k2 is not None, "options have been checked"
         self._most, self._parameters, self._updater = options.max_k2, parameters, updater
-        self._rule = ReachRule(reach_sizes(options.k1, self._most), options.k2_tolerance)
+        sizes = reach_sizes(options.k1, self._most)
+        self._rule = ReachRule(sizes, options.k2_tolerance, options.k2_window_tolerance)
         self.observer = self._auditor = _Auditor(self._audit_of)
         self._places: tuple[Tensor, list[Tensor]] | None = None
 

@@ -50,6 +50,7 @@ class Options:
     k2: AnyK2
     max_k2: PositiveInt | None = None
     k2_tolerance: AboveZero = K2_TOLERANCE
+    k2_window_tolerance: AboveZero | None = None
     loss: LossSteps = "new"
     reduction: Reduction = "mean"
     overlap: Overlap = "refresh"
@@ -166,7 +167,7 @@ def _check_auto_k2(options: Options) -> None:
     """Raise `ArgumentError` for what is of `k2="auto"` alone, or does not go with it."""
     k1, max_k2 = options.k1, options.max_k2
     if not options.is_auto:
-        default = {"max_k2": None, "k2_tolerance": K2_TOLERANCE}
+        default = {"k2_tolerance": K2_TOLERANCE, "max_k2": None, "k2_window_tolerance": None}
         for name, value in default.items():
             if (given := getattr(options, name)) != value:
                 raise ArgumentError(

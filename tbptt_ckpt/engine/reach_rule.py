@@ -7,7 +7,9 @@ would miss: a vector, in a few sums. Its running mean is what the size cuts off 
 mean m, J audits have a mean M with E|M|^2 = |m|^2 + (E|T|^2 - |m|^2) / J, so that without any m
 |M|^2 is E|T|^2 / J. A size is too small where |M|^2 is clearly above that, and |M|^2 - E|T|^2 / J
 is above the tolerance of the same estimate for the whole gradient. Noise widens nothing, however
-large; what does not average out does, however small it is in any one window.
+large; what does not average out does, however small it is in any one window. Who wants single
+windows to be right as well asks for that: then a size is also too small where more than one audit
+in twenty misses more than that of a running norm.
 
 NOTE [What is not audited is not trusted]
 A size is taken only where it and all larger ones are found to be enough, and the first audits come
@@ -35,6 +37,8 @@ _MEMORY = 0.98  # of the running means
 _CLEARLY = 1.5  # |M|^2 over what it would be without a mean
 _LEAST_SHARE = 0.1  # of |M|^2 that is taken for the mean gradient's, however noisy
 _FEWEST, _MOST = 2, 8  # windows between two audits
+_FEW = 0.05  # of the audits may miss more than a window is allowed to
+_ARRAYS = ("means", "squares", "errors", "over")  # of the state
 
 
 def reach_sizes(k1: int, max_k2: int) -> tuple[int, ...]:
@@ -77,18 +81,24 @@ class ReachRule:
     Args:
         sizes: Those to choose from, in order.
         tolerance: What the mean of what is cut off may be, relative to the mean gradient.
+        window_tolerance: What 19 of 20 windows may miss, relative to the root of the mean squared
+            norm of the gradients; None for anything.
 
     Attributes:
         k2: The size for the next window that is no audit.
     """
 
-    def __init__(self, sizes: Sequence[int], tolerance: float) -> None:
+    def __init__(
+        self, sizes: Sequence[int], tolerance: float, window_tolerance: float | None = None
+    ) -> None:
         self.sizes, self._tolerance = tuple(sizes), tolerance
+        self._window_tolerance = window_tolerance
         self.k2 = self.sizes[-1]
         # Of what each size misses, and in the last row of the whole gradient.
         self._means = np.zeros((len(self.sizes), BUCKETS))
         self._squares = np.zeros(len(self.sizes))
         self._errors = np.zeros(len(self.sizes))  # of the last audit
+        self._over = np.zeros(len(self.sizes))  # share of audits that missed too much
         self._audits, self._since, self._gap = 0, 0, _MOST
 
     @property
@@ -109,6 +119,9 @@ class ReachRule:
         keep = min(_MEMORY, 1 - 1 / self._audits)
         self._means = keep * self._means + (1 - keep) * missed
         self._squares = keep * self._squares + (1 - keep) * squares
+        if self._window_tolerance is not None:
+            is_over = squares > self._window_tolerance**2 * self._squares[-1]
+            self._over = keep * self._over + (1 - keep) * is_over
         size = math.sqrt(squares[-1])
         self._errors = np.sqrt(squares) / size if size else np.zeros_like(squares)
         if self._audits >= _FIRST:
@@ -140,7 +153,7 @@ class ReachRule:
         """The place of the smallest size that misses nothing, as all larger ones do."""
         sizes_of_means = (self._means**2).sum(1)
         is_clear = sizes_of_means > _CLEARLY * self._noise()
-        too_small = is_clear & (self._shares() > self._tolerance**2)
+        too_small = (is_clear & (self._shares() > self._tolerance**2)) | (self._over > _FEW)
         too_small[-1] = False
         return int(np.flatnonzero(too_small)[-1]) + 1 if too_small.any() else 0
 
@@ -157,9 +170,8 @@ class ReachRule:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next choices follow from; tensors are its own."""
-        arrays = {"means": self._means, "squares": self._squares, "errors": self._errors}
         return {
-            **{name: torch.from_numpy(array.copy()) for name, array in arrays.items()},
+            **{name: torch.from_numpy(getattr(self, f"_{name}").copy()) for name in _ARRAYS},
             **{"k2": self.k2, "audits": self._audits, "since": self._since, "gap": self._gap},
         }
 
@@ -169,15 +181,15 @@ class ReachRule:
         Raises:
             SnapshotError: It is of no rule with these sizes.
         """
-        shapes = [tuple(state[name].shape) for name in ("means", "squares", "errors")]
+        shapes = [tuple(state[name].shape) for name in _ARRAYS]
         count = len(self.sizes)
-        if state["k2"] not in self.sizes or shapes != [(count, BUCKETS), (count,), (count,)]:
+        if state["k2"] not in self.sizes or shapes != [(count, BUCKETS), *[(count,)] * 3]:
             raise SnapshotError(
                 f"it chose k2={state['k2']}, from means of shape {shapes[0]}; this run chooses "
                 f"from {list(self.sizes)}"
             )
         self.k2, self._audits = state["k2"], state["audits"]
         self._since, self._gap = state["since"], state["gap"]
-        self._means, self._squares, self._errors = (
-            np.array(state[name].tolist()) for name in ("means", "squares", "errors")
+        self._means, self._squares, self._errors, self._over = (
+            np.array(state[name].tolist()) for name in _ARRAYS
         )

@@ -73,6 +73,8 @@ class TBPTT:
             `k1`.
         k2_tolerance: Under `k2="auto"` how large the mean of what is cut off may be, relative to
             the mean gradient.
+        k2_window_tolerance: Under `k2="auto"` what 19 of 20 windows may miss, relative to a running
+            norm of the gradient; None for anything.
         strategy: "auto" or "optimal": the fastest plan within the memory budget, or, where none
             is given, within the free memory. "retain", "step", "sqrt", "uniform:LENGTH",
             "revolve:STATES", the equal object, a list of actions, or a function
@@ -145,6 +147,7 @@ class TBPTT:
         truncation: AnyTruncation = "fixed",
         max_k2: PositiveInt | None = None,
         k2_tolerance: AboveZero = K2_TOLERANCE,
+        k2_window_tolerance: AboveZero | None = None,
         strategy: AnyStrategy = "auto",
         memory_budget: MemoryBudget = None,
         executor: ExecutorName | Executor = "replay",

@@ -20,13 +20,17 @@ from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.trainer.learning_state import modules_of
 
 _OPTIONS = (
-    *("k1", "k2", "max_k2", "k2_tolerance", "loss", "reduction", "overlap"),
+    *("k1", "k2", "max_k2", "k2_tolerance", "k2_window_tolerance"),
+    *("loss", "reduction", "overlap"),
     *("accumulate", "clip_grad_norm"),
 )
 # Another one of these is another run.
 _NEVER = ("accumulate", "k1", "k2", "max_k2", "overlap", "parameters")
 # What runs had before there was a choice.
-_BEFORE = {"truncation": "fixed", "max_k2": None, "k2_tolerance": K2_TOLERANCE}
+_BEFORE = {
+    **{"truncation": "fixed", "max_k2": None},
+    **{"k2_tolerance": K2_TOLERANCE, "k2_window_tolerance": None},
+}
 _HOW = ("params", "capturable", "differentiable", "foreach", "fused")  # not what is learned
 _ABSENT = "nothing"
 _DATA = ("data", "lanes")

@@ -82,7 +82,7 @@ _LEARNING = {
     "generators": [object],
 }
 _AUDITS = {
-    **{"means": Tensor, "squares": Tensor, "errors": Tensor},
+    **{"means": Tensor, "squares": Tensor, "errors": Tensor, "over": Tensor},
     **{"k2": int, "audits": int, "since": int, "gap": int},
     **{"growing": int, "has_warned": bool},
 }

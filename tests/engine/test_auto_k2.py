@@ -99,10 +99,12 @@ def engine(module: nn.Module, **options: Any) -> TBPTT:
     return TBPTT(module, mean_loss, K1, "auto", optimizer, **given)
 
 
-def expected_windows(make: Callable[[], Made], overlap: str) -> list[naive_auto_k2.AutoWindow]:
+def expected_windows(
+    make: Callable[[], Made], overlap: str, window_tolerance: float | None = None
+) -> list[naive_auto_k2.AutoWindow]:
     module, _, _, problem = make()
     optimizer = torch.optim.Adam(module.parameters(), LR)
-    rule = naive_auto_k2.Rule(K1, MAX_K2, TOLERANCE, FIRST, MOST)
+    rule = naive_auto_k2.Rule(K1, MAX_K2, TOLERANCE, FIRST, MOST, window_tolerance)
     found = naive_auto_k2.windows(problem, rule, optimizer, stale=overlap == "stale")
     return list(found)
 
@@ -149,6 +151,17 @@ def test_windows_and_choices_are_those_of_a_plain_loop(
                 assert (chosen.missing is None) == (window.missing is None), where
                 missing = chosen.missing or 0.0, window.missing or 0.0
                 assert missing[0] == pytest.approx(missing[1], rel=1e-8, abs=1e-7)
+
+
+def test_single_windows_may_be_asked_to_miss_little_too() -> None:
+    of_means = [window.k2 for window in expected_windows(cell, "refresh")]
+    for tolerance in (0.6, 0.2):
+        module, state, sequence, _ = cell()
+        tbptt = engine(module, strategy="retain", k2_window_tolerance=tolerance)
+        expected = [window.k2 for window in expected_windows(cell, "refresh", tolerance)]
+        assert [found.k2 for found in chosen(tbptt, sequence, state)] == expected
+        assert expected != of_means
+        assert sum(expected) > sum(of_means)
 
 
 def chosen(tbptt: TBPTT, sequence: object, state: Any = None) -> list[Any]:
@@ -352,6 +365,7 @@ def test_sequences_without_room_for_an_audit_are_reached_back_to_their_start() -
         ({"max_k2": 3}, "twice as much at least, such as max_k2=6"),
         ({"k2": 6, "max_k2": 12}, "max_k2=12 is for k2='auto', and k2=6 is fixed"),
         ({"k2": None, "k2_tolerance": 0.2}, "k2_tolerance=0.2 is for k2='auto'"),
+        ({"k2": 6, "k2_window_tolerance": 0.3}, "k2_window_tolerance=0.3 is for k2='auto'"),
         ({"max_k2": 12, "truncation": "roulette"}, "truncation='roulette' does not go with"),
         ({"max_k2": 12, "executor": "checkpoint"}, "use executor='replay'"),
         ({"max_k2": 12, "strategy": [Differentiate(0, 12)]}, "given as actions, or as a plan"),
