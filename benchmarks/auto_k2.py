@@ -48,7 +48,8 @@ def run(
     torch.manual_seed(seed)
     model = Recaller(given.width, start == "blind")
     optimizer = torch.optim.Adam(model.parameters(), lr=given.lr)
-    most = {"max_k2": MAX_K2} if k2 == "auto" else {}
+    most = {"max_k2": MAX_K2, "k2_window_tolerance": given.window_tolerance}
+    most = most if k2 == "auto" else {}
     tbptt = TBPTT(
         *(model, recall_loss, K1, k2, optimizer),
         **{"per_step": False, "clip_grad_norm": 1.0, "strategy": "retain", **most},
@@ -73,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--delays", nargs="+", default=["12", "24", "12,24"])
     parser.add_argument("--starts", nargs="+", default=["blind", "default"])
     parser.add_argument("--k2", nargs="+", default=["auto", "16", "28", "64"])
+    parser.add_argument("--window-tolerance", type=float, help="of single windows (default: none)")
     add_output_arguments(parser, threads=1)
     arguments = parser.parse_args()
     if arguments.quick:
