@@ -12,7 +12,7 @@ left, teach it; as many again on short pieces do not.
 
 Elsewhere within 30 %; an error above 9 is told as 9.00.
 
-Yang et al. (2024), arXiv:2312.06635; Buitrago & Gu (2025), arXiv:2507.02782.
+Yang et al. (2024), arXiv:2312.06635; Buitrago Ruiz & Gu (2025), arXiv:2507.02782.
 """
 
 import torch
