@@ -7,6 +7,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "RankError",
     "ReplayMismatchError",
     "ScheduleError",
     "SnapshotError",
@@ -56,6 +57,10 @@ class InfeasibleBudgetError(TbpttError, ValueError):
         self.smallest_budget_bytes = smallest_budget_bytes
         self.optimal_budget_bytes = optimal_budget_bytes
         self.largest_steps = largest_steps
+
+
+class RankError(TbpttError):
+    """Ranks that train together and do not do the same, or one of them that is gone."""
 
 
 class ReplayMismatchError(TbpttError):

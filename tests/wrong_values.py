@@ -47,7 +47,7 @@ from tbptt_ckpt import (
     verify,
 )
 from tbptt_ckpt.data import map_file
-from tbptt_ckpt.engine import Border, Decay
+from tbptt_ckpt.engine import Border, Decay, Ranks
 from tbptt_ckpt.executor import CheckpointExecutor, ReplayExecutor
 from tbptt_ckpt.memory import (
     RssSampler,
@@ -308,6 +308,7 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "Uniform": lambda: (Uniform, {"leaf_steps": 2}),
         "Revolve": lambda: (Revolve, {"num_states": 2}),
         "Roulette": lambda: _on(Roulette, lambda made: use(engine(truncation=made)), survival=0.5),
+        "Ranks": lambda: (Ranks, {"check_every": 1}),
         "roulette_price": lambda: (
             roulette_price,
             {"roulette": Roulette(), "errors": [0.5, 0.1], "noise": 1.0},

@@ -160,7 +160,7 @@ class WindowCosts:
                 costs.update_bytes,
                 request.reading_bytes(shape.run_steps),
                 2 * max(waiting, default=0),
-                self._updater.deliveries.wrappers.bucket_bytes,
+                self._updater.deliveries.gathered_bytes(trained),
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists - request.library_bytes,

@@ -8,6 +8,7 @@ from tbptt_ckpt.engine.results import TrainResult, WindowFigures, WindowResult
 from tbptt_ckpt.engine.single_window import run_window, unroll
 from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.engine.verification import Verification, verify
+from tbptt_ckpt.updates.ranks import Ranks
 
 __all__ = [
     "TBPTT",
@@ -15,6 +16,7 @@ __all__ = [
     "ChosenK2",
     "Decay",
     "Evaluation",
+    "Ranks",
     "Reach",
     "SharedState",
     "TrainResult",

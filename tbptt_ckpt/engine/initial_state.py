@@ -98,6 +98,11 @@ class InitialState:
         """The state at step 0, with today's values."""
         return for_lanes(self.given, self._lane_dim)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all lanes begin from the same one."""
+        return isinstance(self.given, SharedState)
+
     def leaves(self) -> list[Tensor]:
         """Its learned tensors."""
         return [t for t in self._tensors if t.requires_grad and t.is_leaf]

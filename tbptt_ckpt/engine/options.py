@@ -27,6 +27,7 @@ from tbptt_ckpt.schedule.truncation import AnyTruncation, Roulette, parse_trunca
 from tbptt_ckpt.schedule.windows import Window
 from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
+from tbptt_ckpt.updates.ranks import Ranks
 
 LossSteps = Literal["new", "last"]
 Reduction = Literal["mean", "sum"]
@@ -34,6 +35,7 @@ Overlap = Literal["refresh", "stale"]
 AnyK2 = PositiveInt | Literal["auto"] | None
 ExecutorName = Literal["replay", "checkpoint"]
 DeliverName = Literal["auto", "once"]
+AnyRanks = Literal["all"] | Ranks | None
 
 K2_TOLERANCE = 0.1
 
@@ -69,6 +71,7 @@ class Options:
     lane_dim: Dimension | None = None
     accumulate: PositiveInt = 1
     deliver: DeliverName = "auto"
+    ranks: AnyRanks = None
     costs: Costs | None = None
     measure_memory: bool = False
     check_replays: bool = True
@@ -79,6 +82,8 @@ class Options:
         if isinstance(self.strategy, Plan) and self.strategy.form == "compiled":
             _check_compiled(self)
         _check_auto_k2(self)
+        if self.ranks is not None:
+            _check_ranks(self)
         if (roulette := self.parsed_truncation()) is not None:
             self._check_borders(roulette)
 
@@ -149,6 +154,10 @@ class Options:
         """How a gradient is stopped by lot; None where it is not."""
         return parse_truncation(self.truncation)
 
+    def parsed_ranks(self) -> Ranks | None:
+        """How ranks train together; None where this process trains alone."""
+        return Ranks() if self.ranks == "all" else self.ranks
+
     def parsed_budget(self) -> Amount | None:
         """The memory budget; None where none was asked for."""
         return parse_budget(self.memory_budget)
@@ -194,4 +203,19 @@ def _check_auto_k2(options: Options) -> None:
         raise ArgumentError(
             "strategy given as actions, or as a plan, is of one length, and windows of k2='auto' "
             "have several; give a name such as 'uniform:32', or a function"
+        )
+
+
+def _check_ranks(options: Options) -> None:
+    """Raise `ArgumentError` for what ranks cannot agree on."""
+    given = f"ranks={shown(options.ranks)}"
+    if options.is_auto:
+        raise ArgumentError(
+            f"{given} does not go with k2='auto', whose audits see one rank's gradient; give a "
+            "fixed k2, such as one that k2='auto' chose in one process"
+        )
+    if options.reduction == "sum":
+        raise ArgumentError(
+            f"{given} does not go with reduction='sum': how windows of several ranks weigh is told "
+            "by means only; leave reduction='mean'"
         )

@@ -17,6 +17,7 @@ from tbptt_ckpt.budget.window_budget import PlannedWindow, WindowBudget
 from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.engine.auto_k2 import make_truncation
 from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.engine.ranks import make_ranks
 from tbptt_ckpt.engine.reach_gauge import ReachGauge
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
@@ -139,7 +140,8 @@ def make_parts(
     check_differentiable(module)
     check_initialised("loss_fn", loss_fn)
     parameters = parameters_of(module, loss_fn)
-    deliveries = Deliveries(module, loss_fn, once=options.deliver == "once")
+    ranks = make_ranks(options, module, loss_fn, optimizer)
+    deliveries = Deliveries(module, loss_fn, once=options.deliver == "once", ranks=ranks)
     updater = _make_updater(optimizer, parameters, options, deliveries)
     _check_optimized(updater, module, loss_fn)
     if options.measure_memory:

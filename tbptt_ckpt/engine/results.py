@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tbptt_ckpt.engine.reach import Decay, Reach
 from tbptt_ckpt.engine.reach_rule import ChosenK2
-from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.schedule.plan import Plan
 from tbptt_ckpt.schedule.windows import Window
 
@@ -20,7 +19,7 @@ class WindowFigures(Window):
 
     Attributes:
         recomputed_steps: Module steps run beyond one run of each new step.
-        num_tokens: Valid new steps of all lanes.
+        num_tokens: Valid new steps of all lanes, of all ranks that train together.
         peak_bytes: Peak of tensor memory in bytes; None if it was not measured.
         reserved_peak_bytes: Most that an accelerator's allocator had reserved meanwhile, for the
             whole process and with what it keeps for later; None on the CPU, or if not measured.
@@ -66,8 +65,8 @@ class WindowResult(WindowFigures):
     Attributes not named here are those of `WindowFigures` and `Window`.
 
     Attributes:
-        loss: What was differentiated: a detached tensor without dimensions, or None where
-            no step has a target.
+        loss: What was differentiated, over all ranks that train together: a detached tensor
+            without dimensions, or None where no step has a target.
         loss_value: The same as a number, for which no device has to be waited for any more.
         state: The detached state at `stop`.
         init_state_grad: Of `run_window`: nested like the initial state, with the gradient of each
@@ -116,11 +115,11 @@ class Totals:
     num_tokens: int = 0
     peak_bytes: int | None = None
 
-    def plus(self, window: WindowFigures, loss: WindowLoss) -> Totals:
+    def plus(self, window: WindowFigures, loss_sum: float, weight: float) -> Totals:
         """The sums with one more window."""
         return Totals(
-            loss_sum=self.loss_sum + loss.loss_sum,
-            weight=self.weight + float(loss.weight),
+            loss_sum=self.loss_sum + loss_sum,
+            weight=self.weight + weight,
             num_steps=window.stop,
             num_windows=window.index + 1,
             num_tokens=self.num_tokens + window.num_tokens,

@@ -14,6 +14,7 @@ from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.window_budget import PlannedWindow
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
+from tbptt_ckpt.engine.agreement import Agreement
 from tbptt_ckpt.engine.compiling import compile_planned, plan_opened
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.open_window import OpenWindow
@@ -53,6 +54,7 @@ class SequenceRun:
         self._reader = WindowReader(sequence, options.k1, options.most_k2, parts.recurrence, device)
         self._has_length = self._reader.num_steps is not None
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
+        self._agreement = Agreement(parts, self._observer, self.initial)
         self._standing = Standing()
         parts.updater.group.begin()
         self._ambient: Ambient | None = None
@@ -83,6 +85,7 @@ class SequenceRun:
         if self._ambient is not None:
             self._ambient.check_complete(searches=True)
         if self.totals.num_steps == self._reader.num_steps:
+            self._agreement.finish()
             self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
@@ -130,16 +133,15 @@ class SequenceRun:
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             meter.lap()  # what checks took, some of them once, is none of the update's
-            loss = opened.numbers.loss
-            self._observer.differentiated(window, loss, opened.notes.states())
+            agreed = self._agreement.after(opened, window, self._reader.num_steps)
             opened.hand_on()
-            if loss is not None:
+            if (loss := opened.numbers.loss) is not None:
                 if window.start == records.origin and not records.has_origin_state:
                     self.initial.collect(state_grads)
-                delivery.deliver()
-                parts.updater.add(loss, opened.numbers.loss_number)
-            is_last = window.stop == self._reader.num_steps
-            updated = parts.updater.update(is_last, self.initial.leaves(), self._observer)
+                delivery.deliver(agreed.factor)
+            if agreed.loss is not None:
+                parts.updater.add(agreed.loss, agreed.number)
+            updated = parts.updater.update(agreed.is_last, self.initial.leaves(), self._observer)
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
@@ -147,11 +149,8 @@ class SequenceRun:
         figures = parts.truncation.has_run(draw, norms, has_loss=loss is not None)
         result = WindowResult(
             **asdict(window),
-            loss=loss,
-            loss_value=opened.numbers.loss_value,
             state=opened.notes.final.state,
             recomputed_steps=opened.executed_steps - window.num_new_steps,
-            num_tokens=opened.num_tokens(),
             peak_bytes=peak_bytes,
             reserved_peak_bytes=meter.reserved_peak_bytes,
             drift=opened.notes.drift.value,
@@ -161,9 +160,10 @@ class SequenceRun:
             updated=updated,
             **parts.reach.take_figures(),
             **figures,
+            **agreed.figures(opened),
         )
-        done = records, self.totals.plus(result, opened.loss), guard.expected
-        self._standing = Standing(window.index + 1, *done, state_grads)
+        totals = self.totals.plus(result, *agreed.sums(opened.loss))
+        self._standing = Standing(window.index + 1, records, totals, guard.expected, state_grads)
         return result
 
     def _open(self, draw: Draw) -> OpenWindow:

@@ -17,6 +17,7 @@ from tbptt_ckpt.engine.finite import FiniteLoss
 from tbptt_ckpt.engine.options import (
     K2_TOLERANCE,
     AnyK2,
+    AnyRanks,
     DeliverName,
     ExecutorName,
     LossSteps,
@@ -113,6 +114,12 @@ class TBPTT:
             at once, when it is complete; with "once" all do, for what hangs on the accumulation of
             gradients and cannot be seen. It takes the gradients of a leaf once more, and a look at
             its graph.
+        ranks: "all", or `Ranks(...)`: all ranks of `torch.distributed`, each with its own lanes,
+            make every update together, with the gradient that one process has of all their lanes.
+            Gradients are reduced once per update: by `DistributedDataParallel` where the module is
+            in one, otherwise by one all-reduce. All make and call this in the same order; a rank
+            whose sequence is shorter takes part in the updates of the others. None leaves all
+            of that to the caller.
         costs: What the module takes, as `measure_costs` gives it; nothing is measured then,
             except that under a memory budget segments of up to 8 steps are run first, and bytes
             that are given too low are raised to theirs.
@@ -126,6 +133,7 @@ class TBPTT:
 
     Raises:
         ArgumentError: An argument that cannot work.
+        RankError: Ranks were given different arguments or weights.
 
     References:
         Williams & Peng (1990), doi:10.1162/neco.1990.2.4.490; Sutskever (2013), PhD thesis,
@@ -162,6 +170,7 @@ class TBPTT:
         lane_dim: Dimension | None = None,
         accumulate: PositiveInt = 1,
         deliver: DeliverName = "auto",
+        ranks: AnyRanks = None,
         costs: Costs | None = None,
         measure_memory: bool = False,
         check_replays: bool = True,
@@ -211,6 +220,7 @@ class TBPTT:
                 where steps turn out to take more than was measured, before the update of a later
                 one.
             NonFiniteError: A loss is NaN or infinite; its window made no update.
+            RankError: Ranks have come to hold different weights, or one is gone.
             StaleWeightsError: Weights changed inside a window.
             ReplayMismatchError: Steps that ran again reached another state than at first.
         """

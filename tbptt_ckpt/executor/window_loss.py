@@ -53,6 +53,28 @@ class WindowLoss:
         return self._counted if is_sum else self._what_counts()
 
     @property
+    def positions(self) -> float:
+        """What a mean is taken of, counted alike in windows of other lanes.
+
+        That is what a loss function gives as weight, positions of targets where it is one of
+        torch's, and otherwise steps of lanes.
+
+        Raises:
+            ArgumentError: The loss is a sum of torch's.
+        """
+        counting = self.function.counting
+        if counting is not None and counting.reduction == "sum":
+            raise ArgumentError(
+                f"loss_fn calls {counting.name} with reduction='sum', and how windows of several "
+                "ranks weigh is told by means only; use 'mean', or return (loss_sum, weight)"
+            )
+        if counting is not None:
+            return float(self.weight) * counting.unit
+        if self.function.weighs_itself:
+            return float(self.weight)
+        return sum(part.weight_sum() * _lanes_of(part) for part in narrow_blocks(*self._steps))
+
+    @property
     def divisor(self) -> float | Tensor:
         """What the summed loss is divided by; not zero, where nobody has looked at it yet."""
         weight = self.weight
@@ -159,6 +181,11 @@ class WindowLoss:
         self._first_run_until = end
         self._summed = self._summed + piece.weight
         return True
+
+
+def _lanes_of(block: StepBlock) -> int:
+    """Lanes that a step's weight stands for."""
+    return 1 if block.weight is not None and block.weight.dim() == 2 else block.num_lanes()
 
 
 def _is_on_device(weight: float | Tensor) -> TypeGuard[Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from operator import attrgetter
 from typing import Any, Self
 
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.updates.hooks import HooksOff
+from tbptt_ckpt.updates.ranks import RankGroup
 from tbptt_ckpt.updates.wrappers import Wrappers
 
 
@@ -34,13 +36,19 @@ class Deliveries:
     Args:
         *owners: Modules, and functions that name some.
         once: Whether every weight waits, since something may hang on it that cannot be seen.
+        ranks: Those that update the weights together, so that every weight waits.
 
     Raises:
         ArgumentError: A wrapper that cannot be given a window's gradient at once.
     """
 
-    def __init__(self, *owners: object, once: bool = False) -> None:
-        self.wrappers, self._once = Wrappers(*owners), once
+    def __init__(self, *owners: object, once: bool = False, ranks: RankGroup | None = None) -> None:
+        self.wrappers, self._once, self.ranks = Wrappers(*owners), once, ranks
+        if ranks is not None and self.wrappers.is_sharded:
+            raise ArgumentError(
+                "ranks='all' does not fit module: fully_shard reduces gradients in every backward; "
+                "leave ranks out, and give all ranks the same lanes, steps and fixed strategy"
+            )
         if once and self.wrappers.is_sharded:
             raise ArgumentError(
                 "deliver='once' does not fit module: fully_shard needs the gradient of every "
@@ -50,12 +58,16 @@ class Deliveries:
     def waits(self, weight: Tensor) -> bool:
         """Whether a weight is given its gradient when a window is complete."""
         hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
-        is_waited_for = hooks or self._once or id(weight) in self.wrappers.weights
+        is_waited_for = hooks or self._all_wait or id(weight) in self.wrappers.weights
         return bool(is_waited_for) and weight.requires_grad
+
+    @property
+    def _all_wait(self) -> bool:
+        return self._once or self.ranks is not None
 
     def any_waits(self, weights: Iterable[Tensor]) -> bool:
         """Whether any of `weights` does, or something that cannot be seen."""
-        return self._once or self.wrappers.is_any or any(map(self.waits, weights))
+        return self._all_wait or self.wrappers.is_any or any(map(self.waits, weights))
 
     def of(self, weights: Iterable[Tensor]) -> Delivery:
         """The delivery of one window's gradient to those of `weights`, and their own, that wait."""
@@ -64,6 +76,34 @@ class Deliveries:
         if not (waiting or self.any_waits(())):
             return NOTHING_WAITS
         return Delivery(waiting, self.wrappers, collects=self._once)
+
+    def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
+        """What gradients are gathered in when they are reduced."""
+        flat = [] if self.ranks is None else [w for w in weights if self.waits(w)]
+        apart = sum(weight.nbytes for weight in flat if id(weight) not in self.wrappers.weights)
+        return max(apart, self.wrappers.bucket_bytes)
+
+    def reduce(self, weights: Iterable[Tensor]) -> None:
+        """An update is due: give `weights` the mean over ranks of what has been delivered.
+
+        Weights that got a gradient on some ranks have one on all; others have none.
+
+        Raises:
+            RankError: Ranks have come to hold different weights.
+        """
+        if self.ranks is None:
+            return
+        learning = [weight for weight in weights if weight.requires_grad]
+        is_there = self.ranks.begin_update(learning)
+        for weight, there in zip(learning, is_there, strict=True):
+            if there and weight.grad is None:
+                weight.grad = torch.zeros_like(weight, device=weight.device)
+        self.wrappers.reduce()
+        others = [weight for weight in learning if id(weight) not in self.wrappers.weights]
+        self.ranks.average([weight.grad for weight in others if weight.grad is not None])
+        for weight, there in zip(learning, is_there, strict=True):
+            if not there:
+                weight.grad = None
 
 
 class Delivery:
@@ -92,17 +132,22 @@ class Delivery:
         for waiting in self._waiting:
             waiting.end()
 
-    def deliver(self) -> None:
-        """The gradients are whole: hand them over."""
+    def deliver(self, factor: float | None = None) -> None:
+        """The gradients are whole: hand them over; with a `factor`, times that and unreduced."""
         self._unseen.close()
-        with torch.enable_grad():
-            # What is made last autograd reaches first.
-            last_first = sorted(self._waiting, key=attrgetter("last_seen"), reverse=True)
-            tickets = {id(each.weight): each.ticket() for each in last_first}
-            roots = self._wrappers.hand_through(tickets)
-            del tickets
-        if roots:
-            torch.autograd.backward(roots)
+        with self._wrappers.no_sync() if factor is not None else nullcontext():
+            with torch.enable_grad():
+                # What is made last autograd reaches first.
+                last_first = sorted(self._waiting, key=attrgetter("last_seen"), reverse=True)
+                share = 1.0 if factor is None else factor
+                tickets = {id(each.weight): each.ticket(share) for each in last_first}
+                if factor is None:
+                    roots = self._wrappers.hand_through(tickets)
+                else:
+                    roots = [ticket for ticket in tickets.values() if ticket is not None]
+                del tickets
+            if roots:
+                torch.autograd.backward(roots)
 
 
 class _NothingWaits(Delivery):
@@ -115,7 +160,7 @@ class _NothingWaits(Delivery):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def deliver(self) -> None:
+    def deliver(self, factor: float | None = None) -> None:
         pass
 
 
@@ -130,14 +175,10 @@ class _Waiting:
         self.last_seen = -1  # where its last part came among those of all weights
         self._order = order
         self._is_waiting, self._before = False, weight.grad
-        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
 
     def begin(self) -> None:
         """Take the hooks off, and what is in `.grad`."""
-        found = (self.weight._backward_hooks, self.weight._post_accumulate_grad_hooks)
-        self._hooks = [(hooks, dict(hooks)) for hooks in found if hooks]
-        for hooks, _ in self._hooks:
-            hooks.clear()
+        self._hooks = HooksOff(self.weight)
         self._before, self.weight.grad = self.weight.grad, None
         self._handle = self.weight.register_hook(self._sees)  # type: ignore[no-untyped-call]
         self._is_waiting = True
@@ -148,16 +189,15 @@ class _Waiting:
             return None
         self._is_waiting = False
         self._handle.remove()
-        for hooks, content in self._hooks:
-            later = dict(hooks)  # registered meanwhile
-            hooks.clear()
-            hooks.update(content | later)
+        self._hooks.put_back()
         total, self.weight.grad = self.weight.grad, self._before
         return total
 
-    def ticket(self) -> Tensor | None:
-        """Put everything back; what has come meanwhile comes again by the ticket's backward."""
+    def ticket(self, factor: float) -> Tensor | None:
+        """Put everything back; what has come comes again by its backward, times `factor`."""
         total = self.end()
+        if total is not None and factor != 1.0:
+            total = total * factor
         return None if total is None else _Ticket.apply(self.weight, [total])  # type: ignore[no-untyped-call]
 
     def _sees(self, _: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import is_a, modules_in
+from tbptt_ckpt.updates.hooks import HooksOff
 
 # Modules that keep gradients in a backward of their own, and where they come from.
 _REFUSED = {"FullyShardedDataParallel": "torch", "DeepSpeedEngine": "deepspeed"}
@@ -81,6 +83,36 @@ class Wrappers:
             _check_complete(reducer, tickets)
             found = _handed_through(reducer, found)
         return found
+
+    def reduce(self) -> None:
+        """Each sees one pass, without a gradient of its own: it reduces what has accumulated."""
+        for reducer in self._reducers:
+            weights = [weight for weight in reducer.parameters() if weight.requires_grad]
+            hooks = [HooksOff(weight) for weight in weights]
+            try:
+                with torch.enable_grad():
+                    zeros = [_Zeros.apply(weight) for weight in weights]  # type: ignore[no-untyped-call]
+                    roots = _handed_through(reducer, zeros)
+                torch.autograd.backward(roots)
+            finally:
+                for each in hooks:
+                    each.put_back()
+            # Once, and all ranks together: otherwise a forward does it, and not all run one.
+            reducer.reducer._rebuild_buckets()
+
+
+class _Zeros(torch.autograd.Function):
+    """Stands for a weight, and adds nothing to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return torch.zeros((), device=weight.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        weight = ctx.weight
+        return torch.zeros((), dtype=weight.dtype, device=weight.device).expand_as(weight)
 
 
 class _HandsThrough(nn.Module):

@@ -1,0 +1,33 @@
+"""The ranks that a run trains with, from what the user asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbptt_ckpt.engine.options import Options
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.module.inside import owner_of
+from tbptt_ckpt.updates.ranks import RankGroup, named_weights
+
+
+def make_ranks(
+    options: Options, module: object, loss_fn: object, optimizer: Any
+) -> RankGroup | None:
+    """The ranks that train together; None where this process trains alone.
+
+    Raises:
+        ArgumentError: They cannot, by what they were given.
+        RankError: They were not given the same.
+    """
+    if (ranks := options.parsed_ranks()) is None:
+        return None
+    if not hasattr(optimizer, "param_groups"):
+        raise ArgumentError(
+            f"ranks={shown(options.ranks)} needs an optimizer, before whose step gradients are "
+            f"reduced, and optimizer={shown(optimizer)}"
+        )
+    owners = [("module", owner_of(module)), ("loss_fn", owner_of(loss_fn))]
+    others = [weight for group in optimizer.param_groups for weight in group["params"]]
+    names = ("k1", "k2", "loss", "overlap", "accumulate", "clip_grad_norm")
+    settings = {name: getattr(options, name) for name in names}
+    return RankGroup(ranks, named_weights(owners, others), settings)

@@ -1,0 +1,230 @@
+"""Ranks of `torch.distributed` that make every update together.
+
+NOTE [One vote a window]
+Ranks run their windows by themselves, each under its own plan, and run them again where memory is
+missing. With a window's gradient at hand a rank tells the others what it found, in a few numbers
+over gloo, and does with them what all of them say: how large its share of the update is, whether
+one is due, whether a loss somewhere is not finite. A rank whose sequence has ended goes on voting.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tbptt_ckpt.arguments import PositiveInt, check_fields
+from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+
+_FIRST_UPDATES = 3  # before which weights are always compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """All ranks of `torch.distributed` train together.
+
+    Attributes:
+        check_every: Updates between two comparisons of the weights over ranks, by a checksum of
+            each. They are compared before the first three updates and after the last one, too.
+    """
+
+    check_every: PositiveInt = 100
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ballot:
+    """What a rank says of a window; of none where its sequence has ended.
+
+    Attributes:
+        window: Its index; -1 of none.
+        loss_sum: Its loss times `positions`.
+        positions: What its loss is a mean of.
+        tokens: Valid new steps of its lanes.
+        has_loss: Whether it was differentiated.
+        is_last: Whether no window follows on the rank.
+        is_fault: Whether it is not to be used, since something is not finite.
+    """
+
+    window: int = -1
+    loss_sum: float = 0.0
+    positions: float = 0.0
+    tokens: int = 0
+    has_loss: bool = False
+    is_last: bool = True
+    is_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What the ballots of a window come to.
+
+    Attributes:
+        loss: The mean over all ranks; None where no rank has one.
+        positions: What it is a mean of.
+        tokens: Valid new steps of all lanes of all ranks.
+        factor: What this rank's gradient is multiplied by before the mean over ranks is taken.
+    """
+
+    loss: float | None
+    positions: float
+    tokens: int
+    factor: float
+
+
+class RankGroup:
+    """The ranks, seen from one of them. All of them make it, and call it, in the same order.
+
+    `weights` are those that updates change, by their names.
+
+    Attributes:
+        is_last: Whether the windows that were voted on last are the last ones of all ranks.
+
+    Raises:
+        ArgumentError: There is no process group.
+        RankError: Ranks were given different weights or `settings`.
+    """
+
+    def __init__(
+        self, options: Ranks, weights: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ArgumentError(
+                "ranks='all' needs a process group; call torch.distributed.init_process_group "
+                "first, in processes that torchrun has started, or leave ranks out"
+            )
+        self._every, self._weights = options.check_every, dict(weights)
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        is_gloo = dist.get_backend() == "gloo"
+        self._group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
+        self.is_last, self._updates = True, 0
+        shapes = {f"shape of {name}": tuple(w.shape) for name, w in weights.items()}
+        self._check_same({**settings, "names of weights": tuple(weights), **shapes})
+
+    def vote(self, ballot: Ballot) -> Outcome:
+        """Give this rank's ballot and get what all come to.
+
+        Raises:
+            NonFiniteError: A rank has found what is not finite; no rank uses the window.
+            RankError: Ranks are at different windows, or one is gone.
+        """
+        rows = self._gathered(torch.tensor(astuple(ballot), dtype=torch.float64, device="cpu"))
+        ballots = [Ballot(**dict(zip(_FIELDS, row, strict=True))) for row in rows.tolist()]
+        at = {int(each.window) for each in ballots if each.window >= 0}
+        if len(at) > 1:
+            where = {rank: int(each.window) for rank, each in enumerate(ballots)}
+            raise RankError(f"ranks are at different windows, by rank: {where}")
+        self.is_last = all(each.is_last for each in ballots)
+        if faults := [rank for rank, each in enumerate(ballots) if each.is_fault]:
+            raise NonFiniteError(
+                f"window {max(at)} is not finite on rank {faults[0]} of {self.count}; no rank has "
+                "updated its weights"
+            )
+        positions = sum(each.positions for each in ballots)
+        loss_sum = sum(each.loss_sum for each in ballots)
+        has_loss = any(each.has_loss for each in ballots)
+        return Outcome(
+            loss=loss_sum / positions if has_loss and positions else None,
+            positions=positions,
+            tokens=int(sum(each.tokens for each in ballots)),
+            factor=ballot.positions * self.count / positions if positions else 0.0,
+        )
+
+    def begin_update(self, weights: Sequence[Tensor]) -> list[bool]:
+        """An update is due on all ranks: which of the weights have a gradient on any of them.
+
+        Raises:
+            RankError: The weights that it is to change are not the same, where they are compared.
+        """
+        if self._updates < _FIRST_UPDATES or self._updates % self._every == 0:
+            self.compare()
+        self._updates += 1
+        mine = [weight.grad is not None for weight in weights]
+        found = self._gathered(torch.tensor(mine, dtype=torch.uint8, device="cpu"))
+        return [bool(each) for each in found.any(0).tolist()]
+
+    def average(self, grads: Sequence[Tensor]) -> None:
+        """The mean over ranks, in place: one all-reduce for each dtype and device."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for grad in grads:
+            kinds.setdefault((grad.dtype, grad.device), []).append(grad)
+        for (_, device), alike in kinds.items():
+            flat = torch.cat([grad.reshape(-1) for grad in alike]).div_(self.count)
+            dist.all_reduce(flat, group=self._group if device.type == "cpu" else None)
+            parts = torch.split(flat, [grad.numel() for grad in alike])
+            for grad, part in zip(alike, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def compare(self) -> None:
+        """Hold the weights of all ranks against each other, bit by bit.
+
+        Raises:
+            RankError: They are not the same.
+        """
+        mine = torch.tensor(
+            [_checksum(weight) for weight in self._weights.values()],
+            dtype=torch.int64,
+            device="cpu",
+        )
+        found = self._gathered(mine)
+        differing = (found != found[0]).nonzero().tolist()
+        if not differing:
+            return
+        rank, place = differing[0]
+        name = list(self._weights)[place]
+        many = len({at for _, at in differing})
+        raise RankError(
+            f"{name} on rank {rank} is not what it is on rank 0 after {self._updates} updates "
+            f"({many} of {len(self._weights)} weights differ): ranks began from different weights, "
+            "or something else changes weights or gradients on one of them"
+        )
+
+    def _check_same(self, facts: Mapping[str, object]) -> None:
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, dict(facts), group=self._group)
+        for rank, theirs in enumerate(found):
+            for name in dict.fromkeys((*found[0], *theirs)):
+                ours, other = found[0].get(name), theirs.get(name)
+                if ours != other:
+                    raise RankError(f"{name} is {ours} on rank 0 and {other} on rank {rank}")
+
+    def _gathered(self, numbers: Tensor) -> Tensor:
+        """One row of each rank."""
+        rows = [torch.empty_like(numbers, device="cpu") for _ in range(self.count)]
+        try:
+            dist.all_gather(rows, numbers, group=self._group)
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} of {self.count} heard no more of another one, which has ended "
+                f"or has waited elsewhere; its own output says why ({error})"
+            ) from error
+        return torch.stack(rows)
+
+
+_FIELDS = tuple(Ballot.__dataclass_fields__)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of a tensor's bits."""
+    whole = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(whole.view(torch.uint8).numpy().data)
+
+
+def named_weights(owners: Iterable[tuple[str, Any]], others: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Weights of modules by their names, and the optimizer's others by their places."""
+    found = {
+        id(weight): (f"{owner}.{name}", weight)
+        for owner, module in owners
+        if isinstance(module, torch.nn.Module)
+        for name, weight in module.named_parameters()
+    }
+    rest = {id(weight): weight for weight in others if id(weight) not in found}
+    named = dict(found.values())
+    return named | {f"parameter {n} of optimizer": each for n, each in enumerate(rest.values())}
