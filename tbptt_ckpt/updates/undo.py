@@ -1,10 +1,11 @@
-"""Takes an update of the weights back that was cut short."""
+"""Takes back an update of the weights, or the gradients of a window, that was cut short."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -80,3 +81,31 @@ def copied(
                 each.load_state_dict(state)
 
     return restore
+
+
+class Aside:
+    """Copies of the gradients of `tensors` that are kept; whoever wants the same shares them."""
+
+    def __init__(self, tensors: Sequence[Tensor], *, keeps: bool) -> None:
+        found = [t.grad if keeps else None for t in tensors]
+        self.grads = [None if grad is None else grad.clone() for grad in found]
+        self._tensors = tensors
+        self._copied = [None if grad is None else (ref(grad), grad._version) for grad in found]
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors` have the gradients that were copied."""
+        if len(tensors) != len(self._copied):
+            return False
+        found = [tensor.grad for tensor in tensors]
+        return all(map(_is_copied, found, self._copied))
+
+    def put_back(self) -> None:
+        """Forget what has become of them."""
+        for tensor, grad in zip(self._tensors, self.grads, strict=True):
+            tensor.grad = grad
+
+
+def _is_copied(grad: Tensor | None, copied: tuple[ref[Tensor], int] | None) -> bool:
+    if grad is None or copied is None:
+        return grad is None and copied is None
+    return grad is copied[0]() and grad._version == copied[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, SupportsFloat
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
-from tbptt_ckpt.updates.undo import Update
+from tbptt_ckpt.updates.undo import Aside, Update
 
 
 class AnyOptimizer(Protocol):
@@ -68,6 +69,7 @@ class Updater:
         self._clip, self._cleared = clip_grad_norm, list(parameters)
         self._scale: float | Tensor = 1.0
         self.aside_bytes = 0  # of gradients that are copied while a window runs
+        self._aside: Callable[[], Aside | None] = lambda: None  # while somebody needs it
         self._update: Update | None = None  # while one is going on
         self.grad_norm: Number | None = None  # the last one
         self._known_norm: tuple[Tensor, Number] | None = None  # of a window's gradients
@@ -183,15 +185,11 @@ class Updater:
         self.aside_bytes = 0
         if self.accumulates and not keeps:
             return lambda: None
-        tensors, keeps = self._changed(init_state_leaves), self.accumulates
-        grads = [t.grad.clone() if keeps and t.grad is not None else None for t in tensors]
-        self.aside_bytes = tensor_bytes(grads)
-
-        def put_back() -> None:
-            for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad
-
-        return put_back
+        tensors, aside = self._changed(init_state_leaves), self._aside()
+        if aside is None or not self.accumulates or not aside.is_of(tensors):
+            aside = Aside(tensors, keeps=self.accumulates)
+        self._aside, self.aside_bytes = ref(aside), tensor_bytes(aside.grads)
+        return aside.put_back
 
     def mark(self, init_state_leaves: Iterable[Tensor], device: torch.device) -> Callable[[], None]:
         """Copy the gradients that a window must not lose.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, Trainer
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
 
@@ -74,3 +74,20 @@ def test_a_budget_is_for_later_windows_too_which_find_gradients() -> None:
     tbptt = TBPTT(module, nn.functional.mse_loss, 20, 20, memory_budget=budget, measure_memory=True)
     for window in tbptt.windows(data, FIRST):
         assert window.peak_bytes <= budget
+
+
+def test_gradients_that_accumulate_are_kept_once_by_a_trainer_too() -> None:
+    """It marks where a window begins, and what runs the window keeps them as well."""
+    held = []
+    for recovers in (False, True):
+        module, data = Step(), sequence(STEPS)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        tbptt = TBPTT(module, nn.functional.mse_loss, 20, 20, optimizer, accumulate=4)
+        with peak_memory(rss=False) as meter:
+            if recovers:
+                Trainer(tbptt, data, init_state=FIRST).train()
+            else:
+                tbptt.train(data, FIRST)
+        held.append(meter.peak_bytes)
+    gradients = tensor_bytes(list(module.parameters()))
+    assert held[1] - held[0] < 0.5 * gradients
