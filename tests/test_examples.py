@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 PAGE = ROOT / "docs" / "examples.md"
-QUICK = {"forum"}  # the others take up to a minute
+QUICK = {"forum", "xlstm_layer"}  # the others take up to a minute
 _TOP = re.compile(r"^    \$ python docs/examples/(\w+)\.py\n((?:    .*\n)+)", re.MULTILINE)
 _NOISE = re.compile(r"^Elsewhere within (\d+) %", re.MULTILINE)
 _EXTRA = re.compile(r"^    \$ pip install (\w+)$", re.MULTILINE)

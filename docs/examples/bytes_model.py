@@ -57,10 +57,7 @@ def main(num_bytes: int = 600_000) -> str:
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     tbptt = TBPTT(
-        *(model, loss_fn, 50, 100, optimizer),
-        per_step=False,
-        strategy="retain",
-        clip_grad_norm=1.0,
+        model, loss_fn, 50, 100, optimizer, per_step=False, strategy="retain", clip_grad_norm=1.0
     )
     tbptt.train(source)
     other = LaneSource(ArraySequence(test, next_step=True, dtype=torch.int64), lanes=LANES)

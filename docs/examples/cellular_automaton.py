@@ -76,9 +76,7 @@ def learner() -> tuple[Automaton, TBPTT]:
     model = Automaton()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     tbptt = TBPTT(
-        *(model, nn.MSELoss(), GROWTH, 2 * GROWTH, optimizer),
-        strategy="retain",
-        clip_grad_norm=1.0,
+        model, nn.MSELoss(), GROWTH, 2 * GROWTH, optimizer, strategy="retain", clip_grad_norm=1.0
     )
     return model, tbptt
 

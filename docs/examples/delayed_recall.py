@@ -55,10 +55,7 @@ def right_answers(k1: int, k2: int, steps: int) -> float:
     model = Recaller()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     tbptt = TBPTT(
-        *(model, loss_fn, k1, k2, optimizer),
-        per_step=False,
-        strategy="retain",
-        clip_grad_norm=1.0,
+        model, loss_fn, k1, k2, optimizer, per_step=False, strategy="retain", clip_grad_norm=1.0
     )
     tbptt.train(stream(steps))
     other = stream(2_000)

@@ -69,7 +69,11 @@ def main(tasks: int = 100) -> str:
     model = LearnedOptimizer()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     tbptt = TBPTT(
-        *(model, lambda losses, _: losses.mean(), 20, 20, optimizer),
+        model,
+        lambda losses, _: losses.mean(),
+        k1=20,
+        k2=20,
+        optimizer=optimizer,
         strategy="retain",
         clip_grad_norm=1.0,
     )

@@ -82,7 +82,11 @@ def errors(carried: bool, updates: int) -> tuple[float, float]:
     model, empty = Adder(), torch.zeros(LANES, WIDTH, WIDTH)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     tbptt = TBPTT(
-        *(model, nn.MSELoss(), SHORT, SHORT, optimizer),
+        model,
+        nn.MSELoss(),
+        k1=SHORT,
+        k2=SHORT,
+        optimizer=optimizer,
         per_step=False,
         strategy="retain",
         clip_grad_norm=1.0,

@@ -51,7 +51,11 @@ def trained(strategy: str, batches: int) -> tuple[float, float]:
     model = Classifier()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     tbptt = TBPTT(
-        *(model, nn.BCEWithLogitsLoss(), STEPS, None, optimizer),
+        model,
+        nn.BCEWithLogitsLoss(),
+        k1=STEPS,
+        k2=None,
+        optimizer=optimizer,
         per_step=False,
         strategy=strategy,
         measure_memory=True,

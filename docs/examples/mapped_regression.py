@@ -60,7 +60,11 @@ def main(steps: int = 100_000) -> str:
         model = Filter()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         tbptt = TBPTT(
-            *(model, nn.MSELoss(), 50, 100, optimizer),
+            model,
+            nn.MSELoss(),
+            k1=50,
+            k2=100,
+            optimizer=optimizer,
             per_step=False,
             memory_budget="800KiB",
             measure_memory=True,

@@ -48,7 +48,7 @@ def error(substeps: int, sequences: int) -> float:
     torch.manual_seed(0)
     model = ODERNN(substeps)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    tbptt = TBPTT(*(model, nn.MSELoss(), 20, 40, optimizer), strategy="retain", clip_grad_norm=1.0)
+    tbptt = TBPTT(model, nn.MSELoss(), 20, 40, optimizer, strategy="retain", clip_grad_norm=1.0)
     first = torch.zeros(LANES, WIDTH)
     for _ in range(sequences):
         tbptt.train(observations(STEPS), init_state=first)

@@ -68,9 +68,7 @@ def main(updates: int = 12) -> str:
     def run(strategy: str, measure: bool = False) -> int | None:
         """One gradient of the whole run, in .grad, and the peak of tensor memory if measured."""
         tbptt = TBPTT(
-            *(heat_step, nn.MSELoss(), STEPS, None),
-            strategy=strategy,
-            measure_memory=measure,
+            heat_step, nn.MSELoss(), STEPS, None, strategy=strategy, measure_memory=measure
         )
         return tbptt.train(steps, init_state=(first, net())).peak_bytes
 
