@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.arguments import PositiveInt, check_dimension, checked
-from tbptt_ckpt.data.layout import Integers, LaneLayout, Piece, shuffled
+from tbptt_ckpt.arguments import Dimension, PositiveInt, check_dimension, checked
+from tbptt_ckpt.data.layout import FreshLanes, Integers, LaneLayout, Piece, shuffled
 from tbptt_ckpt.data.source import Source, as_tensors, check_range, check_same_source, rows_of
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.available import Device
@@ -37,6 +37,10 @@ class LaneSource:
         lengths: With one source, the lengths of the sequences that follow each other in it;
             by default it is cut into one stretch per lane, as equal as can be.
         seed: Shuffles the sequences, anew in each epoch; None keeps their order.
+        fresh_lanes: So many of the lanes, the last ones, are not continued: every `fresh_steps`
+            steps each begins, with a reset, a stretch that is drawn from all stretches of so many
+            steps in the sequences. An epoch has the steps that the other lanes take.
+        fresh_steps: Steps of such a stretch.
         device: Where `read` puts its tensors; by default they stay where they are.
 
     Raises:
@@ -53,10 +57,14 @@ class LaneSource:
         *,
         lengths: Iterable[int] | None = None,
         seed: int | None = None,
+        fresh_lanes: Dimension = 0,
+        fresh_steps: PositiveInt | None = None,
         device: Device | None = None,
     ) -> None:
+        self._lasting = lanes - fresh_lanes
+        _check_fresh(lanes, fresh_lanes, fresh_steps, seed)
         if isinstance(sequences, Source):
-            self._lengths = _stretch_lengths(sequences, lanes, lengths)
+            self._lengths = _stretch_lengths(sequences, self._lasting, lengths)
             self._starts = np.cumsum(self._lengths) - self._lengths
             self._sources: Sequence[Source] = [sequences] * len(self._starts)
         elif lengths is not None:
@@ -68,7 +76,13 @@ class LaneSource:
             raise ArgumentError("sequences are empty; at least one is needed")
         if self._lengths.min() < 1:
             raise ArgumentError(f"sequence {int(self._lengths.argmin())} is empty; leave it out")
+        if fresh_steps is not None and self._lengths.max() < fresh_steps:
+            raise ArgumentError(
+                f"fresh_steps={fresh_steps} is more than the longest sequence has, which is "
+                f"{int(self._lengths.max())} steps"
+            )
         self.lanes, self._seed, self._device = lanes, seed, device
+        self._fresh_steps = fresh_steps
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,7 +91,11 @@ class LaneSource:
         if self._seed is not None:
             order = shuffled(len(order), self._seed, epoch)
         self.epoch = epoch
-        self._layout = LaneLayout(self._lengths, order, self.lanes)
+        self._layout = LaneLayout(self._lengths, order, self._lasting)
+        self._fresh: FreshLanes | None = None
+        if self._fresh_steps is not None:
+            lanes, seed = range(self._lasting, self.lanes), self._seed or 0
+            self._fresh = FreshLanes(self._lengths, lanes, self._fresh_steps, seed, epoch)
 
     def __len__(self) -> int:
         return self._layout.num_steps
@@ -85,21 +103,25 @@ class LaneSource:
     def __repr__(self) -> str:
         sequences = f"{len(self._lengths):,} sequences in {self.lanes:,} lanes"
         order = "in order" if self._seed is None else f"shuffled by seed {self._seed}"
-        return f"LaneSource({sequences}, {len(self):,} steps, {order})"
+        fresh = ""
+        if self._fresh is not None:
+            number = self.lanes - self._lasting
+            fresh = f", {number:,} of them fresh every {self._fresh_steps:,} steps"
+        return f"LaneSource({sequences}{fresh}, {len(self):,} steps, {order})"
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
         check_range(start, stop, len(self))
         inputs = _LaneBatch("inputs", start, stop, self.lanes)
         targets = _LaneBatch("targets", start, stop, self.lanes)
-        for piece in self._layout.pieces(start, stop):
+        for piece in self._pieces(start, stop):
             self._read(piece, inputs, targets)
         return inputs.result(self._device), targets.result(self._device)
 
     def weights(self, start: int, stop: int) -> Tensor:
         """[n, lanes]: the sequences' own weights, or one; zero in padding."""
         weights = torch.zeros(stop - start, self.lanes, dtype=torch.float64, device="cpu")
-        for piece in self._layout.pieces(start, stop):
+        for piece in self._pieces(start, stop):
             rows = self._rows_of(piece, "weights")
             weights[piece.start - start : piece.stop - start, piece.lane] = (
                 1.0 if rows is None else rows
@@ -109,11 +131,11 @@ class LaneSource:
     def resets(self, start: int, stop: int) -> Tensor:
         """[n, lanes]: where a lane begins a sequence, or the sequence itself has a reset."""
         resets = torch.zeros(stop - start, self.lanes, dtype=torch.bool, device="cpu")
-        for piece in self._layout.pieces(start, stop):
+        for piece in self._pieces(start, stop):
             rows = self._rows_of(piece, "resets")
             if rows is not None:
                 resets[piece.start - start : piece.stop - start, piece.lane] = rows
-            if piece.offset == 0:
+            if piece.begins:
                 resets[piece.start - start, piece.lane] = True
         return resets
 
@@ -126,6 +148,7 @@ class LaneSource:
             "lanes": self.lanes,
             "num_sequences": len(self._lengths),
             "lengths_sha256": hashlib.sha256(lengths).hexdigest(),
+            **({"fresh": [self.lanes - self._lasting, self._fresh_steps]} if self._fresh else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +159,11 @@ class LaneSource:
         """
         check_same_source({**state, "epoch": None}, {**self.state_dict(), "epoch": None})
         self.set_epoch(state["epoch"])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        yield from self._layout.pieces(start, stop)
+        if self._fresh is not None:
+            yield from self._fresh.pieces(start, stop)
 
     def _read(self, piece: Piece, inputs: _LaneBatch, targets: _LaneBatch) -> None:
         """Put a piece into both; what its source made for it is gone before the next one."""
@@ -210,6 +238,21 @@ class _LaneBatch:
         if device is None:
             return replace_tensors(self._tree, self._tensors)
         return replace_tensors(self._tree, [sent(t, torch.device(device)) for t in self._tensors])
+
+
+def _check_fresh(lanes: int, fresh: int, steps: int | None, seed: int | None) -> None:
+    if fresh >= lanes:
+        raise ArgumentError(
+            f"fresh_lanes={fresh} must be fewer than lanes={lanes}: the others say how many steps "
+            "there are"
+        )
+    if (fresh > 0) != (steps is not None):
+        raise ArgumentError(
+            f"fresh_lanes={fresh} and fresh_steps={steps} go together, such as fresh_lanes=1, "
+            "fresh_steps=64"
+        )
+    if fresh and seed is None:
+        raise ArgumentError(f"fresh_lanes={fresh} are drawn: give a seed, such as seed=0")
 
 
 def _stretch_lengths(source: Source, lanes: int, lengths: Iterable[int] | None) -> Integers:

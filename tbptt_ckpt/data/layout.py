@@ -15,13 +15,17 @@ Words = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Steps `[start, stop)` of a lane, which are those of one sequence from `offset` on."""
+    """Steps `[start, stop)` of a lane, which are those of one sequence from `offset` on.
+
+    `begins` says that the lane has a new state there.
+    """
 
     lane: int
     sequence: int
     offset: int
     start: int
     stop: int
+    begins: bool
 
 
 class LaneLayout:
@@ -48,7 +52,38 @@ class LaneLayout:
                 if begin >= stop:
                     break
                 low, high = max(begin, start), min(end, stop)
-                yield Piece(lane, int(sequences[position]), low - begin, low, high)
+                offset = low - begin
+                yield Piece(lane, int(sequences[position]), offset, low, high, offset == 0)
+
+
+class FreshLanes:
+    """Lanes that are given another stretch of some sequence every so many steps.
+
+    A stretch is drawn from all that there are, each as likely as any other, by a hash of the seed,
+    the epoch, its lane and its number.
+    """
+
+    def __init__(self, lengths: Integers, lanes: range, steps: int, seed: int, epoch: int) -> None:
+        self._lanes, self._steps = lanes, steps
+        self._ends = np.cumsum(np.maximum(0, lengths - steps + 1))  # of the places to begin at
+        self._key = _key(seed, epoch)
+
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """What the steps `[start, stop)` hold, lane by lane."""
+        for lane in self._lanes:
+            for number in range(start // self._steps, -(-stop // self._steps)):
+                begin = number * self._steps
+                low, high = max(begin, start), min(begin + self._steps, stop)
+                sequence, offset = self._drawn(lane, number)
+                yield Piece(lane, sequence, offset + low - begin, low, high, low == begin)
+
+    def _drawn(self, lane: int, number: int) -> tuple[int, int]:
+        """The sequence of a stretch, and where in it the stretch begins."""
+        words: Words = np.array([[lane], [number]], dtype=np.uint64)
+        word = _mixed(_mixed(self._key + words[0]) + words[1])
+        place = int(word[0] % np.uint64(self._ends[-1]))
+        sequence = int(np.searchsorted(self._ends, place, side="right"))
+        return sequence, place - (int(self._ends[sequence - 1]) if sequence else 0)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Integers:
@@ -60,11 +95,14 @@ def shuffled(count: int, seed: int, epoch: int) -> Integers:
     References:
         Steele, Lea & Flood (2014), doi:10.1145/2714064.2660195.
     """
+    numbers: Words = np.arange(count, dtype=np.uint64)
+    return np.argsort(_mixed(_key(seed, epoch) + numbers), kind="stable").astype(np.int64)
+
+
+def _key(seed: int, epoch: int) -> Words:
     # Modulo 2**64, as arrays compute.
     words: Words = np.array([[seed % 2**64], [epoch % 2**64]], dtype=np.uint64)
-    key = _mixed(_mixed(words[0]) + words[1])
-    numbers: Words = np.arange(count, dtype=np.uint64)
-    return np.argsort(_mixed(key + numbers), kind="stable").astype(np.int64)
+    return _mixed(_mixed(words[0]) + words[1])
 
 
 def _mixed(words: Words) -> Words:

@@ -86,6 +86,10 @@ def lanes_of_parts(_: Path) -> LaneSource:
     return LaneSource(ArraySequence(numbers(16)), 3, lengths=LENGTHS, seed=1)
 
 
+def lanes_some_of_them_fresh(_: Path) -> LaneSource:
+    return LaneSource(several(), 4, seed=3, fresh_lanes=2, fresh_steps=2)
+
+
 def lanes_with_weights_and_resets(_: Path) -> LaneSource:
     rows = torch.from_numpy(numbers(11))
     resets = torch.arange(11) % 4 == 2
@@ -119,6 +123,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
         shuffled_lanes,
         lanes_of_one,
         lanes_of_parts,
+        lanes_some_of_them_fresh,
         lanes_with_weights_and_resets,
         burnt_in_sequence,
         burnt_in_lanes,
