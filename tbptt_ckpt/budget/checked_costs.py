@@ -86,7 +86,9 @@ def with_host_bytes(costs: Costs) -> Costs:
     def added(curve: Curve) -> Curve:
         return curve.plus(costs.host_step_bytes)
 
+    host_bytes, kept_bytes = math.ceil(costs.host_state_bytes), costs.kept_bytes
     return replace(
         costs.with_leaves(added, added),
-        state_bytes=costs.state_bytes + math.ceil(costs.host_state_bytes),
+        state_bytes=costs.state_bytes + host_bytes,
+        kept_bytes=None if kept_bytes is None else kept_bytes + host_bytes,
     )

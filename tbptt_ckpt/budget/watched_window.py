@@ -156,8 +156,9 @@ class WatchedWindow(PlannedWindow):
             self.last_leaf.add(taken - self.gradient_bytes, predicted)
             return
         self.leaf.add(taken, predicted)
-        kept = len(self._kept) + (start not in self.given and start not in self._kept)
-        expected = self._fixed_bytes + kept * self.costs.state_bytes
+        kept_bytes = len(self._kept) * self.costs.kept_state_bytes
+        is_working = start not in self.given and start not in self._kept
+        expected = self._fixed_bytes + kept_bytes + is_working * self.costs.state_bytes
         if begun.now_bytes > expected + ROUNDING_BYTES:
             self.excess_bytes = max(self.excess_bytes, begun.now_bytes - expected)
 
@@ -189,7 +190,7 @@ class WatchedWindow(PlannedWindow):
         costs = self.corrected(replace(self.costs, last_leaf_bytes=None))
         start = max(s for s in {self._begin, *self.given, *self._kept} if s < stop)
         kept = sum(step <= start for step in self._kept)
-        beside = self._fixed_bytes + self.excess_bytes + kept * costs.state_bytes
+        beside = self._fixed_bytes + self.excess_bytes + kept * costs.kept_state_bytes
         drops = [Drop(start)] if start in self._kept else []
         try:
             num_losses = self._num_losses(start, stop)

@@ -21,10 +21,12 @@ from tbptt_ckpt.budget.forms import fastest_form, saved_forms
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
 from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
+from tbptt_ckpt.budget.states_in_file import with_states_in
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.devices import device_of
+from tbptt_ckpt.executor.kept_states import Folder
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve, higher
@@ -52,8 +54,9 @@ class WindowCosts:
         updater: Updater,
         parameters: Sequence[nn.Parameter],
         batching: TimeBatching,
+        folder: Folder | None = None,
     ) -> None:
-        self.known, self._promised = given, promised
+        self.known, self._promised, self._folder = given, promised, folder
         self._is_checked = given is None or not promised
         self.forms: FormSeconds = {}
         self._measured_first: Costs | None = None  # before any correction
@@ -95,6 +98,7 @@ class WindowCosts:
                 run in the form that takes the least time; None for a fixed strategy.
         """
         reach = request.shape.run_steps
+        self.known = self.known and self._of_folder(self.known)
         if self.known is None:
             limits = Limits(reach, room_bytes=room_bytes)
             if planned is None:
@@ -275,7 +279,11 @@ class WindowCosts:
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
-            return calibrate(request.make_probe(), limits, update, FixedBytes())
+            costs = calibrate(request.make_probe(), limits, update, FixedBytes())
+        return self._of_folder(costs)
+
+    def _of_folder(self, costs: Costs) -> Costs:
+        return costs if self._folder is None else with_states_in(self._folder, costs)
 
 
 def _nothing(steps: int) -> float:

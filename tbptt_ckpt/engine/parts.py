@@ -260,6 +260,7 @@ def _make_budget(
                 "strategy, such as 'sqrt', without a budget"
             )
         costs, batching = options.parsed_costs(), runner.time_batching
+        folder = executor.folder if isinstance(executor, ReplayExecutor) else None
         return GrowingBudget(
             lambda: MeasuredBudget(
                 FittingPlans(strategy, amount, parted=options.is_auto),
@@ -267,6 +268,7 @@ def _make_budget(
                 updater,
                 parameters,
                 batching,
+                folder,
             ),
             batching,
         )

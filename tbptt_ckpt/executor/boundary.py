@@ -43,15 +43,15 @@ class Boundary:
         """
 
         def copy(tensor: Tensor) -> Tensor:
-            stays = _address(tensor) in handed_on or _lies_alone(tensor)
+            stays = address_of(tensor) in handed_on or _lies_alone(tensor)
             return tensor if stays else tensor.clone()
 
         return Boundary(self.step, map_tensors(copy, self.state), self.ambient)
 
     def handed_on(self, origin: Boundary) -> dict[int, int]:
         """Addresses of what a run from `origin` handed on unchanged, each with its bytes."""
-        held = {_address(tensor) for tensor in origin._tensors} - {0}
-        found = {_address(tensor): tensor.nbytes for tensor in self._tensors}
+        held = {address_of(tensor) for tensor in origin._tensors} - {0}
+        found = {address_of(tensor): tensor.nbytes for tensor in self._tensors}
         return {address: size for address, size in found.items() if address in held}
 
     def check_untouched(self) -> None:
@@ -66,7 +66,7 @@ class Boundary:
         return [tensor._version for tensor in self._tensors]
 
 
-def _address(tensor: Tensor) -> int:
+def address_of(tensor: Tensor) -> int:
     """Where its values are; 0 for tensors that are made of others."""
     plain = type(tensor) is Tensor and tensor.layout is torch.strided
     return tensor.data_ptr() if plain else 0

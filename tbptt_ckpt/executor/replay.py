@@ -17,12 +17,15 @@ encoder's memory, is no part of what it took, and is kept once for all states th
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
 
+from tbptt_ckpt.arguments import AnyPath, checked
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import Differentiating
+from tbptt_ckpt.executor.kept_states import Folder, KeptStates, StatesInFile
 from tbptt_ckpt.executor.replay_check import ReplayCheck, WindowCheck
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
@@ -31,19 +34,36 @@ from tbptt_ckpt.schedule.actions import Action, Advance, Differentiate, Drop, Ke
 
 
 class ReplayExecutor:
-    """Runs a schedule action by action."""
+    """Runs a schedule action by action.
+
+    Args:
+        offload: A folder on a disk for the states that a window keeps, which are then in no
+            memory and in no budget; None keeps them in memory. The file has no name, and is gone
+            with its window. Gradients are the same bit by bit.
+
+    Raises:
+        ArgumentError: A folder in which no file can be made.
+    """
 
     one_graph = False
 
-    def __init__(self) -> None:
+    @checked
+    def __init__(self, offload: AnyPath | None = None) -> None:
+        self._folder = None if offload is None else Folder.checked("offload", offload)
         self._checks = ReplayCheck()
+
+    @property
+    def folder(self) -> Folder | None:
+        """Where the states of a window are kept; None for in memory."""
+        return self._folder
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
         window.runner.parts.look(window.blocks, first.step, first.state)
         check = self._checks.of(window, first)
-        replay = _Replay(window, first, check)
-        with SilenceableHooks():
+        kept = KeptStates() if self._folder is None else StatesInFile(self._folder)
+        replay = _Replay(window, first, check, kept)
+        with closing(kept), SilenceableHooks():
             while (action := route.next_action()) is not None:
                 window.observer.begins(action)
                 if not replay.take(action, route.advance_steps):
@@ -54,16 +74,17 @@ class ReplayExecutor:
         return replay.state_grads
 
     def __repr__(self) -> str:
-        return "replay"
+        return "replay" if self._folder is None else f"replay, with states in {self._folder.path}"
 
 
 class _Replay:
     """The states and gradients at hand while a schedule is run."""
 
-    def __init__(self, window: WindowPass, first: Boundary, check: WindowCheck) -> None:
-        self._window, self._check = window, check
+    def __init__(
+        self, window: WindowPass, first: Boundary, check: WindowCheck, kept: KeptStates
+    ) -> None:
+        self._window, self._check, self._kept = window, check, kept
         self._given = {**window.joints, first.step: first}
-        self._kept: dict[int, Boundary] = {}
         self._working: Boundary | None = first
         self._handed_on: dict[int, int] = {}  # by the last advance; holds no memory
         self.state_grads: StateGrads = []
@@ -79,18 +100,18 @@ class _Replay:
                 self._handed_on = self._working.handed_on(origin)
                 self._check.advanced(start, self._working, longest, sink.take_seen())
             case Keep(step):
-                self._kept[step] = self._working = self._state_at(step).copied(self._handed_on)
+                self._working = self._kept.keep(self._state_at(step), self._handed_on)
             case Differentiate(start, stop):
                 boundary, self._working = self._state_at(start), None
                 return self._differentiate(boundary, stop)
             case Drop(step):
-                del self._kept[step]
+                self._kept.drop(step)
         return True
 
     def _state_at(self, step: int) -> Boundary:
         if self._working is not None and self._working.step == step:
             return self._working
-        return self._kept[step] if step in self._kept else self._given[step]
+        return self._kept.find(step) if step in self._kept else self._given[step]
 
     def _differentiate(self, boundary: Boundary, stop: int) -> bool:
         window = self._window

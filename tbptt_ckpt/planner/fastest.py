@@ -226,7 +226,7 @@ def _predict_blocks(planned: Plan, demand: Demand, costs: Costs, advance_steps: 
     if demand.lead_steps:
         peaks.append(costs.advance_peak(demand.lead_steps, demand.lead_losses, advance_steps))
         seconds += advance_seconds(costs, demand.lead_steps, advance_steps)
-        lead_state = costs.state_bytes
+        lead_state = costs.kept_state_bytes
     losses, is_last = demand.num_losses, True
     for block in reversed(planned.blocks):
         assert isinstance(block.how, Nesting), "others are simulated"

@@ -123,7 +123,7 @@ class Demand:
 
     def free_bytes(self, budget_bytes: int, costs: Costs) -> int:
         """What a budget leaves for the states and one leaf of a block; may be negative."""
-        lead_state = costs.state_bytes if self.lead_steps else 0
+        lead_state = costs.kept_state_bytes if self.lead_steps else 0
         return budget_bytes - self.base_bytes(costs) - lead_state
 
     def base_bytes(self, costs: Costs) -> int:
@@ -146,7 +146,7 @@ class Demand:
         free = self.free_bytes(budget_bytes, costs)
         if budget_bytes - self.base_bytes(costs) < costs.update_bytes:
             return False
-        if self.lead_steps and free + costs.state_bytes < costs.advance_bytes(1):
+        if self.lead_steps and free + costs.kept_state_bytes < costs.advance_bytes(1):
             return False
         return all(
             any(way_fits(way, stretch.steps, free) for way in ways(stretch, costs))
@@ -156,7 +156,7 @@ class Demand:
 
 def way_fits(way: Way, steps: int, free: int) -> bool:
     """Whether a stretch fits in one way; with a second state it does whatever its length."""
-    costs, state = way.costs, way.costs.state_bytes
+    costs, state = way.costs, way.costs.kept_state_bytes
     if way.last_bytes(steps) <= free:
         return True
     first_leaf = costs.leaf_bytes.longest(free)

@@ -115,7 +115,7 @@ class LeafRoom:
         lasts = self.last_lengths(len(lengths) + 1)
         needed = [0.0]
         for curve, found in ((self.costs.leaf_bytes, lengths), (self.way.last_bytes, lasts)):
-            states = np.arange(len(found)) * self.costs.state_bytes
+            states = np.arange(len(found)) * self.costs.kept_state_bytes
             needed.append((curve.at(np.array(found, np.int64)) + states).max(initial=0.0))
         return min(self.bytes, math.ceil(max(needed)))
 
@@ -204,12 +204,12 @@ class LeafRoom:
         return [*filled, (left, 1), (last, 1)]
 
     def _fitting(self, curve: Curve, depth: int) -> int:
-        steps = curve.longest(self.bytes - depth * self.costs.state_bytes)
+        steps = curve.longest(self.bytes - depth * self.costs.kept_state_bytes)
         return max(0, int(min(steps, self.steps)))
 
     def _deepest(self, curve: Curve, steps: int) -> float:
         """The most states beside which a piece of so many steps fits; below 0 for none."""
         free = self.bytes - math.ceil(curve(steps))
-        if self.costs.state_bytes == 0:
+        if self.costs.kept_state_bytes == 0:
             return math.inf if free >= 0 else -1
-        return free // self.costs.state_bytes
+        return free // self.costs.kept_state_bytes

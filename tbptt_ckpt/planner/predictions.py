@@ -73,7 +73,7 @@ class _Peaks:
 
     def of(self, stretch: Stretch) -> int:
         """The peak of the whole."""
-        nesting, state_bytes = self._nesting, self._costs.state_bytes
+        nesting, state_bytes = self._nesting, self._costs.kept_state_bytes
         steps, peak = nesting.node_steps, 0
         # Along the way to the step where losses begin, and to the last leaf: (node, losses,
         # states beside it, whether the window ends with it).
@@ -103,7 +103,7 @@ class _Peaks:
         peaks = self._alike.setdefault(has_losses, [])
         if peaks:
             return peaks
-        state_bytes, steps = self._costs.state_bytes, self._nesting.node_steps
+        state_bytes, steps = self._costs.kept_state_bytes, self._nesting.node_steps
         for head, repeats, tail in self._nesting.nodes:
             if not repeats:
                 peaks.append(self._costs.leaf_peak(head, head * has_losses))

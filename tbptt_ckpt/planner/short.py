@@ -44,9 +44,9 @@ class ShortTable:
             costs.leaf_peak(1, losses, is_last=last) for losses in (0, 1) for last in (False, True)
         )
         depths = most
-        if costs.state_bytes:
-            depths = max(1, min(most, 1 + (free_bytes - least) // costs.state_bytes))
-        self._free_bytes = free_bytes - np.arange(depths) * costs.state_bytes
+        if costs.kept_state_bytes:
+            depths = max(1, min(most, 1 + (free_bytes - least) // costs.kept_state_bytes))
+        self._free_bytes = free_bytes - np.arange(depths) * costs.kept_state_bytes
         self._both_bytes = _bytes_with_both(most, num_losses, costs)
         self._inner = {
             has_losses: self._segments(has_losses)

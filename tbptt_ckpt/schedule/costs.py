@@ -118,6 +118,9 @@ class Costs:
             also kept at each update point within reach.
         handed_on_bytes: What steps hand on unchanged in their state, as an encoder's memory is; it
             is kept once, and no part of `state_bytes`.
+        kept_bytes: Of a kept state what is in memory, where the rest is in a file; leaves and
+            advances then take the state that they begin with too, and leaves the time of writing
+            and reading it. None where all is in memory.
         quiet: What steps without a loss take; None where it is as much as with one.
         irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
             begin a sequence, or a segment is cut; beside as long a piece as before. None where
@@ -140,6 +143,7 @@ class Costs:
     host_state_bytes: Size = 0.0
     ambient_bytes: Dimension = 0
     handed_on_bytes: Dimension = 0
+    kept_bytes: Dimension | None = None
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
     weighed_step_bytes: float = 0.0
@@ -148,6 +152,11 @@ class Costs:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def kept_state_bytes(self) -> int:
+        """Memory of one state that a schedule keeps."""
+        return self.state_bytes if self.kept_bytes is None else self.kept_bytes
 
     def leaf_peak(self, steps: int, num_losses: int, *, is_last: bool = False) -> int:
         """Peak of a leaf whose last steps have losses; `is_last`: the one that is last in time."""

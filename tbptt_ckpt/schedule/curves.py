@@ -73,6 +73,10 @@ class Curve:
         """The curve with so much more for each step."""
         return Curve(tuple((steps, value + per_step * steps) for steps, value in self.points))
 
+    def raised_by(self, constant: float) -> Curve:
+        """The curve with so much more at every number of steps."""
+        return Curve(tuple((steps, value + constant) for steps, value in self.points))
+
     def of_blocks(self, steps: int) -> Curve:
         """The same of so many blocks, of so many steps each."""
         if len(self.points) == 1:

@@ -180,7 +180,7 @@ class _Replay:
         held = len(self.kept)
         held += self.working is not None and self.working not in self.kept
         self.boundaries = max(self.boundaries, held)
-        now_bytes = self.base_bytes + held * self.costs.state_bytes + action_bytes
+        now_bytes = self.base_bytes + held * self.costs.kept_state_bytes + action_bytes
         self.peak_bytes = max(self.peak_bytes, now_bytes)
         self.timeline.append((self.seconds, now_bytes))
         if len(self.timeline) >= 2 * _KEPT_POINTS:  # of neighbours the higher survives

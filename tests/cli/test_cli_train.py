@@ -71,6 +71,19 @@ class TestTraining:
         ]
         assert bits == pytest.approx([bits[0]] * 4, rel=1e-9)
 
+    def test_states_on_a_disk_change_no_bit(self, capsys, small, tmp_path):
+        words = [*small, "--model", "lstmcell"]
+        weights = []
+        for number, more in enumerate(([], ["--offload", str(tmp_path)])):
+            path = tmp_path / f"{number}.pt"
+            outcome_of(capsys, [*words, *more, "--save", str(path)])
+            weights.append(torch.load(path, weights_only=True))
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        message = refusal_of(capsys, [*words, *more, "--executor", "checkpoint"])
+        assert "needs --executor replay" in message
+        message = refusal_of(capsys, [*words, "--offload", str(tmp_path / "absent")])
+        assert "absent' must be a folder in which files can be made" in message
+
     def test_a_trained_model_beats_the_bigram_table(self, capsys, text):
         bits = outcome_of(
             capsys,
@@ -125,8 +138,8 @@ class TestOptions:
         words = (
             "train --data d --model gru --hidden 2 --layers 3 --lanes 4 --k1 5 --k2 6 "
             "--strategy sqrt --overlap stale --executor checkpoint --lr 0.5 --max-steps 7 "
-            "--truncation roulette --compile true --seed 8 --device cpu --dtype float64 "
-            "--save s --force"
+            "--truncation roulette --compile true --offload o --seed 8 --device cpu "
+            "--dtype float64 --save s --force"
         )
         assert self.asked_for(monkeypatch, capsys, words.split()) == TrainingConfig(
             data=Path("d"),
@@ -140,6 +153,7 @@ class TestOptions:
             overlap="stale",
             truncation="roulette",
             compile="true",
+            offload=Path("o"),
             executor="checkpoint",
             lr=0.5,
             max_steps=7,

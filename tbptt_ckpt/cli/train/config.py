@@ -53,6 +53,11 @@ class TrainingConfig(ModelOptions):
         options.check_truncation,
     ] = "fixed"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
+    offload: Annotated[
+        Path | None,
+        "Folder on a disk for the states that a window keeps.",
+        options.Default("in memory"),
+    ] = None
     compile: Annotated[
         str,
         "false, true, auto, or a backend of torch.compile: steps in compiled blocks.",
@@ -93,6 +98,11 @@ class TrainingConfig(ModelOptions):
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
+        if self.offload is not None and self.executor != "replay":
+            raise ArgumentError(
+                f"--offload {self.offload} needs --executor replay: {self.executor} keeps what its "
+                "graph holds"
+            )
         self._check_save()
         self._check_snapshots()
 
