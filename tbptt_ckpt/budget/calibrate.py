@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
-from tbptt_ckpt.budget.lengths import Lengths
+from tbptt_ckpt.budget.lengths import Lengths, Limits
 from tbptt_ckpt.budget.measuring import measuring
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.rests import Rest, with_rests
 from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes, peaks_curve
+from tbptt_ckpt.budget.stored_states import with_stored_states
 from tbptt_ckpt.budget.update_bytes import UpdateBytes
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes, QuietBytes
 from tbptt_ckpt.schedule.curves import Curve, bounding_curve, seconds_curve
@@ -29,27 +31,13 @@ _ROUNDS = 4  # of timing; what disturbs one length in a round spares it in anoth
 _ASSUMED_HOST_STEP_BYTES = 24 * 1024  # a loop over cells, where the C library does not say
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What measuring may take.
-
-    Attributes:
-        max_steps: Longest leaf.
-        max_seconds: Time after which no longer segment is begun; segments of up to 8 steps
-            are always run.
-        room_bytes: Bytes above those live at the start; segments of one step are always run.
-        advance_steps: An advance of so many steps is run in any case.
-        leaf_steps: So is a leaf, unless memory is short.
-    """
-
-    max_steps: int
-    max_seconds: float = 1.6
-    room_bytes: float = float("inf")
-    advance_steps: int = 0
-    leaf_steps: int = 0
-
-
-def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: FixedBytes) -> Costs:
+def calibrate(
+    probe: SegmentProbe,
+    limits: Limits,
+    update: UpdateBytes,
+    fixed: FixedBytes,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
+) -> Costs:
     """Measure a module; gradients, generators and buffers are left as they were.
 
     Hooks on weights run, unless within a delivery. Of `fixed`, weights and inputs are known; the
@@ -61,8 +49,9 @@ def calibrate(probe: SegmentProbe, limits: Limits, update: UpdateBytes, fixed: F
         samples.run()
         own.loss.learn_no_more()
         costs = samples.costs(kept_bytes(own.boundary, before, own.device), update, fixed)
+        saved = storage.saved_bytes(own.boundary, own.boundary.handed_on(before))
     _log.info(samples.summary(costs))
-    return costs
+    return with_stored_states(storage, costs, saved)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,8 @@
-"""The lengths of segments that are metered and timed, where a budget's costs are measured."""
+"""The lengths of segments that are metered and timed, and what measuring may take."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 # Odd ones among them, since kernels round some sizes up.
 _METERED = (1, 2, 3, 5, 8, 13, 21, 34, 55)
@@ -12,6 +14,26 @@ _TIMED = (1, 3, 8, 21, 55)
 _LONGER = 4  # factor between lengths that are only timed
 _SINGLE = {1, 2, 3, 5}  # steps that are metered beside whole blocks
 _TIMED_BLOCKS = (1, 2, 5, 13)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What measuring may take.
+
+    Attributes:
+        max_steps: Longest leaf.
+        max_seconds: Time after which no longer segment is begun; segments of up to 8 steps
+            are always run.
+        room_bytes: Bytes above those live at the start; segments of one step are always run.
+        advance_steps: An advance of so many steps is run in any case.
+        leaf_steps: So is a leaf, unless memory is short.
+    """
+
+    max_steps: int
+    max_seconds: float = 1.6
+    room_bytes: float = float("inf")
+    advance_steps: int = 0
+    leaf_steps: int = 0
 
 
 class Lengths:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tbptt_ckpt.arguments import AboveZero, Dimension, checked
 from tbptt_ckpt.budget.amount import MemoryBudget, budget_bytes
-from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.calibrate import calibrate
+from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock

@@ -22,7 +22,7 @@ from tbptt_ckpt.budget.window_budget import (
 )
 from tbptt_ckpt.budget.window_costs import WindowCosts
 from tbptt_ckpt.errors import InfeasibleBudgetError
-from tbptt_ckpt.executor.kept_states import Folder
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.memory.exhausted import empty_cache
 from tbptt_ckpt.memory.meter import Lap
 from tbptt_ckpt.memory.sizes import format_bytes
@@ -51,7 +51,7 @@ class MeasuredBudget(WindowBudget):
         parameters: The weights.
         batching: In which form steps run; where "auto" leaves that open, plans from the measured
             costs of each decide.
-        folder: Where kept states are; None for in memory.
+        storage: How states are kept.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class MeasuredBudget(WindowBudget):
         updater: Updater,
         parameters: Sequence[nn.Parameter],
         batching: TimeBatching,
-        folder: Folder | None = None,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(plans.strategy)
         self._plans = plans
         self._costs = WindowCosts(
-            costs, self._plans.promised, updater, parameters, batching, folder
+            costs, self._plans.promised, updater, parameters, batching, storage
         )
         self._num_metered, self._longest_metered = 0, 0
         self._last: tuple[Shape, Costs] | None = None  # planned

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.calibrate import calibrate
 from tbptt_ckpt.budget.checked_costs import (
     CHECKED_STEPS,
     ROUNDING_BYTES,
@@ -19,14 +19,15 @@ from tbptt_ckpt.budget.checked_costs import (
 )
 from tbptt_ckpt.budget.forms import fastest_form, saved_forms
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
+from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
-from tbptt_ckpt.budget.states_in_file import with_states_in
+from tbptt_ckpt.budget.stored_states import with_stored_states
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.budget.watched_window import WatchedWindow
 from tbptt_ckpt.budget.window_budget import Cuts, Request, Shape
 from tbptt_ckpt.devices import device_of
-from tbptt_ckpt.executor.kept_states import Folder
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.schedule.costs import Costs, FixedBytes
 from tbptt_ckpt.schedule.curves import Curve, higher
@@ -54,9 +55,9 @@ class WindowCosts:
         updater: Updater,
         parameters: Sequence[nn.Parameter],
         batching: TimeBatching,
-        folder: Folder | None = None,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
     ) -> None:
-        self.known, self._promised, self._folder = given, promised, folder
+        self.known, self._promised, self._storage = given, promised, storage
         self._is_checked = given is None or not promised
         self.forms: FormSeconds = {}
         self._measured_first: Costs | None = None  # before any correction
@@ -98,7 +99,7 @@ class WindowCosts:
                 run in the form that takes the least time; None for a fixed strategy.
         """
         reach = request.shape.run_steps
-        self.known = self.known and self._of_folder(self.known)
+        self.known = self.known and with_stored_states(self._storage, self.known)
         if self.known is None:
             limits = Limits(reach, room_bytes=room_bytes)
             if planned is None:
@@ -279,11 +280,8 @@ class WindowCosts:
     def _measured(self, request: Request, limits: Limits) -> Costs:
         update = update_bytes(self._updater, copies_weights=request.copies_weights)
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
-            costs = calibrate(request.make_probe(), limits, update, FixedBytes())
-        return self._of_folder(costs)
-
-    def _of_folder(self, costs: Costs) -> Costs:
-        return costs if self._folder is None else with_states_in(self._folder, costs)
+            probe = request.make_probe()
+            return calibrate(probe, limits, update, FixedBytes(), self._storage)
 
 
 def _nothing(steps: int) -> float:

@@ -28,6 +28,7 @@ from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.runner import Runner, make_runner
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.inside import is_compiled, modules_in, owner_of
 from tbptt_ckpt.module.recurrence import (
@@ -260,7 +261,7 @@ def _make_budget(
                 "strategy, such as 'sqrt', without a budget"
             )
         costs, batching = options.parsed_costs(), runner.time_batching
-        folder = executor.folder if isinstance(executor, ReplayExecutor) else None
+        storage = executor.storage if isinstance(executor, ReplayExecutor) else Storage()
         return GrowingBudget(
             lambda: MeasuredBudget(
                 FittingPlans(strategy, amount, parted=options.is_auto),
@@ -268,7 +269,7 @@ def _make_budget(
                 updater,
                 parameters,
                 batching,
-                folder,
+                storage,
             ),
             batching,
         )

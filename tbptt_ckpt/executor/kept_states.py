@@ -32,7 +32,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class KeptStates:
-    """The states that one window keeps, in memory."""
+    """The states that one window keeps, in memory.
+
+    Attributes:
+        rounds: Whether what is found is not, bit by bit, what was kept.
+    """
+
+    rounds = False
 
     def __init__(self) -> None:
         self._boundaries: dict[int, Boundary] = {}

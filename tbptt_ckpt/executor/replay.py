@@ -20,13 +20,16 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tbptt_ckpt.arguments import AnyPath, checked
+from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import Differentiating
-from tbptt_ckpt.executor.kept_states import Folder, KeptStates, StatesInFile
+from tbptt_ckpt.executor.kept_states import Folder, KeptStates
 from tbptt_ckpt.executor.replay_check import ReplayCheck, WindowCheck
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
@@ -40,28 +43,38 @@ class ReplayExecutor:
         offload: A folder on a disk for the states that a window keeps, which are then in no
             memory and in no budget; None keeps them in memory. The file has no name, and is gone
             with its window. Gradients are the same bit by bit.
+        state_dtype: `torch.bfloat16` or `torch.float32`, in which wider floating tensors of these
+            states are kept: leaves begin at rounded states then, and the gradient is another one.
+            `verify` says how far off it is. None keeps every bit.
 
     Raises:
-        ArgumentError: A folder in which no file can be made.
+        ArgumentError: A folder in which no file can be made; another dtype.
     """
 
     one_graph = False
 
     @checked
-    def __init__(self, offload: AnyPath | None = None) -> None:
-        self._folder = None if offload is None else Folder.checked("offload", offload)
-        self._checks = ReplayCheck()
+    def __init__(
+        self, offload: AnyPath | None = None, state_dtype: torch.dtype | None = None
+    ) -> None:
+        if state_dtype not in (None, torch.bfloat16, torch.float32):
+            raise ArgumentError(
+                f"state_dtype={state_dtype} must be torch.bfloat16 or torch.float32, or None: "
+                "others are no floating numbers, or would overflow where float32 does not"
+            )
+        folder = None if offload is None else Folder.checked("offload", offload)
+        self._storage, self._checks = Storage(folder, state_dtype), ReplayCheck()
 
     @property
-    def folder(self) -> Folder | None:
-        """Where the states of a window are kept; None for in memory."""
-        return self._folder
+    def storage(self) -> Storage:
+        """How the states of a window are kept."""
+        return self._storage
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""
         window.runner.parts.look(window.blocks, first.step, first.state)
         check = self._checks.of(window, first)
-        kept = KeptStates() if self._folder is None else StatesInFile(self._folder)
+        kept = self._storage.new()
         replay = _Replay(window, first, check, kept)
         with closing(kept), SilenceableHooks():
             while (action := route.next_action()) is not None:
@@ -74,7 +87,7 @@ class ReplayExecutor:
         return replay.state_grads
 
     def __repr__(self) -> str:
-        return "replay" if self._folder is None else f"replay, with states in {self._folder.path}"
+        return "replay" if self._storage.is_plain else f"replay, with states{self._storage}"
 
 
 class _Replay:
@@ -98,7 +111,8 @@ class _Replay:
                 sink = self._window.sink(graph=False, looks_at=self._check.looks_at(stop))
                 self._working = self._window.advance(origin, stop, longest, sink)
                 self._handed_on = self._working.handed_on(origin)
-                self._check.advanced(start, self._working, longest, sink.take_seen())
+                if self._is_exact(start):
+                    self._check.advanced(start, self._working, longest, sink.take_seen())
             case Keep(step):
                 self._working = self._kept.keep(self._state_at(step), self._handed_on)
             case Differentiate(start, stop):
@@ -113,6 +127,10 @@ class _Replay:
             return self._working
         return self._kept.find(step) if step in self._kept else self._given[step]
 
+    def _is_exact(self, step: int) -> bool:
+        """Whether each run from a step begins at the same state, and can be compared."""
+        return step in self._given or not self._kept.rounds
+
     def _differentiate(self, boundary: Boundary, stop: int) -> bool:
         window = self._window
         boundary.check_untouched()
@@ -123,7 +141,8 @@ class _Replay:
             state_out = window.run(boundary.step, stop, state, sink, found=boundary.ambient)
             if stop == window.stop and window.loss.is_known_empty():
                 return False
-            self._check.replayed(boundary.step, stop, state_out, sink.take_seen())
+            if self._is_exact(boundary.step):
+                self._check.replayed(boundary.step, stop, state_out, sink.take_seen())
             window.observer.differentiates()
             states = tensors_of(state_out)
             is_fresh = boundary.step == window.start or boundary.step in window.joints

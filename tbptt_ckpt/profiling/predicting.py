@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tbptt_ckpt.budget.calibrate import Limits, calibrate
+from tbptt_ckpt.budget.calibrate import calibrate
+from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.update_bytes import update_bytes
 from tbptt_ckpt.data.blocks import StepBlock

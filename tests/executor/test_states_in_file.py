@@ -31,13 +31,15 @@ from planned_costs import check_prediction, random_costs, random_window
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, Trainer, plan, run_window
-from tbptt_ckpt.budget.states_in_file import with_states_in
+from tbptt_ckpt.budget.stored_states import with_stored_states
 from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.executor.kept_states import Folder
+from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.module.trees import tensors_of
 
 NUM_STEPS = 13
+SOME = ("step", "uniform:3", "revolve:2")
 
 
 class Mixed(NamedTuple):
@@ -96,7 +98,7 @@ def open_files() -> int:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_bit_is_as_in_memory(tmp_path: Path, name: str, overlap: str) -> None:
     before = open_files()
-    for strategy in STRATEGIES:
+    for strategy in SOME:
         how = {"strategy": strategy, "overlap": overlap}
         expected = trained("replay", name, **how)
         assert bitwise(trained(ReplayExecutor(tmp_path), name, **how), expected), strategy
@@ -208,9 +210,9 @@ def test_a_state_that_is_no_dense_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_predictions_are_what_the_simulator_counts(tmp_path: Path) -> None:
     """With states in a file a plan of one level does, whatever a state takes."""
-    rng, folder = random.Random(7), Folder(tmp_path)
-    for _ in range(60):
-        costs, num_steps = with_states_in(folder, random_costs(rng)), rng.choice([9, 50, 700])
+    rng, storage = random.Random(7), Storage(Folder(tmp_path))
+    for _ in range(12):
+        costs, num_steps = with_stored_states(storage, random_costs(rng)), rng.choice([9, 50, 700])
         window = random_window(rng, num_steps)
         smallest = plan(num_steps, costs, strategy="step", **window).predicted_peak_bytes
         for budget in (smallest, 2 * smallest, None):

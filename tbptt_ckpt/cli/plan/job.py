@@ -11,8 +11,8 @@ from typing import Any
 from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError, Workload
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, budget_bytes
-from tbptt_ckpt.budget.calibrate import Limits
 from tbptt_ckpt.budget.forms import fastest_form
+from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.task import Task
