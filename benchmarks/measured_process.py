@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 
 CELL_WIDTH = 16
@@ -39,12 +40,13 @@ def make_cell(strategy: str, num_steps: int) -> TBPTT:
     return TBPTT(cell, nn.functional.mse_loss, num_steps, None, optimizer, strategy=strategy)
 
 
-def make_fused(strategy: str) -> TBPTT:
+def make_fused(strategy: str, offload: Path | None = None) -> TBPTT:
     torch.manual_seed(0)
     lstm = nn.LSTM(INPUT_WIDTH, FUSED_WIDTH)
     optimizer = torch.optim.SGD(lstm.parameters(), lr=0.1)
     # More than any sequence has: one window, one update.
-    return TBPTT(lstm, symbol_loss, 10**9, None, optimizer, strategy=strategy)
+    executor = ReplayExecutor(offload)
+    return TBPTT(lstm, symbol_loss, 10**9, None, optimizer, strategy=strategy, executor=executor)
 
 
 def symbol_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,14 +75,15 @@ def measure(tbptt: TBPTT, sequence: object) -> dict[str, float]:
     """Train on the sequence; resident bytes before, at the peak, and after it."""
     before = rss_bytes()
     with RssSampler(SAMPLE_SECONDS) as sampler:
-        begun = time.perf_counter()
+        begun, spent = time.perf_counter(), time.process_time()
         result = tbptt.train(sequence)
-        seconds = time.perf_counter() - begun
+        seconds, spent = time.perf_counter() - begun, time.process_time() - spent
     after = rss_bytes()
     return {
         "num_steps": result.num_steps,
         "num_windows": result.num_windows,
         "seconds": seconds,
+        "processor_seconds": spent,
         "anonymous_before": before.anonymous,
         "anonymous_peak": sampler.peak_anonymous_bytes,
         "file_backed_before": before.total - before.anonymous,
@@ -94,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--folder", type=Path, help="of the files that `fused` reads")
+    parser.add_argument("--offload", type=Path, help="folder for the states of `fused`")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -108,7 +112,7 @@ def main() -> None:
             make_cell(arguments.strategy, arguments.steps), cell_steps(arguments.steps)
         )
     else:
-        tbptt = make_fused(arguments.strategy)
+        tbptt = make_fused(arguments.strategy, arguments.offload)
         tbptt.train(mapped(arguments.folder, warmup))
         figures = measure(tbptt, mapped(arguments.folder, arguments.steps))
     print(json.dumps(figures))
