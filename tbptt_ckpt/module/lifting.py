@@ -82,6 +82,11 @@ class Lifted(nn.Module):
         hidden = self._hidden
         if state is None:
             return [map_tensors(without_graph, value) for value in found]
+        if not (isinstance(state, tuple | list) and _fits(state, found[: len(hidden.state)])):
+            raise ArgumentError(
+                f"state={shown(state)} must be a tuple of what module={name_of(self.module)} keeps "
+                f"in {', '.join(self.names)}, or None for what stands there"
+            )
         last = len(hidden.state) + len(hidden.scratch)
         return [*state, *found[len(hidden.state) : last], *hidden.flags.values()]
 
@@ -180,6 +185,14 @@ def _hold_against(
             "passes from step to step in tensors, lists, dicts or dataclasses in attributes, or "
             f"give leave=[{changed!r}] if no result depends on it"
         )
+
+
+def _fits(state: Sequence[Tree], found: Sequence[Tree]) -> bool:
+    """Whether there is one for each place, and a dict or list where one stands."""
+    return len(state) == len(found) and not any(
+        isinstance(held, dict | list) and type(given) is not type(held)
+        for given, held in zip(state, found, strict=True)
+    )
 
 
 def _is_near(expected: Tensor, got: Tensor) -> bool:

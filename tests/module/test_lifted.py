@@ -286,6 +286,21 @@ def test_other_lanes_and_a_state_of_ones_own() -> None:
     assert bitwise(state, (plain.store(),))
 
 
+def test_a_state_that_is_not_that_of_the_module_is_refused() -> None:
+    inputs, targets = random_data(STEPS)
+    state = torch.zeros(LANES, WIDTH, dtype=torch.float64)
+    for kind, wrong in (
+        (Attribute, state),
+        (Attribute, (state, state)),
+        (Items, (state,)),
+        (Attribute, "h"),
+    ):
+        made = lifted(stateful(kind), inputs[0])
+        name = made.names[0]
+        with pytest.raises(ArgumentError, match=rf"must be a tuple of what .* keeps in {name}"):
+            TBPTT(made, mean_loss, K1, K2).train(TensorSequence(inputs, targets), wrong)
+
+
 @pytest.mark.parametrize("kind", [Attribute, LazyBuffer, Logging])
 def test_it_is_copied_saved_and_loaded(kind: type[Any]) -> None:
     x = random_data(1)[0][0]
