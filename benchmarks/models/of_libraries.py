@@ -399,6 +399,7 @@ MODELS = [
         library="torchrl",
         make=lambda: TorchRLStep(torchrl()),
         state=lambda: (zeros(1, WIDTH), zeros(1, WIDTH)),
+        per_step=True,
     ),
     Model(
         name="RecurrentActorCriticPolicy",

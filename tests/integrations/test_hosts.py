@@ -14,9 +14,10 @@ from tbptt_ckpt.integrations.hosts import imported
 IMPORTS = """
 import sys
 import tbptt_ckpt.integrations.ignite, tbptt_ckpt.integrations.lightning
-import tbptt_ckpt.integrations.trackers
+import tbptt_ckpt.integrations.torchrl, tbptt_ckpt.integrations.trackers
 hosts = {"ignite", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "wandb"}
-print(sorted((hosts | {"mlflow", "snntorch", "spikingjelly"}) & {*sys.modules}))
+hosts |= {"mlflow", "snntorch", "spikingjelly", "tensordict", "torchrl"}
+print(sorted(hosts & {*sys.modules}))
 """
 
 
