@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -111,10 +112,8 @@ def mambapy() -> nn.Module:
 
 
 def min_rnn(kind: str) -> Any:
-    import minGRU_pytorch.minGRU
-    import minGRU_pytorch.minLSTM
-
-    return getattr(getattr(minGRU_pytorch, kind), kind)(WIDTH_IN)
+    module = importlib.import_module(f"minGRU_pytorch.{kind}")  # a class bears its name in there
+    return getattr(module, kind)(WIDTH_IN)
 
 
 class MinRNN(Wrapped):
