@@ -6,10 +6,10 @@ after. With as many updates over windows that go on from the cells that the one 
 lanes that begin anew one after the other, it stays.
 
     $ python docs/examples/cellular_automaton.py
-    squared error at steps 16 and 1,000: 0.00 and 1.00 after runs of 16 steps, 0.02 and 0.02
-    after lives of 160
+    squared error at steps 16 and 1,000: 0.0 and 1.0 after runs of 16 steps, 0.0 and 0.0 after
+    lives of 160
 
-Elsewhere within 20 %; an error above 1 is told as 1.00.
+Elsewhere within 20 %; an error above 1 is told as 1.0.
 
 Mordvintsev et al. (2020), doi:10.23915/distill.00023.
 """
@@ -91,7 +91,7 @@ def error(model: Automaton, steps: int) -> float:
 
 def main(updates: int = 250) -> str:
     growth, lives = trained_on_growth(updates), trained_on_lives(updates)
-    figures = [f"{error(model, at):.2f}" for model in (growth, lives) for at in (GROWTH, 1_000)]
+    figures = [f"{error(model, at):.1f}" for model in (growth, lives) for at in (GROWTH, 1_000)]
     return (
         "squared error at steps 16 and 1,000: {} and {} after runs of 16 steps, "
         "{} and {} after lives of 160".format(*figures)
