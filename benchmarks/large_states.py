@@ -1,10 +1,10 @@
 """What do schedules cost where a state is as large as what a step makes?
 
 One window (k1 = k2 = T, no optimizer) of a simulated reaction and diffusion on a grid, explicit in
-time, whose three rates are learned. A state is two fields of the grid; a step keeps some ten times
-as much for its gradient. Each way is held against plain BPTT by hand, which retains all of it, in
-time and in peak: tensor bytes above weights, inputs and gradients, in states. Budgets are what is
-there in any case and so many states. States in a file lie in a folder of `--folder`.
+time, whose three rates are learned. A state is two fields of the grid; a step keeps some two and a
+half times as much for its gradient. Each way is held against plain BPTT by hand, which retains all
+of it, in time and in peak: tensor bytes above weights, inputs and gradients, in states. Budgets are
+what is there in any case and so many states. States in a file lie in a folder of `--folder`.
 
     python -m benchmarks.large_states --folder /scratch
 """
