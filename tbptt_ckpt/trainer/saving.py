@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.learning_state import COPIED
 from tbptt_ckpt.trainer.options import Snapshots
+from tbptt_ckpt.updates.ranks import RankGroup
 
 LOG = "events.jsonl"
 
@@ -27,8 +30,12 @@ class Saving:
         sinks: The log, beside the snapshots.
     """
 
-    def __init__(self, options: Snapshots, disk: Disk | None = None) -> None:
-        self._options = options
+    def __init__(
+        self, options: Snapshots, disk: Disk | None = None, ranks: RankGroup | None = None
+    ) -> None:
+        if ranks is not None:
+            options = replace(options, directory=_directory_of(ranks, Path(options.directory)))
+        self._options, self._ranks = options, ranks
         self._store = SnapshotStore(Path(options.directory), options.keep, disk, COPIED)
         self._saved_steps = self._tried_steps = -1
         self._saved_at = time.monotonic()
@@ -46,7 +53,7 @@ class Saving:
         self._store.lock(makes=False)
         try:
             self._store.clean()
-            loaded = self._store.newest_valid(use)
+            loaded = self._newest(use)
         except BaseException:
             self._store.close()
             raise
@@ -55,6 +62,14 @@ class Saving:
             self._note_saved(loaded.step)
         return loaded
 
+    def _newest(self, use: Callable[[Loaded], None]) -> Loaded | None:
+        """The newest one that is valid, on all ranks that train together."""
+        if self._ranks is None:
+            return self._store.newest_valid(use)
+        valid = [each.step for each in self._store.reports() if each.problem is None]
+        step = self._ranks.newest_common(valid)
+        return None if step is None else self._store.load(step, use)
+
     def begin(self) -> None:
         """A run begins that continues none.
 
@@ -62,6 +77,9 @@ class Saving:
             ArgumentError: There are snapshots of another run.
             SnapshotError: Another trainer writes them.
         """
+        if self._ranks is not None:
+            with suppress(OSError):  # which saving says
+                self._store.directory.parent.mkdir(parents=True, exist_ok=True)  # or another rank
         self._store.lock(makes=True)
         if self._continues:
             return
@@ -130,6 +148,23 @@ class Saving:
     def _note_saved(self, steps: int) -> None:
         self._saved_steps = steps
         self.put_off(steps)
+
+
+def _directory_of(ranks: RankGroup, directory: Path) -> Path:
+    """Where a rank's snapshots are.
+
+    Raises:
+        ArgumentError: Those of another number of ranks are there.
+    """
+    mine = directory / f"rank-{ranks.rank}-of-{ranks.count}"
+    others = [path for path in directory.glob("*-*") if path.is_dir()]
+    wrong = [p.name for p in others if not p.name.endswith(f"-of-{ranks.count}")]
+    if wrong:
+        raise ArgumentError(
+            f"{directory} holds {min(wrong)}, and this run has {ranks.count} ranks, each with "
+            "lanes of its own; go on with as many ranks as wrote it, or name another directory"
+        )
+    return mine
 
 
 class NoSnapshots(Saving):

@@ -26,6 +26,7 @@ from tbptt_ckpt.trainer.run_state import RunState
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
 from tbptt_ckpt.trainer.validation import NotValidating, Validating, Validation
+from tbptt_ckpt.updates.ranks import RankGroup
 
 
 class Trainer:
@@ -44,7 +45,8 @@ class Trainer:
         init_state: The state at the start of a sequence, or a function that returns it.
         epochs: Passes in total; None for as many as `max_steps` takes.
         max_steps: Steps in total, over all passes and processes.
-        snapshots: Where and when to save; None saves nothing.
+        snapshots: Where and when to save; None saves nothing. Ranks that train together save at
+            the same steps, each in a directory of its own there.
         validation: What else to look at now and then, to keep the best state and to end early.
         events: Told of windows, updates and faults. With snapshots, `events.jsonl` is written
             in their directory whatever is given here.
@@ -84,7 +86,10 @@ class Trainer:
         check_offers(events, extra or {})
         self.tbptt, self._parts = tbptt, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
-        self._saving = NoSnapshots() if snapshots is None else Saving(snapshots)
+        self._ranks = self._parts.updater.deliveries.ranks
+        if self._ranks is not None:
+            _check_ranks(self._ranks, validation)
+        self._saving = NoSnapshots() if snapshots is None else Saving(snapshots, ranks=self._ranks)
         self._announcer = Announcer((*self._saving.sinks, *events))
         self._validating = (
             NotValidating()
@@ -262,13 +267,32 @@ class Trainer:
             self._save()
 
     def _between_windows(self, signals: StopSignals) -> None:
-        if signals.received is not None:
+        received, is_due = signals.received or 0, self._saving.is_due(self.num_steps)
+        if self._ranks is not None:
+            received, is_due = self._ranks.agreed(received, saves=is_due)
+        if received:
             if not self._saving.is_saved(self.num_steps):
                 self._save()
-            word = "interrupted" if signals.received == signal.SIGINT else "terminated"
+            word = "interrupted" if received == signal.SIGINT else "terminated"
             message = self._saving.stop_message(word, self.num_steps)
             self._announcer.notice("stopped", message)
-            raise TrainingStopped(signals.received, message)
+            raise TrainingStopped(received, message)
         self._validating.look(self._state.progress.windows, self.num_steps, self.state_dict)
-        if self._saving.is_due(self.num_steps):
+        if is_due and not self._saving.is_saved(self.num_steps):
             self._save()
+        if self._ranks is not None:
+            self._ranks.wish(signals.received or 0, saves=self._saving.is_due(self.num_steps))
+
+
+def _check_ranks(ranks: RankGroup, validation: Validation | None) -> None:
+    """Ranks that train together count alike.
+
+    Raises:
+        ArgumentError: A validation, of which each would find something else.
+    """
+    if validation is not None:
+        raise ArgumentError(
+            f"validation={shown(validation)} would end ranks at different windows; leave it out, "
+            "and evaluate between the windows that Trainer.windows yields"
+        )
+    ranks.require_even()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
-from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError, SnapshotError
 
 _FIRST_UPDATES = 3  # before which weights are always compared
 
@@ -51,6 +51,8 @@ class Ballot:
         has_loss: Whether it was differentiated.
         is_last: Whether no window follows on the rank.
         is_fault: Whether it is not to be used, since something is not finite.
+        stop: The signal that the rank was sent; 0 of none.
+        saves: Whether a snapshot is due there.
     """
 
     window: int = -1
@@ -60,6 +62,8 @@ class Ballot:
     has_loss: bool = False
     is_last: bool = True
     is_fault: bool = False
+    stop: int = 0
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,8 @@ class RankGroup:
         is_gloo = dist.get_backend() == "gloo"
         self._group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
         self.is_last, self._updates = True, 0
+        self._is_even, self._wishes = False, (0, False)
+        self._agreed: tuple[int, bool] | None = None  # before the first vote
         shapes = {f"shape of {name}": tuple(w.shape) for name, w in weights.items()}
         self._check_same({**settings, "names of weights": tuple(weights), **shapes})
 
@@ -115,13 +121,22 @@ class RankGroup:
             NonFiniteError: A rank has found what is not finite; no rank uses the window.
             RankError: Ranks are at different windows, or one is gone.
         """
+        stop, saves = self._wishes
+        ballot = replace(ballot, stop=stop, saves=saves)
         rows = self._gathered(torch.tensor(astuple(ballot), dtype=torch.float64, device="cpu"))
         ballots = [Ballot(**dict(zip(_FIELDS, row, strict=True))) for row in rows.tolist()]
         at = {int(each.window) for each in ballots if each.window >= 0}
         if len(at) > 1:
             where = {rank: int(each.window) for rank, each in enumerate(ballots)}
             raise RankError(f"ranks are at different windows, by rank: {where}")
+        self._agreed = int(max(each.stop for each in ballots)), any(b.saves for b in ballots)
         self.is_last = all(each.is_last for each in ballots)
+        if self._is_even and self.is_last != any(each.is_last for each in ballots):
+            ended = [rank for rank, each in enumerate(ballots) if each.is_last]
+            raise RankError(
+                f"the sequences of ranks {ended} end before those of others, and a Trainer counts "
+                "steps; give all as many, with weight zero where lanes have ended (LaneSource)"
+            )
         if faults := [rank for rank, each in enumerate(ballots) if each.is_fault]:
             raise NonFiniteError(
                 f"window {max(at)} is not finite on rank {faults[0]} of {self.count}; no rank has "
@@ -136,6 +151,36 @@ class RankGroup:
             tokens=int(sum(each.tokens for each in ballots)),
             factor=ballot.positions * self.count / positions if positions else 0.0,
         )
+
+    def require_even(self) -> None:
+        """From now on all ranks have as many windows, or votes raise `RankError`."""
+        self._is_even = True
+
+    def wish(self, stop: int, *, saves: bool) -> None:
+        """What this rank says in its next vote: the signal to stop by, and if a snapshot is due."""
+        self._wishes = stop, saves
+
+    def agreed(self, stop: int, *, saves: bool) -> tuple[int, bool]:
+        """The wishes of all ranks at the last vote, once; this rank's own before there was one."""
+        found, self._agreed = self._agreed, (0, False)
+        self._wishes = 0, False
+        return (stop, saves) if found is None else found
+
+    def newest_common(self, steps: Sequence[int]) -> int | None:
+        """The largest of `steps` that all ranks give; None where none gives any.
+
+        Raises:
+            SnapshotError: Some give steps, and none is given by all.
+        """
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, list(steps), group=self._group)
+        common = set(found[0]).intersection(*found)
+        if not common and any(found):
+            by_rank = dict(enumerate(found))
+            raise SnapshotError(
+                f"no snapshot is there on all ranks; their steps, by rank: {by_rank}"
+            )
+        return max(common, default=None)
 
     def begin_update(self, weights: Sequence[Tensor]) -> list[bool]:
         """An update is due on all ranks: which of the weights have a gradient on any of them.

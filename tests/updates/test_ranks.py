@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -21,9 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tbptt_ckpt import TBPTT, SharedState, TensorSequence
+from tbptt_ckpt import TBPTT, NonFinite, SharedState, TensorSequence, Trainer, Validation
 from tbptt_ckpt.engine import Ranks
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.trainer import TrainingStopped
 from tbptt_ckpt.updates.ranks import RankGroup
 
 STEPS, K1, LANES = 11, 3, 4
@@ -241,10 +244,69 @@ def check_wrong_patterns(rank: int, count: int) -> None:
             group.compare()
 
 
+def trained(rank: int, step: Any, targets: Tensor | None = None, **how: Any) -> Trainer:
+    """A trainer over this rank's lanes, as many steps on every rank; it has not begun."""
+    inputs, own, resets, state = all_lanes()
+    own[STEPS_OF[1] :, LANES_OF[1]] = torch.nan
+    lanes = LANES_OF[rank]
+    own = (own if targets is None else targets)[:, lanes]
+    source = TensorSequence(inputs[:, lanes], own, resets=resets[:, lanes])
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    tbptt = TBPTT(step, masked_mean, K1, 7, optimizer, strategy="uniform:3", ranks="all")
+    return Trainer(tbptt, source, init_state=state[lanes], **how)
+
+
+class Faulty(nn.Module):
+    """A cell that does something else, once."""
+
+    def __init__(self, call: int, fault: Any) -> None:
+        super().__init__()
+        self.cell, self.calls, self.call, self.fault = tanh_cell(), [], call, fault
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        self.calls.append(1)
+        if len(self.calls) == self.call:
+            self.fault()
+        return self.cell(x, h)
+
+
+def missing_memory() -> None:
+    raise torch.OutOfMemoryError("no memory, as if")
+
+
+def check_trainer(rank: int, count: int) -> None:
+    """What one rank does again, leaves out, or is stopped by."""
+    expected = Joined(tanh_cell(), 0.1, 7, {})
+    module = Faulty(20, missing_memory if rank == 1 else int)
+    with warnings.catch_warnings(action="ignore"):
+        result = trained(rank, module).train()
+    assert result.num_steps == STEPS
+    assert relative_error(list(module.parameters()), expected.weights) <= 1e-12
+
+    targets = torch.zeros(STEPS, LANES, WIDTH, dtype=torch.float64)
+    targets[4, 3] = torch.inf  # of the second rank
+    trainer = trained(rank, tanh_cell(), targets, non_finite=NonFinite(policy="skip"))
+    with warnings.catch_warnings(action="ignore"):
+        windows = [window.index for window in trainer.windows()]
+    assert windows == [0, 2, 3], windows
+    assert trainer.num_updates == 3
+
+    stop = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank == 1 else int
+    trainer = trained(rank, Faulty(2, stop))
+    with warnings.catch_warnings(action="ignore"), pytest.raises(TrainingStopped):
+        trainer.train()
+    assert trainer.num_steps == 2 * K1  # with the vote of the window after
+    with pytest.raises(ArgumentError, match="validation"):
+        trained(
+            rank, tanh_cell(), validation=Validation(source=sequence_of(0, 1, is_masked=True)[0])
+        )
+
+
 def check_all(rank: int, count: int) -> None:
     check_gradients(rank, count)
     check_faults(rank, count)
     check_wrong_patterns(rank, count)
+    check_trainer(rank, count)
 
 
 def check_grid(rank: int, count: int) -> None:

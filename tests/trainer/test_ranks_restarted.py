@@ -1,0 +1,69 @@
+"""A rank that is killed is started again by torchrun, and training goes on from the snapshots."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer
+
+directory, kills = sys.argv[1], sys.argv[2] == "kills"
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+module = torch.nn.GRU(2, 3).double()
+optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+generator = torch.Generator().manual_seed(dist.get_rank())
+inputs = torch.randn(40, 2, 2, generator=generator, dtype=torch.float64)
+targets = torch.randn(40, 2, 3, generator=generator, dtype=torch.float64)
+loss_fn = torch.nn.functional.mse_loss
+tbptt = TBPTT(module, loss_fn, 5, 12, optimizer, strategy="uniform:4", ranks="all")
+saves = Snapshots(directory=directory, every_steps=5 if dist.get_rank() else 10)
+trainer = Trainer(tbptt, TensorSequence(inputs, targets), snapshots=saves, epochs=2)
+is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+resumed = trainer.resume()
+assert resumed != is_first, "the second attempt goes on"
+for window in trainer.windows():
+    if kills and is_first and dist.get_rank() == 1 and trainer.num_steps == 55:
+        os.kill(os.getpid(), signal.SIGKILL)
+if dist.get_rank() == 0:
+    torch.save(module.state_dict(), directory + ".pt")
+dist.destroy_process_group()
+"""
+
+
+def run(path: Path, kills: str, *, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    script = path.parent / "script.py"
+    script.write_text(SCRIPT)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return subprocess.run(
+        [sys.executable, *launch, "--max-restarts", "1", str(script), str(path), kills],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.mark.exhaustive
+def test_a_killed_rank_is_restarted_and_training_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    found = run(killed, "kills")
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "exitcode: -9) local_rank: 1" in found.stderr, found.stderr[-3000:]  # it was killed
+    assert run(whole, "runs").returncode == 0
+    expected, weights = (torch.load(f"{path}.pt") for path in (whole, killed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    other = run(killed, "runs", ranks=1)
+    assert other.returncode != 0
+    assert "go on with as many ranks as wrote it" in other.stderr
