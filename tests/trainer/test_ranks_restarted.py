@@ -17,7 +17,13 @@ import torch.distributed as dist
 from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer
 
 directory, kills = sys.argv[1], sys.argv[2] == "kills"
-dist.init_process_group("gloo")
+env = os.environ
+# Of torch 2.13: all attempts share a store, where gloo finds addresses of the one before.
+store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+store = dist.PrefixStore("attempt " + env["TORCHELASTIC_RESTART_COUNT"], store)
+dist.init_process_group(
+    "gloo", store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"])
+)
 torch.set_num_threads(1)
 torch.manual_seed(0)
 module = torch.nn.GRU(2, 3).double()
