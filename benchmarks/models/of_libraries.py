@@ -369,6 +369,7 @@ MODELS = [
         name="DNC",
         library="dnc",
         make=lambda: DNCStep(dnc()),
+        per_step=True,
         width=WIDTH_IN,
         **{**FLOAT, "tolerance": 5e-4},
     ),

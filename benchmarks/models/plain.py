@@ -26,7 +26,7 @@ def plain_gradients(model: Model, module: Any, step_size: float) -> list[Gradien
     for start, new_start, stop in zip(starts, [0, *stops], stops, strict=False):
         module.zero_grad(set_to_none=True)
         state, loss = detached(states[start]), torch.zeros((), dtype=model.dtype)
-        places = range(stop + 1) if run.one_step else [*starts, *stops]
+        places = range(stop + 1) if run.one_step else [new_start, *starts]
         cuts = sorted({p for p in places if start < p < stop} | {start, stop})
         run.begin(start, new_start, stops)
         for a, b in itertools.pairwise(cuts):
