@@ -11,7 +11,9 @@ NOTE [How far back a graph reaches]
 A step that takes an inner gradient through the history of its state repeats bit by bit, and gives
 from a detached state in both forms the same. So does a segment module whose calls mix their steps.
 So two steps of one call and graph are held against the same two with a cut in between, of the call
-alone and of both; of the call alone where a window is one graph.
+alone and of both; of the call alone where a window is one graph. The state at the cut lies in
+memory as it does without one: a product of a part of a tensor may have other bits than the same
+product of a copy, which lies elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NoReturn
 
+from torch import Tensor
+
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read, step_difference
@@ -29,7 +33,7 @@ from tbptt_ckpt.executor.noise import Noise, form
 from tbptt_ckpt.executor.observer import UNOBSERVED
 from tbptt_ckpt.executor.sinks import LossSink
 from tbptt_ckpt.executor.window_pass import WindowPass
-from tbptt_ckpt.module.trees import Tree, detach_state
+from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors
 
 _SETTLED_STEPS = 64
 _RUNS = 8  # of a step whose kernels may not be deterministic
@@ -64,10 +68,14 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What a run gave: the state at its end, also where a recorded one stands there, and more."""
+    """What a run gave: the state at its end, also where a recorded one stands there, and more.
+
+    `as_it_lies` is that state uncopied, a part of another tensor where the module gives one.
+    """
 
     end: Boundary
     shown: Tree
+    as_it_lies: Boundary
 
     @property
     def seen(self) -> tuple[Tree, Tree]:
@@ -125,7 +133,7 @@ class Settlement:
         state = boundary
         for step in () if self._in_graph else range(start + 1, stop + 1):
             cut = self._run_leaf(self._given.get(state.step, state), step, graph_of_loss=False)
-            state = cut.end
+            state = cut.as_it_lies
         if not _same(whole.seen, cut.seen):
             both = Reached(self._read(stop, whole), whole.end.ambient.digest())
             self._judge(boundary, stop, Suspect(start, stop, both, both), repeated=True)
@@ -160,7 +168,7 @@ class Settlement:
                 if not is_rounding:
                     self._raise(step, step + 1, difference, suspect, runs, cause)
             if step + 2 <= stop:
-                self._cut(boundary, leaf.end, suspect, runs)
+                self._cut(boundary, leaf.as_it_lies, suspect, runs)
             boundary = self._given.get(step + 1, runs[0].end)
         if noise.grows() or not (repeated or noise.is_there):
             self._raise(start, stop, largest, suspect, runs)
@@ -227,7 +235,8 @@ class Settlement:
 
     def _ended(self, stop: int, state: Tree, sink: LossSink, *, by_loss: bool = False) -> _Run:
         shown = sink.tensors() if by_loss else sink.take_seen()
-        return _Run(self._window.boundary(stop, state), detach_state(shown))
+        end = self._window.boundary(stop, state)
+        return _Run(end, detach_state(shown), replace(end, state=map_tensors(Tensor.detach, state)))
 
     def _read(self, step: int, run: _Run) -> Fingerprint:
         return read([self._print_seen(step, run.seen)])[0]

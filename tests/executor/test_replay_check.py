@@ -219,6 +219,48 @@ def test_segments_that_are_cut_otherwise_are_no_error(
     _tbptt(module, 32, 64, strategy, autocast_dtype=dtype).train(_data(96))
 
 
+class PartOfATensor(nn.Module):
+    """Its state lies within a tensor, so that products with it have other bits than of a copy."""
+
+    def __init__(self, is_column: bool) -> None:
+        super().__init__()
+        self.of_input, self.of_state = nn.Linear(2, 7), nn.Linear(7, 7)
+        self.is_column = is_column
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.tanh(self.of_input(x) + self.of_state(h))
+        if self.is_column:
+            return y, torch.cat([y, y], 1)[:, :7]
+        return y, torch.cat([y.new_zeros(1), y.flatten()])[1:].view(y.shape)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_column", [False, True])
+def test_a_state_that_is_part_of_a_tensor_is_no_error(
+    is_column: bool, dtype: torch.dtype, strategy: str
+) -> None:
+    module, first = PartOfATensor(is_column).to(dtype), torch.zeros(LANES, 7, dtype=dtype)
+    x, y = (torch.randn(NUM_STEPS, LANES, n, dtype=dtype) for n in (2, 7))
+    data = TensorSequence(x, y)
+    TBPTT(module, mse_loss, 10, 20, strategy=strategy, time_batching=False).train(data, first)
+    found = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    for stop in range(10, NUM_STEPS + 1, 10):
+        start, terms, h = max(0, stop - 20), list[Tensor](), first
+        with torch.no_grad():
+            for t in range(start):
+                h = module(x[t], h)[1]
+        for t in range(start, stop):
+            out, h = module(x[t], h)
+            terms += [mse_loss(out, y[t])] if t >= stop - 10 else []
+        torch.stack(terms).mean().backward()
+    for mine, weight in zip(found, module.parameters(), strict=True):
+        assert torch.allclose(
+            mine, weight.grad, rtol=0, atol=1e-12 if dtype.itemsize == 8 else 1e-5
+        )
+
+
 def test_batched_leaves_and_plain_steps_are_no_error() -> None:
     _tbptt(Chaotic(), 20, 30, "revolve:3", time_batching=True).train(_data())
     with pytest.raises(ReplayMismatchError):
