@@ -39,7 +39,11 @@ def covering(*, together: int = 2, **axes: Iterable[Any]) -> pytest.MarkDecorato
     return pytest.mark.parametrize(tuple(axes), rows)
 
 
+def later(*values: Any) -> Any:
+    """The values of a case that runs under `exhaustive` only."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 def parts(number: int) -> list[Any]:
     """The numbers of so many parts of a grid, of which one runs by default."""
-    later = [pytest.param(part, marks=pytest.mark.exhaustive) for part in range(1, number)]
-    return [0, *later]
+    return [0, *map(later, range(1, number))]

@@ -172,11 +172,12 @@ def test_the_peak_is_what_a_meter_around_the_window_sees():
 
 
 @pytest.mark.parametrize("factor", [1.0, pytest.param(1.3, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize(("k1", "k2"), [(10, 25), SIDE_BY_SIDE, (25, 10), (20, None)])
-@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@covering(
+    together=1, reach=[(10, 25), SIDE_BY_SIDE, (25, 10), (20, None)], overlap=["refresh", "stale"]
+)
 @pytest.mark.usefixtures("device")
-def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
-    options = {"k1": k1, "k2": k2, "overlap": overlap}
+def test_overlaps_keep_their_budget(overlap, reach, factor):
+    options = {**dict(zip(("k1", "k2"), reach, strict=True)), "overlap": overlap}
     smallest = smallest_budget("LSTMCell loop", 83, **options)
     budget = int(room(factor) * smallest)
     tbptt = make("LSTMCell loop", memory_budget=budget, measure_memory=True, **options)
@@ -185,7 +186,7 @@ def test_overlaps_keep_their_budget(overlap, k1, k2, factor):
         assert window.plan.predicted_peak_bytes <= budget
 
 
-@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.parametrize("overlap", ["refresh", pytest.param("stale", marks=EXHAUSTIVE)])
 @pytest.mark.usefixtures("device")
 def test_a_budget_changes_no_gradient(overlap):
     def losses(**options):
@@ -309,7 +310,7 @@ def wrong_curve(curve, factor):
     return Curve((*points, (100, curve(8) + factor * (curve(100) - curve(8)))))
 
 
-@pytest.mark.parametrize("factor", [0.6, 0.9, 1.5])
+@pytest.mark.parametrize("factor", [0.9, *(pytest.param(f, marks=EXHAUSTIVE) for f in (0.6, 1.5))])
 def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     # However slow a machine: on a line through 8 steps there is nothing wrong beyond them.
     given, form = (data(60).inputs, data(60).targets), {"time_batching": False}
@@ -345,7 +346,10 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
 
 
 @covering(
-    name=["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"], factor=[0.0, 0.5], room=[1.1, 1.6]
+    together=1,
+    name=["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"],
+    factor=[0.0, 0.5],
+    room=[1.1, 1.6],
 )
 def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor, room):
     budget = int(room * smallest_budget(name))
@@ -502,6 +506,7 @@ def test_plans_and_costs_go_on_as_they_were_saved(caplog):
     assert [p.blocks for p in found[1:]] == [p.blocks for p in plans[2:]] + [plans[-1].blocks]
 
 
+@EXHAUSTIVE
 def test_a_reserve_is_no_reason_for_a_plan_that_takes_many_times_as_long():
     """Near the smallest budget a tenth of the room is most of the states."""
     options = {"k1": 150, "k2": 150, "autocast_dtype": torch.bfloat16}
@@ -558,6 +563,7 @@ LONG_WINDOW = """
 """
 
 
+@EXHAUSTIVE
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_meter_stays_small_however_long_the_window():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -580,7 +586,7 @@ def test_leaves_of_one_length_that_took_less_say_nothing_of_others():
     assert not_below(lowered, None) == lowered  # costs that were given may be wrong at all lengths
 
 
-@pytest.mark.parametrize("time_batching", [True, False])
+@pytest.mark.parametrize("time_batching", [pytest.param(True, marks=EXHAUSTIVE), False])
 def test_long_sequences_after_many_short_ones_keep_the_budget(time_batching):
     """As short ones with room to spare tell little of how long ones are run."""
     long = data(400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -96,7 +97,19 @@ def least(*what: Any, sequence: TensorSequence, **options: Any) -> int:
     return raised.value.smallest_budget_bytes
 
 
+# With the two that differ most by default.
+OF_EVERY_KIND = pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        pytest.param(kind, strategy, marks=() if is_default else pytest.mark.exhaustive)
+        for kind, strategy in product(KINDS, ["optimal", "uniform:6"])
+        for is_default in [kind in ("found kernel", "loop") and strategy == "optimal"]
+    ],
+)
+
+
 @covering(
+    together=1,
     kind=list(KINDS),
     loss=list(LOSSES),
     reach=[(20, 20), (10, 25), (25, 10), (20, None)],
@@ -123,10 +136,7 @@ def test_budgets_are_kept_and_gradients_are_those_of_a_loop(
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["optimal", pytest.param("uniform:6", marks=pytest.mark.exhaustive)]
-)
-@pytest.mark.parametrize("kind", KINDS)
+@OF_EVERY_KIND
 def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strategy: str) -> None:
     """What comparing it with its parts takes is no step's, and later windows are not refused."""
     sequence = data(100, resets=True, weights=False, dtype=torch.float64)
@@ -139,10 +149,7 @@ def test_a_module_that_changes_is_held_anew_within_its_budget(kind: str, strateg
         assert window.peak_bytes <= budget
 
 
-@pytest.mark.parametrize(
-    "strategy", ["optimal", pytest.param("uniform:6", marks=pytest.mark.exhaustive)]
-)
-@pytest.mark.parametrize("kind", KINDS)
+@OF_EVERY_KIND
 def test_a_module_that_is_watched_from_some_window_on_keeps_to_its_budget(
     kind: str, strategy: str
 ) -> None:

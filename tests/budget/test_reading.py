@@ -101,7 +101,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "stream": lambda: Stream(Normalised()),
     "generator": steps,
 }
-NEXT_TO = ("in half", "lanes", "burn in", "stream")  # others of the same kind
+# Others are of the same kind.
+NEXT_TO = ("in half", "normalised", "lanes", "burn in", "burn in of lanes", "stream")
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "cell": lambda: nn.LSTMCell(2, 2),
     "layer": lambda: nn.GRU(2, 2),
