@@ -180,6 +180,7 @@ def test_where_time_runs_out_others_are_measured_if_nothing_fits(
     assert forms == {0: ["mixed"], 1: ["mixed", "fused"]}
 
 
+@pytest.mark.exhaustive
 def test_longer_windows_than_those_before_are_weighed_anew(inject: Inject) -> None:
     """The fastest form for short windows, with room to spare, may not fit long ones."""
     inject({"mixed": 0.5}, {"mixed": 1.4})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_lines import bits_per_byte, outcome_of, refusal_of
+from grids import covering, later
 from models_for_tests import skip_unless_torch_runs_lstm
 
 from tbptt_ckpt import TBPTT, TensorSequence, tbptt_windows
@@ -30,8 +31,7 @@ from tbptt_ckpt.profiling.sweep import Progress
 
 
 class TestTraining:
-    @pytest.mark.parametrize("model", ["lstm", "gru", "rnn", "lstmcell"])
-    @pytest.mark.parametrize("layers", ["1", "2"])
+    @covering(together=1, model=["lstm", "gru", "rnn", "lstmcell"], layers=["1", "2"])
     def test_every_built_in_model_learns(self, capsys, small, model, layers):
         words = [*small, "--model", model, "--layers", layers, "--lr", "0.02"]
         bits = outcome_of(capsys, words)["scores"]
@@ -41,17 +41,17 @@ class TestTraining:
         "words",
         [
             "--k2 none",
-            "--k2 3",
+            later("--k2 3"),
             "--overlap stale",
             "--k2 auto --max-k2 24",
             "--truncation roulette:0.5",
             "--executor checkpoint",
             "--strategy revolve:3",
-            "--strategy step",
-            "--dtype float64",
-            "--dtype bfloat16",
+            later("--strategy step"),
+            later("--dtype float64"),
+            later("--dtype bfloat16"),
             "--dtype bfloat16 --model lstmcell",
-            "--k1 100 --k2 100",
+            later("--k1 100 --k2 100"),
             "--budget 64MiB",
         ],
     )

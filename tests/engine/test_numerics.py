@@ -182,6 +182,7 @@ def test_a_name_and_the_equal_object_are_the_same_strategy(name: str, strategy: 
 
 
 @covering(
+    together=1,
     overlap=OVERLAPS,
     executor=EXECUTORS,
     loss_fn=[mean_loss, masked_loss],

@@ -29,6 +29,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, LaneSource, TensorSequence, Trainer
@@ -190,8 +191,7 @@ def check_draws(
             assert relative_error(mean, full) <= 1e-12, (strategy, executor, start, new_start)
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("make", [cell, segments, resets])
+@covering(together=1, make=[cell, segments, resets], overlap=OVERLAPS)
 def test_the_mean_over_all_draws_is_the_whole_gradient(
     make: Callable[[], Made], overlap: str
 ) -> None:

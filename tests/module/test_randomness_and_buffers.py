@@ -251,6 +251,7 @@ def test_re_runs_see_what_the_first_run_saw(
 
 
 @covering(
+    together=1,
     kind=[FunctionalDropout, ModuleDropout, Everything],
     strategy=["retain", "uniform:4", "revolve:2"],
     executor=EXECUTORS,
@@ -265,6 +266,7 @@ def test_recorded_numbers_serve_windows_that_overlap_many_others(
 
 
 @covering(
+    together=1,
     kind=[FunctionalDropout, ModuleDropout, Everything],
     strategy=STRATEGIES,
     executor=EXECUTORS,
@@ -286,7 +288,7 @@ def test_the_user_may_draw_random_numbers_between_windows(
         )
 
 
-@covering(kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
+@covering(together=1, kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
 def test_buffers_and_generator_end_as_after_a_single_pass(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:
