@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 from devices import CPU, here, placed
-from grids import covering
+from grids import covering, later
 from models_for_tests import skip_unless_torch_runs_lstm
 from torch import nn
 
@@ -43,7 +43,7 @@ from tbptt_ckpt.schedule.curves import scaled
 
 pytestmark = pytest.mark.times_the_module
 EXHAUSTIVE = pytest.mark.exhaustive
-SIDE_BY_SIDE = pytest.param(10, 10, marks=EXHAUSTIVE)
+REACHES = [(10, 25), (10, 10), (25, 10), (20, None)]
 
 LANES, WIDTH, CLASSES = 8, 48, 24
 
@@ -140,7 +140,7 @@ MIXED = ("LSTMCell loop", "nn.LSTM", "nn.GRU")
 CASES = [*((name, None) for name in MODULES), *((name, torch.bfloat16) for name in MIXED)]
 
 
-@pytest.mark.parametrize("factors", [(1.0,), pytest.param((0.9, 1.2, 3.0), marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("factors", [(1.0,), later((0.9, 1.2, 3.0))])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 @pytest.mark.usefixtures("device")
 def test_peaks_are_predicted_and_budgets_kept_from_the_first_window_on(name, dtype, factors):
@@ -171,13 +171,11 @@ def test_the_peak_is_what_a_meter_around_the_window_sees():
     assert window.peak_bytes == pytest.approx(before + meter.peak_bytes, abs=16 * 1024)
 
 
-@pytest.mark.parametrize("factor", [1.0, pytest.param(1.3, marks=EXHAUSTIVE)])
-@covering(
-    together=1, reach=[(10, 25), SIDE_BY_SIDE, (25, 10), (20, None)], overlap=["refresh", "stale"]
-)
+@pytest.mark.parametrize("factor", [1.0, later(1.3)])
+@covering(together=1, reach=REACHES, overlap=["refresh", "stale"])
 @pytest.mark.usefixtures("device")
 def test_overlaps_keep_their_budget(overlap, reach, factor):
-    options = {**dict(zip(("k1", "k2"), reach, strict=True)), "overlap": overlap}
+    options = {"k1": reach[0], "k2": reach[1], "overlap": overlap}
     smallest = smallest_budget("LSTMCell loop", 83, **options)
     budget = int(room(factor) * smallest)
     tbptt = make("LSTMCell loop", memory_budget=budget, measure_memory=True, **options)
@@ -186,7 +184,7 @@ def test_overlaps_keep_their_budget(overlap, reach, factor):
         assert window.plan.predicted_peak_bytes <= budget
 
 
-@pytest.mark.parametrize("overlap", ["refresh", pytest.param("stale", marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("overlap", ["refresh", later("stale")])
 @pytest.mark.usefixtures("device")
 def test_a_budget_changes_no_gradient(overlap):
     def losses(**options):
@@ -310,7 +308,7 @@ def wrong_curve(curve, factor):
     return Curve((*points, (100, curve(8) + factor * (curve(100) - curve(8)))))
 
 
-@pytest.mark.parametrize("factor", [0.9, *(pytest.param(f, marks=EXHAUSTIVE) for f in (0.6, 1.5))])
+@pytest.mark.parametrize("factor", [0.9, later(0.6), later(1.5)])
 def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
     # However slow a machine: on a line through 8 steps there is nothing wrong beyond them.
     given, form = (data(60).inputs, data(60).targets), {"time_batching": False}
@@ -345,12 +343,10 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
         assert len(leaves) > 1
 
 
-@covering(
-    together=1,
-    name=["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"],
-    factor=[0.0, 0.5],
-    room=[1.1, 1.6],
-)
+LOW = {"name": ["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"], "factor": [0.0, 0.5]}
+
+
+@covering(together=1, **LOW, room=[1.1, 1.6])
 def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor, room):
     budget = int(room * smallest_budget(name))
     low = Costs.linear(state_bytes=int(3072 * factor), step_bytes=20_000 * factor)
@@ -586,7 +582,7 @@ def test_leaves_of_one_length_that_took_less_say_nothing_of_others():
     assert not_below(lowered, None) == lowered  # costs that were given may be wrong at all lengths
 
 
-@pytest.mark.parametrize("time_batching", [pytest.param(True, marks=EXHAUSTIVE), False])
+@pytest.mark.parametrize("time_batching", [later(True), False])
 def test_long_sequences_after_many_short_ones_keep_the_budget(time_batching):
     """As short ones with room to spare tell little of how long ones are run."""
     long = data(400)
