@@ -43,6 +43,7 @@ from tbptt_ckpt.schedule.curves import scaled
 
 pytestmark = pytest.mark.times_the_module
 EXHAUSTIVE = pytest.mark.exhaustive
+THREE = ["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"]
 REACHES = [(10, 25), (10, 10), (25, 10), (20, None)]
 
 LANES, WIDTH, CLASSES = 8, 48, 24
@@ -343,10 +344,7 @@ def test_wrong_costs_are_corrected_within_the_first_window(factor, caplog):
         assert len(leaves) > 1
 
 
-LOW = {"name": ["LSTMCell loop", "nn.LSTM, 3 layers", "dropout"], "factor": [0.0, 0.5]}
-
-
-@covering(together=1, **LOW, room=[1.1, 1.6])
+@covering(together=1, name=THREE, factor=[0.0, 0.5], room=[1.1, 1.6])
 def test_costs_given_far_too_low_keep_the_budget_from_the_first_window_on(name, factor, room):
     budget = int(room * smallest_budget(name))
     low = Costs.linear(state_bytes=int(3072 * factor), step_bytes=20_000 * factor)
