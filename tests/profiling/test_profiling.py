@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from devices import placed
-from grids import covering
+from grids import covering, later
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, Workload, profile_strategies, profile_window
@@ -239,7 +239,7 @@ def test_rows_are_predicted_as_their_windows_are_cut(inside, strategy):
     assert abs(report.prediction_error) < 0.03
 
 
-@pytest.mark.parametrize("kind", [nn.GRUCell, lambda *sizes: Dropped(*sizes)])
+@pytest.mark.parametrize("kind", [later(nn.GRUCell), lambda *sizes: Dropped(*sizes)])
 def test_generators_that_windows_note_are_predicted(kind):
     work = make(kind)
     optimizer = torch.optim.SGD(work[0].parameters(), lr=0.1)
@@ -250,8 +250,7 @@ def test_generators_that_windows_note_are_predicted(kind):
         assert -0.5 * state_bytes < off < 2.2 * state_bytes
 
 
-@pytest.mark.parametrize("overlap", ["refresh", "stale"])
-@pytest.mark.parametrize("executor", ["replay", "checkpoint"])
+@covering(together=1, overlap=["refresh", "stale"], executor=["replay", "checkpoint"])
 @pytest.mark.usefixtures("device")
 def test_figures_of_a_schedule(overlap, executor):
     options = {"overlap": overlap, "executor": executor}

@@ -61,7 +61,12 @@ def run(kind, how, **options):
     return tbptt.batched_operations, [p.grad for p in module.parameters()]
 
 
-@covering(kind=list(KINDS), time_batching=[True, "auto"], executor=["replay", "checkpoint"])
+@covering(
+    together=1,
+    kind=list(KINDS),
+    time_batching=[True, "auto"],
+    executor=["replay", "checkpoint"],
+)
 def test_windows_under_a_meter_are_those_without_one(kind, time_batching, executor):
     options = {"time_batching": time_batching, "executor": executor}
     found, grads = run(kind, plainly, **options)
