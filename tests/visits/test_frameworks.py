@@ -11,7 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 FRAMEWORKS = {
     "recipes.md": ("pytorch_lightning", "ignite", "accelerate"),
-    "integrations.md": ("ignite", "lightning.pytorch"),
+    "integrations.md": ("ignite", "lightning.pytorch", "torchrl"),
 }
 PAIRS = [(page, place) for page, names in FRAMEWORKS.items() for place in range(len(names))]
 _PROGRAM = re.compile(r"^```py\n(.*?)\n```", re.MULTILINE | re.DOTALL)
