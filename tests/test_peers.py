@@ -102,6 +102,7 @@ def test_a_verdict_takes_our_fastest_within_the_peers_memory() -> None:
     assert over(peers[2], ours[0]).ratio == pytest.approx(2.0 / 0.9)
 
 
+@pytest.mark.exhaustive
 def test_one_command_measures_publishes_and_does_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,7 +241,7 @@ def test_naive_overlaps_agree_at_frozen_weights(kind: type[Recurrent]) -> None:
             assert relative_error(one[0].grads, other[0].grads) <= 1e-12
 
 
-@covering(kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
+@covering(together=1, kind=MODULES, strategy=STRATEGIES, executor=EXECUTORS, overlap=OVERLAPS)
 def test_re_runs_see_what_the_first_run_saw(
     kind: type[Recurrent], strategy: str, executor: str, overlap: str
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_memory_history_has_the_stacks_that_its_viewer_shows(monkeypatch, tmp_
     assert calls == [{"stacks": "python"}, str(tmp_path / "history"), {"enabled": None}]
 
 
+@pytest.mark.exhaustive
 def test_peaks_are_the_same_in_processes_of_their_own():
     work = make()
     options = {"k1": 4, "k2": 12, "repeats": 1, "strategies": ("sqrt",)}

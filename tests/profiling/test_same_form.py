@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grids import covering
+from grids import covering, later
 from torch import nn
 
 from tbptt_ckpt import TBPTT, Recurrent, TensorSequence, Workload
@@ -76,7 +76,7 @@ def test_windows_under_a_meter_are_those_without_one(kind, time_batching, execut
         assert all(map(torch.equal, measured, grads))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*list(KINDS)[:2], *map(later, list(KINDS)[2:])])
 def test_a_profile_measures_the_windows_that_it_times(kind):
     torch.manual_seed(0)
     state = first_state(kind)

@@ -76,6 +76,7 @@ def joints_of(window: Any, k1: int) -> list[int]:
 
 
 @covering(
+    together=1,
     strategy=[*STRATEGIES, "auto", "uniform:100", "revolve:20"],
     how=[("replay", "refresh"), ("checkpoint", "refresh"), ("replay", "stale")],
     make=[tanh_cell, lstm],

@@ -88,7 +88,7 @@ WHATS = ("loss", "state", "gradient")
 
 
 class TestNonFinite:
-    @covering(at=range(9), what=WHATS, overlap=["refresh", "stale"])
+    @covering(together=1, at=range(9), what=WHATS, overlap=["refresh", "stale"])
     def test_stop_leaves_everything_as_it_was_before_the_window(
         self, what: str, at: int, overlap: str, injected: Injected
     ) -> None:
