@@ -48,11 +48,11 @@ def run(
     torch.manual_seed(seed)
     model = Recaller(given.width, start == "blind")
     optimizer = torch.optim.Adam(model.parameters(), lr=given.lr)
-    most = {"max_k2": MAX_K2, "k2_window_tolerance": given.window_tolerance}
-    most = most if k2 == "auto" else {}
+    rule = {"max_k2": MAX_K2, "k2_window_tolerance": given.window_tolerance}
     tbptt = TBPTT(
         *(model, recall_loss, K1, k2, optimizer),
-        **{"per_step": False, "clip_grad_norm": 1.0, "strategy": "retain", **most},
+        **{"per_step": False, "clip_grad_norm": 1.0, "strategy": "retain"},
+        **(rule if k2 == "auto" else {}),
     )
     steps = stream(delays, given.steps, given.lanes, 1000 + seed)
     begun = time.process_time()

@@ -41,9 +41,8 @@ class Storage:
         if dtype is None:
             return 0
         own = [t for t in tensors_of(boundary.state) if address_of(t) not in handed_on]
-        saved = [t.itemsize - dtype.itemsize for t in own if _is_rounded(t.dtype, dtype)]
-        sizes = [t.numel() for t in own if _is_rounded(t.dtype, dtype)]
-        return sum(bytes_ * size for bytes_, size in zip(saved, sizes, strict=True))
+        rounded = [t for t in own if _is_rounded(t.dtype, dtype)]
+        return sum(t.numel() * (t.itemsize - dtype.itemsize) for t in rounded)
 
     def __str__(self) -> str:
         where = "" if self.folder is None else f" in {self.folder.path}"

@@ -64,7 +64,7 @@ class RecurrentLoss(nn.Module):
         recurrent, begins = self._recurrent(), steps[_BEGINS]
         rollout = imported("tensordict", "torchrl").TensorDict(dict(steps), begins.shape[:2])
         names = [name for each in recurrent for name in each.in_keys[1:] if name != _BEGINS]
-        for name, value in zip(names, state or (), strict=False):
+        for name, value in () if state is None else zip(names, state, strict=True):
             stored = rollout.get(name)
             if stored is None:  # then a trajectory begins with zeros
                 stored = value.new_zeros(*begins.shape[:2], *value.shape[1:])

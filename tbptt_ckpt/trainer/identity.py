@@ -28,8 +28,10 @@ _OPTIONS = (
 _NEVER = ("accumulate", "k1", "k2", "max_k2", "overlap", "parameters")
 # What runs had before there was a choice.
 _BEFORE = {
-    **{"truncation": "fixed", "max_k2": None},
-    **{"k2_tolerance": K2_TOLERANCE, "k2_window_tolerance": None},
+    "truncation": "fixed",
+    "max_k2": None,
+    "k2_tolerance": K2_TOLERANCE,
+    "k2_window_tolerance": None,
 }
 _HOW = ("params", "capturable", "differentiable", "foreach", "fused")  # not what is learned
 _ABSENT = "nothing"

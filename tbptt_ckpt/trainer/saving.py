@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,9 @@ class Saving:
     def __init__(
         self, options: Snapshots, disk: Disk | None = None, ranks: RankGroup | None = None
     ) -> None:
-        if ranks is not None:
-            options = replace(options, directory=_directory_of(ranks, Path(options.directory)))
         self._options, self._ranks = options, ranks
-        self._store = SnapshotStore(Path(options.directory), options.keep, disk, COPIED)
+        directory = _directory_of(ranks, Path(options.directory))
+        self._store = SnapshotStore(directory, options.keep, disk, COPIED)
         self._saved_steps = self._tried_steps = -1
         self._saved_at = time.monotonic()
         self._continues = False
@@ -150,21 +148,23 @@ class Saving:
         self.put_off(steps)
 
 
-def _directory_of(ranks: RankGroup, directory: Path) -> Path:
-    """Where a rank's snapshots are.
+def _directory_of(ranks: RankGroup | None, directory: Path) -> Path:
+    """Where the snapshots of a run are, or of one of its ranks.
 
     Raises:
         ArgumentError: Those of another number of ranks are there.
     """
-    mine = directory / f"rank-{ranks.rank}-of-{ranks.count}"
-    others = [path for path in directory.glob("*-*") if path.is_dir()]
-    wrong = [p.name for p in others if not p.name.endswith(f"-of-{ranks.count}")]
-    if wrong:
+    found, this_run = {path.name for path in directory.glob("rank-*-of-*")}, "is of one process"
+    if ranks is not None:
+        found |= {path.name for path in directory.glob("step-*")}
+        found = {name for name in found if not name.endswith(f"-of-{ranks.count}")}
+        this_run = f"has {ranks.count} ranks, each with lanes of its own"
+    if found:
         raise ArgumentError(
-            f"{directory} holds {min(wrong)}, and this run has {ranks.count} ranks, each with "
-            "lanes of its own; go on with as many ranks as wrote it, or name another directory"
+            f"{directory} holds {min(found)}, and this run {this_run}; go on with as many ranks as "
+            "wrote it, or name another directory"
         )
-    return mine
+    return directory if ranks is None else directory / f"rank-{ranks.rank}-of-{ranks.count}"
 
 
 class NoSnapshots(Saving):

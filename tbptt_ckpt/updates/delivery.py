@@ -83,7 +83,7 @@ class Deliveries:
         apart = sum(weight.nbytes for weight in flat if id(weight) not in self.wrappers.weights)
         return max(apart, self.wrappers.bucket_bytes)
 
-    def reduce(self, weights: Iterable[Tensor]) -> None:
+    def reduce(self, ranks: RankGroup, weights: Iterable[Tensor]) -> None:
         """An update is due: give `weights` the mean over ranks of what has been delivered.
 
         Weights that got a gradient on some ranks have one on all; others have none.
@@ -91,16 +91,14 @@ class Deliveries:
         Raises:
             RankError: Ranks have come to hold different weights.
         """
-        if self.ranks is None:
-            return
         learning = [weight for weight in weights if weight.requires_grad]
-        is_there = self.ranks.begin_update(learning)
+        is_there = ranks.begin_update(learning)
         for weight, there in zip(learning, is_there, strict=True):
             if there and weight.grad is None:
                 weight.grad = torch.zeros_like(weight, device=weight.device)
         self.wrappers.reduce()
         others = [weight for weight in learning if id(weight) not in self.wrappers.weights]
-        self.ranks.average([weight.grad for weight in others if weight.grad is not None])
+        ranks.average([weight.grad for weight in others if weight.grad is not None])
         for weight, there in zip(learning, is_there, strict=True):
             if not there:
                 weight.grad = None

@@ -146,7 +146,8 @@ class Updater:
         """
         if self.optimizer is None or not self.group.is_due(is_last):
             return False
-        self.deliveries.reduce(self._changed(init_state_leaves))
+        if (ranks := self.deliveries.ranks) is not None:
+            self.deliveries.reduce(ranks, self._changed(init_state_leaves))
         if self.group.pending > 1 or self._is_scaled:
             owned = {id(tensor) for tensor in self.optimized()}
             for tensor in self._changed(init_state_leaves):
