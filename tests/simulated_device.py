@@ -89,10 +89,15 @@ def _inside(given: Any) -> Any:
 
 
 class SimulatedWaits(Waits):
-    """Makes tensors on the device, pins memory for it, and counts waits."""
+    """Makes tensors on the device, pins memory for it, and counts waits.
+
+    Attributes:
+        pinned: How many tensors were made in pinned memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.pinned = 0
         self._pinned: WeakSet[Any] = WeakSet()
         known = torch.is_autocast_enabled
         self._replaced = (
@@ -123,6 +128,11 @@ class SimulatedWaits(Waits):
             pinned = args[0].clone()
             self._pinned.add(pinned)
             return pinned
+        if kwargs.get("pin_memory"):
+            made: Tensor = func(*map(_inside, args), **{**kwargs, "pin_memory": False})
+            self._pinned.add(made)
+            self.pinned += 1
+            return made
         asked = kwargs.get("device")
         is_made_there = asked is not None and torch.device(asked) == DEVICE
         if is_made_there and not any(isinstance(t, OnDevice) for t in tree_leaves(args)):

@@ -51,7 +51,7 @@ def calibrate(
         costs = samples.costs(kept_bytes(own.boundary, before, own.device), update, fixed)
         saved = storage.saved_bytes(own.boundary, own.boundary.handed_on(before))
     _log.info(samples.summary(costs))
-    return with_stored_states(storage, costs, saved)
+    return with_stored_states(storage, costs, probe.device, saved)
 
 
 @dataclass(slots=True)

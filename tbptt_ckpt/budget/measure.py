@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
+from tbptt_ckpt.executor.replay import ReplayExecutor, storage_of
 from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
@@ -53,6 +54,7 @@ def measure_costs(
     time_batching: TimeBatchingChoice = "auto",
     memory: MemoryBudget = None,
     max_seconds: AboveZero = 1.6,
+    executor: Literal["replay"] | ReplayExecutor = "replay",
 ) -> Costs:
     """Measure what a module takes in bytes and seconds, for `plan`.
 
@@ -79,6 +81,9 @@ def measure_costs(
         memory: Most bytes to take while measuring, besides what is there already; only
             segments of one step are run whatever they take.
         max_seconds: Time after which no longer segment is begun.
+        executor: As for `TBPTT`: where a `ReplayExecutor` keeps states elsewhere or in fewer bits,
+            `kept_bytes` is what is left in memory of one, and `store_seconds`, which leaves take
+            more, the time of writing it and reading it again, measured now.
 
     Raises:
         ArgumentError: An argument that cannot work.
@@ -118,4 +123,5 @@ def measure_costs(
         libraries=library_bytes(device_of(parameters)),
     )
     with deliveries.of(parameters):  # of nothing: no hook runs
-        return calibrate(probe, Limits(num_steps, max_seconds, room), update, fixed)
+        limits = Limits(num_steps, max_seconds, room)
+        return calibrate(probe, limits, update, fixed, storage_of(executor))

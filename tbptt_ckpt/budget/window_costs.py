@@ -99,7 +99,7 @@ class WindowCosts:
                 run in the form that takes the least time; None for a fixed strategy.
         """
         reach = request.shape.run_steps
-        self.known = self.known and with_stored_states(self._storage, self.known)
+        self.known = self.known and with_stored_states(self._storage, self.known, request.device)
         if self.known is None:
             limits = Limits(reach, room_bytes=room_bytes)
             if planned is None:

@@ -26,9 +26,8 @@ from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
-from tbptt_ckpt.executor.replay import ReplayExecutor
+from tbptt_ckpt.executor.replay import ReplayExecutor, storage_of
 from tbptt_ckpt.executor.runner import Runner, make_runner
-from tbptt_ckpt.executor.storage import Storage
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.inside import is_compiled, modules_in, owner_of
 from tbptt_ckpt.module.recurrence import (
@@ -261,7 +260,6 @@ def _make_budget(
                 "strategy, such as 'sqrt', without a budget"
             )
         costs, batching = options.parsed_costs(), runner.time_batching
-        storage = executor.storage if isinstance(executor, ReplayExecutor) else Storage()
         return GrowingBudget(
             lambda: MeasuredBudget(
                 FittingPlans(strategy, amount, parted=options.is_auto),
@@ -269,7 +267,7 @@ def _make_budget(
                 updater,
                 parameters,
                 batching,
-                storage,
+                storage_of(executor),
             ),
             batching,
         )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,9 +161,11 @@ class Folder:
 
     Attributes:
         path: Where it is.
+        is_memory: Whether states take memory of the host there.
     """
 
     path: Path
+    is_memory: ClassVar[bool] = False
 
     @classmethod
     def checked(cls, name: str, given: str | Path) -> Folder:
@@ -181,6 +183,14 @@ class Folder:
                 f"room for the states of a window: {error.strerror}"
             ) from None
         return cls(path)
+
+    def serves(self, _device: torch.device) -> bool:
+        """Whether states of a device are elsewhere without it."""
+        return True
+
+    def new(self) -> KeptStates:
+        """What keeps the states of one window."""
+        return StatesInFile(self)
 
     def new_file(self) -> IO[bytes]:
         """A new file, which is gone when it is closed."""
@@ -215,7 +225,7 @@ class Folder:
             raise self._failed("reading failed", error) from error
         return tensor
 
-    def seconds(self, num_bytes: int) -> float:
+    def seconds(self, num_bytes: int, _device: torch.device) -> float:
         """The time of writing a state of so many bytes and of reading it again, measured now."""
         count = max(1, min(_TRIED, _TRIED_BYTES // max(1, num_bytes)))
         tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=torch.device("cpu"))
@@ -228,6 +238,9 @@ class Folder:
                 self.read(file, _Stored(*about), number * num_bytes)
                 times.append(time.perf_counter() - began)
         return sorted(times)[count // 2]
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def _failed(self, what: str, error: OSError) -> TbpttError:
         return TbpttError(

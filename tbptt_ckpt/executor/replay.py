@@ -27,9 +27,9 @@ from tbptt_ckpt.arguments import AnyPath, checked
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.guard import Differentiating
-from tbptt_ckpt.executor.kept_states import Folder, KeptStates
+from tbptt_ckpt.executor.kept_states import KeptStates
 from tbptt_ckpt.executor.replay_check import ReplayCheck, WindowCheck
-from tbptt_ckpt.executor.storage import Storage
+from tbptt_ckpt.executor.storage import Storage, place_of
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass, differentiate
 from tbptt_ckpt.module.hooks import SilenceableHooks
 from tbptt_ckpt.module.trees import tensors_of
@@ -40,9 +40,10 @@ class ReplayExecutor:
     """Runs a schedule action by action.
 
     Args:
-        offload: A folder on a disk for the states that a window keeps, which are then in no
-            memory and in no budget; None keeps them in memory. The file has no name, and is gone
-            with its window. Gradients are the same bit by bit.
+        offload: Where the states that a window keeps lie, which are then in no budget: a folder
+            on a disk, for a file without a name that is gone with its window, or "host", for the
+            host's pinned memory where they are an accelerator's (a folder of that name is
+            "./host"). None keeps them where steps leave them. Gradients are the same bit by bit.
         state_dtype: `torch.bfloat16` or `torch.float32`, in which wider floating tensors of these
             states are kept: leaves begin at rounded states then, and the gradient is another one.
             `verify` says how far off it is. None keeps every bit.
@@ -62,8 +63,8 @@ class ReplayExecutor:
                 f"state_dtype={state_dtype} must be torch.bfloat16 or torch.float32, or None: "
                 "others are no floating numbers, or would overflow where float32 does not"
             )
-        folder = None if offload is None else Folder.checked("offload", offload)
-        self._storage, self._checks = Storage(folder, state_dtype), ReplayCheck()
+        self._storage = Storage(place_of("offload", offload), state_dtype)
+        self._checks = ReplayCheck()
 
     @property
     def storage(self) -> Storage:
@@ -87,7 +88,12 @@ class ReplayExecutor:
         return replay.state_grads
 
     def __repr__(self) -> str:
-        return "replay" if self._storage.is_plain else f"replay, with states{self._storage}"
+        return f"replay, with states{stored}" if (stored := str(self._storage)) else "replay"
+
+
+def storage_of(executor: object) -> Storage:
+    """How an executor, or one by its name, keeps the states of a window."""
+    return executor.storage if isinstance(executor, ReplayExecutor) else Storage()
 
 
 class _Replay:

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tbptt_ckpt.executor.boundary import Boundary, address_of
-from tbptt_ckpt.executor.kept_states import Folder, KeptStates, StatesInFile
+from tbptt_ckpt.executor.kept_states import Folder, KeptStates
+from tbptt_ckpt.executor.pinned_states import HostMemory
 from tbptt_ckpt.module.trees import map_tensors, replace_tensors, tensors_of
+
+IN_HOST_MEMORY = "host"
+
+
+class Place(Protocol):
+    """Where the states of a window are kept, if not where steps leave them."""
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether states take memory of the host there."""
+        ...
+
+    def serves(self, _device: torch.device) -> bool:
+        """Whether states of a device are elsewhere without it."""
+        ...
+
+    def new(self) -> KeptStates:
+        """What keeps the states of one window."""
+        ...
+
+    def seconds(self, num_bytes: int, _device: torch.device) -> float:
+        """The time of writing a state of so many bytes and of reading it again, measured now."""
+        ...
+
+
+def place_of(name: str, given: str | Path | None) -> Place | None:
+    """The place that an argument names; None for none."""
+    if given is None:
+        return None
+    return HostMemory() if given == IN_HOST_MEMORY else Folder.checked(name, given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +51,24 @@ class Storage:
     """How states are stored.
 
     Attributes:
-        folder: Where their file is; None for in memory.
+        place: Where they are; None for in their device's memory.
         dtype: What wider floating tensors are rounded to; None for none.
     """
 
-    folder: Folder | None = None
+    place: Place | None = None
     dtype: torch.dtype | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether states are in memory as they are."""
-        return self.folder is None and self.dtype is None
+    def is_plain(self, device: torch.device) -> bool:
+        """Whether states of a device are in its memory as they are."""
+        return self.place_for(device) is None and self.dtype is None
+
+    def place_for(self, device: torch.device) -> Place | None:
+        """Where states of a device are; None for in its memory."""
+        return self.place if self.place is not None and self.place.serves(device) else None
 
     def new(self) -> KeptStates:
         """What keeps the states of one window."""
-        kept = KeptStates() if self.folder is None else StatesInFile(self.folder)
+        kept = KeptStates() if self.place is None else self.place.new()
         return kept if self.dtype is None else RoundedStates(kept, self.dtype)
 
     def saved_bytes(self, boundary: Boundary, handed_on: Container[int]) -> int:
@@ -45,7 +81,7 @@ class Storage:
         return sum(t.numel() * (t.itemsize - dtype.itemsize) for t in rounded)
 
     def __str__(self) -> str:
-        where = "" if self.folder is None else f" in {self.folder.path}"
+        where = "" if self.place is None else f" in {self.place}"
         return where if self.dtype is None else f"{where} in {str(self.dtype).split('.')[-1]}"
 
 

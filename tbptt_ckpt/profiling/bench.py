@@ -91,7 +91,9 @@ class WindowBench:
         release_memory()  # what allocators keep of other windows is none of this one's
         window, meter, before_bytes = self._metered_window()
         peak_bytes = before_bytes + meter.peak_bytes
-        found = predicted(self._work, self._engine.parts, window, self._configuration, peak_bytes)
+        costs, found = predicted(
+            self._work, self._engine.parts, window, self._configuration, peak_bytes
+        ) or (None, None)
         data = self._source.read(window.first, window.stop)  # read when the window begins
         return self._configuration.report(
             device=str(self._device),
@@ -105,6 +107,8 @@ class WindowBench:
             window_steps=window.stop - window.first,
             executed_steps=window.executed_steps,
             held_states=self._watch.held_states,
+            kept_state_bytes=costs and costs.kept_state_bytes,
+            store_seconds=costs and costs.store_seconds,
             longest_leaf=window.plan.longest_leaf if window.plan else None,
             form=window.plan.form if window.plan else None,
             forms=dict(window.plan.forms) if window.plan else {},

@@ -95,7 +95,11 @@ class Configuration:
     def report(self, **figures: Any) -> MemoryReport:
         """A report about this configuration with those figures."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        words = {"strategy": self.strategy_name, "time_batching": str(self.time_batching).lower()}
+        words = {
+            "strategy": self.strategy_name,
+            "executor": str(self.executor),
+            "time_batching": str(self.time_batching).lower(),
+        }
         return MemoryReport(**{**given, **words, **figures})
 
 

@@ -17,6 +17,7 @@ from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.replay import storage_of
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
 from tbptt_ckpt.memory.libraries import library_bytes
@@ -73,7 +74,8 @@ def measure_workload(
         libraries=library_bytes(work.device),
     )
     with parts.updater.deliveries.of(parts.parameters):  # of nothing: no hook runs
-        costs = calibrate(probe, limits, update_bytes(parts.updater), fixed)
+        update, storage = update_bytes(parts.updater), storage_of(parts.executor)
+        costs = calibrate(probe, limits, update, fixed, storage)
     if not costs.ambient_bytes:  # else each state has its own
         noted = tensor_bytes(*owners, found) - tensor_bytes(*owners)
         costs = replace(costs, fixed=replace(costs.fixed, other=noted))
@@ -88,8 +90,10 @@ def predicted(
     window: WindowResult,
     configuration: Configuration,
     peak_bytes: int,
-) -> Simulation | None:
-    """What a window was to take that took `peak_bytes`; None where segments find no memory.
+) -> tuple[Costs, Simulation] | None:
+    """Costs, and what by them a window was to take that took `peak_bytes`.
+
+    None where segments find no memory.
 
     No leaf is run that is longer than the window's own: the window may have had memory for these
     alone.
@@ -110,7 +114,8 @@ def predicted(
         if not is_out_of_memory(error):
             raise
     else:
-        return _simulated(window, costs, configuration, only_last=work.has_only_last_loss)
+        only_last = work.has_only_last_loss
+        return costs, _simulated(window, costs, configuration, only_last=only_last)
     release_memory()
     return None
 

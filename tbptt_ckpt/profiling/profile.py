@@ -12,6 +12,7 @@ from tbptt_ckpt.budget.amount import MemoryBudget
 from tbptt_ckpt.data.source import described
 from tbptt_ckpt.engine.options import ExecutorName, Overlap
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.profiling.bench import BenchHere
 from tbptt_ckpt.profiling.configuration import BenchError, Configuration, combinations
@@ -46,7 +47,7 @@ def profile_window(
     strategy: AnyStrategy = "auto",
     memory_budget: MemoryBudget = None,
     overlap: Overlap = "refresh",
-    executor: ExecutorName = "replay",
+    executor: ExecutorName | Executor = "replay",
     time_batching: TimeBatchingChoice = "auto",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,
@@ -113,7 +114,7 @@ def profile_strategies(
     strategies: Strategies = _BY_DEFAULT,
     memory_budgets: Sequence[int | float | str | None] = (None,),
     overlap: Overlap = "refresh",
-    executor: ExecutorName = "replay",
+    executor: ExecutorName | Executor = "replay",
     time_batching: TimeBatchingChoice = "auto",
     per_step: bool | None = None,
     time_dim: Dimension | None = None,

@@ -100,6 +100,9 @@ class MemoryReport:
         window_steps: Steps of the window.
         executed_steps: Module steps it ran, recomputed ones included.
         held_states: Most boundary states kept at once.
+        kept_state_bytes: What one of them takes of the memory that is measured, predicted.
+        store_seconds: The time of writing one elsewhere and reading it again, measured apart; 0
+            where they are kept where steps leave them.
         longest_leaf: Steps of its longest leaf.
         form: How its steps were made, "plain", "batched", "fused", "mixed" or by the rule "auto".
         forms: Predicted seconds of each form that was weighed; None where no plan fits.
@@ -132,6 +135,8 @@ class MemoryReport:
     window_steps: int | None = None
     executed_steps: int | None = None
     held_states: int | None = None
+    kept_state_bytes: int | None = None
+    store_seconds: float | None = None
     longest_leaf: int | None = None
     form: str | None = None
     forms: dict[str, float | None] = field(default_factory=dict)

@@ -121,9 +121,19 @@ def _notes(rows: Sequence[MemoryReport], environment: Mapping[str, Any]) -> list
     kept = max((row.library_bytes or 0 for row in rows), default=0)
     if kept:
         notes[-1] += f", and {format_bytes(kept)} that libraries keep"
+    stored = max((row for row in rows if row.store_seconds), key=_store_seconds, default=None)
+    if stored is not None:
+        notes.append(
+            f"a kept state takes {format_bytes(stored.kept_state_bytes or 0)} of it, and "
+            f"{1e3 * _store_seconds(stored):.3g} ms to be written elsewhere and read again"
+        )
     if environment:
         notes.append("torch {torch}, {threads} threads, {processor}".format(**environment))
     return notes
+
+
+def _store_seconds(row: MemoryReport) -> float:
+    return row.store_seconds or 0.0
 
 
 def _form(row: MemoryReport) -> str:

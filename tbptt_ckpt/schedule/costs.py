@@ -121,6 +121,7 @@ class Costs:
         kept_bytes: Of a kept state what is in memory, where the rest is in a file; leaves and
             advances then take the state that they begin with too, and leaves the time of writing
             and reading it. None where all is in memory.
+        store_seconds: Of `leaf_seconds`, the time of writing a kept state elsewhere and reading it.
         quiet: What steps without a loss take; None where it is as much as with one.
         irregular_bytes: What a leaf takes more where so many of its steps are irregular: lanes
             begin a sequence, or a segment is cut; beside as long a piece as before. None where
@@ -144,6 +145,7 @@ class Costs:
     ambient_bytes: Dimension = 0
     handed_on_bytes: Dimension = 0
     kept_bytes: Dimension | None = None
+    store_seconds: Size = 0.0
     quiet: QuietBytes | None = None
     irregular_bytes: Curve | None = None
     weighed_step_bytes: float = 0.0

@@ -153,7 +153,7 @@ class TestOptions:
             overlap="stale",
             truncation="roulette",
             compile="true",
-            offload=Path("o"),
+            offload="o",
             executor="checkpoint",
             lr=0.5,
             max_steps=7,

@@ -212,7 +212,8 @@ def test_predictions_are_what_the_simulator_counts(tmp_path: Path) -> None:
     """With states in a file a plan of one level does, whatever a state takes."""
     rng, storage = random.Random(7), Storage(Folder(tmp_path))
     for _ in range(12):
-        costs, num_steps = with_stored_states(storage, random_costs(rng)), rng.choice([9, 50, 700])
+        costs = with_stored_states(storage, random_costs(rng), torch.device("cpu"))
+        num_steps = rng.choice([9, 50, 700])
         window = random_window(rng, num_steps)
         smallest = plan(num_steps, costs, strategy="step", **window).predicted_peak_bytes
         for budget in (smallest, 2 * smallest, None):

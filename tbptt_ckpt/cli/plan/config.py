@@ -9,6 +9,7 @@ from typing import Annotated
 from tbptt_ckpt.arguments import check_positive_int, check_size
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.model_options import ModelOptions
+from tbptt_ckpt.cli.storing import Offload
 from tbptt_ckpt.errors import ArgumentError
 
 
@@ -33,6 +34,7 @@ class PlanningConfig(ModelOptions):
     strategy: Annotated[str, "optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES."] = (
         "optimal"
     )
+    offload: Offload = None
     plot: Annotated[Path | None, "Draw the table of reaches into this .png or .svg."] = None
     force: Annotated[bool, "Let --plot replace a file."] = False
     costs: Annotated[Path | None, "Take the costs of this JSON file, as --json prints them."] = None

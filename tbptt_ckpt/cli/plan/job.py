@@ -8,15 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tbptt_ckpt import ArgumentError, Costs, InfeasibleBudgetError, Workload
 from tbptt_ckpt import plan as plan_steps
 from tbptt_ckpt.budget.amount import AUTO_BUDGET, budget_bytes
 from tbptt_ckpt.budget.forms import fastest_form
 from tbptt_ckpt.budget.lengths import Limits
+from tbptt_ckpt.budget.stored_states import with_stored_states
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.config import PlanningConfig
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.planner.fastest import quick_plan
 from tbptt_ckpt.planner.ladder import Reach, Rung, budget_ladder, longest_windows, reach_ladder
@@ -25,6 +29,8 @@ from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
 from tbptt_ckpt.schedule import FixedBytes
 from tbptt_ckpt.schedule.forms import Form, FormSeconds
 from tbptt_ckpt.schedule.plan import PredictedPlan
+
+AnyExecutor = str | ReplayExecutor
 
 MEASURED_STEPS = 256
 _MEASURING_SECONDS = 1.6
@@ -138,7 +144,13 @@ def _reaches_within(text: str, num_bytes: int, costs: Costs, watch: Watch) -> Re
 
 
 def _given_costs(config: PlanningConfig) -> FoundCosts:
-    """Costs of a file, or by hand."""
+    """Costs of a file, or by hand, with states as they are to be stored."""
+    found = _costs_as_given(config)
+    storage = ReplayExecutor(config.offload).storage
+    return replace(found, costs=with_stored_states(storage, found.costs, torch.device("cpu")))
+
+
+def _costs_as_given(config: PlanningConfig) -> FoundCosts:
     if config.costs is not None:
         return FoundCosts(str(config.costs), _read_costs(config.costs))
     assert config.state_bytes is not None, "one of the two is given"
@@ -161,11 +173,11 @@ def _costs_of(
     planned: Callable[[Costs], PredictedPlan] | None = None,
 ) -> FoundCosts:
     """Costs of a model, in the form that training takes for such a plan."""
-    work = task.workload
+    work, executor = task.workload, ReplayExecutor(config.offload)
     what = f"{config.model} on {task.data}, measured on {work.device}"
     if planned is None or config.strategy != "optimal":  # then training weighs none
-        return FoundCosts(what, measured_costs(work, config.steps or MEASURED_STEPS))
-    measured, parts = _measuring(work, config.steps or MEASURED_STEPS)
+        return FoundCosts(what, measured_costs(work, config.steps or MEASURED_STEPS, executor))
+    measured, parts = _measuring(work, config.steps or MEASURED_STEPS, executor)
     measured(0.0)  # a few first steps show which forms are open
     forms, batching = parts.runner.forms(), parts.runner.time_batching
     if len(forms) == 1:
@@ -174,16 +186,18 @@ def _costs_of(
     return FoundCosts(what, costs, batching.form, seconds)
 
 
-def measured_costs(work: Workload, steps: int) -> Costs:
+def measured_costs(work: Workload, steps: int, executor: AnyExecutor = "replay") -> Costs:
     """What windows of so many steps take, from short segments of the work."""
-    measured, _ = _measuring(work, steps)
+    measured, _ = _measuring(work, steps, executor)
     return measured(_MEASURING_SECONDS)
 
 
-def _measuring(work: Workload, steps: int) -> tuple[Callable[[float], Costs], Parts]:
+def _measuring(
+    work: Workload, steps: int, executor: AnyExecutor
+) -> tuple[Callable[[float], Costs], Parts]:
     """What measures the work's costs within some seconds, and whose steps it runs."""
     num_steps = min(max(steps, 2), MEASURED_STEPS)
-    parts = work.engine(num_steps, num_steps, strategy="retain").parts
+    parts = work.engine(num_steps, num_steps, strategy="retain", executor=executor).parts
     room = AUTO_BUDGET.bytes_beside(0, work.device)
 
     def measured(seconds: float) -> Costs:

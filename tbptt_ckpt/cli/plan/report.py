@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tbptt_ckpt import Costs
 from tbptt_ckpt.cli.plan.drawing import MOST_ACTIONS, draw_plan
 from tbptt_ckpt.cli.plan.job import PlanningOutcome, ReachesWithin, ReachOutcome
 from tbptt_ckpt.cli.terminal import figure_table, format_seconds, table
@@ -61,9 +62,18 @@ def plan_rows(outcome: PlanningOutcome) -> list[tuple[str, str]]:
         ("levels", f"{plan.num_levels:,}"),
         ("leaves", f"{plan.num_leaves:,}, up to {plan.longest_leaf:,} steps"),
         ("states at once", f"{plan.num_boundaries:,} of {format_bytes(outcome.costs.state_bytes)}"),
+        *_stored(outcome.costs),
         ("longest call of an advance", f"{plan.advance_steps:,} steps"),
         *weighed,
     ]
+
+
+def _stored(costs: Costs) -> list[tuple[str, str]]:
+    """What is left in memory of a state that is stored otherwise, and what that takes."""
+    if costs.kept_bytes is None:
+        return []
+    left = f"{format_bytes(costs.kept_bytes)} of memory"
+    return [("  each of them", f"{left}, {format_seconds(costs.store_seconds)} there and back")]
 
 
 def _budget_table(outcome: PlanningOutcome) -> Table:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.model_options import ModelOptions
+from tbptt_ckpt.cli.storing import Offload, check_offload
 from tbptt_ckpt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ProfileConfig(ModelOptions):
     ] = ()
     overlap: Annotated[options.Overlap, "What later windows start from."] = "refresh"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
+    offload: Offload = None
     time_batching: Annotated[
         Literal["auto", "fused", "mixed", "true", "false"],
         "Products over time; plain BPTT is measured without.",
@@ -77,6 +79,7 @@ class ProfileConfig(ModelOptions):
         from tbptt_ckpt.profiling.sweep import with_baselines
 
         super(ProfileConfig, self).check()  # slots make the class anew
+        check_offload(self.offload, self.executor)
         rows = with_baselines(self.configurations())
         targets = [("--csv", self.csv), ("--plot", self.plot)]
         targets += [("--plot, second picture", self.window_plot), ("--trace", self.trace)]
@@ -108,6 +111,7 @@ class ProfileConfig(ModelOptions):
     def configurations(self) -> list[Configuration]:
         """The rows asked for, in order."""
         from tbptt_ckpt.cli.devices import find_device
+        from tbptt_ckpt.executor import ReplayExecutor
         from tbptt_ckpt.profiling.configuration import combinations
 
         return combinations(
@@ -117,6 +121,6 @@ class ProfileConfig(ModelOptions):
             self.budget or (None,),
             device=find_device(self.device),
             overlap=self.overlap,
-            executor=self.executor,
+            executor=ReplayExecutor(self.offload) if self.offload else self.executor,
             time_batching=_TIME_BATCHING.get(self.time_batching, self.time_batching),
         )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tbptt_ckpt.arguments import check_above_zero, check_positive_int
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.model_options import ModelOptions
+from tbptt_ckpt.cli.storing import Offload, check_offload
 from tbptt_ckpt.errors import ArgumentError
 
 _LARGEST_SEED = 2**63 - 1
@@ -53,11 +54,7 @@ class TrainingConfig(ModelOptions):
         options.check_truncation,
     ] = "fixed"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
-    offload: Annotated[
-        Path | None,
-        "Folder on a disk for the states that a window keeps.",
-        options.Default("in memory"),
-    ] = None
+    offload: Offload = None
     compile: Annotated[
         str,
         "false, true, auto, or a backend of torch.compile: steps in compiled blocks.",
@@ -98,11 +95,7 @@ class TrainingConfig(ModelOptions):
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
-        if self.offload is not None and self.executor != "replay":
-            raise ArgumentError(
-                f"--offload {self.offload} needs --executor replay: {self.executor} keeps what its "
-                "graph holds"
-            )
+        check_offload(self.offload, self.executor)
         self._check_save()
         self._check_snapshots()
 
