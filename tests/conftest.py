@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -36,6 +37,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         import devices
 
         metafunc.parametrize("device", devices.found(), ids=str, indirect=True)
+
+
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """No collection, and no search for tensors, goes through all that exists already.
+
+    Those are a million objects where all tests are collected, gone through at each measuring.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from grids import covering
 from torch import nn
 
 from tbptt_ckpt import ArgumentError, Costs, measure_costs
@@ -97,8 +98,7 @@ def leaf_by_hand(module, per_step, inputs, targets, state, grads, loss_fn=loss_f
     return meter.peak_bytes
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("steps", [1, 5, 13, 40])
+@covering(together=1, case=CASES, steps=[1, 5, 13, 40])
 def test_a_leaf_takes_what_it_takes_when_run_by_hand(case, steps):
     kind, per_step, shape = CASES[case]
     module, (inputs, targets) = kind(), data()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_lines import FACTORIES, bits_per_byte, outcome_of, refusal_of
+from grids import later
 from torch import nn
 
 from tbptt_ckpt.cli.app import main
@@ -22,7 +23,9 @@ from tbptt_ckpt.cli.lanes import EqualLanes
 
 
 class TestOwnModels:
-    @pytest.mark.parametrize("factory", ["Counter", "Segments", "everything", "Nested.factory"])
+    @pytest.mark.parametrize(
+        "factory", ["Counter", later("Segments"), later("everything"), "Nested.factory"]
+    )
     def test_a_factory_in_the_current_directory_is_found(self, capsys, own, factories, factory):
         outcome = outcome_of(capsys, [*own, "--model", f"{factories}:{factory}"])
         assert outcome["scores"]["after"] < outcome["scores"]["before"]

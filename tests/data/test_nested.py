@@ -81,9 +81,7 @@ def nested_loss(nesting: str) -> Callable[[Any, Any], Tensor]:
     return lambda y, target: mean_loss(torch.cat(split(y), -1), torch.cat(split(target), -1))
 
 
-@pytest.mark.parametrize("source", ["tensors", "list", "generator"])
-@pytest.mark.parametrize("kind", RECURRENT)
-@pytest.mark.parametrize("nesting", NESTINGS)
+@covering(source=["tensors", "list", "generator"], kind=RECURRENT, nesting=NESTINGS)
 def test_nested_inputs_outputs_and_targets(nesting: str, kind: str, source: str) -> None:
     inputs, targets = random_data(NUM_STEPS)
     expected = run(make_module(kind), TensorSequence(inputs, targets))

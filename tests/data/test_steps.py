@@ -28,7 +28,7 @@ from cases import (
     random_data,
     tanh_cell,
 )
-from grids import later
+from grids import covering, later
 from models_for_tests import CountedCalls, check_same_windows, moving, observe
 from runs_of_data import (
     NUM_STEPS,
@@ -75,10 +75,11 @@ SOURCES: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize(("k1", "k2"), REACHES)
-@pytest.mark.parametrize("kind", RECURRENT)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-def test_every_source_gives_the_same_run(overlap: str, kind: str, k1: int, k2: int | None) -> None:
+@covering(reach=REACHES, kind=RECURRENT, overlap=OVERLAPS)
+def test_every_source_gives_the_same_run(
+    reach: tuple[int, int | None], kind: str, overlap: str
+) -> None:
+    k1, k2 = reach
     # Under stale overlap an unknown length may move the start of a short last window.
     num_steps = 12 if overlap == "stale" else NUM_STEPS
     data = random_data(num_steps)

@@ -26,6 +26,7 @@ from cases import (
     random_state,
     relative_error,
 )
+from grids import later
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from traced_kinds import KINDS, Language, made
@@ -201,8 +202,10 @@ def test_a_global_that_changes_is_seen_at_every_window() -> None:
     assert IN_PARTS in batched
 
 
-@pytest.mark.parametrize("budget", [None, 10**9])  # within one a window is looked at twice
-@pytest.mark.parametrize("k", [200, 100])
+# Within a budget a window is looked at twice.
+@pytest.mark.parametrize(
+    ("k", "budget"), [(200, None), (100, 10**9), later(200, 10**9), later(100, None)]
+)
 def test_what_no_look_sees_is_found_by_a_step_in_200(
     k: int, budget: int | None, monkeypatch: Any
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import EXECUTORS, OVERLAPS, clear_gradients, gradients, relative_error
+from grids import covering
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -158,8 +159,7 @@ def check(make: Callable[[], Cell], k1: int, k2: int | None, **options: Any) -> 
         others_draw()
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", MAKERS)
+@covering(together=1, name=MAKERS, executor=EXECUTORS)
 def test_a_step_that_runs_again_draws_what_it_drew(name: str, executor: str) -> None:
     for number, (k1, k2) in enumerate(((4, 4), (2, 5), (3, None))):
         strategy, overlap = STRATEGIES[number + (executor == "replay")], OVERLAPS[number % 2]

@@ -417,6 +417,7 @@ class WithoutWeights(Normalised):
 
 
 @covering(
+    together=1,
     kinds=[
         (SetInAStep, CountingByReassignment),
         (Forgetful, ZeroedInstead),

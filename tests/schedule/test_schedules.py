@@ -131,8 +131,7 @@ class CountingCell(nn.Module):
         return h, h
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@covering(together=1, strategy=STRATEGIES, executor=EXECUTORS)
 def test_the_module_runs_as_many_steps_as_the_results_say(strategy: str, executor: str) -> None:
     for overlap, (k1, k2) in itertools.product(("refresh", "stale"), REACHES):
         module = counting_cell()

@@ -35,7 +35,7 @@ KILLED = Job(num_steps=9, k1=2, k2=5, engine={"strategy": "uniform:2"})
 
 
 class TestKill:
-    @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.exhaustive)])
+    @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.exhaustive)])
     @pytest.mark.parametrize("point", POINTS)
     def test_at_calls_of_a_named_point(
         self, point: str, stride: int, tmp_path: Path, injected: Injected
@@ -67,7 +67,7 @@ class TestKill:
                 assert_equal(found[name], expected[name], EXACT, name)
         assert count > 4
 
-    @pytest.mark.parametrize("stride", [8, pytest.param(3, marks=pytest.mark.exhaustive)])
+    @pytest.mark.parametrize("stride", [16, pytest.param(3, marks=pytest.mark.exhaustive)])
     def test_at_calls_of_every_save(self, stride: int, tmp_path: Path, injected: Injected) -> None:
         job = Job(num_steps=4)
         expected = job.undisturbed()

@@ -112,7 +112,9 @@ class TestNonFinite:
         assert_equal(learning_of(trainer), states[-1], EXACT)
         assert [w.loss for w in listener.windows] == [w.loss for w in heard.windows]
 
-    @covering(at=[0, 3, 4, 8], what=WHATS, k2=[2, 4, None], overlap=["refresh", "stale"])
+    @covering(
+        together=1, at=[0, 3, 4, 8], what=WHATS, k2=[2, 4, None], overlap=["refresh", "stale"]
+    )
     def test_skip_goes_on_from_the_last_finite_state(
         self, what: str, at: int, k2: int | None, overlap: str, injected: Injected
     ) -> None:

@@ -336,17 +336,17 @@ def _run_and_stop(trainer: Trainer, count: int) -> list[tuple[Any, ...]]:
     return windows
 
 
-@pytest.mark.parametrize("part", parts(4))
+@pytest.mark.parametrize("part", parts(8))
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("_same_bits")
 def test_a_resumed_run_is_bitwise_one_that_never_stopped(
     name: str, part: int, tmp_path: Any
 ) -> None:
-    """Stopped after every fourth window by default, each case beginning with another one."""
+    """Stopped after every eighth window by default, each case beginning with another one."""
     case = CASES[name]
     expected = _finish(case.build()[0], [])
     assert len(expected.windows) >= 4
-    for count in range((part + list(CASES).index(name)) % 4, len(expected.windows) + 1, 4):
+    for count in range((part + list(CASES).index(name)) % 8, len(expected.windows) + 1, 8):
         trainer, _ = case.build()
         windows = _run_and_stop(trainer, count)
         store = SnapshotStore(tmp_path, 100, Hasty())
