@@ -46,7 +46,7 @@ from tbptt_ckpt import (
     unroll,
     verify,
 )
-from tbptt_ckpt.data import map_file
+from tbptt_ckpt.data import lane_range, map_file, own_lanes
 from tbptt_ckpt.engine import Border, Decay, Ranks
 from tbptt_ckpt.executor import CheckpointExecutor, ReplayExecutor
 from tbptt_ckpt.memory import (
@@ -289,6 +289,8 @@ def calls(folder: Path) -> dict[str, Callable[[], Call]]:
         "ArraySequence": lambda: _on(ArraySequence, read, inputs=rows, targets=rows),
         "TensorSequence": lambda: _on(TensorSequence, read, inputs=rows, targets=rows),
         "LaneSource": lambda: _on(LaneSource, read, sequences=[alone(), alone()], lanes=2),
+        "lane_range": lambda: (lane_range, {"lanes": 2}),
+        "own_lanes": lambda: (own_lanes, {"source": sequence(), "rank": 0, "ranks": 1}),
         "BurnIn": lambda: _on(BurnIn, read, source=sequence(), num_steps=1),
         "map_file": lambda: (
             map_file,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,11 +112,26 @@ class LaneSource:
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
+        return self.read_lanes(start, stop, slice(0, self.lanes))
+
+    def read_lanes(self, start: int, stop: int, lanes: slice) -> tuple[Tree, Tree]:
+        """The same of some lanes only, which is all that is read.
+
+        Where they are padding only, a step of another lane says what their zeros look like.
+        """
         check_range(start, stop, len(self))
-        inputs = _LaneBatch("inputs", start, stop, self.lanes)
-        targets = _LaneBatch("targets", start, stop, self.lanes)
-        for piece in self._pieces(start, stop):
-            self._read(piece, inputs, targets)
+        number = lanes.stop - lanes.start
+        inputs = _LaneBatch("inputs", start, stop, number)
+        targets = _LaneBatch("targets", start, stop, number)
+        pieces = list(self._pieces(start, stop))
+        own = [piece for piece in pieces if lanes.start <= piece.lane < lanes.stop]
+        for piece in own:
+            self._read(replace(piece, lane=piece.lane - lanes.start), inputs, targets)
+        if not own:
+            first = pieces[0].start
+            self._read(replace(pieces[0], lane=0, stop=first + 1), inputs, targets)
+            inputs.clear()
+            targets.clear()
         return inputs.result(self._device), targets.result(self._device)
 
     def weights(self, start: int, stop: int) -> Tensor:
@@ -231,6 +247,11 @@ class _LaneBatch:
                     f"{tuple(whole.shape[2:])} and {whole.dtype}"
                 )
             whole[low:high, piece.lane] = row
+
+    def clear(self) -> None:
+        """Have zeros only."""
+        for tensor in self._tensors or ():
+            tensor.zero_()
 
     def result(self, device: torch.device | str | None) -> Tree:
         """The tree of tensors [n, B, ...]."""
