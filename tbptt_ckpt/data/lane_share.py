@@ -94,14 +94,16 @@ class _Share:
     def lanes(self) -> int:
         """This rank's."""
         own = self._own(self.whole.lanes)
-        return own.stop - own.start
+        return int(own.stop - own.start)
 
     def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
         """The rank's lanes of the steps `[start, stop)`."""
         if hasattr(self.whole, "read_lanes"):
-            return self.whole.read_lanes(start, stop, self._own(self.whole.lanes))
-        found = as_tensors(tuple(self.whole.read(start, stop)))
-        return _narrowed(found, self._own, 1 - self._time_dim)
+            inputs, targets = self.whole.read_lanes(start, stop, self._own(self.whole.lanes))
+        else:
+            found = as_tensors(tuple(self.whole.read(start, stop)))
+            inputs, targets = _narrowed(found, self._own, 1 - self._time_dim)
+        return inputs, targets
 
     def weights(self, start: int, stop: int) -> Tensor | None:
         """[n] or [n, own lanes]."""

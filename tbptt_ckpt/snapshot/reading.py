@@ -79,10 +79,10 @@ def verify_files(folder: Path) -> Manifest:
     return manifest
 
 
-def load_state(folder: Path, copied: Sequence[tuple[str, str]] = ()) -> Any:
+def load_state(folder: Path, copied: Sequence[tuple[str, ...]] = ()) -> Any:
     """The state in a snapshot that was verified; nothing in it is executed.
 
-    What will be `copied` to where it belongs, by the two keys where it is, stays on the host: a
+    What will be `copied` to where it belongs, by the keys where it is, stays on the host: a
     device may have no room for it twice.
 
     Raises:
@@ -93,13 +93,8 @@ def load_state(folder: Path, copied: Sequence[tuple[str, str]] = ()) -> Any:
         # Always explicit: an environment variable can turn the default off, not this.
         plain = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         _check_is_a_tree(plain)
-        for key, inner in copied:
-            if (
-                isinstance(plain, dict)
-                and isinstance(part := plain.get(key), dict)
-                and inner in part
-            ):
-                part[inner] = kept_on_host(part[inner])
+        for path in copied:
+            plain = _on_host(plain, path)
         return from_plain(plain)
     except SnapshotError:
         raise
@@ -109,6 +104,16 @@ def load_state(folder: Path, copied: Sequence[tuple[str, str]] = ()) -> Any:
             f"{STATE_FILE} holds more than plain values and tensors, or no such archive: "
             f"{type(error).__name__}: {first_line}"
         ) from error
+
+
+def _on_host(plain: Any, path: Sequence[str]) -> Any:
+    """The same, of which the part there stays on the host."""
+    if not path:
+        return kept_on_host(plain)
+    key, *inner = path
+    if not isinstance(plain, dict) or key not in plain:
+        return plain
+    return {**plain, key: _on_host(plain[key], inner)}
 
 
 def _check_not_compressed(path: Path) -> None:

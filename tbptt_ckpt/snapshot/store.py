@@ -65,7 +65,7 @@ class SnapshotStore:
         directory: AnyPath,
         keep: PositiveInt = 3,
         disk: Disk | None = None,
-        copied: Sequence[tuple[str, str]] = (),
+        copied: Sequence[tuple[str, ...]] = (),
     ) -> None:
         directory = Path(directory)
         self.directory, self.keep, self._disk = directory, keep, disk or Disk()

@@ -11,13 +11,15 @@ from tbptt_ckpt.devices import default_generators
 from tbptt_ckpt.module.trees import Tree, map_tensors
 
 
-def moved(run: dict[str, Any] | None, saved: str, here: torch.device) -> dict[str, Any] | None:
+def moved(
+    run: dict[str, Any] | None, saved: str, here: torch.device, *, is_on_host: bool
+) -> dict[str, Any] | None:
     """The run with its states, buffers, gradients and held steps where the module is now.
 
     Generators stay, those of a device too where the other is of its kind; those of another kind
     cannot be translated, and go on as they are here.
     """
-    if run is None or saved == str(here):
+    if run is None or (saved == str(here) and not is_on_host):
         return run
 
     def move(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tbptt_ckpt.engine.options import K2_TOLERANCE, Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import owner_of
-from tbptt_ckpt.trainer.learning_state import modules_of
+from tbptt_ckpt.trainer.learning_state import alone, modules_of
 
 _OPTIONS = (
     *("k1", "k2", "max_k2", "k2_tolerance", "k2_window_tolerance"),
@@ -88,7 +88,9 @@ class RunIdentity:
         data = saved["data"]
         found = self._data(data["epoch"]) if data is not None else None
         for name in _DATA:
-            if data is not None and found is not None and None not in (data[name], found[name]):
+            if data is None or found is None or None in (data[name], found[name]):
+                continue
+            if name == "lanes" or data.get("share") == found["share"]:  # of the same lanes
                 here[name], there[name] = found[name], data[name]
         known = sorted({*here, *there, *self.begin()["hyper_parameters"], *_DATA})
         if unknown := [name for name in accept if name not in known]:
@@ -183,7 +185,7 @@ def _parameters(parts: Parts) -> list[str]:
 def _layers(module: object) -> list[str]:
     """What a module is made of beside its parameters, such as how much a layer drops."""
     owner = owner_of(module)
-    layers = owner.named_modules() if isinstance(owner, nn.Module) else ()
+    layers = alone(owner).named_modules() if isinstance(owner, nn.Module) else ()
     printed = [f"{path} {type(layer).__name__}({layer.extra_repr()})" for path, layer in layers]
     return [re.sub(" at 0x[0-9a-f]+", "", each).strip() for each in printed]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
@@ -31,7 +32,12 @@ def modules_of(parts: Parts) -> dict[str, nn.Module]:
         "module": parts.recurrence.module,
         "loss": owner_of(parts.loss_function.loss_fn),
     }
-    return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
+    return {name: alone(owner) for name, owner in owners.items() if isinstance(owner, nn.Module)}
+
+
+def alone(module: nn.Module) -> nn.Module:
+    """What one process calls, and several may wrap."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def learning_state(parts: Parts) -> dict[str, Any]:

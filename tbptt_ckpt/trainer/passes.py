@@ -16,6 +16,7 @@ from tbptt_ckpt.data.batches import Batches, Sequences
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.data.steps import check_sequence, length_of
+from tbptt_ckpt.engine.initial_state import SharedState
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
@@ -75,7 +76,11 @@ class Passes:
 
     def _take_sample(self, epoch: int, source: Any) -> None:
         if self._sample is None or self._sample["epoch"] != epoch:
-            self._sample = {"epoch": epoch, **sampled(source, self._parts.recurrence)}
+            ranks = self._parts.updater.deliveries.ranks
+            place = (
+                None if ranks is None or ranks.count == 1 else f"rank {ranks.rank} of {ranks.count}"
+            )
+            self._sample = {"epoch": epoch, **sampled(source, self._parts.recurrence, place)}
 
     def _open(self, epoch: int) -> None:
         """Begin the pass of that number."""
@@ -130,6 +135,11 @@ class Passes:
         if saved is not None:
             state = restored_state(state, saved)
         return SequenceRun(self._options, self._parts, source, state, self._observer)
+
+    def begins_shared(self) -> bool:
+        """Whether all lanes begin from the same first state."""
+        state = self._init_state() if callable(self._init_state) else self._init_state
+        return isinstance(state, SharedState)
 
     def total_steps(self, epochs: int | None) -> int | None:
         """Steps of so many passes, as the first is laid out, or the most there may be."""

@@ -16,6 +16,8 @@ from tbptt_ckpt.trainer.options import Stateful
 from tbptt_ckpt.trainer.passes import Passes
 from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
+from tbptt_ckpt.trainer.rank_states import saved_ranks, state_of
+from tbptt_ckpt.trainer.resplitting import resplit, resplit_message
 from tbptt_ckpt.trainer.resuming import (
     all_or_nothing,
     check_run,
@@ -24,6 +26,7 @@ from tbptt_ckpt.trainer.resuming import (
     resume_plan,
     resume_run,
 )
+from tbptt_ckpt.trainer.schema import check_schema
 
 
 class RunState:
@@ -46,6 +49,7 @@ class RunState:
     ) -> None:
         self._options, self._parts, self._passes = options, parts, passes
         self._extra, self._max_steps = dict(extra), max_steps
+        self._ranks = parts.updater.deliveries.ranks
         self._asked = str(parts.budget.strategy)
         others = {**others, "extra": sorted(extra)}
         self.identity = RunIdentity(options, parts, others, passes.sample)
@@ -101,6 +105,7 @@ class RunState:
             "plan": plan_state(self._parts, self._asked),
             "truncation": self._parts.truncation.state_dict(),
             "identity": self.identity.state_dict(),
+            "ranks": None if self._ranks is None else {**self._place(), "others": []},
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
             "random": random_state(self._parts.weights()),
         }
@@ -114,11 +119,15 @@ class RunState:
             ArgumentError: It is of another run.
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
-        run = None
+        run, told = None, list[tuple[str, str]]()
         with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
+            is_joint = self._ranks is not None or state.get("ranks") is not None
+            if is_joint:
+                state = self._of_this_rank(state, told)
             accepted = self.identity.differences(state, accept)
             progress = loaded_progress(state, self._options.k1, self._max_steps)
-            there = moved(state["run"], state["device"], self._parts.device)
+            device = self._parts.device
+            there = moved(state["run"], state["device"], device, is_on_host=is_joint)
             check_run(there, self._parts)
             load_learning_state(self._parts, state["learning"], accepted)
             if there is not None:
@@ -132,5 +141,36 @@ class RunState:
             set_random_state(state["random"], self._parts.weights())
             messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
         self.progress, self.session, self.run = progress, Session(), run
-        told = [("replanned", message) for message in messages]
+        told += [("replanned", message) for message in messages]
         return told + [("accepted", f"{name}={what}") for name, what in accepted.items()]
+
+    def _place(self) -> dict[str, int]:
+        """Which rank this is, of how many."""
+        ranks = self._ranks
+        return (
+            {"rank": 0, "count": 1} if ranks is None else {"rank": ranks.rank, "count": ranks.count}
+        )
+
+    def _of_this_rank(
+        self, state: Mapping[str, Any], told: list[tuple[str, str]]
+    ) -> Mapping[str, Any]:
+        """What this rank goes on with, of a state of its own or of all that saved.
+
+        Raises:
+            ArgumentError: It is that of another one, or cannot be split.
+        """
+        place = self._place()
+        if state.get("ranks") == {**place, "others": []}:
+            return state
+        saved, rank, count = saved_ranks(state), place["rank"], place["count"]
+        if saved == count:
+            found = state_of(state, rank)
+        else:
+            lane_dim, is_shared = self._parts.recurrence.lane_dim, self._passes.begins_shared()
+            states = [state_of(state, each) for each in range(saved)]
+            found = resplit(states, rank, count, lane_dim, is_shared=is_shared)
+            if rank >= saved:
+                found["random"] = random_state(self._parts.weights())
+            told.append(("resplit", resplit_message(saved, count)))
+        check_schema(found)
+        return found

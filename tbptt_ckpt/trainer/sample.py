@@ -22,13 +22,17 @@ from tbptt_ckpt.trainer.randomness import random_state, set_random_state
 _BLOCKS, _STEPS = 8, 4
 
 
-def sampled(source: Any, recurrence: Recurrence) -> dict[str, Any]:
+def sampled(source: Any, recurrence: Recurrence, place: str | None) -> dict[str, Any]:
     """Lanes and a digest of a few steps over the whole length; None each where none can be read.
 
     Only what can be read twice is: a source with a length, or a list of steps. Neither the global
     generators nor what a source says of its state is another afterwards.
+
+    Of a source that `own_lanes` gave the steps are those of all ranks. Of others on several ranks
+    they are those of the rank in that `place`, which the `share` says.
     """
-    nothing = {"lanes": None, "data": None}
+    whole = getattr(source, "whole", source)
+    nothing = {"lanes": None, "data": None, "share": place if whole is source else None}
     is_readable = isinstance(source, Sized) and isinstance(source, Source | Sequence)
     if not is_readable or not len(source):
         return nothing
@@ -37,11 +41,12 @@ def sampled(source: Any, recurrence: Recurrence) -> dict[str, Any]:
     load = getattr(source, "load_state_dict", None)
     before = source.state_dict() if load is not None else None
     try:
-        blocks = [_read(source, recurrence, start) for start in _starts(len(source))]
-        again = _read(source, recurrence, 0)
+        blocks = [_read(whole, recurrence, start) for start in _starts(len(source))]
+        again = _read(whole, recurrence, 0)
         if _digest([again]) != _digest(blocks[:1]):  # it draws its steps anew
             return nothing
-        return {"lanes": again.num_lanes(), "data": _digest(blocks)}
+        lanes = again.num_lanes() if whole is source else _read(source, recurrence, 0).num_lanes()
+        return {**nothing, "lanes": lanes, "data": _digest(blocks)}
     finally:
         if load is not None:
             load(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.learning_state import COPIED
 from tbptt_ckpt.trainer.options import Snapshots
+from tbptt_ckpt.trainer.rank_states import by_first, joint_state
 from tbptt_ckpt.updates.ranks import RankGroup
 
 LOG = "events.jsonl"
+EVERYTHING: tuple[tuple[str, ...], ...] = ((),)
 
 
 class Saving:
@@ -33,12 +34,14 @@ class Saving:
         self, options: Snapshots, disk: Disk | None = None, ranks: RankGroup | None = None
     ) -> None:
         self._options, self._ranks = options, ranks
-        directory = _directory_of(ranks, Path(options.directory))
-        self._store = SnapshotStore(directory, options.keep, disk, COPIED)
+        self._is_first = ranks is None or ranks.rank == 0  # who writes
+        copied = COPIED if ranks is None else EVERYTHING  # which is the first rank's
+        self._store = SnapshotStore(Path(options.directory), options.keep, disk, copied)
         self._saved_steps = self._tried_steps = -1
         self._saved_at = time.monotonic()
         self._continues = False
-        self.sinks: tuple[EventSink, ...] = (JsonLines(self._store.directory / LOG),)
+        log: tuple[EventSink, ...] = (JsonLines(self._store.directory / LOG),)
+        self.sinks = log if self._is_first else ()
 
     def __str__(self) -> str:
         return f", snapshots in {self._store.directory}"
@@ -48,9 +51,7 @@ class Saving:
 
     def load(self, use: Callable[[Loaded], None]) -> Loaded | None:
         """The newest valid snapshot that can be used; None where there is none."""
-        self._store.lock(makes=False)
         try:
-            self._store.clean()
             loaded = self._newest(use)
         except BaseException:
             self._store.close()
@@ -61,12 +62,23 @@ class Saving:
         return loaded
 
     def _newest(self, use: Callable[[Loaded], None]) -> Loaded | None:
-        """The newest one that is valid, on all ranks that train together."""
-        if self._ranks is None:
-            return self._store.newest_valid(use)
-        valid = [each.step for each in self._store.reports() if each.problem is None]
-        step = self._ranks.newest_common(valid)
-        return None if step is None else self._store.load(step, use)
+        """The newest valid one, which is used; ranks use the one that the first of them finds."""
+        found: list[Loaded | None] = []
+
+        def find() -> int | None:
+            self._store.lock(makes=False)
+            self._store.clean()
+            loaded = self._store.newest_valid(use if self._ranks is None else lambda _: None)
+            found.append(loaded)
+            return None if loaded is None else loaded.step
+
+        step = by_first(self._ranks, find)
+        if self._ranks is None or step is None:
+            return found[0] if found else None
+        loaded = found[0] if found else self._store.load(step)
+        assert loaded is not None, "it is of that step"
+        use(loaded)
+        return loaded
 
     def begin(self) -> None:
         """A run begins that continues none.
@@ -75,9 +87,10 @@ class Saving:
             ArgumentError: There are snapshots of another run.
             SnapshotError: Another trainer writes them.
         """
-        if self._ranks is not None:
-            with suppress(OSError):  # which saving says
-                self._store.directory.parent.mkdir(parents=True, exist_ok=True)  # or another rank
+        by_first(self._ranks, self._begin)
+        self._continues = True
+
+    def _begin(self) -> None:
         self._store.lock(makes=True)
         if self._continues:
             return
@@ -88,7 +101,6 @@ class Saving:
                 "name another directory"
             )
         self._store.clean()
-        self._continues = True
 
     def is_due(self, steps: int) -> bool:
         """Whether the options ask for a snapshot after `steps` steps."""
@@ -109,10 +121,22 @@ class Saving:
     def save(self, steps: int, state_dict: Callable[[], Any]) -> Path | None:
         """Take a snapshot; None where it failed and training shall go on.
 
+        Ranks that train together all call it, and the first one writes what all have.
+
         Raises:
             SnapshotError: It failed, and the policy is to stop.
         """
         state = state_dict()
+        if self._ranks is not None:
+            state = joint_state(self._ranks, state)
+        path = by_first(self._ranks, lambda: self._write(steps, state))
+        if path is None:
+            self.put_off(steps)
+        else:
+            self._note_saved(steps)
+        return path
+
+    def _write(self, steps: int, state: Any) -> Path | None:
         if self._saved_steps >= 0 and not self._store.path(self._saved_steps).exists():
             warnings.warn(
                 f"{self._store.path(self._saved_steps)} has disappeared since it was saved; the "
@@ -121,15 +145,12 @@ class Saving:
                 stacklevel=2,
             )
         try:
-            path = self._store.save(steps, state)
+            return self._store.save(steps, state)
         except SnapshotError as error:
             if self._options.on_failure == "stop":
                 raise
             warnings.warn(f"{error}; going on without it", SnapshotWarning, stacklevel=2)
-            self.put_off(steps)
             return None
-        self._note_saved(steps)
-        return path
 
     def put_off(self, steps: int) -> None:
         """None is taken after so many steps; the next one comes when it is due."""
@@ -146,25 +167,6 @@ class Saving:
     def _note_saved(self, steps: int) -> None:
         self._saved_steps = steps
         self.put_off(steps)
-
-
-def _directory_of(ranks: RankGroup | None, directory: Path) -> Path:
-    """Where the snapshots of a run are, or of one of its ranks.
-
-    Raises:
-        ArgumentError: Those of another number of ranks are there.
-    """
-    found, this_run = {path.name for path in directory.glob("rank-*-of-*")}, "is of one process"
-    if ranks is not None:
-        found |= {path.name for path in directory.glob("step-*")}
-        found = {name for name in found if not name.endswith(f"-of-{ranks.count}")}
-        this_run = f"has {ranks.count} ranks, each with lanes of its own"
-    if found:
-        raise ArgumentError(
-            f"{directory} holds {min(found)}, and this run {this_run}; go on with as many ranks as "
-            "wrote it, or name another directory"
-        )
-    return directory if ranks is None else directory / f"rank-{ranks.rank}-of-{ranks.count}"
 
 
 class NoSnapshots(Saving):

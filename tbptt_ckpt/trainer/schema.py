@@ -88,7 +88,7 @@ _AUDITS = {
 }
 _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
 # Which older snapshots lack.
-_LATER = {"generators", "drawn", "sequence", "folds", "truncation", "audits"}
+_LATER = {"generators", "drawn", "sequence", "folds", "truncation", "audits", "ranks", "share"}
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
@@ -101,8 +101,18 @@ STATE = {
     "identity": {
         "run": {str: object},
         "hyper_parameters": {str: object},
-        "data": ({"epoch": int, "lanes": (int, None), "data": (str, None)}, None),
+        "data": (
+            {
+                **{"epoch": int, "lanes": (int, None), "data": (str, None)},
+                "share": (str, None),
+            },
+            None,
+        ),
     },
+    "ranks": (
+        {"rank": int, "count": int, "others": [{"own": [object], "gone": [object]}]},
+        None,
+    ),
     "extra": {str: object},
     "random": {str: object},
 }

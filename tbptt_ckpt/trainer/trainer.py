@@ -46,7 +46,7 @@ class Trainer:
         epochs: Passes in total; None for as many as `max_steps` takes.
         max_steps: Steps in total, over all passes and processes.
         snapshots: Where and when to save; None saves nothing. Ranks that train together save at
-            the same steps, each in a directory of its own there.
+            the same steps, in one snapshot, which any number of them can take up.
         validation: What else to look at now and then, to keep the best state and to end early.
         events: Told of windows, updates and faults. With snapshots, `events.jsonl` is written
             in their directory whatever is given here.
@@ -217,7 +217,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run equal to this one needs to go on from here.
 
-        The tensors are the run's own; write them out before the next window.
+        The tensors are the run's own; write them out before the next window. Where ranks train
+        together it is for this rank, of as many; snapshots are for all of them.
         """
         return self._state.state_dict()
 
@@ -264,7 +265,8 @@ class Trainer:
         budget = self._parts.budget
         if self._saved_costs != budget.times_made and budget.costs is not None:
             self._saved_costs = budget.times_made
-            self._save()
+            if self._ranks is None:  # others measure at other times, and do not wait
+                self._save()
 
     def _between_windows(self, signals: StopSignals) -> None:
         received, is_due = signals.received or 0, self._saving.is_due(self.num_steps)

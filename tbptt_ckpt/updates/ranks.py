@@ -10,7 +10,8 @@ one is due, whether a loss somewhere is not finite. A rank whose sequence has en
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
-from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError, SnapshotError
+from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
 
 _FIRST_UPDATES = 3  # before which weights are always compared
 
@@ -161,26 +162,30 @@ class RankGroup:
         self._wishes = stop, saves
 
     def agreed(self, stop: int, *, saves: bool) -> tuple[int, bool]:
-        """The wishes of all ranks at the last vote, once; this rank's own before there was one."""
+        """The wishes of all ranks at the last vote, once.
+
+        Before there was one all are asked.
+        """
+        if self._agreed is None:
+            wishes = self._gathered(torch.tensor([stop, saves], device="cpu"))
+            self._agreed = int(wishes[:, 0].max()), bool(wishes[:, 1].any())
         found, self._agreed = self._agreed, (0, False)
         self._wishes = 0, False
-        return (stop, saves) if found is None else found
+        return found
 
-    def newest_common(self, steps: Sequence[int]) -> int | None:
-        """The largest of `steps` that all ranks give; None where none gives any.
+    def gather(self, thing: object) -> list[Any]:
+        """What all ranks give, by rank, on the first one; nothing elsewhere."""
+        found: list[Any] | None = None if self.rank else [None] * self.count
+        with self._hearing():
+            dist.gather_object(thing, found, group=self._group)
+        return found or []
 
-        Raises:
-            SnapshotError: Some give steps, and none is given by all.
-        """
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, list(steps), group=self._group)
-        common = set(found[0]).intersection(*found)
-        if not common and any(found):
-            by_rank = dict(enumerate(found))
-            raise SnapshotError(
-                f"no snapshot is there on all ranks; their steps, by rank: {by_rank}"
-            )
-        return max(common, default=None)
+    def tell(self, thing: object) -> Any:
+        """What the first rank gives, on all of them."""
+        found = [thing]
+        with self._hearing():
+            dist.broadcast_object_list(found, group=self._group)
+        return found[0]
 
     def begin_update(self, weights: Sequence[Tensor]) -> list[bool]:
         """An update is due on all ranks: which of the weights have a gradient on any of them.
@@ -243,14 +248,19 @@ class RankGroup:
     def _gathered(self, numbers: Tensor) -> Tensor:
         """One row of each rank."""
         rows = [torch.empty_like(numbers, device="cpu") for _ in range(self.count)]
-        try:
+        with self._hearing():
             dist.all_gather(rows, numbers, group=self._group)
+        return torch.stack(rows)
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.count} heard no more of another one, which has ended "
                 f"or has waited elsewhere; its own output says why ({error})"
             ) from error
-        return torch.stack(rows)
 
 
 _FIELDS = tuple(Ballot.__dataclass_fields__)

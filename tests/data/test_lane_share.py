@@ -78,7 +78,9 @@ def test_streams_lists_and_batches() -> None:
     assert torch.equal(block.inputs, inputs[2:, 1:3])
     steps = own_lanes([(each, None) for each in inputs.unbind(1)], rank=0, ranks=2)
     assert len(steps) == 5
-    assert all(torch.equal(x, each[:2]) for (x, _), each in zip(steps, inputs.unbind(1)))
+    assert all(
+        torch.equal(x, each[:2]) for (x, _), each in zip(steps, inputs.unbind(1), strict=True)
+    )
     batches = Batches([(inputs, inputs + 1), (inputs[:2], inputs[:2])], time_dim=1)
     first, second = own_lanes(batches, rank=1, ranks=2)
     assert torch.equal(first.read(1, 2)[1], inputs[2:, 1:2] + 1)

@@ -76,14 +76,6 @@ class TestOtherRuns:
             with_snapshots(Job(), tmp_path)[0].train()
         injected("bad input")
 
-    def test_snapshots_of_ranks_are_no_reason_to_begin_anew(self, tmp_path: Path) -> None:
-        (tmp_path / "rank-0-of-2").mkdir()
-        (tmp_path / "my-notes").mkdir()
-        with pytest.raises(ArgumentError, match="holds rank-0-of-2, and this run is of one proc"):
-            Job().build(snapshots=Snapshots(directory=tmp_path))
-        (tmp_path / "rank-0-of-2").rmdir()
-        Job().build(snapshots=Snapshots(directory=tmp_path))
-
     @pytest.mark.parametrize(
         ("make", "words"),
         [

@@ -9,6 +9,8 @@ import signal
 import socket
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -16,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import WIDTH, gradients, mean_loss, random_data, random_state, relative_error, tanh_cell
+from runs_of_ranks import BY_DEFAULT, check_goes_on
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -302,19 +305,20 @@ def check_trainer(rank: int, count: int) -> None:
         )
 
 
-def check_all(rank: int, count: int) -> None:
+def check_all(path: Path, rank: int, count: int) -> None:
     check_gradients(rank, count)
     check_faults(rank, count)
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
+    check_goes_on(path, BY_DEFAULT, rank, count)
 
 
 def check_grid(rank: int, count: int) -> None:
     check_gradients(rank, count, GRID, (3, 7, None))
 
 
-def test_two_ranks_train_as_one_process_does() -> None:
-    torch.multiprocessing.spawn(_joined, (2, free_port(), check_all), nprocs=2)
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_joined, (2, free_port(), partial(check_all, tmp_path)), nprocs=2)
 
 
 @pytest.mark.exhaustive

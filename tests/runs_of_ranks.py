@@ -1,0 +1,178 @@
+"""Runs of two ranks, then of one, then of two again, against one of one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import WIDTH, mean_loss, random_data, random_state, relative_error, tanh_cell
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tbptt_ckpt import (
+    TBPTT,
+    Batches,
+    LaneSource,
+    SharedState,
+    Snapshots,
+    TbpttWarning,
+    TensorSequence,
+    Trainer,
+)
+from tbptt_ckpt.data import lane_range, own_lanes
+from tbptt_ckpt.snapshot import SnapshotStore
+
+STEPS, LANES, K1, K2 = 17, 5, 3, 7
+WINDOWS = (4, 4, 1000)  # of two ranks, of one, and of two again: it changes in both passes
+
+
+class Stream:
+    """Steps without a length, which goes on where it stood."""
+
+    def __init__(self, whole: TensorSequence) -> None:
+        self.whole, self.position = whole, 0
+
+    def read(self, start: int, stop: int) -> Any:
+        self.position = stop = min(stop, len(self.whole))
+        return self.whole.read(start, stop) if start < stop else ((), None)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        return self.whole.weights(start, stop)
+
+    def resets(self, start: int, stop: int) -> Tensor:
+        return self.whole.resets(start, stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def tensors() -> TensorSequence:
+    inputs, targets = random_data(STEPS, lanes=LANES)
+    resets = torch.zeros(STEPS, LANES, dtype=torch.bool)
+    resets[4, 1] = resets[7, 0] = resets[10, 3] = resets[11, 4] = True
+    weight = torch.ones(STEPS, LANES, dtype=torch.float64)
+    weight[8:11, 2] = weight[6:, 4] = 0
+    return TensorSequence(inputs, targets, weight=weight, resets=resets)
+
+
+def steps() -> list[Any]:
+    inputs, targets = random_data(STEPS, lanes=LANES)
+    return list(zip(inputs, targets, strict=True))
+
+
+def lanes() -> LaneSource:
+    lengths = (9, 4, 12, 3, 5, 7, 6, 8)
+    data = [random_data(length, seed=length, lanes=1) for length in lengths]
+    return LaneSource([TensorSequence(x[:, 0], y[:, 0]) for x, y in data], LANES, seed=1)
+
+
+def batches() -> Batches:
+    loader = [random_data(length, seed=length, lanes=LANES) for length in (8, 9)]
+    return Batches(loader, time_dim=0)
+
+
+def first(_: nn.Module, own: slice) -> Tensor:
+    return random_state(lanes=LANES)[own]
+
+
+def shared(module: nn.Module, own: slice) -> SharedState:
+    return SharedState(module.first, own.stop - own.start)
+
+
+def cell() -> nn.Module:
+    module = tanh_cell()
+    module.first = nn.Parameter(torch.full((1, WIDTH), 0.1, dtype=torch.float64))
+    return module
+
+
+def fused() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.LSTM(2, WIDTH).double()
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], Any, Mapping[str, Any]]] = {
+    "tensors": (tensors, tanh_cell, first, {}),
+    "stale, in the middle of a group": (
+        *(tensors, tanh_cell, first),
+        {"overlap": "stale", "accumulate": 3, "clip_grad_norm": 0.05},
+    ),
+    "wrapped, in the middle of a group": (tensors, tanh_cell, first, {"accumulate": 2}),
+    "lanes of sequences": (lanes, fused, None, {"strategy": "sqrt"}),
+    "a learned state": (tensors, cell, shared, {"accumulate": 2}),
+    "a stream": (lambda: Stream(tensors()), tanh_cell, first, {}),
+    "a list": (steps, tanh_cell, None, {}),
+    "batches": (batches, fused, None, {"strategy": "uniform:2"}),
+    "a budget": (tensors, tanh_cell, first, {"strategy": "auto", "memory_budget": "64MiB"}),
+    "a graph": (tensors, tanh_cell, first, {"executor": "checkpoint"}),
+}
+BY_DEFAULT = ("stale, in the middle of a group", "lanes of sequences", "a stream")
+
+
+def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer:
+    source, make, init_state, options = CASES[name]
+    module, who = make(), {"rank": 0, "ranks": 1} if alone else {}
+    own = lane_range(LANES, **who)
+    is_wrapped = name.startswith("wrapped") and not alone
+    called = DistributedDataParallel(module) if is_wrapped else module
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    options = {"strategy": "uniform:3", **options}
+    ranks = None if alone else "all"
+    tbptt = TBPTT(called, mean_loss, K1, K2, optimizer, ranks=ranks, **options)
+    return Trainer(
+        tbptt,
+        source() if alone else own_lanes(source()),
+        init_state=None if init_state is None else init_state(module, own),
+        epochs=2,
+        snapshots=None if path is None else Snapshots(directory=path),
+        **how,
+    )
+
+
+def losses_of(trainer: Trainer, most: int = 1000, *, saves: bool = True) -> list[float | None]:
+    """Of so many windows, after which it saves."""
+    found = []
+    for window in trainer.windows():
+        found.append(window.loss_value)
+        if len(found) == most:
+            if saves:
+                trainer.save()
+            break
+    return found
+
+
+def check_shared_once(path: Path) -> None:
+    loaded = SnapshotStore(path).newest_valid()
+    assert loaded is not None
+    (other,) = loaded.state["ranks"]["others"]
+    found = {(*path, "")[:2] for path, _ in other["own"]}
+    assert ("run", "records") in found
+    assert not {("learning", "modules"), ("learning", "optimizer")} & found
+
+
+def check_goes_on(path: Path, names: tuple[str, ...], rank: int, count: int) -> None:
+    warnings.simplefilter("ignore", TbpttWarning)
+    for number, name in enumerate(names):
+        found: list[float | None] = []
+        for stage, most in enumerate(WINDOWS):
+            is_alone = stage == 1
+            if not is_alone or rank == 0:
+                here = trainer(name, path / str(number), alone=is_alone)
+                assert here.resume() == (stage > 0), (name, stage)
+                found += losses_of(here, most)
+            dist.barrier()
+            if stage == 0:
+                check_shared_once(path / str(number))
+        whole = trainer(name, None, alone=True)
+        expected = losses_of(whole)
+        if rank == 0:
+            assert found == pytest.approx(expected, rel=1e-12), name
+        pair = here.tbptt.parts.parameters, whole.tbptt.parts.parameters
+        assert relative_error(*map(list, pair)) <= 1e-12, name
