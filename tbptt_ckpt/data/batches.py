@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -62,14 +61,7 @@ class Batches:
         self._loader, self._time_dim, self._seed = loader, time_dim, seed
         self._device = None if device is None else torch.device(device)
         self._generators = Ambient([], [])
-        self._change: Callable[[TensorSequence], Any] = lambda sequence: sequence
         self.set_epoch(0)
-
-    def changed(self, change: Callable[[TensorSequence], Any]) -> Batches:
-        """The same of which every sequence is what `change` makes of it."""
-        found = copy.copy(self)
-        found._change = change
-        return found
 
     def set_epoch(self, epoch: int) -> None:
         """The pass that is iterated next."""
@@ -105,7 +97,7 @@ class Batches:
         batches = aside(lambda: iter(self._loader))
         number = 0
         while (batch := aside(lambda: next(batches, None))) is not None:
-            yield self._change(self._sequence(batch, number))
+            yield self._sequence(batch, number)
             number += 1
 
     def _begin(self, seed: int) -> None:

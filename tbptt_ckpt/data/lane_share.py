@@ -66,7 +66,7 @@ def own_lanes(
     check_sequence(source)
     lanes = partial(lane_range, rank=rank, ranks=ranks)
     if isinstance(source, Batches):
-        return source.changed(lambda sequence: _SizedShare(sequence, lanes))
+        return _OwnBatches(source, lanes)
     if isinstance(source, Source):
         return (_SizedShare if isinstance(source, Sized) else _Share)(source, lanes)
     return (_SizedSteps if isinstance(source, Sized) else _Steps)(source, lanes)
@@ -102,7 +102,7 @@ class _Share:
             inputs, targets = self.whole.read_lanes(start, stop, self._own(self.whole.lanes))
         else:
             found = as_tensors(tuple(self.whole.read(start, stop)))
-            inputs, targets = _narrowed(found, self._own, 1 - self._time_dim)
+            inputs, targets = own_part(found, 1 - self._time_dim, self._own)
         return inputs, targets
 
     def weights(self, start: int, stop: int) -> Tensor | None:
@@ -133,6 +133,24 @@ class _SizedShare(_Share):
         return len(self.whole)
 
 
+class _OwnBatches(Batches):
+    """A rank's lanes of every batch."""
+
+    def __init__(self, whole: Batches, lanes: Lanes) -> None:
+        self._whole, self._own = whole, lanes
+
+    def set_epoch(self, epoch: int) -> None:
+        """The pass that is iterated next."""
+        self._whole.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        for sequence in self._whole:
+            yield _SizedShare(sequence, self._own)
+
+    def __repr__(self) -> str:
+        return f"own_lanes({self._whole!r})"
+
+
 class _Steps:
     """A rank's lanes of an iterable of steps."""
 
@@ -141,7 +159,7 @@ class _Steps:
 
     def __iter__(self) -> Iterator[Any]:
         for step in self._whole:
-            yield _narrowed(as_tensors(step), self._own, 0)
+            yield own_part(as_tensors(step), 0, self._own)
 
 
 class _SizedSteps(_Steps):
@@ -151,14 +169,14 @@ class _SizedSteps(_Steps):
         return len(self._whole)  # type: ignore[arg-type]
 
 
-def _narrowed(tree: Tree, lanes: Lanes, dim: int) -> Tree:
-    """Views of a rank's lanes."""
+def own_part(tree: Tree, dim: int, lanes: Lanes = lane_range) -> Tree:
+    """Views of a rank's lanes of nested tensors, which have those of all on a dimension."""
 
     def own(tensor: Tensor) -> Tensor:
         if not 0 <= dim < tensor.dim():
             raise ArgumentError(
-                f"source has a tensor of shape {tuple(tensor.shape)} without lanes on dimension "
-                f"{dim}, of which a rank could take its own"
+                f"a tensor of shape {tuple(tensor.shape)} has no dimension {dim} with lanes, of "
+                "which a rank could take its own"
             )
         part = lanes(tensor.shape[dim])
         return tensor.narrow(dim, part.start, part.stop - part.start)

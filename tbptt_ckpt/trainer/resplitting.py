@@ -6,6 +6,7 @@ The lanes of all ranks, in their order, are those of one batch; `lane_range` say
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,14 +132,17 @@ class _Split:
                 made[id(own)] = Boundary(own.step, state, own.ambient)
             return made[id(own)]
 
-        for step, own in base.boundaries.items():
-            base.boundaries[step] = joined([each.boundaries[step] for each in all_records], own)
-        if base.carried is not None:
-            carried = [each.carried for each in all_records if each.carried is not None]
-            base.carried = joined(carried, base.carried)
+        kept = {
+            step: joined([each.boundaries[step] for each in all_records], own)
+            for step, own in base.boundaries.items()
+        }
+        carried, origin_state = base.carried, base.origin_state
+        if carried is not None:
+            carried = joined([each.carried for each in all_records if each.carried], carried)
         if base.has_origin_state:
-            base.origin_state = self.tree([each.origin_state for each in all_records], dim)
-        return store_records(base, present)
+            origin_state = self.tree([each.origin_state for each in all_records], dim)
+        found = replace(base, boundaries=kept, carried=carried, origin_state=origin_state)
+        return store_records(found, present)
 
     def reader(self, readers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Where data is read on; steps that are held are split."""

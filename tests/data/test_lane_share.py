@@ -105,7 +105,7 @@ def test_a_trainer_takes_them() -> None:
         (lambda: own_lanes(torch.ones(3, 2)), "sequence is a Tensor"),
         (
             lambda: own_lanes(TensorSequence(torch.ones(3)), rank=0, ranks=2).read(0, 1),
-            r"shape \(1,\) without lanes on dimension 1",
+            r"shape \(1,\) has no dimension 1 with lanes",
         ),
         (
             lambda: own_lanes(LaneSource(TensorSequence(torch.ones(4)), 2), rank=0, ranks=4).lanes,
