@@ -30,6 +30,7 @@ SLOW = {
     "small_device",
     "peaks",
     "budgets",
+    "states_elsewhere",
     "times",
     "commands",
 }

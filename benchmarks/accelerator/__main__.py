@@ -25,6 +25,7 @@ from benchmarks.accelerator.exhaustion import out_of_memory, small_device
 from benchmarks.accelerator.gradients import autocast, precision, randomness, truth
 from benchmarks.accelerator.launches import kernels, waits
 from benchmarks.accelerator.memory import budgets, longest, peaks
+from benchmarks.accelerator.states import states_elsewhere
 from benchmarks.accelerator.times import compiled, graphs, times
 from benchmarks.report import add_output_arguments, print_origin, write_result
 from tbptt_ckpt.devices import accelerator
@@ -34,7 +35,7 @@ SECONDS = 450.0
 # What decides whether anything else means something comes first.
 SECTIONS: tuple[Section, ...] = (
     *(truth, randomness, precision, autocast, waits, out_of_memory, small_device),
-    *(peaks, budgets, kernels, times, commands, longest, graphs, compiled),
+    *(peaks, budgets, states_elsewhere, kernels, times, commands, longest, graphs, compiled),
 )
 
 

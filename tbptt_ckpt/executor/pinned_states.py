@@ -60,7 +60,8 @@ class PinnedStates(KeptStates):
                 return tensor
             if not is_waited_for(tensor):
                 return _Pinned(tensor.clone(), tensor.device, None)
-            fits = type(tensor), tensor.dtype, tensor.size(), tensor.stride()
+            # A place read for one device is ready for that device's next copy, not for another's.
+            fits = type(tensor), tensor.device, tensor.dtype, tensor.size(), tensor.stride()
             free = self._free.get(fits)
             place = free.pop() if free else pinned_like(tensor)
             return _Pinned(place.copy_(tensor, non_blocking=True), tensor.device, fits)

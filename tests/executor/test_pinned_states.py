@@ -95,6 +95,7 @@ def test_nothing_of_a_device_is_kept_there_and_places_are_used_again() -> None:
             if step >= 2:
                 kept.drop(step - 2)
         assert waits.pinned == 3
+        assert all(DEVICE in fits for fits in kept._free)  # those of another are not its
         assert [step in kept for step in range(5)] == [False, False, False, True, True]
         found = kept.find(3).state[0]
         assert (found.device, found.values.tolist()) == (DEVICE, [3.0] * 3)
