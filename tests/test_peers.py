@@ -39,6 +39,7 @@ def expected() -> dict[str, np.ndarray]:
     [*TORCH[::4], *(later(entry) for entry in TORCH if entry not in TORCH[::4])],
     ids=lambda entry: entry.key,
 )
+@pytest.mark.filterwarnings("ignore")  # what torch says of itself as it traces
 def test_peers_of_torch_give_the_gradient_of_plain_bptt(entry: Entry, expected) -> None:
     peer = entry.make(make_work(SIZE))
     peer.warm_up()

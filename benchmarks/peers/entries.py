@@ -70,6 +70,13 @@ def _equinox(key: str, checkpoints: int | None) -> Entry:
     return Entry(key, label, "equinox", "equinox_scan:EquinoxPeer", options, needs)
 
 
+def _torchrl(key: str, backend: str, recompute: str) -> Entry:
+    label = f"TorchRL LSTMModule, {backend}{', recomputed' if recompute == 'full' else ''}"
+    needs = ("torchrl", *(["hoptorch"] if backend == "scan" else []))
+    options = {"backend": backend, "recompute": recompute}
+    return Entry(key, label, "TorchRL", "torchrl_lstm:TorchRLPeer", options, needs)
+
+
 def _ours(key: str, label: str, *, fused: bool = False, **options: Any) -> Entry:
     return Entry(key, f"ours, {label}", OURS, "ours:OursPeer", {"fused": fused, **options})
 
@@ -82,6 +89,11 @@ PEERS = (
     _checkpoint("ckpt-cell", "LSTMCell, checkpoint", fused=False, reentrant=False),
     _checkpoint("ckpt-cell-re", "LSTMCell, reentrant checkpoint", fused=False, reentrant=True),
     _checkpoint("ckpt-lstm", "nn.LSTM, checkpoint", fused=True, reentrant=False),
+    _torch("scan", "torch.scan", "torch_scan:TorchScanPeer", checkpointed=False),
+    _torch("scan-ckpt", "torch.scan, checkpoint", "torch_scan:TorchScanPeer", checkpointed=True),
+    _torchrl("torchrl-pad", "pad", "none"),
+    _torchrl("torchrl-scan", "scan", "none"),
+    _torchrl("torchrl-full", "scan", "full"),
     Entry("forum", "forum's algorithm, repaired", "forum", "forum:ForumPeer", {"fused": False}),
     Entry(
         "ignite",
@@ -107,29 +119,36 @@ FIXED = (
         executor="checkpoint",
     ),
     _ours("ours-cell-revolve", "LSTMCell, revolve:40", strategy="revolve:40"),
+    _ours("ours-parts-32", "Recurrent(LSTMCell), uniform:32", declared=True, strategy="uniform:32"),
+    _ours("ours-compiled-32", "LSTMCell compiled, uniform:32", compile=True, strategy="uniform:32"),
     _ours("ours-lstm-16", "nn.LSTM, uniform:16", fused=True, strategy="uniform:16"),
     _ours("ours-lstm-retain", "nn.LSTM, retain", fused=True, strategy="retain"),
 )
 
 
+MODELS = {
+    "cell": ("LSTMCell", {"fused": False}),
+    "parts": ("Recurrent(LSTMCell)", {"fused": False, "declared": True}),
+    "lstm": ("nn.LSTM", {"fused": True}),
+}
+
+
 def _within(model: str, peer: str) -> Entry:
     """Ours, with the peak of a peer as budget."""
     (theirs,) = (entry for entry in PEERS if entry.key == peer)
-    fused = model == "nn.LSTM"
-    return Entry(
-        f"ours-{'lstm' if fused else 'cell'}-at-{peer}",
-        f"ours, {model}, memory of: {theirs.label}",
-        OURS,
-        "ours:OursPeer",
-        {"fused": fused},
-        theirs.needs,
-        peer,
-    )
+    name, options = MODELS[model]
+    label = f"ours, {name}, memory of: {theirs.label}"
+    key = f"ours-{model}-at-{peer}"
+    return Entry(key, label, OURS, "ours:OursPeer", options, theirs.needs, peer)
 
 
 BUDGETED = (
-    *(_within("LSTMCell", peer) for peer in ("jax-nested", "ckpt-cell", "equinox", "equinox-10")),
-    *(_within("nn.LSTM", peer) for peer in ("ckpt-lstm", "jax-nested", "ckpt-cell", "equinox")),
+    *(_within("cell", peer) for peer in ("jax-nested", "ckpt-cell", "equinox", "equinox-10")),
+    *(_within("parts", peer) for peer in ("jax-nested", "ckpt-lstm", "equinox", "equinox-10")),
+    *(
+        _within("lstm", peer)
+        for peer in ("ckpt-lstm", "jax-nested", "ckpt-cell", "equinox", "torchrl-full")
+    ),
 )
 
 ENTRIES = PEERS + FIXED + BUDGETED

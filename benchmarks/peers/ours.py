@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.peers.torch_peer import WARMUP_STEPS, TorchPeer
 from benchmarks.peers.work import Work
 from benchmarks.recomputation import byte_loss
-from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt import TBPTT, Recurrent, TensorSequence
 from tbptt_ckpt.memory.storages import tensor_bytes
 
 # Windows of as many lengths are metered before the package trusts its costs.
@@ -23,6 +23,7 @@ class OursPeer(TorchPeer):
     Args:
         work: What to do.
         fused: Whether the model is `nn.LSTM`, run per segment.
+        declared: Whether the model of steps says its parts.
         budget_bytes: Peak of temporaries that is allowed; None leaves it to the options.
         device: Where it is done.
         options: Further arguments of `TBPTT`.
@@ -33,11 +34,15 @@ class OursPeer(TorchPeer):
         work: Work,
         *,
         fused: bool,
+        declared: bool = False,
         budget_bytes: int | None = None,
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
         super().__init__(work, fused=fused, device=device)
+        module = self.model
+        if declared:
+            module = Recurrent(module.cell, readout=module.readout)
         self.has_budget = budget_bytes is not None
         if budget_bytes is not None:
             # The package's budget counts what is there anyway: weights, gradients, inputs.
@@ -47,9 +52,7 @@ class OursPeer(TorchPeer):
             options["memory_budget"] = there + budget_bytes
         num_steps = work.size.num_steps
         per_step = not fused
-        self.tbptt = TBPTT(
-            self.model, byte_loss, num_steps, num_steps, per_step=per_step, **options
-        )
+        self.tbptt = TBPTT(module, byte_loss, num_steps, num_steps, per_step=per_step, **options)
 
     def warm_up(self) -> None:
         """Short stretches, so that costs are measured and corrected."""

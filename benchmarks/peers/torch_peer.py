@@ -26,12 +26,16 @@ class TorchPeer(ABC):
     def __init__(self, work: Work, *, fused: bool, device: torch.device | str = "cpu") -> None:
         self.fused, self.device = fused, device
         self.model = (ByteLSTM if fused else ByteCell)(work.size.width).to(device)
+        self.take_weights(work)
+        self.inputs = torch.from_numpy(work.inputs).to(device)
+        self.targets = torch.from_numpy(work.targets).to(device)
+
+    def take_weights(self, work: Work) -> None:
+        """Put the work's weights into the model, and gradients of zero beside them."""
         self._weights = _by_name(self.model)
         for name, weight in self._weights.items():
             weight.data.copy_(torch.from_numpy(work.weights[name]))
             weight.grad = torch.zeros_like(weight)
-        self.inputs = torch.from_numpy(work.inputs).to(device)
-        self.targets = torch.from_numpy(work.targets).to(device)
 
     @abstractmethod
     def accumulate(self, inputs: Tensor, targets: Tensor) -> float:
