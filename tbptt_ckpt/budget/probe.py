@@ -20,6 +20,7 @@ from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.runner import Runner
+from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import Route, StateGrads, WindowPass
 from tbptt_ckpt.memory.meter import Lap, peak_memory
@@ -53,6 +54,7 @@ class SegmentProbe:
     loss_start: int  # first step with a loss
     boundary: Boundary  # the state that segments start from, whatever step it is of
     resets: Resets = field(default_factory=Resets)  # lanes that begin a new sequence
+    checks_replays: bool = False  # whether what is measured is held against what it repeats
     stops_at: Sequence[int] = ()  # where the leaf that is last in time is cut, if it is
 
     def bytes_of(self, steps: int) -> SegmentBytes:
@@ -177,13 +179,17 @@ class SegmentProbe:
     def go_on(self) -> Boundary:
         """Start from the state one step later; the one before, with what was there before."""
         before = Boundary(self.first, self.boundary.state, self.ambient.capture())
-        stop = self.first + 1
-        step = self._pass(self.first, stop, stop, stop, UNOBSERVED)
-        later = step.advance(self._boundary_at(self.first), stop, 1)
+        later = self.step()
         if tensors_of(self.boundary.state):  # there are none in a first state None
             _check_same_shapes(self.boundary, later)
         self.boundary = later
         return before
+
+    def step(self, sink: Sink | None = None) -> Boundary:
+        """What the first step reaches, without a graph; its output goes to the sink."""
+        stop = self.first + 1
+        this = self._pass(self.first, stop, stop, stop, UNOBSERVED)
+        return this.advance(self._boundary_at(self.first), stop, 1, sink)
 
     def _leaf(self, steps: int) -> Differentiate:
         return Differentiate(self.stop - steps, self.stop)

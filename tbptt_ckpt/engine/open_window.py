@@ -281,6 +281,7 @@ class OpenWindow:
             loss_start=self._loss_start,
             boundary=self._boundary_at(window.first),
             resets=self._resets,
+            checks_replays=parts.checks_replays,
         )
 
     def _joint_steps(self) -> Sequence[int]:

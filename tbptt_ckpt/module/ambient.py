@@ -24,7 +24,6 @@ from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
 from tbptt_ckpt.module.buffers import BufferCensus, BufferValue, find_buffers
 from tbptt_ckpt.module.generators import GLOBAL_PLACES, GeneratorState, generator_places
 from tbptt_ckpt.module.inside import owner_of
-from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.module.trees import bytes_of, checksum
 
 
@@ -240,7 +239,7 @@ def untouched(
     generators, if there is one. What is yielded puts everything back at any time.
     """
     modules = [owner for owner in map(owner_of, owners) if isinstance(owner, nn.Module)]
-    used = [*parameters_of(*modules), *tensors]
+    used = [*(p for module in modules for p in module.parameters()), *tensors]
     ambient = Ambient(modules, used) if ambient is None else ambient
     modes = [(part, part.training) for module in modules for part in module.modules()]
     # Leaves by identity: one that is named twice has no gradient any more the second time.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.module.folded_parts import FoldedPart
 from tbptt_ckpt.module.inside import (
     is_cell,
     is_layer,
@@ -20,7 +21,7 @@ from tbptt_ckpt.module.inside import (
 )
 from tbptt_ckpt.module.outputs import outputs_needed
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
-from tbptt_ckpt.module.trees import Tree, map_tensors
+from tbptt_ckpt.module.trees import Tree
 
 Call = Callable[[Any, Any], Any]
 
@@ -75,6 +76,7 @@ class Recurrent(nn.Module):
         self.transition, self.encode, self.readout = transition, encode, readout
         self.per_step = not is_layer(inner) and per_step is not False
         self.time_dim = int(is_layer(inner) and inner.batch_first)
+        self._folded = {n: FoldedPart(n, self.time_dim) for n in ("encode", "readout")}
 
     def forward(self, inputs: Any, state: Any) -> tuple[Any, Any]:
         """Outputs and the next state, of one step or of a segment."""
@@ -91,12 +93,15 @@ class Recurrent(nn.Module):
         return self._run(inputs, state, reads_out=self.readout is None or outputs_needed())
 
     def _run(self, inputs: Any, state: Any, *, reads_out: bool) -> tuple[Any, Any]:
-        run = _in_place if self.per_step else _folded
-        encoded = inputs if self.encode is None else run(self.encode, inputs)
+        encoded = inputs if self.encode is None else self._part("encode", inputs)
         features, state = as_step(self.transition)(encoded, state)
         if self.readout is None:
             return features, state
-        return run(self.readout, features) if reads_out else None, state
+        return self._part("readout", features) if reads_out else None, state
+
+    def _part(self, name: str, value: Tree) -> Any:
+        part: Any = getattr(self, name)
+        return part(value) if self.per_step else self._folded[name].run(part, value)
 
     def parts(self) -> StepParts:
         """The parts of one step."""
@@ -142,19 +147,3 @@ def _of_features(readout: Callable[[Any], Any], features: Tree, _encoded: Tree) 
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _in_place(part: Callable[[Any], Any], value: Tree) -> Any:
-    return part(value)
-
-
-def _folded(part: Callable[[Any], Any], value: Tree) -> Any:
-    """A part of all steps at once, [T, B, ...] or [B, T, ...], as if they were lanes."""
-    sizes: list[Any] = []
-
-    def fold(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.shape[:2])
-        return tensor.flatten(0, 1)
-
-    result = part(map_tensors(fold, value))
-    return map_tensors(lambda tensor: tensor.unflatten(0, sizes[0]), result)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import naive
@@ -24,9 +25,11 @@ from cases import (
     relative_error,
     twin,
 )
+from grids import covering
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, Recurrent, TensorSequence, run_window, unroll
+from tbptt_ckpt.errors import TbpttWarning
 
 T = 9
 WEIGHTS = (1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 3.0, 1.0, 1.0)
@@ -323,6 +326,56 @@ def test_a_layer_as_transition_takes_segments(strategy: str, batch_first: bool) 
     TBPTT(module, F.mse_loss, 7, 7, strategy=strategy).train(sequence, None)
     expected = gradients(list(other.parameters()))
     assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
+
+
+class MixesLanes(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, WIDTH)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.linear(rows - rows.mean(0, keepdim=True))
+
+
+MIXED = {  # an encoder, and a readout, of which one knows of other lanes
+    "encode": lambda: (MixesLanes(WIDTH_IN), normed_readout()),
+    "readout": lambda: (encoder(), MixesLanes(WIDTH)),
+    "batch norm": lambda: (encoder(), nn.BatchNorm1d(WIDTH)),
+    "softmax": lambda: (encoder(), nn.Softmax(0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*every lane")
+@covering(
+    together=1,
+    name=MIXED,
+    layer=[nn.LSTM, nn.GRU],
+    strategy=["retain", "uniform:2", "step", "revolve:2"],
+    batch_first=[False, True],
+    dtype=[torch.float64, torch.float32],
+    executor=["replay", "checkpoint"],
+)
+def test_a_part_that_mixes_lanes_runs_step_by_step_around_a_layer_too(
+    name: str, layer: Any, strategy: str, batch_first: bool, dtype: Any, executor: str
+) -> None:
+    torch.manual_seed(0)
+    encode, readout = MIXED[name]()
+    module = Recurrent(layer(WIDTH, WIDTH, batch_first=batch_first), encode, readout).to(dtype)
+    inputs, targets = (t.to(dtype) for t in random_data(7))
+    other, _ = twin(module, None)
+    encoded = torch.stack([other.encode(step) for step in inputs])
+    hidden, _ = other.transition(encoded.transpose(0, 1) if batch_first else encoded, None)
+    hidden = hidden.transpose(0, 1) if batch_first else hidden
+    F.mse_loss(torch.stack([other.readout(step) for step in hidden]), targets).backward()
+    if batch_first:
+        inputs, targets = inputs.transpose(0, 1), targets.transpose(0, 1)
+    sequence = TensorSequence(inputs, targets, time_dim=int(batch_first))
+    tbptt = TBPTT(module, F.mse_loss, 7, 7, strategy=strategy, executor=executor)
+    with pytest.warns(TbpttWarning, match="every lane") if strategy == "retain" else nullcontext():
+        tbptt.train(sequence, None)
+    expected = gradients(list(other.parameters()))
+    bound = 1e-12 if dtype is torch.float64 else 1e-5
+    assert relative_error(gradients(list(module.parameters())), expected) <= bound
 
 
 def test_single_windows_and_unrolling_take_it() -> None:
