@@ -41,7 +41,7 @@ class Agreed:
         """Summed loss and weight; of this rank's `own` loss where it trains alone."""
         if self._outcome is None:
             return own.loss_sum, float(own.weight)
-        return (self._outcome.loss or 0.0) * self._outcome.positions, self._outcome.positions
+        return self._outcome.loss_sum, self._outcome.positions
 
     def figures(self, own: OpenWindow) -> dict[str, Any]:
         """What a result says of it."""
@@ -85,7 +85,7 @@ class Agreement:
         positions = 0.0 if loss is None else opened.loss.positions
         ballot = Ballot(
             window=window.index,
-            loss_sum=(numbers.loss_value or 0.0) * positions,
+            loss_sum=(numbers.loss_value or 0.0) * (1.0 if ranks.sums else positions),
             positions=positions,
             tokens=opened.num_tokens(),
             has_loss=loss is not None,
@@ -103,7 +103,7 @@ class Agreement:
             return
         updater, leaves = self._parts.updater, self._initial.leaves()
         while not ranks.is_last:
-            updater.deliveries.wrappers.begin()
+            updater.deliveries.begin()
             updater.clear(leaves)
             agreed = self._of(ranks, ranks.vote(Ballot()), None)
             if agreed.loss is not None:

@@ -214,8 +214,3 @@ def _check_ranks(options: Options) -> None:
             f"{given} does not go with k2='auto', whose audits see one rank's gradient; give a "
             "fixed k2, such as one that k2='auto' chose in one process"
         )
-    if options.reduction == "sum":
-        raise ArgumentError(
-            f"{given} does not go with reduction='sum': how windows of several ranks weigh is told "
-            "by means only; leave reduction='mean'"
-        )

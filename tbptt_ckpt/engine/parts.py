@@ -150,7 +150,8 @@ def make_parts(
     executor: Executor = _EXECUTORS[given]() if isinstance(given, str) else given
     wrappers = deliveries.wrappers
     is_drawn = options.parsed_truncation() is not None  # what gradients are is divided
-    works = measured and not (executor.one_graph or wrappers.is_sharded or is_drawn)
+    is_sharded = wrappers.is_sharded or wrappers.shards.is_any
+    works = measured and not (executor.one_graph or is_sharded or is_drawn)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
@@ -258,6 +259,11 @@ def _make_budget(
                 f"{given}: every run of a step of module gathers weights from all processes "
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "
                 "strategy, such as 'sqrt', without a budget"
+            )
+        if amount is not None and updater.deliveries.wrappers.shards.is_any:
+            raise ArgumentError(
+                f"{given}: what gathering weights (fully_shard) and reducing their gradients takes "
+                "is in no plan; leave memory_budget out"
             )
         costs, batching = options.parsed_costs(), runner.time_batching
         return GrowingBudget(

@@ -7,7 +7,8 @@ from typing import Any
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.module.inside import owner_of
-from tbptt_ckpt.updates.ranks import RankGroup, named_weights
+from tbptt_ckpt.updates.checksums import named_weights
+from tbptt_ckpt.updates.ranks import RankGroup
 
 
 def make_ranks(
@@ -28,6 +29,7 @@ def make_ranks(
         )
     owners = [("module", owner_of(module)), ("loss_fn", owner_of(loss_fn))]
     others = [weight for group in optimizer.param_groups for weight in group["params"]]
-    names = ("k1", "k2", "loss", "overlap", "accumulate", "clip_grad_norm")
+    names = ("k1", "k2", "loss", "overlap", "reduction", "accumulate", "clip_grad_norm")
     settings = {name: getattr(options, name) for name in names}
-    return RankGroup(ranks, named_weights(owners, others), settings)
+    weights, sums = named_weights(owners, others), options.reduction == "sum"
+    return RankGroup(ranks, weights, settings, sums=sums)

@@ -56,7 +56,7 @@ class SequenceRun:
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
         self._agreement = Agreement(parts, self._observer, self.initial)
         self._standing = Standing()
-        parts.updater.group.begin()
+        parts.updater.begin_sequence()
         self._ambient: Ambient | None = None
         self._begun = time.perf_counter()
         self._present: AmbientState | None = None  # to start from, once devices are known
@@ -119,7 +119,7 @@ class SequenceRun:
 
     def _run(self, whole: Window) -> WindowResult:
         begun, parts = time.perf_counter(), self._parts
-        parts.updater.deliveries.wrappers.begin()
+        parts.updater.deliveries.begin()
         guard = parts.guard(weights := parts.weights())
         opened = self._open(parts.truncation.of(whole))
         window, records = opened.draw.window, self._standing.records

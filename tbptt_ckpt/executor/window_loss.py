@@ -57,18 +57,30 @@ class WindowLoss:
         """What a mean is taken of, counted alike in windows of other lanes.
 
         That is what a loss function gives as weight, positions of targets where it is one of
-        torch's, and otherwise steps of lanes.
+        torch's, and otherwise steps of lanes; where sums are asked for, what they count.
 
         Raises:
-            ArgumentError: The loss is a sum of torch's.
+            ArgumentError: The window's loss is not one that windows of other lanes add to.
         """
         counting = self.function.counting
-        if counting is not None and counting.reduction == "sum":
-            raise ArgumentError(
-                f"loss_fn calls {counting.name} with reduction='sum', and how windows of several "
-                "ranks weigh is told by means only; use 'mean', or return (loss_sum, weight)"
-            )
+        is_sum = counting is not None and counting.reduction == "sum"
+        if self.reduction == "sum":
+            has_lane_weights = any(_weighs_lanes(part) for part in narrow_blocks(*self._steps))
+            if has_lane_weights or not (is_sum or self.function.weighs_itself):
+                raise ArgumentError(
+                    "reduction='sum' multiplies a mean, and what has weights of lanes, by what a "
+                    "whole window counts, which is no sum over lanes of several ranks; use "
+                    "reduction='mean', or a loss of torch's with reduction='sum' or (loss_sum, "
+                    "weight), without weights of lanes"
+                )
+            return float(self.weight)
         if counting is not None:
+            if is_sum:
+                raise ArgumentError(
+                    f"loss_fn calls {counting.name} with reduction='sum', and how windows of "
+                    "several ranks weigh is told by means only; use 'mean' there, or give "
+                    "reduction='sum', or return (loss_sum, weight)"
+                )
             return float(self.weight) * counting.unit
         if self.function.weighs_itself:
             return float(self.weight)
@@ -185,7 +197,11 @@ class WindowLoss:
 
 def _lanes_of(block: StepBlock) -> int:
     """Lanes that a step's weight stands for."""
-    return 1 if block.weight is not None and block.weight.dim() == 2 else block.num_lanes()
+    return 1 if _weighs_lanes(block) else block.num_lanes()
+
+
+def _weighs_lanes(block: StepBlock) -> bool:
+    return block.weight is not None and block.weight.dim() == 2
 
 
 def _is_on_device(weight: float | Tensor) -> TypeGuard[Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.updates.hooks import HooksOff
 from tbptt_ckpt.updates.ranks import RankGroup
+from tbptt_ckpt.updates.shards import is_shard
 from tbptt_ckpt.updates.wrappers import Wrappers
 
 
@@ -43,23 +44,42 @@ class Deliveries:
     """
 
     def __init__(self, *owners: object, once: bool = False, ranks: RankGroup | None = None) -> None:
-        self.wrappers, self._once, self.ranks = Wrappers(*owners), once, ranks
-        if ranks is not None and self.wrappers.is_sharded:
-            raise ArgumentError(
-                "ranks='all' does not fit module: fully_shard reduces gradients in every backward; "
-                "leave ranks out, and give all ranks the same lanes, steps and fixed strategy"
-            )
-        if once and self.wrappers.is_sharded:
+        self.wrappers = Wrappers(*owners, gathers=ranks is not None)
+        self._once, self.ranks = once, ranks
+        self._begun: int | None = None  # votes before the window that has begun
+        if ranks is not None:
+            self.wrappers.shards.check(ranks.count)
+        if once and (self.wrappers.is_sharded or self.wrappers.shards.is_any):
             raise ArgumentError(
                 "deliver='once' does not fit module: fully_shard needs the gradient of every "
                 "backward; leave deliver='auto'"
             )
 
+    def begin_sequence(self) -> None:
+        """The next window is no second attempt of one that has begun."""
+        self._begun = None
+
+    def begin(self) -> None:
+        """A window begins: what wrappers send before it is sent.
+
+        Where one rank runs a window again the others do not gather weights, nor does it.
+        """
+        self.wrappers.begin()
+        votes = None if self.ranks is None else self.ranks.num_votes
+        if votes is not None and votes != self._begun:
+            self.wrappers.shards.begin()
+        self._begun = votes
+
     def waits(self, weight: Tensor) -> bool:
         """Whether a weight is given its gradient when a window is complete."""
+        if self._is_shard(weight):
+            return False  # what it was gathered in does
         hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
         is_waited_for = hooks or self._all_wait or id(weight) in self.wrappers.weights
         return bool(is_waited_for) and weight.requires_grad
+
+    def _is_shard(self, weight: Tensor) -> bool:
+        return self.wrappers.shards.is_any and is_shard(weight)
 
     @property
     def _all_wait(self) -> bool:
@@ -72,10 +92,16 @@ class Deliveries:
     def of(self, weights: Iterable[Tensor]) -> Delivery:
         """The delivery of one window's gradient to those of `weights`, and their own, that wait."""
         distinct = {id(weight): weight for weight in weights} | self.wrappers.weights
+        distinct |= {id(weight): weight for weight in self.gathered}
         waiting = [weight for weight in distinct.values() if self.waits(weight)]
         if not (waiting or self.any_waits(())):
             return NOTHING_WAITS
         return Delivery(waiting, self.wrappers, collects=self._once)
+
+    @property
+    def gathered(self) -> list[Tensor]:
+        """Weights that shards were gathered in, and that leaves give gradients to."""
+        return self.wrappers.shards.gathered
 
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
         """What gradients are gathered in when they are reduced."""
@@ -91,13 +117,14 @@ class Deliveries:
         Raises:
             RankError: Ranks have come to hold different weights.
         """
-        learning = [weight for weight in weights if weight.requires_grad]
+        learning = [w for w in weights if w.requires_grad and not self._is_shard(w)]
         is_there = ranks.begin_update(learning)
         for weight, there in zip(learning, is_there, strict=True):
             if there and weight.grad is None:
                 weight.grad = torch.zeros_like(weight, device=weight.device)
         self.wrappers.reduce()
-        others = [weight for weight in learning if id(weight) not in self.wrappers.weights]
+        reduced = {*self.wrappers.weights, *map(id, self.gathered)}
+        others = [weight for weight in learning if id(weight) not in reduced]
         ranks.average([weight.grad for weight in others if weight.grad is not None])
         for weight, there in zip(learning, is_there, strict=True):
             if not there:

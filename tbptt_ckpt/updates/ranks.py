@@ -9,8 +9,7 @@ one is due, whether a loss somewhere is not finite. A rank whose sequence has en
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.updates.checksums import checksums_of, differing
+from tbptt_ckpt.updates.shards import is_shard
 
 _FIRST_UPDATES = 3  # before which weights are always compared
 
@@ -46,8 +47,8 @@ class Ballot:
 
     Attributes:
         window: Its index; -1 of none.
-        loss_sum: Its loss times `positions`.
-        positions: What its loss is a mean of.
+        loss_sum: Its loss, times `positions` where it is a mean.
+        positions: What its loss is a mean of, or would be.
         tokens: Valid new steps of its lanes.
         has_loss: Whether it was differentiated.
         is_last: Whether no window follows on the rank.
@@ -72,13 +73,15 @@ class Outcome:
     """What the ballots of a window come to.
 
     Attributes:
-        loss: The mean over all ranks; None where no rank has one.
-        positions: What it is a mean of.
+        loss: Of all ranks; None where no rank has one.
+        loss_sum: Of all ranks, not divided.
+        positions: What a mean is divided by.
         tokens: Valid new steps of all lanes of all ranks.
         factor: What this rank's gradient is multiplied by before the mean over ranks is taken.
     """
 
     loss: float | None
+    loss_sum: float
     positions: float
     tokens: int
     factor: float
@@ -87,10 +90,13 @@ class Outcome:
 class RankGroup:
     """The ranks, seen from one of them. All of them make it, and call it, in the same order.
 
-    `weights` are those that updates change, by their names.
+    `weights` are those that updates change, by their names; `sums` says that losses are summed over
+    ranks, and not averaged.
 
     Attributes:
+        sums: The same.
         is_last: Whether the windows that were voted on last are the last ones of all ranks.
+        num_votes: So far.
 
     Raises:
         ArgumentError: There is no process group.
@@ -98,18 +104,23 @@ class RankGroup:
     """
 
     def __init__(
-        self, options: Ranks, weights: Mapping[str, Tensor], settings: Mapping[str, object]
+        self,
+        options: Ranks,
+        weights: Mapping[str, Tensor],
+        settings: Mapping[str, object],
+        *,
+        sums: bool = False,
     ) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ArgumentError(
                 "ranks='all' needs a process group; call torch.distributed.init_process_group "
                 "first, in processes that torchrun has started, or leave ranks out"
             )
-        self._every, self._weights = options.check_every, dict(weights)
+        self._every, self._weights, self.sums = options.check_every, dict(weights), sums
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         is_gloo = dist.get_backend() == "gloo"
         self._group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
-        self.is_last, self._updates = True, 0
+        self.is_last, self._updates, self.num_votes = True, 0, 0
         self._is_even, self._wishes = False, (0, False)
         self._agreed: tuple[int, bool] | None = None  # before the first vote
         shapes = {f"shape of {name}": tuple(w.shape) for name, w in weights.items()}
@@ -122,6 +133,7 @@ class RankGroup:
             NonFiniteError: A rank has found what is not finite; no rank uses the window.
             RankError: Ranks are at different windows, or one is gone.
         """
+        self.num_votes += 1
         stop, saves = self._wishes
         ballot = replace(ballot, stop=stop, saves=saves)
         rows = self._gathered(torch.tensor(astuple(ballot), dtype=torch.float64, device="cpu"))
@@ -145,16 +157,28 @@ class RankGroup:
             )
         positions = sum(each.positions for each in ballots)
         loss_sum = sum(each.loss_sum for each in ballots)
-        has_loss = any(each.has_loss for each in ballots)
+        has_loss = any(each.has_loss for each in ballots) and positions > 0
+        mean = loss_sum / positions if positions else 0.0
+        share = ballot.positions / positions if positions else 0.0
         return Outcome(
-            loss=loss_sum / positions if has_loss and positions else None,
+            loss=(loss_sum if self.sums else mean) if has_loss else None,
+            loss_sum=loss_sum,
             positions=positions,
             tokens=int(sum(each.tokens for each in ballots)),
-            factor=ballot.positions * self.count / positions if positions else 0.0,
+            factor=self.count * (1.0 if self.sums else share),
         )
 
     def require_even(self) -> None:
-        """From now on all ranks have as many windows, or votes raise `RankError`."""
+        """From now on all ranks have as many windows, or votes raise `RankError`.
+
+        Raises:
+            ArgumentError: They hold weights together, of which recovery and snapshots know nothing.
+        """
+        if any(map(is_shard, self._weights.values())):
+            raise ArgumentError(
+                "a Trainer does not go with fully_shard: its snapshots and its look at weights are "
+                "of one rank; use tbptt.windows, and torch.distributed.checkpoint between windows"
+            )
         self._is_even = True
 
     def wish(self, stop: int, *, saves: bool) -> None:
@@ -213,27 +237,21 @@ class RankGroup:
                 grad.copy_(part.view_as(grad))
 
     def compare(self) -> None:
-        """Hold the weights of all ranks against each other, bit by bit.
+        """Hold the weights of all ranks against each other, bit by bit; a shard against its copies.
 
         Raises:
             RankError: They are not the same.
         """
-        mine = torch.tensor(
-            [_checksum(weight) for weight in self._weights.values()],
-            dtype=torch.int64,
-            device="cpu",
-        )
-        found = self._gathered(mine)
-        differing = (found != found[0]).nonzero().tolist()
-        if not differing:
+        found = differing(self._gathered(checksums_of(self._weights.values())))
+        if not found:
             return
-        rank, place = differing[0]
+        rank, other, place = min(found)
         name = list(self._weights)[place]
-        many = len({at for _, at in differing})
+        many = len({at for *_, at in found})
         raise RankError(
-            f"{name} on rank {rank} is not what it is on rank 0 after {self._updates} updates "
-            f"({many} of {len(self._weights)} weights differ): ranks began from different weights, "
-            "or something else changes weights or gradients on one of them"
+            f"{name} on rank {rank} is not what it is on rank {other} after {self._updates} "
+            f"updates ({many} of {len(self._weights)} weights differ): ranks began from different "
+            "weights, or something else changes weights or gradients on one of them"
         )
 
     def _check_same(self, facts: Mapping[str, object]) -> None:
@@ -264,22 +282,3 @@ class RankGroup:
 
 
 _FIELDS = tuple(Ballot.__dataclass_fields__)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Of a tensor's bits."""
-    whole = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(whole.view(torch.uint8).numpy().data)
-
-
-def named_weights(owners: Iterable[tuple[str, Any]], others: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Weights of modules by their names, and the optimizer's others by their places."""
-    found = {
-        id(weight): (f"{owner}.{name}", weight)
-        for owner, module in owners
-        if isinstance(module, torch.nn.Module)
-        for name, weight in module.named_parameters()
-    }
-    rest = {id(weight): weight for weight in others if id(weight) not in found}
-    named = dict(found.values())
-    return named | {f"parameter {n} of optimizer": each for n, each in enumerate(rest.values())}

@@ -14,6 +14,7 @@ from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
 from tbptt_ckpt.updates.accumulation import Accumulation
 from tbptt_ckpt.updates.delivery import Deliveries
+from tbptt_ckpt.updates.shards import by_kind, total_norm
 from tbptt_ckpt.updates.undo import Aside, Update
 
 
@@ -93,12 +94,17 @@ class Updater:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"]]
 
+    def begin_sequence(self) -> None:
+        """No window of it has begun."""
+        self.group.begin()
+        self.deliveries.begin_sequence()
+
     def clear(self, init_state_leaves: Iterable[Tensor]) -> None:
         """Forget all gradients, unless they accumulate."""
         self._known_norm = None
         if self.optimizer is None or self.group.pending:
             return
-        tensors = (*self._cleared, *init_state_leaves)
+        tensors = (*self._cleared, *init_state_leaves, *self.deliveries.gathered)
         if getattr(self.optimizer.zero_grad, "__func__", None) is torch.optim.Optimizer.zero_grad:
             tensors += tuple(self.optimized())  # the same, without an entry for profilers
         else:
@@ -215,7 +221,8 @@ class Updater:
 
     def _changed(self, init_state_leaves: Iterable[Tensor]) -> list[Tensor]:
         """All tensors whose gradients a window changes."""
-        return list(dict.fromkeys((*self._cleared, *init_state_leaves, *self.optimized())))
+        own = (*self._cleared, *init_state_leaves, *self.optimized())
+        return list(dict.fromkeys((*own, *self.deliveries.gathered)))
 
     def _measure_and_clip(self, watch: UpdateWatch) -> None:
         if not self._needs_norm(watch):
@@ -227,7 +234,8 @@ class Updater:
         norm, self.grad_norm = known or self._norm(Numbers())
         watch.takes_norm(self.grad_norm)
         if self._clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.optimized(), self._clip, norm)
+            for alike in by_kind(self.optimized()):
+                torch.nn.utils.clip_grads_with_norm_(alike, self._clip, norm)
 
     def _needs_norm(self, watch: UpdateWatch) -> bool:
         return self._clip is not None or watch.wants_norm
@@ -236,7 +244,7 @@ class Updater:
         found = [p.grad for p in self.optimized() if p.grad is not None]
         # torch has no norm of sparse ones, such as of `nn.Embedding(sparse=True)`.
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in found]
-        norm = torch.nn.utils.get_total_norm(grads).detach()
+        norm = total_norm(grads).detach()
         return norm, numbers.ask(norm)
 
     def _step_optimizer(self) -> bool:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.inside import is_a, modules_in
 from tbptt_ckpt.updates.hooks import HooksOff
+from tbptt_ckpt.updates.shards import Shards
 
 # Modules that keep gradients in a backward of their own, and where they come from.
 _REFUSED = {"FullyShardedDataParallel": "torch", "DeepSpeedEngine": "deepspeed"}
@@ -30,9 +31,11 @@ class Wrappers:
 
     Args:
         *owners: Modules, and functions that name some.
+        gathers: Whether sharded weights are gathered for a window, and reduced at its update.
 
     Attributes:
         is_sharded: Whether weights are gathered from all processes in every run of a step.
+        shards: What is gathered for a window instead.
         weights: Those whose gradients are reduced over processes, by their identity.
         bucket_bytes: What reducers gather gradients in, which nobody else can reach.
 
@@ -40,11 +43,13 @@ class Wrappers:
         ArgumentError: One that cannot be given a window's gradient at once.
     """
 
-    def __init__(self, *owners: object) -> None:
+    def __init__(self, *owners: object, gathers: bool = False) -> None:
         found = {id(module): module for owner in owners for _, module in modules_in(owner)}
         for module in found.values():
             _check(module)
-        self.is_sharded = any(is_a(module, "torch", "FSDPModule") for module in found.values())
+        shards = Shards(found.values())
+        self.is_sharded = shards.is_any and not gathers
+        self.shards = shards if gathers else Shards(())
         self._reducers = [m for m in found.values() if isinstance(m, DistributedDataParallel)]
         self.weights = {id(p): p for m in self._reducers for p in m.parameters() if p.requires_grad}
         self.bucket_bytes = sum(weight.nbytes for weight in self.weights.values())
@@ -86,6 +91,7 @@ class Wrappers:
 
     def reduce(self) -> None:
         """Each sees one pass, without a gradient of its own: it reduces what has accumulated."""
+        self.shards.reduce()
         for reducer in self._reducers:
             weights = [weight for weight in reducer.parameters() if weight.requires_grad]
             hooks = [HooksOff(weight) for weight in weights]

@@ -6,35 +6,49 @@ import copy
 import itertools
 import os
 import signal
-import socket
 import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import naive
 import pytest
 import torch
 import torch.distributed as dist
-from cases import WIDTH, gradients, mean_loss, random_data, random_state, relative_error, tanh_cell
+from cases import WIDTH, gradients, mean_loss, random_state, relative_error, tanh_cell
+from joined_ranks import (
+    K1,
+    LANES,
+    LANES_OF,
+    STEPS,
+    STEPS_OF,
+    Joined,
+    Traffic,
+    all_lanes,
+    free_port,
+    held,
+    in_copies,
+    local,
+    masked_mean,
+    sequence_of,
+    sharded,
+    sharded_inside,
+    spawn,
+)
 from runs_of_ranks import BY_DEFAULT, check_goes_on
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from tbptt_ckpt import TBPTT, NonFinite, SharedState, TensorSequence, Trainer, Validation
 from tbptt_ckpt.engine import Ranks
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.executor import compiled_steps
 from tbptt_ckpt.trainer import TrainingStopped
 from tbptt_ckpt.updates.ranks import RankGroup
-
-STEPS, K1, LANES = 11, 3, 4
-LANES_OF = (slice(0, 3), slice(3, 4))  # by rank
-STEPS_OF = (STEPS, 6)  # lanes of the second rank end earlier
 
 
 @pytest.fixture
@@ -45,109 +59,28 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def masked_mean(y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) of what is not NaN."""
-    counts = ~target.isnan()
-    return (y - target)[counts].square().sum(), counts.sum()
-
-
-def all_lanes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, targets, NaN where there are none, resets and the first state of all ranks."""
-    inputs, targets = random_data(STEPS, lanes=LANES)
-    resets = torch.zeros(STEPS, LANES, dtype=torch.bool)
-    resets[4, 1] = resets[7, 0] = resets[5, 3] = True
-    targets[8:, 2] = torch.nan
-    return inputs, targets, resets, random_state(lanes=LANES)
-
-
-def sequence_of(rank: int, count: int, *, is_masked: bool) -> tuple[TensorSequence, Tensor]:
-    """The lanes of a rank; masked by NaN for a loss that knows it, otherwise by weights."""
-    inputs, targets, resets, state = all_lanes()
-    lanes = LANES_OF[rank] if count == 2 else slice(None)
-    steps = STEPS_OF[rank] if count == 2 else STEPS
-    inputs, targets, resets = (each[:steps, lanes] for each in (inputs, targets, resets))
-    if count == 1:
-        targets[STEPS_OF[1] :, LANES_OF[1]] = torch.nan
-    weight = None if is_masked else (~targets.isnan()).all(-1).double()
-    targets = targets if is_masked else targets.nan_to_num()
-    return TensorSequence(inputs, targets, weight=weight, resets=resets), state[lanes]
-
-
-class Joined:
-    """Plain BPTT in one process over the lanes of both ranks, with its updates."""
-
-    def __init__(self, module: nn.Module, lr: float, k2: int | None, how: dict[str, Any]) -> None:
-        inputs, targets, resets, state = all_lanes()
-        targets[STEPS_OF[1] :, LANES_OF[1]] = torch.nan
-
-        def step(given: Any, h: Tensor) -> Any:
-            x, begins = given
-            return module(x, torch.where(begins[:, None], state, h))
-
-        weights = list(module.parameters())
-        problem = naive.Problem(
-            step=step,
-            loss_fn=masked_mean,
-            inputs=list(zip(inputs, resets, strict=True)),
-            targets=list(targets),
-            init_state=state,
-            parameters=weights,
-        )
-        self.losses, self.updates, group = [], [], []
-        optimizer = torch.optim.SGD(weights, lr=lr)
-        overlap = naive.OVERLAPS[how.get("overlap", "refresh")]
-        for window in overlap(problem, K1, k2):
-            self.losses.append(float(window.loss))
-            group.append(window.grads)
-            if len(group) == how.get("accumulate", 1) or window.stop == STEPS:
-                for weight, *grads in zip(weights, *group, strict=True):
-                    weight.grad = sum(grads) / len(group)
-                if "clip_grad_norm" in how:
-                    nn.utils.clip_grad_norm_(weights, how["clip_grad_norm"])
-                self.updates.append((window.stop, gradients(weights)))
-                optimizer.step()
-                group = []
-        self.weights = weights
-
-
-class Reductions:
-    """Counts those of gradients."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, reduce = 0, dist.all_reduce
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return reduce(*args, **kwargs)
-
-        monkeypatch.setattr(dist, "all_reduce", counted)
-
-    @staticmethod
-    def watch(module: nn.Module) -> nn.Module:
-        if not isinstance(module, DistributedDataParallel):
-            return module
-
-        module.register_comm_hook(None, default_hooks.allreduce_hook)  # torch's own is in C++
-        return module
-
-
 CASES: tuple[tuple[Any, dict[str, Any]], ...] = (
     (nn.Identity, {"strategy": "uniform:{}"}),  # plans need not be the same
     (nn.Identity, {"strategy": "step", "overlap": "stale", "accumulate": 2}),
     (nn.Identity, {"memory_budget": "64MiB", "clip_grad_norm": 0.05}),
     (DistributedDataParallel, {"strategy": "uniform:{}", "accumulate": 2}),
     (DistributedDataParallel, {"strategy": "uniform:2", "executor": "checkpoint"}),
+    (nn.Identity, {"strategy": "uniform:{}", "reduction": "sum", "accumulate": 2}),
+    (DistributedDataParallel, {"reduction": "sum", "executor": "checkpoint"}),
+    (sharded, {"strategy": "uniform:{}", "reduction": "sum"}),
+    (nn.Identity, {"strategy": "uniform:3", "compile": "aot_eager"}),
+    (nn.Identity, {"strategy": "uniform:2", "time_batching": True}),
+    (sharded, {"strategy": "uniform:{}"}),
+    (sharded, {"strategy": "uniform:2", "executor": "checkpoint", "accumulate": 2}),
+    (sharded_inside, {"strategy": "auto", "clip_grad_norm": 0.05, "accumulate": 2}),
+    (in_copies, {"strategy": "step", "overlap": "stale"}),
 )
+# Times that gradients are reduced, and weights gathered, where ranks are two.
+GROUPS = {sharded: (1, 1), sharded_inside: (3, 2), in_copies: (1, 0)}
 GRID = [
     (wrap, {"strategy": strategy, "executor": executor, "overlap": overlap, "accumulate": windows})
     for wrap, strategy, executor, overlap, windows in itertools.product(
-        (nn.Identity, DistributedDataParallel),
+        (nn.Identity, DistributedDataParallel, sharded, sharded_inside, in_copies),
         ("retain", "uniform:{}", "sqrt"),
         ("replay", "checkpoint"),
         ("refresh", "stale"),
@@ -156,30 +89,45 @@ GRID = [
 ]
 
 
+def masked_sum(y: Tensor, target: Tensor) -> Tensor:
+    """A sum of torch's over what is not NaN."""
+    counts = ~target.isnan()
+    return nn.functional.mse_loss(y.where(counts, 0), target.nan_to_num(), reduction="sum")
+
+
 def check_gradients(
     rank: int, count: int, cases: Any = CASES, reaches: tuple[int | None, ...] = (7,)
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        reductions = Reductions(patch)
+        traffic = Traffic(patch)
+        warnings.filterwarnings("ignore", "loss_fn calls mse_loss on other targets")
+        patch.setattr(compiled_steps, "BLOCK_STEPS", 2)
         for (wrap, how), k2 in itertools.product(cases, reaches):
-            module, is_masked = tanh_cell(), how.get("executor") == "checkpoint"
+            module, kind = tanh_cell(), how.get("reduction", "mean")
+            is_masked = kind == "sum" or how.get("executor") == "checkpoint"
             expected = Joined(copy.deepcopy(module), 0.1, k2, how)
             given = how | {"strategy": how.get("strategy", "auto").format(2 + rank)}
-            module = reductions.watch(wrap(module) if wrap is not nn.Identity else module)
-            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-            loss_fn = masked_mean if is_masked else mean_loss
+            module = traffic.watch(wrap(module) if wrap is not nn.Identity else module)
+            weights = list(module.parameters())
+            loss_fn, optimizer = masked_mean if is_masked else mean_loss, SGD(weights, lr=0.1)
+            if kind == "sum" and wrap is nn.Identity:
+                loss_fn = masked_sum
             tbptt = TBPTT(module, loss_fn, K1, k2, optimizer, ranks="all", **given)
             sequence, state = sequence_of(rank, count, is_masked=is_masked)
-            before, updates = reductions.count, dict(expected.updates)
+            before, updates = (traffic.reductions, traffic.gathers), dict(expected.updates)
             windows = tbptt.windows(sequence, state)
             for window, loss in zip(windows, expected.losses, strict=rank == 0):
                 assert window.loss_value == pytest.approx(loss, rel=1e-12), (how, window)
                 assert window.updated == (window.stop in updates), (how, window)
                 if window.updated:
-                    found = gradients(list(module.parameters()))
-                    assert relative_error(found, updates[window.stop]) <= 1e-12, (rank, how)
-            assert reductions.count - before == len(updates), how  # once an update
-            assert relative_error(list(module.parameters()), expected.weights) <= 1e-12, how
+                    found, wanted = gradients(weights), held(updates[window.stop], weights)
+                    assert relative_error(local(found), wanted) <= 1e-12, (rank, how)
+            form = "compiled" if "compile" in how else "batched" if "time_batching" in how else None
+            assert form is None or window.plan.form == form
+            reduced, gathered = GROUPS.get(wrap, (1, 0))  # once an update, and once a window
+            sent = traffic.reductions - before[0], traffic.gathers - before[1]
+            assert sent == (reduced * len(updates), gathered * len(expected.losses)), (wrap, how)
+            assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12, how
 
 
 def check_faults(rank: int, count: int) -> None:
@@ -187,7 +135,7 @@ def check_faults(rank: int, count: int) -> None:
     sequence, state = sequence_of(rank, count, is_masked=True)
 
     def engine(module: nn.Module, **how: Any) -> TBPTT:
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        optimizer = SGD(module.parameters(), lr=0.1)
         return TBPTT(module, masked_mean, K1, 7, optimizer, **{"strategy": "step"} | how)
 
     with pytest.raises(RankError, match=r"module.recurrence.weight on rank 1 is not .* on rank 0"):
@@ -215,10 +163,50 @@ def check_faults(rank: int, count: int) -> None:
     assert all(torch.equal(before[1][name], each) for name, each in module.state_dict().items())
 
 
+def check_shards(rank: int, count: int) -> None:
+    """What ranks hold of the same shard is compared; what one of them finds nobody uses."""
+    sequence, state = sequence_of(rank, count, is_masked=True)
+    module = in_copies(tanh_cell())
+    weights = list(module.parameters())
+    how = {"strategy": "step", "ranks": Ranks(check_every=1)}
+    tbptt = TBPTT(module, masked_mean, K1, 7, SGD(weights, lr=0.1), **how)
+    windows = tbptt.windows(sequence, state)
+    next(windows)
+    if rank == 1:
+        with torch.no_grad():
+            weights[1].to_local()[0] += 1e-9
+    with pytest.raises(RankError, match=r"recurrence.bias on rank 1 is not .* \(1 of 4"):
+        next(windows)
+    module, inputs = sharded(tanh_cell()), all_lanes()[0]
+    weights = list(module.parameters())
+    inputs[4] = torch.nan if rank == 1 else 1.0
+    targets = torch.zeros(STEPS, LANES, WIDTH, dtype=torch.float64)
+    tbptt = TBPTT(module, masked_mean, K1, 7, SGD(weights, lr=0.1), strategy="step", ranks="all")
+    windows = tbptt.windows(TensorSequence(inputs, targets), random_state(2, LANES))
+    next(windows)
+    before = [each.detach().clone() for each in local(weights)]
+    with pytest.raises(NonFiniteError, match="window 1"):
+        next(windows)
+    assert all(map(torch.equal, local(weights), before))
+    # And the next sequence is trained as if nothing had been.
+    expected = Joined(tanh_cell(), 0.1, 7, {})
+    with torch.no_grad():
+        for weight, first in zip(weights, held([*tanh_cell().parameters()], weights), strict=True):
+            weight.to_local().copy_(first)
+    tbptt.train(*sequence_of(rank, count, is_masked=True))
+    assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12
+    with pytest.raises(ArgumentError, match="a Trainer does not go with fully_shard"):
+        Trainer(tbptt, sequence, init_state=state)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("here", "all"))
+    part = fully_shard(tanh_cell(), mesh=mesh["here"])
+    with pytest.raises(ArgumentError, match=r"mesh of .* has 1 ranks of 2"):
+        TBPTT(part, masked_mean, K1, 7, SGD(part.parameters(), lr=0.1), ranks="all")
+
+
 def wrongly_trained(rank: int, pattern: str) -> DistributedDataParallel:
     """Two steps of plain PyTorch that leave a gradient unreduced without an error."""
     module = DistributedDataParallel(tanh_cell())
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = SGD(module.parameters(), lr=0.1)
     x = torch.full((1, 2), 1.0 + rank, dtype=torch.float64, requires_grad=True)
     h = torch.zeros(1, WIDTH, dtype=torch.float64)
     for _ in range(2):
@@ -254,7 +242,7 @@ def trained(rank: int, step: Any, targets: Tensor | None = None, **how: Any) -> 
     lanes = LANES_OF[rank]
     own = (own if targets is None else targets)[:, lanes]
     source = TensorSequence(inputs[:, lanes], own, resets=resets[:, lanes])
-    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    optimizer = SGD(step.parameters(), lr=0.1)
     tbptt = TBPTT(step, masked_mean, K1, 7, optimizer, strategy="uniform:3", ranks="all")
     return Trainer(tbptt, source, init_state=state[lanes], **how)
 
@@ -308,6 +296,7 @@ def check_trainer(rank: int, count: int) -> None:
 def check_all(path: Path, rank: int, count: int) -> None:
     check_gradients(rank, count)
     check_faults(rank, count)
+    check_shards(rank, count)
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
@@ -318,31 +307,22 @@ def check_grid(rank: int, count: int) -> None:
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_joined, (2, free_port(), partial(check_all, tmp_path)), nprocs=2)
+    spawn(partial(check_all, tmp_path))
 
 
 @pytest.mark.exhaustive
 def test_every_executor_and_overlap_on_two_ranks() -> None:
-    torch.multiprocessing.spawn(_joined, (2, free_port(), check_grid), nprocs=2)
-
-
-def _joined(rank: int, count: int, port: int, check: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
-    check(rank, count)
-    dist.destroy_process_group()
+    spawn(check_grid)
 
 
 def test_one_rank_is_one_process(alone: None) -> None:
-    check_gradients(0, 1)
+    check_gradients(0, 1, [(wrap, how) for wrap, how in CASES if wrap not in GROUPS])
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
         ({"k2": "auto", "max_k2": 12}, "k2='auto'"),
-        ({"reduction": "sum"}, "reduction='sum'"),
         ({"optimizer": None}, "needs an optimizer"),
     ],
 )
@@ -350,35 +330,51 @@ def test_what_ranks_cannot_agree_on_is_refused(
     alone: None, how: dict[str, Any], words: str
 ) -> None:
     module = tanh_cell()
-    known = {"k2": 7, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1)}
+    known = {"k2": 7, "optimizer": SGD(module.parameters(), lr=0.1)}
     with pytest.raises(ArgumentError, match=f"ranks='all' .*{words}"):
         TBPTT(module, mean_loss, K1, **known | how, ranks="all")
 
 
-def test_sharded_weights_are_refused(alone: None) -> None:
-    module = tanh_cell()
-    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    with pytest.raises(ArgumentError, match="ranks='all' does not fit module: fully_shard"):
-        TBPTT(module, mean_loss, K1, 7, optimizer, strategy="sqrt", ranks="all")
+@pytest.mark.parametrize(
+    ("how", "sharding", "words"),
+    [
+        ({"memory_budget": "1GiB"}, {}, "memory_budget=.* is in no plan"),
+        ({"deliver": "once"}, {}, "deliver='once' does not fit module"),
+        ({}, {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}, "mp_policy"),
+    ],
+)
+def test_what_sharded_weights_cannot_have_is_refused(
+    alone: None, how: dict[str, Any], sharding: dict[str, Any], words: str
+) -> None:
+    module = fully_shard(tanh_cell(), mesh=init_device_mesh("cpu", (1,)), **sharding)
+    optimizer = SGD(module.parameters(), lr=0.1)
+    with pytest.raises(ArgumentError, match=words):
+        TBPTT(module, mean_loss, K1, 7, optimizer, ranks="all", **how)
 
 
 def test_without_a_process_group_it_is_refused() -> None:
     module = tanh_cell()
     with pytest.raises(ArgumentError, match="init_process_group"):
-        TBPTT(module, mean_loss, K1, 7, torch.optim.SGD(module.parameters()), ranks="all")
+        TBPTT(module, mean_loss, K1, 7, SGD(module.parameters()), ranks="all")
 
 
-def test_sums_and_states_of_lanes_that_learn_are_refused(alone: None) -> None:
+def test_sums_among_means_and_states_of_lanes_that_learn_are_refused(alone: None) -> None:
     sequence, state = sequence_of(0, 1, is_masked=False)
 
-    def train(state: Any, loss_fn: Any = mean_loss) -> None:
+    def train(state: Any, loss_fn: Any = mean_loss, data: Any = sequence, **how: Any) -> None:
         module = tanh_cell()
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        TBPTT(module, loss_fn, K1, 7, optimizer, ranks="all").train(sequence, state)
+        optimizer = SGD(module.parameters(), lr=0.1)
+        TBPTT(module, loss_fn, K1, 7, optimizer, ranks="all", **how).train(data, state)
 
     with pytest.raises(ArgumentError, match="loss_fn calls mse_loss with reduction='sum'"):
         train(state, nn.MSELoss(reduction="sum"))
+    plain = TensorSequence(*(each.nan_to_num() for each in all_lanes()[:2]))
+    for no_sum in (mean_loss, lambda y, target: (y - target).abs().mean()):
+        with pytest.raises(ArgumentError, match="no sum over lanes"):
+            train(state, no_sum, plain, reduction="sum")
+    train(state, nn.MSELoss(reduction="sum"), plain, reduction="sum")
+    with pytest.raises(ArgumentError, match="without weights of lanes"):
+        train(state, nn.MSELoss(reduction="sum"), reduction="sum")
     with pytest.raises(ArgumentError, match="init_state holds tensors that learn"):
         train(state.requires_grad_())
     train(SharedState(torch.zeros(1, WIDTH, dtype=torch.float64, requires_grad=True), LANES))
