@@ -21,6 +21,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,9 @@ class Case:
         logits, _ = self.module(self.inputs, None)
         return byte_loss(logits, self.targets)
 
-    def recomputed(self, executor: str, time_batching: object = "auto") -> Callable[[], float]:
+    def recomputed(
+        self, executor: str, time_batching: object = "auto", **options: Any
+    ) -> Callable[[], float]:
         """The package, recomputing segments, as in a run of many windows."""
         num_steps = len(self.inputs)
         tbptt = TBPTT(
@@ -120,6 +123,7 @@ class Case:
             executor=executor,
             time_batching=time_batching,
             per_step=self.per_step,
+            **options,
         )
 
         def run() -> float:
