@@ -53,10 +53,15 @@ class Agreed:
 
 
 class Agreement:
-    """Says of each window of a run what becomes of it; `observer` is told before."""
+    """Says of each window of a run what becomes of it; `observer` is told before.
+
+    Attributes:
+        peaks: The highest peak of every rank, once all have ended; None without ranks.
+    """
 
     def __init__(self, parts: Parts, observer: Observer, initial: InitialState) -> None:
         self._parts, self._observer, self._initial = parts, observer, initial
+        self.peaks: tuple[int | None, ...] | None = None
         self._ranks: RankGroup | None = parts.updater.deliveries.ranks
         if self._ranks is not None and initial.leaves() and not initial.is_shared:
             raise ArgumentError(
@@ -93,8 +98,10 @@ class Agreement:
         )
         return self._of(ranks, ranks.vote(ballot), loss)
 
-    def finish(self) -> None:
+    def finish(self, peak_bytes: int | None) -> None:
         """This rank's sequence has ended: take part in the updates of others, until theirs have.
+
+        `peak_bytes` is the highest peak of its windows, which others are told.
 
         Raises:
             RankError: Weights have come to differ, or a rank is gone.
@@ -110,6 +117,7 @@ class Agreement:
                 updater.add(agreed.loss, agreed.number)
             updater.update(agreed.is_last, leaves, self._observer)
         ranks.compare()
+        self.peaks = ranks.told(peak_bytes)
 
     def _of(self, ranks: RankGroup, outcome: Outcome, own: Tensor | None) -> Agreed:
         loss = None

@@ -91,6 +91,7 @@ class TrainResult:
         num_steps: Steps of the sequence.
         num_windows: Windows.
         peak_bytes: Largest peak of its windows in bytes; None if not measured.
+        peak_bytes_of_ranks: The same of every rank, by rank; None where this process trains alone.
         seconds: Wall-clock time.
         tokens_per_second: Valid steps of all lanes per second.
     """
@@ -100,6 +101,7 @@ class TrainResult:
     num_steps: int
     num_windows: int
     peak_bytes: int | None
+    peak_bytes_of_ranks: tuple[int | None, ...] | None
     seconds: float
     tokens_per_second: float
 
@@ -130,14 +132,17 @@ class Totals:
         """The sums where a window was left out."""
         return replace(self, num_steps=window.stop, num_windows=window.index + 1)
 
-    def result(self, state: Any, seconds: float) -> TrainResult:
-        """The run's result."""
+    def result(
+        self, state: Any, seconds: float, peaks: tuple[int | None, ...] | None = None
+    ) -> TrainResult:
+        """The run's result; `peaks` are those of all ranks."""
         return TrainResult(
             loss=self.loss_sum / self.weight if self.weight else None,
             state=state,
             num_steps=self.num_steps,
             num_windows=self.num_windows,
             peak_bytes=self.peak_bytes,
+            peak_bytes_of_ranks=peaks,
             seconds=seconds,
             tokens_per_second=self.num_tokens / seconds,
         )

@@ -85,15 +85,15 @@ class SequenceRun:
         if self._ambient is not None:
             self._ambient.check_complete(searches=True)
         if self.totals.num_steps == self._reader.num_steps:
-            self._agreement.finish()
+            self._agreement.finish(self.totals.peak_bytes)
             self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
     def result(self) -> TrainResult:
         """What all windows gave together, once they have run."""
-        carried = self._standing.records.carried
-        assert carried is not None, "every sequence has a window"
-        return self.totals.result(carried.state, time.perf_counter() - self._begun)
+        last, seconds = self._standing.records.carried, time.perf_counter() - self._begun
+        assert last is not None, "every sequence has a window"
+        return self.totals.result(last.state, seconds, self._agreement.peaks)
 
     def next_window(self) -> Window | None:
         """The next window, or None at the end; reads up to k1 steps past its end."""

@@ -254,6 +254,11 @@ class RankGroup:
             "weights, or something else changes weights or gradients on one of them"
         )
 
+    def told(self, size: int | None) -> tuple[int | None, ...]:
+        """What each rank says, by rank; all of them say something."""
+        given = torch.tensor([-1 if size is None else size], dtype=torch.int64, device="cpu")
+        return tuple(None if each < 0 else each for each in self._gathered(given)[:, 0].tolist())
+
     def _check_same(self, facts: Mapping[str, object]) -> None:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, dict(facts), group=self._group)

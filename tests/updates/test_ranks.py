@@ -203,6 +203,19 @@ def check_shards(rank: int, count: int) -> None:
         TBPTT(part, masked_mean, K1, 7, SGD(part.parameters(), lr=0.1), ranks="all")
 
 
+def check_peaks(rank: int, count: int) -> None:
+    """Every rank hears what the others held, where it was measured."""
+    sequence, state = sequence_of(rank, count, is_masked=True)
+    module = tanh_cell()
+    how = {"measure_memory": rank == 0, "ranks": "all"}
+    tbptt = TBPTT(module, masked_mean, K1, 7, SGD(module.parameters(), lr=0.1), **how)
+    result = tbptt.train(sequence, state)
+    first, second = result.peak_bytes_of_ranks
+    assert second is None
+    assert first > 0
+    assert result.peak_bytes == (first if rank == 0 else None)
+
+
 def wrongly_trained(rank: int, pattern: str) -> DistributedDataParallel:
     """Two steps of plain PyTorch that leave a gradient unreduced without an error."""
     module = DistributedDataParallel(tanh_cell())
@@ -297,6 +310,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_gradients(rank, count)
     check_faults(rank, count)
     check_shards(rank, count)
+    check_peaks(rank, count)
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
