@@ -45,6 +45,7 @@ from runs_of_data import (
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence
+from tbptt_ckpt.data.packing import pack_steps
 from tbptt_ckpt.data.window_reader import WindowReader
 
 # Sources
@@ -424,3 +425,12 @@ def test_packing_of_a_stream_does_not_show(
     for sequence in (steps, iter(steps)):
         tolerance = 1e-12 if kind == "lstm" else 0.0
         check_same_windows(run(make_module(kind), sequence), expected, tolerance=tolerance)
+
+
+def test_a_step_without_a_target_takes_as_much_as_one_beside_others() -> None:
+    targets = [None, torch.ones(2, 5), None, None]
+    steps = [(torch.zeros(2, 3), target) for target in targets]
+    assert pack_steps(steps[:1], 0).targets is None
+    block = pack_steps(steps, 0)
+    assert block.targets.untyped_storage().nbytes() == len(steps) * 2 * 5 * 4
+    assert block.weight.tolist() == [0, 1, 0, 0]
