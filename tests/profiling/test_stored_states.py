@@ -151,11 +151,15 @@ def make():
 """
 
 
-def test_plans_of_a_command_count_it(capsys: Any, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_a_plan_of_a_measured_model_counts_it(capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODEL)
-    model = ["plan", "--model", f"{tmp_path}/mine.py:make", "--steps", "64"]
-    in_file = outcome_of(capsys, [*model, "--offload", str(tmp_path)])["costs"]
+    words = ["plan", "--model", f"{tmp_path}/mine.py:make", "--steps", "64"]
+    in_file = outcome_of(capsys, [*words, "--offload", str(tmp_path)])["costs"]
     assert (in_file["kept_bytes"], in_file["store_seconds"] > 0) == (0, True)
+
+
+def test_plans_of_a_command_count_it(capsys: Any, tmp_path: Path) -> None:
     by_hand = ["plan", "--steps", "100", "--state-bytes", "1MiB", "--step-bytes", "1MiB"]
     budget = ["--budget", "8MiB"]
     plans = [
@@ -167,7 +171,7 @@ def test_plans_of_a_command_count_it(capsys: Any, tmp_path: Path) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "each of them 0 B of memory, " in text
     assert " there and back" in text
-    message = refusal_of(capsys, [*model, "--offload", str(tmp_path / "absent")])
+    message = refusal_of(capsys, [*by_hand, "--offload", str(tmp_path / "absent")])
     assert "absent' must be a folder" in message
 
 
