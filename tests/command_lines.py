@@ -109,8 +109,7 @@ text = dict
 def bits_per_byte(module, source, *, segment_steps):
     """What a byte-level model needs for each byte of `source`, in eval mode."""
     work = module_workload(module, byte_loss, source, lr=0.1)
-    task = Task(data="", workload=work, unit_size=math.log(2))
-    return task.score(source, segment_steps)
+    return Task(data="", workload=work).evaluate(source, segment_steps).loss / math.log(2)
 
 
 def outcome_of(capsys, arguments):

@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = describe(error)
         if message is None:
             raise
-        print(f"tbptt-ckpt: {' '.join(message.split())}", file=sys.stderr)
+        # Options are wrong on all ranks alike; what else ends a run `as_rank` has told once.
+        if not hasattr(error, "format_message") or os.environ.get("RANK", "0") == "0":
+            print(f"tbptt-ckpt: {' '.join(message.split())}", file=sys.stderr)
         return USER_ERROR
     if code == INTERRUPTED:
         print("tbptt-ckpt: interrupted", file=sys.stderr)

@@ -32,18 +32,24 @@ def train(config: TrainingConfig, *, json: Json = False) -> None:
 
     Without options it learns the source text of Python's standard library,
     in about a minute on two cores, and compares itself with a bigram table
-    on text that was held out.
+    on text that was held out. Processes that torchrun has started share the
+    lanes and train together.
     """
     from tbptt_ckpt.cli.terminal import progress_bar
     from tbptt_ckpt.cli.train.job import run_training_job
     from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
+    from tbptt_ckpt.cli.train.ranks import as_rank, is_first
 
-    with progress_bar("steps") as watch:
-        outcome = run_training_job(config, watch)
-    if json:
-        typer.echo(outcome_json(outcome))
-    else:
-        print_outcome(outcome)
+    with as_rank(config) as mine:
+        if not is_first():
+            run_training_job(mine)
+            return
+        with progress_bar("steps") as watch:
+            outcome = run_training_job(mine, watch)
+        if json:
+            typer.echo(outcome_json(outcome))
+        else:
+            print_outcome(outcome)
 
 
 def plan(config: PlanningConfig, *, json: Json = False) -> None:

@@ -81,11 +81,17 @@ class EqualLanes:
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
+        return self.read_lanes(start, stop, slice(0, self.lanes))
+
+    def read_lanes(self, start: int, stop: int, lanes: slice) -> tuple[Tensor, Tensor]:
+        """The same of some lanes only, which is all that is read."""
         check_range(start, stop, self._num_steps)
         if self._targets is None:
-            steps = self._rows(self._inputs, start, stop + 1)
+            steps = self._rows(self._inputs, start, stop + 1, lanes)
             return steps[:-1], steps[1:]
-        return self._rows(self._inputs, start, stop), self._rows(self._targets, start, stop)
+        arrays = self._inputs, self._targets
+        inputs, targets = (self._rows(array, start, stop, lanes) for array in arrays)
+        return inputs, targets
 
     def state_dict(self) -> dict[str, Any]:
         """What identifies the lanes; a read depends on its arguments alone."""
@@ -95,13 +101,13 @@ class EqualLanes:
         """Accept what `state_dict` of equal lanes returned."""
         check_same_source(state, self.state_dict())
 
-    def _rows(self, array: Array, start: int, stop: int) -> Tensor:
+    def _rows(self, array: Array, start: int, stop: int, lanes: slice) -> Tensor:
         check_mapped(array)
         if self._cut:
-            offsets = (lane * self._lane_steps for lane in range(self.lanes))
+            offsets = (lane * self._lane_steps for lane in range(lanes.start, lanes.stop))
             rows = np.stack([array[o + start : o + stop] for o in offsets], axis=1)
         else:
-            rows = array[start:stop]
+            rows = array[start:stop, lanes]
         whole = array.dtype.kind in "biu"
         rows = np.array(rows, np.int64 if whole else _IN_NUMPY[self._dtype], order="C")
         rows = rows[..., None] if not whole and rows.ndim == 2 else rows

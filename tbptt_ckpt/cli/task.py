@@ -13,6 +13,7 @@ from tbptt_ckpt import TensorSequence, Workload, evaluate
 from tbptt_ckpt.cli.factory import in_one_line
 from tbptt_ckpt.cli.lanes import EqualLanes
 from tbptt_ckpt.data.source import Source, described
+from tbptt_ckpt.engine import Evaluation
 from tbptt_ckpt.errors import ArgumentError, TbpttError
 from tbptt_ckpt.module.recurrence import recognise
 from tbptt_ckpt.module.trees import map_tensors
@@ -32,7 +33,7 @@ class Task:
 
     data: str  # what it reads
     workload: Workload
-    held_out: EqualLanes | None = None  # what it is judged by
+    held_out: Source | None = None  # what it is judged by
     unit: str = "loss"
     unit_size: float = 1.0  # of the loss
     baseline: Baseline | None = None
@@ -43,13 +44,13 @@ class Task:
         assert isinstance(self.workload.module, nn.Module), "others are refused"
         return self.workload.module
 
-    def score(self, source: Source, segment_steps: int) -> float:
-        """Mean loss in its unit over a source; memory does not grow with that.
+    def evaluate(self, source: Source, segment_steps: int) -> Evaluation:
+        """Mean loss over a source; memory does not grow with that.
 
         The module runs in eval mode and everything is left as it was.
         """
         work = self.workload
-        found = evaluate(
+        return evaluate(
             work.module,
             work.loss_fn,
             source,
@@ -60,8 +61,6 @@ class Task:
             lane_dim=work.lane_dim,
             autocast_dtype=work.autocast_dtype,
         )
-        assert found.loss is not None, "every step has a target"
-        return found.loss / self.unit_size
 
     def check(self, name: str) -> None:
         """Raise `ArgumentError`, which names the model, unless the first two steps have a loss."""
@@ -69,7 +68,7 @@ class Task:
         inputs, targets = source.read(0, min(2, len(source)))
         time_dim = getattr(source, "time_dim", None)
         try:
-            self.score(TensorSequence(inputs, targets, time_dim=time_dim), 2)
+            self.evaluate(TensorSequence(inputs, targets, time_dim=time_dim), 2)
         except TbpttError as error:
             raise ArgumentError(f"--model {name}: {error}") from error
         except Exception as error:  # whatever the user's module raises

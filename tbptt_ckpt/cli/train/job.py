@@ -12,10 +12,13 @@ from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
+from tbptt_ckpt.cli.train.ranks import mean_loss, share_of
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
 from tbptt_ckpt.profiling.sweep import Watch, unwatched
+from tbptt_ckpt.trainer.passes import limited
+from tbptt_ckpt.trainer.rank_states import by_first
 
 # Held-out data is scored in pieces of k1 steps, but of no more than this many, so that scoring
 # does not take more memory than training.
@@ -30,7 +33,8 @@ def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> Traini
     a loss that became infinite or NaN.
     """
     config.check()
-    return _Job(config, make_task(config, lr=config.lr, seed=config.seed), watch).run()
+    task = share_of(make_task(config, lr=config.lr, seed=config.seed))
+    return _Job(config, task, watch).run()
 
 
 class _Job:
@@ -43,18 +47,17 @@ class _Job:
 
     def run(self) -> TrainingOutcome:
         """Score, train, score, save, compare memory."""
-        config, scorecard, module = self.config, self.loop.scorecard, self.task.module
+        config, scorecard = self.config, self.loop.scorecard
         rss_before_bytes = rss_bytes().total
         with RssSampler() as rss:
             resumed_step = self.loop.resume() if config.resume else None
-            self._check_save()
+            by_first(self.loop.ranks, self._check_save)
             if resumed_step is None:
                 scorecard.score(self._score("scoring the untrained model"))
             work = self.loop.run(self.watch)
             after = self._score("scoring the trained model")
-        if config.save is not None:
-            save_weights("--save", config.save, module, force=self._may_replace(config.save))
-        parameters = parameters_of(module)
+        by_first(self.loop.ranks, self._save)
+        parameters = parameters_of(self.task.module)
         return TrainingOutcome(
             config=config,
             data=self.task.data,
@@ -88,6 +91,10 @@ class _Job:
                 scorecard.own(digest)
             check_target("--save", path, force=self._may_replace(path))
 
+    def _save(self) -> None:
+        if (path := self.config.save) is not None:
+            save_weights("--save", path, self.task.module, force=self._may_replace(path))
+
     def _may_replace(self, path: Path) -> bool:
         return self.config.force or file_digest(path) == self.loop.scorecard.weights_file
 
@@ -96,7 +103,8 @@ class _Job:
         if self.task.held_out is None:
             return math.nan
         self.watch(self.loop.progress(stage))
-        score = self.task.score(self.task.held_out, self.evaluation_steps)
+        found = self.task.evaluate(self.task.held_out, self.evaluation_steps)
+        score = mean_loss(found, self.task.workload.device) / self.task.unit_size
         if not math.isfinite(score):
             raise NonFiniteError(f"the held-out loss is {score}; a lower --lr may help")
         return score
@@ -108,8 +116,8 @@ class _Job:
         work = self.task.workload
         scoring_bytes, held_out = 0, self.task.held_out
         if held_out is not None:
-            piece = held_out.first(2 * self.evaluation_steps)
-            _, scoring_bytes = metered(work, lambda: self.task.score(piece, self.evaluation_steps))
+            piece, steps = limited(held_out, 2 * self.evaluation_steps), self.evaluation_steps
+            _, scoring_bytes = metered(work, lambda: self.task.evaluate(piece, steps))
         retained, is_measured = None, False
         if not scorecard.ran_out:  # what did not fit does not fit now
             retained, is_measured = retained_peak(work, window)

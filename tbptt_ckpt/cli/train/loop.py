@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
 from tbptt_ckpt.cli import options
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
+from tbptt_ckpt.cli.train.ranks import is_first
 from tbptt_ckpt.engine import Reach
 from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.memory.resident import rss_bytes
@@ -24,6 +26,7 @@ from tbptt_ckpt.profiling.sweep import Progress, Watch
 from tbptt_ckpt.schedule import Window
 from tbptt_ckpt.trainer import TensorBoard
 from tbptt_ckpt.trainer.events import Notice
+from tbptt_ckpt.updates.ranks import RankGroup
 
 _IDENTITY = ("model", "hidden", "layers", "seed", "dtype")  # what the trainer cannot tell
 _LOSS_MEMORY = 0.98  # of the running mean that is shown
@@ -99,7 +102,9 @@ class TrainingLoop:
         num_steps = min(len(work.source), config.max_steps)
         most = config.max_k2 if isinstance(config.k2, str) else config.k2
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, most))
-        sinks = [] if config.tensorboard is None else [TensorBoard(config.tensorboard)]
+        sinks = []
+        if config.tensorboard is not None and is_first():
+            sinks.append(TensorBoard(config.tensorboard))
         snapshots = None
         if config.snapshot_dir is not None:
             snapshots = Snapshots(
@@ -119,6 +124,7 @@ class TrainingLoop:
                 memory_budget=config.budget,
                 executor=ReplayExecutor(config.offload) if config.offload else config.executor,
                 compile=options.read_compile(config.compile),
+                ranks="all" if dist.is_initialized() else None,
             ),
             work.source,
             init_state=work.init_state,
@@ -131,6 +137,11 @@ class TrainingLoop:
             extra={"tally": self.scorecard},
             identity={name: getattr(config, name) for name in _IDENTITY},
         )
+
+    @property
+    def ranks(self) -> RankGroup | None:
+        """Those that train together."""
+        return self._trainer.tbptt.parts.updater.deliveries.ranks
 
     def resume(self) -> int | None:
         """The step of the newest valid snapshot, from which to go on; None where there is none."""
