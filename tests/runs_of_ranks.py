@@ -16,13 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tbptt_ckpt import (
     TBPTT,
+    ArgumentError,
     Batches,
     LaneSource,
     SharedState,
+    SnapshotError,
     Snapshots,
     TbpttWarning,
     TensorSequence,
     Trainer,
+    Validation,
 )
 from tbptt_ckpt.data import lane_range, own_lanes
 from tbptt_ckpt.snapshot import SnapshotStore
@@ -113,6 +116,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], Any, Mapping[
     "a budget": (tensors, tanh_cell, first, {"strategy": "auto", "memory_budget": "64MiB"}),
     "a graph": (tensors, tanh_cell, first, {"executor": "checkpoint"}),
 }
+VALIDATED = "lanes of sequences"
 BY_DEFAULT = ("stale, in the middle of a group", "lanes of sequences", "a stream")
 
 
@@ -125,6 +129,10 @@ def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     options = {"strategy": "uniform:3", **options}
     ranks = None if alone else "all"
+    if name == VALIDATED:
+        seen = TensorSequence(*random_data(9, seed=5, lanes=LANES))
+        seen = seen if alone else own_lanes(seen)
+        how["validation"] = Validation(source=seen, every_windows=2)
     tbptt = TBPTT(called, mean_loss, K1, K2, optimizer, ranks=ranks, **options)
     return Trainer(
         tbptt,
@@ -157,6 +165,14 @@ def check_shared_once(path: Path) -> None:
     assert not {("learning", "modules"), ("learning", "optimizer")} & found
 
 
+def check_refused(name: str, path: Path) -> None:
+    """What only the first rank finds is an error on all of them."""
+    with pytest.raises(ArgumentError, match="holds snapshots of another run"):
+        losses_of(trainer(name, path, alone=False))
+    with pytest.raises(SnapshotError, match="cannot be written"):
+        losses_of(trainer(name, path / "events.jsonl" / "inside", alone=False))
+
+
 def check_goes_on(path: Path, names: tuple[str, ...], rank: int, count: int) -> None:
     warnings.simplefilter("ignore", TbpttWarning)
     for number, name in enumerate(names):
@@ -170,8 +186,16 @@ def check_goes_on(path: Path, names: tuple[str, ...], rank: int, count: int) -> 
             dist.barrier()
             if stage == 0:
                 check_shared_once(path / str(number))
+                check_refused(name, path / str(number))
         whole = trainer(name, None, alone=True)
         expected = losses_of(whole)
+        results = [each.result() for each in (here, whole)]
+        if name == VALIDATED:
+            assert results[0].best_loss == pytest.approx(results[1].best_loss, rel=1e-12)
+            assert results[0].best_steps == results[1].best_steps
+            assert here.resume(best=True)
+            assert here.num_steps == results[0].best_steps
+            here.resume()
         if rank == 0:
             assert found == pytest.approx(expected, rel=1e-12), name
         pair = here.tbptt.parts.parameters, whole.tbptt.parts.parameters

@@ -34,12 +34,15 @@ class Evaluation:
             of lanes where weights are per lane.
         num_steps: Steps run.
         state: The final state, of the last sequence where there are several.
+        positions: What the loss weighs beside that of other lanes: positions of targets for a loss
+            of torch's that is a mean, the weight of a `(loss_sum, weight)`, else steps of lanes.
     """
 
     loss: float | None
     weight: float
     num_steps: int
     state: Any = field(repr=False)
+    positions: float = field(repr=False)
 
 
 @checked
@@ -91,16 +94,18 @@ def run_evaluation(
     """`evaluate` for what is made and checked already."""
     owners = (runner.recurrence.module, loss_function.loss_fn)
     initial = detach_state(for_lanes(init_state, runner.recurrence.lane_dim))
-    loss_sum = weight = 0.0
+    loss_sum = weight = positions = 0.0
     num_steps, state = 0, initial
     for each in sequences_of(sequence):
         reader = WindowReader(each, segment_steps, segment_steps, runner.recurrence)
         with in_eval_mode(*owners), torch.no_grad(), SilenceableHooks(), silent_hooks():
             found = _run(runner, loss_function, reader, initial, segment_steps)
         loss_sum, weight = loss_sum + found[0], weight + found[1]
-        num_steps, state = num_steps + found[2], found[3]
+        num_steps, state, positions = num_steps + found[2], found[3], positions + found[4]
     mean = loss_sum / weight if weight else None
-    return Evaluation(loss=mean, weight=weight, num_steps=num_steps, state=state)
+    return Evaluation(
+        loss=mean, weight=weight, num_steps=num_steps, state=state, positions=positions
+    )
 
 
 def _run(
@@ -109,11 +114,15 @@ def _run(
     reader: WindowReader,
     initial: Tree,
     segment_steps: int,
-) -> tuple[float, float, int, Tree]:
-    """One pass over a sequence, piece by piece: summed loss and weight, steps, final state."""
+) -> tuple[float, float, int, Tree, float]:
+    """One pass over a sequence, piece by piece.
+
+    Summed loss and weight, steps, final state, and what the loss weighs beside others.
+    """
     module, lane_dim = runner.recurrence.module, runner.recurrence.lane_dim
     ambient = Ambient([module], parameters_of(module))
-    position, state, loss_sum, weight = 0, copy_containers(initial), 0.0, 0.0
+    position, state = 0, copy_containers(initial)
+    loss_sum = weight = positions = 0.0
     reader.look_ahead(segment_steps)
     while reader.num_steps is None or position < reader.num_steps:
         stop = position + segment_steps
@@ -139,5 +148,6 @@ def _run(
         loss.ask(Numbers())
         if loss.has_losses and not loss.is_empty():
             loss_sum, weight = loss_sum + loss.loss_sum, weight + float(loss.weight)
+            positions += loss.mean_positions
         position = stop
-    return loss_sum, weight, position, detach_state(state)
+    return loss_sum, weight, position, detach_state(state), positions

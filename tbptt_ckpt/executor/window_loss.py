@@ -74,15 +74,21 @@ class WindowLoss:
                     "weight), without weights of lanes"
                 )
             return float(self.weight)
-        if counting is not None:
-            if is_sum:
-                raise ArgumentError(
-                    f"loss_fn calls {counting.name} with reduction='sum', and how windows of "
-                    "several ranks weigh is told by means only; use 'mean' there, or give "
-                    "reduction='sum', or return (loss_sum, weight)"
-                )
+        if counting is not None and is_sum:
+            raise ArgumentError(
+                f"loss_fn calls {counting.name} with reduction='sum', and how windows of "
+                "several ranks weigh is told by means only; use 'mean' there, or give "
+                "reduction='sum', or return (loss_sum, weight)"
+            )
+        return self.mean_positions
+
+    @property
+    def mean_positions(self) -> float:
+        """The same where nothing is refused; of sums of torch's what they count."""
+        counting = self.function.counting
+        if counting is not None and counting.reduction != "sum":
             return float(self.weight) * counting.unit
-        if self.function.weighs_itself:
+        if counting is not None or self.function.weighs_itself:
             return float(self.weight)
         return sum(part.weight_sum() * _lanes_of(part) for part in narrow_blocks(*self._steps))
 

@@ -26,7 +26,6 @@ from tbptt_ckpt.trainer.run_state import RunState
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
 from tbptt_ckpt.trainer.validation import NotValidating, Validating, Validation
-from tbptt_ckpt.updates.ranks import RankGroup
 
 
 class Trainer:
@@ -88,7 +87,7 @@ class Trainer:
         self._epochs, self._max_steps = epochs, max_steps
         self._ranks = self._parts.updater.deliveries.ranks
         if self._ranks is not None:
-            _check_ranks(self._ranks, validation)
+            self._ranks.require_even()
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots, ranks=self._ranks)
         self._announcer = Announcer((*self._saving.sinks, *events))
         self._validating = (
@@ -284,17 +283,3 @@ class Trainer:
             self._save()
         if self._ranks is not None:
             self._ranks.wish(signals.received or 0, saves=self._saving.is_due(self.num_steps))
-
-
-def _check_ranks(ranks: RankGroup, validation: Validation | None) -> None:
-    """Ranks that train together count alike.
-
-    Raises:
-        ArgumentError: A validation, of which each would find something else.
-    """
-    if validation is not None:
-        raise ArgumentError(
-            f"validation={shown(validation)} would end ranks at different windows; leave it out, "
-            "and evaluate between the windows that Trainer.windows yields"
-        )
-    ranks.require_even()

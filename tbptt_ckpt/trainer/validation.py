@@ -17,6 +17,7 @@ from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.trainer.announcer import Announcer
 from tbptt_ckpt.trainer.options import Snapshots, Stateful
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
+from tbptt_ckpt.updates.ranks import RankGroup
 
 EXTRA = "validation"  # its name among what a trainer saves besides
 
@@ -26,7 +27,8 @@ class Validation:
     """When a trainer looks at other data, and when it has seen enough.
 
     With snapshots, the state with the lowest loss is kept in `best/` in their directory:
-    `Trainer.resume(best=True)` goes back to it.
+    `Trainer.resume(best=True)` goes back to it. Of ranks that train together each looks at data of
+    its own, such as `own_lanes(source)`; the loss is that of all.
 
     Attributes:
         source: As for `TBPTT.evaluate`; read anew each time.
@@ -69,8 +71,9 @@ class Validating:
         self, given: Validation, snapshots: Snapshots | None, tbptt: TBPTT, announcer: Announcer
     ) -> None:
         self._given, self._tbptt, self._announcer = given, tbptt, announcer
+        self._ranks = tbptt.parts.updater.deliveries.ranks
         self._windows = self._without_progress = 0
-        self.best: Saving = NoSnapshots() if snapshots is None else _Best(snapshots)
+        self.best: Saving = NoSnapshots() if snapshots is None else _Best(snapshots, self._ranks)
 
     @property
     def is_over(self) -> bool:
@@ -90,7 +93,8 @@ class Validating:
             return
         self._windows = windows
         first = given.init_state() if callable(given.init_state) else given.init_state
-        loss = self._tbptt.evaluate(given.source, first, segment_steps=given.segment_steps).loss
+        found = self._tbptt.evaluate(given.source, first, segment_steps=given.segment_steps)
+        loss = found.loss if self._ranks is None else self._ranks.mean(found.loss, found.positions)
         if loss is None:
             raise ArgumentError("validation.source has no step with a target that counts")
         is_better = loss < (math.inf if self.best_loss is None else self.best_loss)
@@ -133,13 +137,13 @@ class NotValidating(Validating):
 class _Best(Saving):
     """Keeps the last state that it was given, beside the run's snapshots."""
 
-    def __init__(self, options: Snapshots) -> None:
+    def __init__(self, options: Snapshots, ranks: RankGroup | None) -> None:
         directory = Path(options.directory) / "best"
-        super().__init__(replace(options, directory=directory, keep=sys.maxsize))
+        super().__init__(replace(options, directory=directory, keep=sys.maxsize), ranks=ranks)
 
     def save(self, steps: int, state_dict: Callable[[], Any]) -> Path | None:
         """Write it, then remove what was there."""
         path = super().save(steps, state_dict)
-        if path is not None:
+        if path is not None and self._is_first:
             self._store.keep_only(steps)
         return path

@@ -211,6 +211,13 @@ class RankGroup:
             dist.broadcast_object_list(found, group=self._group)
         return found[0]
 
+    def mean(self, loss: float | None, weight: float) -> float | None:
+        """Of all ranks, each of which gives that of its own and what it weighs."""
+        own = [0.0 if loss is None else loss * weight, weight]
+        numbers = torch.tensor(own, dtype=torch.float64, device="cpu")
+        loss_sum, total = self._gathered(numbers).sum(0).tolist()
+        return loss_sum / total if total else None
+
     def begin_update(self, weights: Sequence[Tensor]) -> list[bool]:
         """An update is due on all ranks: which of the weights have a gradient on any of them.
 

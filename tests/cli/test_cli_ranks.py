@@ -92,7 +92,7 @@ def test_two_ranks_print_once_and_end_with_the_weights_of_one_process(
     # One process takes it up, and others from there.
     assert main([*words, *saves, "--max-steps", "96"]) == 0
     capsys.readouterr()
-    again = on_ranks([*words, *saves, "--save", str(tmp_path / "two")])
+    again = on_ranks([*words, *saves, "--save", str(tmp_path / "two"), "--force"])
     assert (again.returncode, told(again)) == (0, []), again.stderr
     for result in (first, again):
         (line,) = result.stdout.splitlines()

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
-from tbptt_ckpt import TBPTT, NonFinite, SharedState, TensorSequence, Trainer, Validation
+from tbptt_ckpt import TBPTT, NonFinite, SharedState, TensorSequence, Trainer
 from tbptt_ckpt.engine import Ranks
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
 from tbptt_ckpt.executor import compiled_steps
@@ -300,10 +300,6 @@ def check_trainer(rank: int, count: int) -> None:
     with warnings.catch_warnings(action="ignore"), pytest.raises(TrainingStopped):
         trainer.train()
     assert trainer.num_steps == 2 * K1  # with the vote of the window after
-    with pytest.raises(ArgumentError, match="validation"):
-        trained(
-            rank, tanh_cell(), validation=Validation(source=sequence_of(0, 1, is_masked=True)[0])
-        )
 
 
 def check_all(path: Path, rank: int, count: int) -> None:

@@ -12,7 +12,7 @@ from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
-from tbptt_ckpt.cli.train.ranks import mean_loss, share_of
+from tbptt_ckpt.cli.train.ranks import share_of
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
@@ -104,7 +104,10 @@ class _Job:
             return math.nan
         self.watch(self.loop.progress(stage))
         found = self.task.evaluate(self.task.held_out, self.evaluation_steps)
-        score = mean_loss(found, self.task.workload.device) / self.task.unit_size
+        ranks = self.loop.ranks
+        loss = found.loss if ranks is None else ranks.mean(found.loss, found.positions)
+        assert loss is not None, "every step has a target"
+        score = loss / self.task.unit_size
         if not math.isfinite(score):
             raise NonFiniteError(f"the held-out loss is {score}; a lower --lr may help")
         return score

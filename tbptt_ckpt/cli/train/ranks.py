@@ -17,7 +17,6 @@ from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.data.lane_share import lane_range, own_lanes, own_part
-from tbptt_ckpt.engine import Evaluation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.module.recurrence import recognise
 
@@ -71,17 +70,6 @@ def share_of(task: Task) -> Task:
     held_out = None if task.held_out is None else own_lanes(task.held_out)
     work = replace(work, source=own_lanes(work.source), init_state=first)
     return replace(task, workload=work, held_out=held_out)
-
-
-def mean_loss(found: Evaluation, device: torch.device) -> float:
-    """Of all ranks, each of which has found that of its lanes."""
-    assert found.loss is not None, "every step has a target"
-    if not dist.is_initialized():
-        return found.loss
-    weight = torch.tensor(found.weight, dtype=torch.float64, device=device)
-    sums = torch.stack([found.loss * weight, weight])
-    dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
 
 
 def _own_store() -> Any:
