@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], Any, Mapping[
     "a graph": (tensors, tanh_cell, first, {"executor": "checkpoint"}),
 }
 VALIDATED = "lanes of sequences"
-BY_DEFAULT = ("stale, in the middle of a group", "lanes of sequences", "a stream")
+BY_DEFAULT = ("stale, in the middle of a group", VALIDATED)
 
 
 def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import WIDTH, random_data, tanh_cell
-from runs_of_ranks import CASES, LANES, check_goes_on, losses_of, trainer
+from runs_of_ranks import BY_DEFAULT, CASES, LANES, check_goes_on, losses_of, trainer
 from several_ranks import on_two_ranks
 from torch import Tensor, nn
 
@@ -40,7 +40,13 @@ def begun(name: str) -> Trainer:
     return here
 
 
-@pytest.mark.parametrize("name", CASES)
+def cases() -> Iterator[Any]:
+    for name in CASES:
+        is_short = name in (*BY_DEFAULT, "tensors", "a stream")
+        yield pytest.param(name, marks=() if is_short else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("name", cases())
 def test_what_is_cut_and_joined_is_what_it_was(name: str) -> None:
     here = begun(name)
     state = here.state_dict()
