@@ -46,7 +46,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(name, marks=() if is_short else pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", list(cases()))
 def test_what_is_cut_and_joined_is_what_it_was(name: str) -> None:
     here = begun(name)
     state = here.state_dict()
