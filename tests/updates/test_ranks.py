@@ -8,6 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def check_shards(rank: int, count: int) -> None:
     assert all(map(torch.equal, local(weights), before))
     # And the next sequence is trained as if nothing had been.
     expected = Joined(tanh_cell(), 0.1, 7, {})
+    module.set_requires_gradient_sync(False)  # nor if somebody has left it so
     with torch.no_grad():
         for weight, first in zip(weights, held([*tanh_cell().parameters()], weights), strict=True):
             weight.to_local().copy_(first)
@@ -216,32 +218,42 @@ def check_peaks(rank: int, count: int) -> None:
     assert result.peak_bytes == (first if rank == 0 else None)
 
 
+class Segments(nn.Module):
+    """Two steps as checkpoints that differentiate within the backward."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        _, h = checkpoint(self.cell, x, h, use_reentrant=True)
+        return checkpoint(self.cell, x, h, use_reentrant=True)
+
+
 def wrongly_trained(rank: int, pattern: str) -> DistributedDataParallel:
     """Two steps of plain PyTorch that leave a gradient unreduced without an error."""
-    module = DistributedDataParallel(tanh_cell())
+    is_checkpointed = pattern == "reentrant checkpoints inside"
+    module = DistributedDataParallel(Segments(tanh_cell()) if is_checkpointed else tanh_cell())
     optimizer = SGD(module.parameters(), lr=0.1)
-    x = torch.full((1, 2), 1.0 + rank, dtype=torch.float64, requires_grad=True)
-    h = torch.zeros(1, WIDTH, dtype=torch.float64)
+    x = torch.full((1, 2), 1.0 + rank, dtype=torch.float64)
+    h = torch.zeros(1, WIDTH, dtype=torch.float64, requires_grad=is_checkpointed)
     for _ in range(2):
-        if pattern == "two backwards over one forward":
+        with module.no_sync() if pattern == "a forward within no_sync" else nullcontext():
             y = module(x, h)[0]
-            y.sum().backward(retain_graph=True)
+        y.sum().backward(retain_graph=True)
+        if pattern == "two backwards over one forward":
             (2 * y).sum().backward()
-        elif pattern == "a forward within no_sync":
-            with module.no_sync():
-                y = module(x, h)[0]
-            y.sum().backward()
-        else:
-            y = module(x, h)[0] + checkpoint(lambda x: module(x, h)[0], x, use_reentrant=True)
-            with module.no_sync():
-                y.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return module
 
 
 def check_wrong_patterns(rank: int, count: int) -> None:
-    for pattern in ("two backwards over one forward", "a forward within no_sync", "checkpoint"):
+    for pattern in (
+        "two backwards over one forward",
+        "a forward within no_sync",
+        "reentrant checkpoints inside",
+    ):
         module = wrongly_trained(rank, pattern)
         group = RankGroup(Ranks(), dict(module.module.named_parameters()), {})
         with pytest.raises(RankError, match="on rank 1 is not what it is on rank 0"):
