@@ -47,6 +47,7 @@ class Deliveries:
         self.wrappers = Wrappers(*owners, gathers=ranks is not None)
         self._once, self.ranks = once, ranks
         self._begun: int | None = None  # votes before the window that has begun
+        self._last: Delivery = NOTHING_WAITS
         if ranks is not None:
             self.wrappers.shards.check(ranks.count)
         if once and (self.wrappers.is_sharded or self.wrappers.shards.is_any):
@@ -96,7 +97,8 @@ class Deliveries:
         waiting = [weight for weight in distinct.values() if self.waits(weight)]
         if not (waiting or self.any_waits(())):
             return NOTHING_WAITS
-        return Delivery(waiting, self.wrappers, collects=self._once)
+        self._last = Delivery(waiting, self.wrappers, collects=self._once)
+        return self._last
 
     @property
     def gathered(self) -> list[Tensor]:
@@ -117,6 +119,7 @@ class Deliveries:
         Raises:
             RankError: Ranks have come to hold different weights.
         """
+        self._last.end()  # of a window without a loss, whose group has gradients
         learning = [w for w in weights if w.requires_grad and not self._is_shard(w)]
         is_there = ranks.begin_update(learning)
         for weight, there in zip(learning, is_there, strict=True):
@@ -153,6 +156,10 @@ class Delivery:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Put everything back, as it was before what has not been delivered."""
         self._unseen.close()
         for waiting in self._waiting:
             waiting.end()
@@ -182,7 +189,7 @@ class _NothingWaits(Delivery):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
         pass
 
     def deliver(self, factor: float | None = None) -> None:

@@ -90,6 +90,23 @@ GRID = [
 ]
 
 
+def check_masked(rank: int, count: int) -> None:
+    """A window without a loss on one rank, where a group ends."""
+    inputs, targets, resets, state = all_lanes()
+    targets[STEPS_OF[1] :, LANES_OF[1]] = torch.nan
+    lanes = LANES_OF[rank]
+    data = TensorSequence(inputs[:, lanes], targets[:, lanes], resets=resets[:, lanes])
+    for wrap, windows in itertools.product((nn.Identity, DistributedDataParallel, sharded), (1, 3)):
+        module, how = tanh_cell(), {"accumulate": windows}
+        expected = Joined(copy.deepcopy(module), 0.1, 7, how)
+        module = module if wrap is nn.Identity else wrap(module)
+        weights = list(module.parameters())
+        how |= {"strategy": "uniform:3", "ranks": "all"}
+        tbptt = TBPTT(module, masked_mean, K1, 7, SGD(weights, lr=0.1), **how)
+        tbptt.train(data, state[lanes])
+        assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12, how
+
+
 def masked_sum(y: Tensor, target: Tensor) -> Tensor:
     """A sum of torch's over what is not NaN."""
     counts = ~target.isnan()
@@ -316,6 +333,7 @@ def check_trainer(rank: int, count: int) -> None:
 
 def check_all(path: Path, rank: int, count: int) -> None:
     check_gradients(rank, count)
+    check_masked(rank, count)
     check_faults(rank, count)
     check_shards(rank, count)
     check_peaks(rank, count)
