@@ -44,7 +44,8 @@ def fastest_form(
         Costs in that form, and what a window is predicted to take in each that was weighed.
     """
     begun = time.perf_counter()
-    share = most_seconds * (1.0 if forms[0] == asked else _FIRST_SHARE)
+    others = len(forms) - 1  # none where a first step has shown that nothing is open
+    share = most_seconds * (_FIRST_SHARE if others and forms[0] != asked else 1.0)
     found, ranks = dict[Form, Costs](), dict[Form, tuple[bool, float]]()
     for form in forms:
         with batching.as_form(form):
@@ -58,7 +59,7 @@ def fastest_form(
             or not batching.has_batched
         ):
             break
-        share = max(0.0, min(left, (1 - _FIRST_SHARE) * most_seconds / (len(forms) - 1)))
+        share = max(0.0, min(left, (1 - _FIRST_SHARE) * most_seconds / max(1, others)))
     chosen = min(ranks, key=lambda form: ranks[form])
     batching.decide(chosen)
     seconds: FormSeconds = {form: None if misses else s for form, (misses, s) in ranks.items()}

@@ -232,6 +232,19 @@ def test_a_step_of_large_and_small_weights_has_a_form_that_batches_all(inject: I
     assert (WIDTH, WIDTH) in small
 
 
+def test_what_a_first_step_shows_may_leave_one_form(
+    inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is measured in all of the time; before, it ended in a division by zero."""
+    seen = inject({})
+    tbptt, sequence = make()
+    shown = iter([["auto", "plain"]])
+    monkeypatch.setattr(type(tbptt.parts.runner), "forms", lambda _: next(shown, ["auto"]))
+    tbptt.train(sequence)
+    assert seen == [("auto", 1.6)]
+    assert form_of(tbptt) == "auto"
+
+
 @pytest.mark.parametrize(
     "options",
     [
