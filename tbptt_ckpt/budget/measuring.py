@@ -45,6 +45,8 @@ def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
         yield _begun(probe)
         if before is not None:
             _check_unmoved(probe, before)
+            # Which was a pass without a look; steps run by their parts as in the passes before.
+            probe.runner.parts.look(probe.blocks, probe.first, probe.boundary.state, ahead=True)
     empty_cache()  # segments are as long as memory allows, and others may need it
 
 

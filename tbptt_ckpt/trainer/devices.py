@@ -12,12 +12,13 @@ from tbptt_ckpt.module.trees import Tree, map_tensors
 
 
 def moved(
-    run: dict[str, Any] | None, saved: str, here: torch.device, *, is_on_host: bool
+    run: dict[str, Any] | None, saved: str, here: torch.device, *, is_on_host: bool = False
 ) -> dict[str, Any] | None:
     """The run with its states, buffers, gradients and held steps where the module is now.
 
     Generators stay, those of a device too where the other is of its kind; those of another kind
-    cannot be translated, and go on as they are here.
+    cannot be translated, and go on as they are here. `is_on_host` where its tensors were left on
+    the host, to be moved to a device of that name too.
     """
     if run is None or (saved == str(here) and not is_on_host):
         return run
