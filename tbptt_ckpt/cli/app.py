@@ -135,8 +135,9 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Have SIGINT raise `Interrupted` while the context is open.
 
-    Where it does not raise KeyboardInterrupt, it is left as it is: jobs in the background
-    ignore it, and threads other than the main one never see it.
+    So does an error that follows it: torch may be in the middle of an import, whose other parts
+    then fail in ways of their own. Where it does not raise KeyboardInterrupt, it is left as it is:
+    jobs in the background ignore it, and threads other than the main one never see it.
     """
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
@@ -144,12 +145,19 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
-    def interrupt(*_: object) -> NoReturn:
+    arrived: list[object] = []
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        arrived.append(number)
         raise Interrupted
 
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+    except Exception as error:
+        if arrived:
+            raise Interrupted from error
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 

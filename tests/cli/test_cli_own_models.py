@@ -186,6 +186,20 @@ class TestRefusals:
             process.kill()
         assert (process.returncode, out, err) == (130, "", "tbptt-ckpt: interrupted\n")
 
+    def test_an_error_that_follows_an_interrupt_is_an_interrupt(
+        self, own, factories, tmp_path, capsys
+    ):
+        (tmp_path / f"{factories}.py").write_text(
+            "import signal\n\ndef half():\n    try:\n        signal.raise_signal(signal.SIGINT)\n"
+            "    except KeyboardInterrupt:\n        raise AttributeError('imported in part')\n"
+        )
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert main([*own, "--model", f"{factories}:half"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert capsys.readouterr() == ("", "tbptt-ckpt: interrupted\n")
+
 
 class TestEvaluation:
     class Remembering(nn.Module):
