@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +22,6 @@ from tbptt_ckpt import TensorSequence
 STEPS, K1, LANES = 11, 3, 4
 LANES_OF = (slice(0, 3), slice(3, 4))  # by rank
 STEPS_OF = (STEPS, 6)  # lanes of the second rank end earlier
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def masked_mean(y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,16 +156,3 @@ def _part(tensor: Tensor, like: Any) -> Tensor:
 
 def local(tensors: Sequence[Any]) -> list[Tensor]:
     return [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
-
-
-def spawn(check: Any) -> None:
-    """Run a check on two ranks: `check(rank, count)`."""
-    torch.multiprocessing.spawn(_joined, (2, free_port(), check), nprocs=2)
-
-
-def _joined(rank: int, count: int, port: int, check: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
-    check(rank, count)
-    dist.destroy_process_group()

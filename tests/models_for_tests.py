@@ -23,6 +23,19 @@ def skip_unless_torch_runs_lstm(dtype: torch.dtype) -> None:
         pytest.skip(f"torch cannot run nn.LSTM in {dtype} on this CPU")
 
 
+class Grid(nn.Module):
+    """A state as large as all that a step makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speed = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        spread = state.roll(1, 1) + state.roll(-1, 1) - 2 * state
+        state = state + self.speed * spread
+        return state[:, :1] + x, state
+
+
 class CountedCalls(nn.Module):
     """Another module, and how many steps it has run."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import bitwise, gradients, lstm_cell, mean_loss, random_data, random_state, tanh_cell
+from models_for_tests import Grid
 from simulated_device import DEVICE, OnDevice, SimulatedWaits, on_device, on_host
 from torch import Tensor, nn
 
@@ -171,16 +172,6 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 @pytest.mark.cuda
 @needs_cuda
 def test_on_cuda_bits_are_the_same_and_states_take_nothing_of_a_budget() -> None:
-    class Grid(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.speed = nn.Parameter(torch.tensor(0.1))
-
-        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            spread = state.roll(1, 1) + state.roll(-1, 1) - 2 * state
-            state = state + self.speed * spread
-            return state[:, :1] + x, state
-
     module, state = Grid().cuda(), torch.randn(4, 1 << 20, device="cuda")
     data = TensorSequence(*torch.randn(2, 64, 4, 1, device="cuda"))
     budget, found = 14 * state.nbytes, []

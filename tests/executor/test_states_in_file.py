@@ -27,6 +27,7 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from models_for_tests import Grid
 from planned_costs import check_prediction, random_costs, random_window
 from torch import Tensor, nn
 
@@ -221,19 +222,6 @@ def test_predictions_are_what_the_simulator_counts(tmp_path: Path) -> None:
             check_prediction(planned, costs, budget, window)
             lead = window.get("new_steps", num_steps) - num_steps
             assert planned.executed_steps <= 2 * num_steps + max(0, lead)
-
-
-class Grid(nn.Module):
-    """A state as large as all that a step makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.speed = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        spread = state.roll(1, 1) + state.roll(-1, 1) - 2 * state
-        state = state + self.speed * spread
-        return state[:, :1] + x, state
 
 
 def test_a_budget_holds_that_the_states_alone_exceed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import mean_loss
 from command_lines import outcome_of, refusal_of
-from torch import Tensor, nn
+from models_for_tests import Grid
 
 from tbptt_ckpt import measure_costs, plan, profile_strategies, profile_window
 from tbptt_ckpt.cli.app import main
@@ -23,19 +23,6 @@ from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.schedule import Costs
 
 LANES, SIDE, STEPS = 4, 2048, 48
-
-
-class Grid(nn.Module):
-    """A state as large as all that a step makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.speed = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        spread = state.roll(1, 1) + state.roll(-1, 1) - 2 * state
-        state = state + self.speed * spread
-        return state[:, :1] + x, state
 
 
 def job(**options: Any) -> dict[str, Any]:

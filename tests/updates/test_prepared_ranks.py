@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from cases import gradients, mean_loss, relative_error, tanh_cell
-from joined_ranks import K1, Joined, Traffic, free_port, masked_mean, sequence_of, spawn
+from joined_ranks import K1, Joined, Traffic, masked_mean, sequence_of
+from several_ranks import free_port, on_two_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,4 +81,4 @@ def reducer_in(module: nn.Module) -> nn.Module:
 )
 def test_two_prepared_ranks_train_as_one_process_does(package: str, make: Any) -> None:
     pytest.importorskip(package)
-    spawn(partial(check_prepared, make, free_port()))
+    on_two_ranks(partial(check_prepared, make, free_port()))

@@ -26,7 +26,6 @@ from joined_ranks import (
     Joined,
     Traffic,
     all_lanes,
-    free_port,
     held,
     in_copies,
     local,
@@ -34,9 +33,9 @@ from joined_ranks import (
     sequence_of,
     sharded,
     sharded_inside,
-    spawn,
 )
 from runs_of_ranks import BY_DEFAULT, check_goes_on
+from several_ranks import free_port, on_two_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -347,12 +346,12 @@ def check_grid(rank: int, count: int) -> None:
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    spawn(partial(check_all, tmp_path))
+    on_two_ranks(partial(check_all, tmp_path))
 
 
 @pytest.mark.exhaustive
 def test_every_executor_and_overlap_on_two_ranks() -> None:
-    spawn(check_grid)
+    on_two_ranks(check_grid)
 
 
 def test_one_rank_is_one_process(alone: None) -> None:
