@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.engine.options import K2_TOLERANCE, Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.executor.replay import storage_of
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.trainer.learning_state import alone, modules_of
 
@@ -32,6 +34,7 @@ _BEFORE = {
     "max_k2": None,
     "k2_tolerance": K2_TOLERANCE,
     "k2_window_tolerance": None,
+    "state_dtype": None,
 }
 _HOW = ("params", "capturable", "differentiable", "foreach", "fused")  # not what is learned
 _ABSENT = "nothing"
@@ -140,11 +143,11 @@ def _difference(here: Any, there: Any) -> str:
 
 def _run(options: Options, parts: Parts) -> dict[str, Any]:
     updater, recurrence = parts.updater, parts.recurrence
-    dtype = options.autocast_dtype
     return {
         **{name: getattr(options, name) for name in _OPTIONS},
-        "autocast_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "autocast_dtype": _dtype_name(options.autocast_dtype),
         "executor": type(parts.executor).__name__,
+        "state_dtype": _dtype_name(storage_of(parts.executor).dtype),
         "loss_fn": _described(parts.loss_function.loss_fn),
         "module": _layers(recurrence.module),
         "optimizer": _kind(updater.optimizer),
@@ -157,6 +160,10 @@ def _run(options: Options, parts: Parts) -> dict[str, Any]:
         "scheduler": _scheduler(updater.scheduler),
         "time_dim": recurrence.time_dim,
     }
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _kind(value: object) -> str | None:

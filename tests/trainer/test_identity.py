@@ -24,6 +24,7 @@ from tbptt_ckpt import (
     Trainer,
 )
 from tbptt_ckpt.data import map_file
+from tbptt_ckpt.executor import ReplayExecutor
 
 STEPS = 24
 F = nn.functional
@@ -107,6 +108,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "clip_grad_norm": {"clip_grad_norm": 0.5},
     "autocast_dtype": {"autocast_dtype": torch.bfloat16},
     "executor": {"executor": "checkpoint"},
+    "state_dtype": {"executor": ReplayExecutor(state_dtype=torch.bfloat16)},
     "extra": {"extra": {"counter": Counter()}},
     "speed": {"identity": {"speed": 3}},
     "data": {"source": data(seed=7)},
