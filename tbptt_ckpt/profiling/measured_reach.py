@@ -138,8 +138,9 @@ def reach_of(
     tolerances: Sequence[float] = TOLERANCES,
     windows: int = 1,
     watch: Watch = unwatched,
+    executor: Any = "replay",
 ) -> MeasuredReach:
-    """The same of a workload."""
+    """The same of a workload, whose windows an executor of exact states runs."""
     if k2 < k1:
         raise ArgumentError(f"k2={k2} is below k1={k1}: every step of a window has a loss")
     mine = replace(work.copied(), optimizer=None, clip_grad_norm=None)
@@ -148,7 +149,7 @@ def reach_of(
         watch(Progress("measuring gradients", number - 1, windows))
         stop = -(-k2 // k1) * k1 * (number + 1)
         with untouched(mine.module, mine.loss_fn) as start_over:
-            looked_at = _Window(mine, k1, k2, stop, start_over)
+            looked_at = _Window(mine, k1, k2, stop, start_over, executor)
             if looked_at.norm:
                 found.append((looked_at.norm, looked_at.decay(tolerances)))
     if not found:
@@ -169,10 +170,16 @@ class _Window:
     """
 
     def __init__(
-        self, work: Workload, k1: int, k2: int, stop: int, start_over: Callable[[], None]
+        self,
+        work: Workload,
+        k1: int,
+        k2: int,
+        stop: int,
+        start_over: Callable[[], None],
+        executor: Any,
     ) -> None:
         self._work, self._k1, self._k2, self._stop = work, k1, k2, stop
-        self._start_over = start_over
+        self._start_over, self._executor = start_over, executor
         weights = self._run("sqrt", _Borders())
         self._whole = [w.grad.clone() if w.grad is not None else None for w in weights]
         norm = _norm_of(self._whole)
@@ -202,7 +209,8 @@ class _Window:
 
     def _run(self, strategy: Any, borders: _Borders) -> list[Tensor]:
         self._start_over()
-        tbptt = self._work.engine(self._k1, self._k2, strategy=strategy, observer=borders)
+        how = {"strategy": strategy, "executor": self._executor, "observer": borders}
+        tbptt = self._work.engine(self._k1, self._k2, **how)
         weights = borders.watch(tbptt)
         source = EndlessSource(self._work.source, self._stop - self._k1)
         for window in tbptt.windows(source, self._work.init_state):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import outcome_of
 
 from tbptt_ckpt import Costs, plan
 from tbptt_ckpt.cli.app import main
@@ -47,6 +48,22 @@ def test_the_json_holds_what_was_measured_and_what_it_costs(
         assert setting["predicted_seconds"] == planned.predicted_seconds
         retained = plan(setting["k2"], costs, strategy="retain", new_steps=4)
         assert setting["retained_peak_bytes"] == retained.predicted_peak_bytes
+
+
+def test_windows_are_priced_with_states_as_they_are_stored_and_reach_as_far(
+    capsys: pytest.CaptureFixture[str],
+    text: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tbptt_ckpt.cli.plan.job._MEASURING_SECONDS", 0.1)
+    words = [*SMALL, *text, "--json", "--windows", "1"]
+    stored = ["--offload", str(tmp_path), "--state-dtype", "bfloat16"]
+    plain, found = (outcome_of(capsys, [*words, *more]) for more in ([], stored))
+    assert plain["costs"]["kept_bytes"] is None
+    assert (found["costs"]["kept_bytes"], found["costs"]["store_seconds"] > 0) == (0, True)
+    assert found["decays"] == plain["decays"]  # of exact states, bit by bit
+    assert found["what"] == f"{plain['what']}, with states in {tmp_path} in bfloat16"
 
 
 def test_the_page_says_it_in_words_and_draws_it(
@@ -104,6 +121,8 @@ def test_a_gradient_that_grows_is_called_exploding(
         (["--tolerance", "0"], "--tolerance=0.0 must be a positive number"),
         (["--tolerance", "x"], "--tolerance x is no list"),
         (["--plot", "x.bmp"], "--plot x.bmp must end in .png or .svg"),
+        (["--offload", "/absent"], "offload='/absent' must be a folder in which files can be"),
+        (["--state-dtype", "int8"], "--state-dtype int8 is not one of bfloat16, float32"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_measured(

@@ -139,7 +139,7 @@ class TestOptions:
             "train --data d --model gru --hidden 2 --layers 3 --lanes 4 --k1 5 --k2 6 "
             "--strategy sqrt --overlap stale --executor checkpoint --lr 0.5 --max-steps 7 "
             "--truncation roulette --compile true --offload o --seed 8 --device cpu "
-            "--dtype float64 --save s --force"
+            "--state-dtype float32 --dtype float64 --save s --force"
         )
         assert self.asked_for(monkeypatch, capsys, words.split()) == TrainingConfig(
             data=Path("d"),
@@ -154,6 +154,7 @@ class TestOptions:
             truncation="roulette",
             compile="true",
             offload="o",
+            state_dtype="float32",
             executor="checkpoint",
             lr=0.5,
             max_steps=7,

@@ -160,11 +160,14 @@ def test_plans_of_a_command_count_it(capsys: Any, tmp_path: Path) -> None:
     assert " there and back" in text
     message = refusal_of(capsys, [*by_hand, "--offload", str(tmp_path / "absent")])
     assert "absent' must be a folder" in message
+    message = refusal_of(capsys, [*by_hand, "--state-dtype", "bfloat16"])
+    assert "--state-dtype would change nothing: costs do not say how wide" in message
 
 
 def test_a_profile_by_a_command(capsys: Any, tmp_path: Path) -> None:
     words = ["profile", "--offload", str(tmp_path), "--executor", "checkpoint"]
     assert "needs --executor replay" in refusal_of(capsys, words)
-    config = ProfileConfig(offload="host", k1=(4,), k2=(8,), device="cpu")
+    stored = {"offload": "host", "state_dtype": "bfloat16"}
+    config = ProfileConfig(**stored, k1=(4,), k2=(8,), device="cpu")
     executors = {str(row.executor) for row in config.configurations()}
-    assert executors == {"replay, with states in the host's memory"}
+    assert executors == {"replay, with states in the host's memory in bfloat16"}

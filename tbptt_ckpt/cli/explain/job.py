@@ -11,6 +11,7 @@ from tbptt_ckpt.cli.explain.config import ExplainConfig
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.plan.job import measured_costs
 from tbptt_ckpt.engine import Reach
+from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.profiling.measured_reach import MeasuredReach, reach_of
 from tbptt_ckpt.profiling.sweep import Progress, Watch, unwatched
 from tbptt_ckpt.schedule.plan import PredictedPlan
@@ -62,9 +63,11 @@ def run_explaining_job(config: ExplainConfig, watch: Watch = unwatched) -> Expla
     task = make_task(config)
     work, k1, k2 = task.workload, config.k1, config.k2
     tolerances = sorted(set(config.tolerance), reverse=True)
-    measured = reach_of(work, k1, k2, tolerances, config.windows, watch)
+    exact = config.replay(exact=True)  # else what is rounded would be missing of a gradient
+    measured = reach_of(work, k1, k2, tolerances, config.windows, watch, exact)
     watch(Progress("measuring costs", 0, 1))
-    costs = measured_costs(work, k2)
+    executor = config.replay()
+    costs = measured_costs(work, k2, executor)
     limit = budget_bytes(config.budget, "--budget", str(work.device))
     if limit is None:
         raise ArgumentError(f"--budget {config.budget} sets no limit; write a size such as 512MiB")
@@ -76,7 +79,7 @@ def run_explaining_job(config: ExplainConfig, watch: Watch = unwatched) -> Expla
         for steps in sorted({*chosen, *powers})
     }
     return Explanation(
-        what=f"{config.model} on {task.data}, measured on {work.device}",
+        what=f"{config.model} on {task.data}, measured on {work.device}{_stored(executor)}",
         measured=measured,
         reaches=reaches,
         settings=[made[steps] for steps in sorted(chosen)],
@@ -84,6 +87,11 @@ def run_explaining_job(config: ExplainConfig, watch: Watch = unwatched) -> Expla
         budget_bytes=limit,
         costs=costs,
     )
+
+
+def _stored(executor: ReplayExecutor) -> str:
+    """How windows keep their states, where that is not as steps leave them."""
+    return f", with states{stored}" if (stored := str(executor.storage)) else ""
 
 
 def _chosen(reaches: Sequence[Reach], k1: int, k2: int) -> dict[int, float | None]:

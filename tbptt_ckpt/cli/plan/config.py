@@ -8,13 +8,12 @@ from typing import Annotated
 
 from tbptt_ckpt.arguments import check_positive_int, check_size
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.model_options import ModelOptions
-from tbptt_ckpt.cli.storing import Offload
+from tbptt_ckpt.cli.storing import StoringOptions
 from tbptt_ckpt.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanningConfig(ModelOptions):
+class PlanningConfig(StoringOptions):
     """Options of `tbptt-ckpt plan`; sizes in bytes."""
 
     steps: Annotated[
@@ -34,7 +33,6 @@ class PlanningConfig(ModelOptions):
     strategy: Annotated[str, "optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES."] = (
         "optimal"
     )
-    offload: Offload = None
     plot: Annotated[Path | None, "Draw the table of reaches into this .png or .svg."] = None
     force: Annotated[bool, "Let --plot replace a file."] = False
     costs: Annotated[Path | None, "Take the costs of this JSON file, as --json prints them."] = None
@@ -64,6 +62,8 @@ class PlanningConfig(ModelOptions):
         if len(given) > 1:
             named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ArgumentError(f"{named} are different ways to say what steps take")
+        if self.costs is not None or self.state_bytes is not None:
+            self.refuse(("state_dtype",), "costs do not say how wide the numbers of a state are")
         if self.steps is not None and len(self.budget) > 1:
             raise ArgumentError("--steps is planned for one --budget; leave it out for a table")
         if self.plot is not None:

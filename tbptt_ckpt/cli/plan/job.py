@@ -146,7 +146,7 @@ def _reaches_within(text: str, num_bytes: int, costs: Costs, watch: Watch) -> Re
 def _given_costs(config: PlanningConfig) -> FoundCosts:
     """Costs of a file, or by hand, with states as they are to be stored."""
     found = _costs_as_given(config)
-    storage = ReplayExecutor(config.offload).storage
+    storage = config.replay().storage
     return replace(found, costs=with_stored_states(storage, found.costs, torch.device("cpu")))
 
 
@@ -173,7 +173,7 @@ def _costs_of(
     planned: Callable[[Costs], PredictedPlan] | None = None,
 ) -> FoundCosts:
     """Costs of a model, in the form that training takes for such a plan."""
-    work, executor = task.workload, ReplayExecutor(config.offload)
+    work, executor = task.workload, config.replay()
     what = f"{config.model} on {task.data}, measured on {work.device}"
     if planned is None or config.strategy != "optimal":  # then training weighs none
         return FoundCosts(what, measured_costs(work, config.steps or MEASURED_STEPS, executor))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.model_options import ModelOptions
-from tbptt_ckpt.cli.storing import Offload, check_offload
+from tbptt_ckpt.cli.storing import StoringOptions
 from tbptt_ckpt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ _TIME_BATCHING: dict[str, bool | str] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileConfig(ModelOptions):
+class ProfileConfig(StoringOptions):
     """Options of `tbptt-ckpt profile`; the defaults take some minute on two cores."""
 
     k1: Annotated[
@@ -49,7 +48,6 @@ class ProfileConfig(ModelOptions):
     ] = ()
     overlap: Annotated[options.Overlap, "What later windows start from."] = "refresh"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
-    offload: Offload = None
     time_batching: Annotated[
         Literal["auto", "fused", "mixed", "true", "false"],
         "Products over time; plain BPTT is measured without.",
@@ -79,7 +77,7 @@ class ProfileConfig(ModelOptions):
         from tbptt_ckpt.profiling.sweep import with_baselines
 
         super(ProfileConfig, self).check()  # slots make the class anew
-        check_offload(self.offload, self.executor)
+        self.check_stored(self.executor)
         rows = with_baselines(self.configurations())
         targets = [("--csv", self.csv), ("--plot", self.plot)]
         targets += [("--plot, second picture", self.window_plot), ("--trace", self.trace)]
@@ -111,7 +109,6 @@ class ProfileConfig(ModelOptions):
     def configurations(self) -> list[Configuration]:
         """The rows asked for, in order."""
         from tbptt_ckpt.cli.devices import find_device
-        from tbptt_ckpt.executor import ReplayExecutor
         from tbptt_ckpt.profiling.configuration import combinations
 
         return combinations(
@@ -121,6 +118,6 @@ class ProfileConfig(ModelOptions):
             self.budget or (None,),
             device=find_device(self.device),
             overlap=self.overlap,
-            executor=ReplayExecutor(self.offload) if self.offload else self.executor,
+            executor=self.stored(self.executor),
             time_batching=_TIME_BATCHING.get(self.time_batching, self.time_batching),
         )

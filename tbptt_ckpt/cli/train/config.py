@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from tbptt_ckpt.arguments import check_above_zero, check_positive_int
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.model_options import ModelOptions
-from tbptt_ckpt.cli.storing import Offload, check_offload
+from tbptt_ckpt.cli.storing import StoringOptions
 from tbptt_ckpt.errors import ArgumentError
 
 _LARGEST_SEED = 2**63 - 1
@@ -19,7 +18,7 @@ _STRATEGY = "uniform:32"  # depends on nothing measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig(ModelOptions):
+class TrainingConfig(StoringOptions):
     """Options of `tbptt-ckpt train`; the defaults take about a minute on two cores."""
 
     k1: Annotated[int, "Steps between updates.", check_positive_int] = 64
@@ -54,7 +53,6 @@ class TrainingConfig(ModelOptions):
         options.check_truncation,
     ] = "fixed"
     executor: Annotated[options.ExecutorName, "What runs a schedule."] = "replay"
-    offload: Offload = None
     compile: Annotated[
         str,
         "false, true, auto, or a backend of torch.compile: steps in compiled blocks.",
@@ -95,7 +93,7 @@ class TrainingConfig(ModelOptions):
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
-        check_offload(self.offload, self.executor)
+        self.check_stored(self.executor)
         self._check_save()
         self._check_snapshots()
 

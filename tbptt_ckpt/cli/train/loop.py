@@ -18,7 +18,6 @@ from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
 from tbptt_ckpt.cli.train.ranks import is_first
 from tbptt_ckpt.engine import Reach
-from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
@@ -122,7 +121,7 @@ class TrainingLoop:
                 truncation=config.truncation,
                 strategy=config.strategy,
                 memory_budget=config.budget,
-                executor=ReplayExecutor(config.offload) if config.offload else config.executor,
+                executor=config.stored(config.executor),
                 compile=options.read_compile(config.compile),
                 ranks="all" if dist.is_initialized() else None,
             ),
