@@ -18,6 +18,7 @@ from tbptt_ckpt.errors import (
     TbpttWarning,
 )
 from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.module.tripwires import IN_THE_STATE
 
 
 class WeightGuard:
@@ -156,8 +157,7 @@ def _explain(error: RuntimeError, guard: WeightGuard, inputs: InputGuard, stop: 
     """Raise what a user can act on, where torch's error has a known cause."""
     if "backward through the graph a second time" in str(error):
         raise TbpttError(
-            "a tensor with the graph of an earlier run was used: whatever the module "
-            "carries from step to step with its gradient belongs in the state it returns"
+            f"a tensor with the graph of an earlier run was used: {IN_THE_STATE}"
         ) from error
     if "in-place operation" not in str(error) and "inplace operation" not in str(error):
         return

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError, shown
-from tbptt_ckpt.module.tripwires import is_tripwire, tripwire
+from tbptt_ckpt.module.tripwires import IN_THE_STATE, is_tripwire, tripwire
 
 # Larger buffers are lookup tables rather than statistics: their versions are believed.
 _COMPARED_BYTES = 1 << 20
@@ -125,8 +125,8 @@ class Buffer:
         memory = tensor.untyped_storage().data_ptr()
         if all(memory != each.untyped_storage().data_ptr() for each in state):
             raise ArgumentError(
-                f"module buffer {self._name!r} carries an autograd graph from step to step; what "
-                "passes with its gradient belongs in the state, other values must be detached"
+                f"module buffer {self._name!r} carries an autograd graph from step to step; "
+                f"{IN_THE_STATE}; other values must be detached"
             )
         self._shadows_state = True
         self._module._buffers[self._name] = tripwire(tensor, f"buffer {self._name!r}")

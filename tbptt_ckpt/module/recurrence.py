@@ -128,7 +128,8 @@ def _check_takes_state(module: object, inner: object) -> None:
     except TypeError as error:
         raise ArgumentError(
             f"module={name_of(module)} is called as module(input, state) and returns (output, "
-            f"state), but it takes {signature}: {error}; for a module without a state write "
+            f"state), but it takes {signature}: {error}; for a module that keeps its state on "
+            "itself write lifted(module, input), of tbptt_ckpt.module, for one without a state "
             "lambda input, state: (module(input), state)"
         ) from None
 

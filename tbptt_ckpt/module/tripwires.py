@@ -18,6 +18,10 @@ from tbptt_ckpt.errors import TbpttError
 from tbptt_ckpt.module.trees import map_tensors, tensors_of
 
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
+IN_THE_STATE = (
+    "what a module carries from step to step with its gradient belongs in the state it returns; "
+    "lifted(module, input), of tbptt_ckpt.module, puts it there"
+)
 _SEARCHED = 1000  # containers and objects, and items of one; longer ones hold data
 
 
@@ -31,7 +35,7 @@ class _Tripwire(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise TbpttError(
             f"the module read {ctx.where}, which it had kept from an earlier step with its graph; "
-            "whatever passes from step to step with its gradient belongs in the state it returns"
+            + IN_THE_STATE
         )
 
 

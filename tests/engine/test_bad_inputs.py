@@ -215,7 +215,7 @@ TABLE: dict[str, Bad] = {
     "state_in_an_attribute": replace(
         module(
             StateInAnAttribute,
-            r"^a tensor with the graph of an earlier run was used: .*belongs in the state",
+            r"^a tensor with the graph of an earlier run was used: .*in the state.*lifted\(",
             strategy="step",
         ),
         error=TbpttError,
