@@ -19,7 +19,7 @@ from tbptt_ckpt.module.inside import (
     recurrent_layers,
     unwrapped,
 )
-from tbptt_ckpt.module.outputs import outputs_needed
+from tbptt_ckpt.module.outputs import Omission, outputs_needed
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.trees import Tree
 
@@ -76,6 +76,7 @@ class Recurrent(nn.Module):
         self.transition, self.encode, self.readout = transition, encode, readout
         self.per_step = not is_layer(inner) and per_step is not False
         self.time_dim = int(is_layer(inner) and inner.batch_first)
+        self._omission = Omission(None if self.per_step else self.time_dim)
         self._folded = {n: FoldedPart(n, self.time_dim) for n in ("encode", "readout")}
 
     def forward(self, inputs: Any, state: Any) -> tuple[Any, Any]:
@@ -97,7 +98,9 @@ class Recurrent(nn.Module):
         features, state = as_step(self.transition)(encoded, state)
         if self.readout is None:
             return features, state
-        return self._part("readout", features) if reads_out else None, state
+        if not reads_out and self._omission.is_allowed(self.readout, features):
+            return None, state
+        return self._part("readout", features), state
 
     def _part(self, name: str, value: Tree) -> Any:
         part: Any = getattr(self, name)

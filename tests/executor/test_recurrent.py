@@ -299,6 +299,30 @@ def test_a_part_that_mixes_lanes_or_draws_is_run_step_by_step() -> None:
         assert relative_error(*results) <= 1e-12
 
 
+@pytest.mark.parametrize("strategy", ["retain", "uniform:2", "step"])
+@pytest.mark.parametrize("batching", ["auto", False])
+def test_a_readout_that_draws_or_counts_is_not_left_out(strategy: str, batching: Any) -> None:
+    inputs, targets = random_data(6)
+    for readout in (nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)):
+        torch.manual_seed(0)
+        module = Recurrent(nn.GRUCell(WIDTH_IN, WIDTH), nn.Dropout(0.3), readout).double()
+        other, _ = twin(module, None)
+        torch.manual_seed(1)
+        state: Any = torch.zeros(LANES, WIDTH, dtype=torch.float64)
+        outputs = []
+        for x in inputs:
+            state = other.transition(other.encode(x), state)
+            outputs.append(other.readout(state))
+        F.mse_loss(torch.stack(outputs), targets).backward()
+        torch.manual_seed(1)
+        tbptt = TBPTT(module, F.mse_loss, 6, 6, strategy=strategy, time_batching=batching)
+        tbptt.train(TensorSequence(inputs, targets), torch.zeros(LANES, WIDTH).double())
+        expected = gradients(list(other.parameters()))
+        assert relative_error(gradients(list(module.parameters())), expected) <= 1e-12
+        for mine, its in zip(module.buffers(), other.buffers(), strict=True):
+            assert relative_error([mine.double()], [its.double()]) <= 1e-12
+
+
 def test_nothing_is_folded_where_time_batching_is_off() -> None:
     inputs, targets = random_data(6)
     readout = Calls(nn.Linear(WIDTH, WIDTH).double())
