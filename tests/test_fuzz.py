@@ -39,15 +39,15 @@ ROUND = len(KINDS)
 
 @pytest.mark.times_the_module
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_cases_of_each_kind_are_right(kind: str) -> None:
-    place = list(KINDS).index(kind)
-    account = run_all([place, place + ROUND])
+def test_cases_of_each_kind_are_right(kind: str) -> None:
+    place, is_brief = list(KINDS).index(kind), kind.startswith(("axes.", "hooks.", "replay."))
+    account = run_all([place] if is_brief else [place, place + ROUND])
     assert not account.failures, "\n".join(account.lines())
 
 
 @pytest.mark.exhaustive
 @pytest.mark.times_the_module
-@pytest.mark.parametrize("part", range(20))
+@pytest.mark.parametrize("part", range(24))
 def test_many_cases_are_right(part: int) -> None:
     account = run_all(range(part * 1000, (part + 1) * 1000))
     assert not account.failures, "\n".join(account.lines())
@@ -57,12 +57,13 @@ def test_labels_are_legal_for_more_than_three_in_five_and_every_kind_comes_often
     cases = [case_of(seed) for seed in range(10 * ROUND)]
     assert sum(case.is_legal for case in cases) > 0.6 * len(cases)
     assert set(Counter(case.kind for case in cases).values()) == {10}
-    assert 20_000 // ROUND >= 300
+    assert 24_000 // ROUND >= 300
     assert all(case.names or case.kind == "batch.written_row" for case in cases if case.refused)
 
 
 def test_windows_reach_beyond_at_and_below_the_new_steps() -> None:
     cases = [case_of(seed) for seed in range(10 * ROUND)]
+    cases = [case for case in cases if isinstance(case.k2, int)]
     above = sum(case.k2 > case.k1 for case in cases)
     below = sum(case.k2 < case.k1 for case in cases)
     assert min(above, below, len(cases) - above - below) > 0.15 * len(cases)
@@ -125,4 +126,5 @@ def test_the_command_prints_counts_by_kind(capsys: pytest.CaptureFixture[str]) -
 def test_every_room_of_kinds_is_run() -> None:
     assert set(LOSS_KINDS) <= set(KINDS)
     rooms = {kind.partition(".")[0] for kind in KINDS}
-    assert rooms == {"loss", "replay", "hooks", "budget", "axes", "modules", "batch"}
+    older = {"loss", "replay", "hooks", "budget", "axes", "modules", "batch"}
+    assert rooms == older | {"parts", "storage", "windows", "lanes"}

@@ -23,6 +23,15 @@ class Loss:
     window: Callable[[Any, Any], Tensor] | None = None  # of all loss steps, where no sums make it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How a window runs whose gradient ends where a draw or a rule says."""
+
+    first: int  # step that runs, unless new ones come before
+    start: int  # step that the gradient reaches
+    divisors: dict[int, float] = field(default_factory=dict)  # of the state's gradient, by step
+
+
 def call_step(module: Any, x: Any, state: Any) -> tuple[Any, Any]:
     return module(x, state)
 
@@ -36,7 +45,7 @@ class Case:
     inputs: Any
     targets: Any
     k1: int
-    k2: int | None
+    k2: int | str | None
     call: Callable[[Any, Any, Any], tuple[Any, Any]] = call_step  # the module over one step
     reference: Callable[[], Any] | None = None  # what the loop runs, where that is not `make`
     start: Callable[[], Any] = lambda: None  # the state at the first step
@@ -44,7 +53,11 @@ class Case:
     is_segment: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     source: str = "tensors"
+    data: Callable[[], Any] | None = None  # what is read, where not a `source` of these tensors
     weight: Tensor | None = None
+    resets: Tensor | None = None  # bools [T] or [T, B]
+    reach: Callable[[Any, tuple[int, int, int]], Reach] | None = None  # read from a result
+    rounded: torch.dtype | None = None  # of the state that each step but the last starts from
     lr: float = 0.05
     has_optimizer: bool = True
     generators: Callable[[Any], list[Any]] = lambda module: []
@@ -64,11 +77,11 @@ class Case:
         return not self.refused
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
-        """Every window as (start, new_start, stop)."""
+        """Every window as (start, new_start, stop); as far as may be where `reach` says more."""
         new = 0
         while new < self.num_steps:
             stop = min(new + self.k1, self.num_steps)
-            yield 0 if self.k2 is None else max(0, stop - self.k2), new, stop
+            yield max(0, stop - self.k2) if isinstance(self.k2, int) else 0, new, stop
             new = stop
 
     def __str__(self) -> str:

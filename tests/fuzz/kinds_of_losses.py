@@ -191,10 +191,7 @@ def _marked_late(dice: Dice) -> Case:
     return case
 
 
-def pair(dice: Dice) -> Case:
-    """`(loss_sum, weight)`, whose weight may follow from the targets."""
-    masked = dice.maybe(0.5)
-
+def pair_loss(*, masked: bool) -> Loss:
     def kept(t: Tensor) -> Tensor:
         return (t > -0.5).to(t.dtype) if masked else torch.ones_like(t)
 
@@ -204,8 +201,12 @@ def pair(dice: Dice) -> Case:
     def function(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return total(y, t), kept(t).sum()
 
-    made = Loss(function=function, total=total, count=lambda y, t: kept(t).sum(), form="pair")
-    return carried(dice, loss=made)
+    return Loss(function=function, total=total, count=lambda y, t: kept(t).sum(), form="pair")
+
+
+def pair(dice: Dice) -> Case:
+    """`(loss_sum, weight)`, whose weight may follow from the targets."""
+    return carried(dice, loss=pair_loss(masked=dice.maybe(0.5)))
 
 
 def coupled(dice: Dice) -> Case:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .case import Case
+from .case import Case, Reach
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Run:
     windows: list[Window]
     state: Any
     weights: list[Tensor]
+    results: list[Any] = field(default_factory=list)  # the package's own, of each window
 
 
 def mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -104,27 +105,39 @@ class Loop:
         np.random.seed(case.seed % 2**32)
         self.case = case
         self.module = (case.reference or case.make)()
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.first = case.start()
+        learned = [leaf for leaf in leaves(self.first) if leaf.requires_grad]
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad] + learned
         self.optimizer = torch.optim.SGD(self.parameters, case.lr) if case.has_optimizer else None
         self.generators = _Generators(case.generators(self.module))
-        self.states: dict[int, Any] = {0: case.start()}
+        self.is_stale = case.options.get("overlap") == "stale"
+        self.states: dict[int, Any] = {0: _cut(self.first)}
 
-    def run(self) -> Run:
-        stale = self.case.options.get("overlap") == "stale"
+    def run(self, results: list[Any]) -> Run:
+        """Run it; `results` are the package's, for what only a draw can say."""
+        windows = list(self.case.windows())
+        reaches = [Reach(first=start, start=start) for start, _, _ in windows]
+        if self.case.reach is not None and results:
+            reaches = [self.case.reach(*pair) for pair in zip(results, windows, strict=True)]
         with self.case.around(self.module):
-            found = [self._window(*w, stale=stale) for w in self.case.windows()]
+            found = [
+                self._window(reach, new, stop)
+                for reach, (_, new, stop) in zip(reaches, windows, strict=True)
+            ]
         weights = [p.detach().clone() for p in self.parameters]
         return Run(found, self.states[self.case.num_steps], weights)
 
-    def _window(self, start: int, new: int, stop: int, *, stale: bool) -> Window:
+    def _window(self, reach: Reach, new: int, stop: int) -> Window:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         terms = _Terms(self.case, new, stop)
-        points = [p for p in range(start - start % self.case.k1, new, self.case.k1) if p > start]
-        blocks = [min(start, new), *points, new] if stale and start < new else [min(start, new)]
+        begin, k1 = min(reach.first, new), self.case.k1
+        blocks = [begin]
+        if self.is_stale and begin < new:
+            blocks += [p for p in range(begin - begin % k1, new, k1) if p > begin] + [new]
         state = None
-        for begin, end in zip(blocks, [*blocks[1:], stop], strict=True):
-            state = self._block(begin, end, (start, new), terms, state)
+        for a, b in zip(blocks, [*blocks[1:], stop], strict=True):
+            state = self._block(a, b, reach, terms, state)
         loss = terms.value()
         if loss is None:
             return Window(None, None)
@@ -137,31 +150,73 @@ class Loop:
             self.optimizer.step()
         return Window(float(loss.detach().real), grads)
 
-    def _block(
-        self, begin: int, end: int, reach: tuple[int, int], terms: _Terms, arrived: Any
-    ) -> Any:
+    def _block(self, begin: int, end: int, reach: Reach, terms: _Terms, arrived: Any) -> Any:
         """Run steps from the state that is known at `begin`; gradients go on to what arrived."""
-        start, new = reach
-        state = mapped(lambda s: s.detach().clone(), self.states[begin])
+        state = self._known(begin)
         if arrived is not None:
-            ends = iter(leaves(arrived))
-            state = mapped(lambda s: _Joint.apply(s, next(ends)), state)
-        is_refresh = self.case.options.get("overlap") != "stale"
+            state = _joined(state, arrived)
         for t in range(begin, end):
-            with torch.set_grad_enabled(terms.any and t >= start):
+            if t in reach.divisors:
+                state = mapped(lambda s, by=reach.divisors[t]: _Divided.apply(s, by), state)
+            if self.case.rounded is not None and t >= reach.start and t > begin:
+                exact = _cut(self.states[t])
+                is_last = t == terms.stop - 1
+                state = _joined(exact if is_last else mapped(self._narrowed, exact), state)
+            with torch.set_grad_enabled(terms.any and t >= reach.start):
                 y, state = self.generators.run(t, lambda t=t, state=state: self._step(t, state))
                 terms.add(t, y)
-            if is_refresh or t >= new:
-                self.states[t + 1] = mapped(lambda s: s.detach().clone(), state)
+            if self.case.rounded is not None:
+                with torch.no_grad():
+                    self.states[t + 1] = _cut(self._step(t, _cut(self.states[t]))[1])
+            elif not self.is_stale or t >= terms.new:
+                self.states[t + 1] = _cut(state)
         return state
+
+    def _known(self, step: int) -> Any:
+        """The newest state there; the first one is itself, since it may learn."""
+        return mapped(torch.clone, self.first) if step == 0 else _cut(self.states[step])
+
+    def _narrowed(self, state: Tensor) -> Tensor:
+        is_float = state.is_floating_point()
+        return state.to(self.case.rounded).to(state.dtype) if is_float else state
 
     def _step(self, t: int, state: Any) -> tuple[Any, Any]:
         case = self.case
         x = case.inputs.select(case.time_dim, t).clone()
+        state = self._reset(t, state)
         if not case.is_segment:
             return case.call(self.module, x, state)
         y, state = case.call(self.module, x.unsqueeze(case.time_dim), state)
         return y.select(case.time_dim, 0), state
+
+    def _reset(self, t: int, state: Any) -> Any:
+        """The state with the first one in the lanes that begin anew; lanes are rows."""
+        if self.case.resets is None or not self.case.resets[t].any():
+            return state
+        begins, firsts = self.case.resets[t].reshape(-1, 1), iter(leaves(self.first))
+        return mapped(lambda s: torch.where(begins, next(firsts), s), state)
+
+
+def _cut(state: Any) -> Any:
+    return mapped(lambda s: s.detach().clone(), state)
+
+
+def _joined(recorded: Any, arrived: Any) -> Any:
+    ends = iter(leaves(arrived))
+    return mapped(lambda s: _Joint.apply(s, next(ends)), recorded)
+
+
+class _Divided(torch.autograd.Function):
+    """The same state, whose gradient is divided."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.by, None
 
 
 class _Joint(torch.autograd.Function):
@@ -182,6 +237,7 @@ class _Terms:
     def __init__(self, case: Case, new: int, stop: int) -> None:
         steps = [stop - 1] if case.options.get("loss") == "last" else range(new, stop)
         self.case, self.total, self.count, self.weight = case, 0.0, 0.0, 0.0
+        self.new, self.stop = new, stop
         self._weights = {t: 1.0 if case.weight is None else case.weight[t] for t in steps}
         self._weights = {t: w for t, w in self._weights.items() if bool(torch.tensor(w != 0).any())}
         self.any = bool(self._weights)

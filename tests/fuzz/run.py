@@ -29,9 +29,13 @@ from . import (
     kinds_of_batches,
     kinds_of_budgets,
     kinds_of_hooks,
+    kinds_of_lanes,
     kinds_of_losses,
     kinds_of_modules,
+    kinds_of_parts,
     kinds_of_replays,
+    kinds_of_storage,
+    kinds_of_windows,
 )
 from .case import Case, Dice
 from .oracle import Loop, Run, Window, leaves
@@ -45,6 +49,10 @@ KINDS = {
     **kinds_of_axes.KINDS,
     **kinds_of_modules.KINDS,
     **kinds_of_batches.KINDS,
+    **kinds_of_parts.KINDS,
+    **kinds_of_storage.KINDS,
+    **kinds_of_windows.KINDS,
+    **kinds_of_lanes.KINDS,
 }
 TOLERANCE = 1e-9  # of the larger of 1 and a tensor's largest entry, in float64
 
@@ -89,8 +97,8 @@ def run_case(case: Case) -> Verdict:
         warnings.simplefilter("ignore")
         before = random.getstate(), np.random.get_state()
         try:
-            expected = _expected(case)
             found = _found(case)
+            expected = _expected(case, found.results if isinstance(found, Run) else [])
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -118,9 +126,9 @@ def _judge_error(case: Case, error: Exception) -> Verdict:
     return Verdict(case, NAMED if named and ours else UNNAMED, text)
 
 
-def _expected(case: Case) -> Run | Exception:
+def _expected(case: Case, results: list[Any]) -> Run | Exception:
     try:
-        return Loop(case).run()
+        return Loop(case).run(results)
     except Exception as error:  # what is to be refused may well fail in plain torch too
         return error
 
@@ -139,17 +147,20 @@ def _found(case: Case) -> Run | Exception:
 
 def _run_package(case: Case) -> Run:
     module = case.make()
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    first = case.start()
+    learned = [leaf for leaf in leaves(first) if leaf.requires_grad]
+    parameters = [p for p in module.parameters() if p.requires_grad] + learned
     optimizer = torch.optim.SGD(parameters, case.lr) if case.has_optimizer else None
     tbptt = TBPTT(module, case.loss.function, case.k1, case.k2, optimizer, **case.options)
-    windows, state = [], None
+    windows, results, state = [], [], None
     with case.around(module):
-        for window in tbptt.windows(source_of(case), case.start()):
+        for window in tbptt.windows(source_of(case), first):
             grads = [None if p.grad is None else p.grad.clone() for p in parameters]
             loss = None if window.loss is None else float(window.loss)
             windows.append(Window(loss, grads))
+            results.append(window)
             state = window.state
-    return Run(windows, state, [p.detach().clone() for p in parameters])
+    return Run(windows, state, [p.detach().clone() for p in parameters], results)
 
 
 def _difference(found: Run, expected: Run) -> str:

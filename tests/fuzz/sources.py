@@ -29,7 +29,7 @@ class Reader:
 
 
 class Stream:
-    """Any iterable of steps, of unknown length."""
+    """Any iterable of steps, of unknown length; what weighs nothing has no target."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
@@ -37,15 +37,20 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         case, dim = self._case, self._case.time_dim
         for t in range(case.num_steps):
-            yield case.inputs.select(dim, t).clone(), case.targets.select(dim, t).clone()
+            target = case.targets.select(dim, t).clone()
+            is_absent = case.weight is not None and not case.weight[t]
+            yield case.inputs.select(dim, t).clone(), None if is_absent else target
 
 
 def source_of(case: Case) -> Any:
     """What `TBPTT` reads; always other memory than the loop's."""
+    if case.data is not None:
+        return case.data()
     if case.source == "reader":
         return Reader(case)
     if case.source == "stream":
         return Stream(case)
     further = {} if case.source == "unsaid" else {"time_dim": case.time_dim}
     inputs, targets = case.inputs.clone(), case.targets.clone()
-    return TensorSequence(inputs, targets, weight=case.weight, **further)
+    resets = None if case.resets is None else case.resets.clone()
+    return TensorSequence(inputs, targets, weight=case.weight, resets=resets, **further)
