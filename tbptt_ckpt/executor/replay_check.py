@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from tbptt_ckpt.errors import ReplayMismatchError, TbpttWarning
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.compared_states import STEPS_AT_FIRST, ComparedStates
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read
 from tbptt_ckpt.executor.guard import GradientWatch
 from tbptt_ckpt.executor.settlement import KEPT_OUTSIDE, Reached, Settlement, Suspect
@@ -19,7 +20,6 @@ from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.trees import Tree
 
-_CHECKED_STEPS = 8  # one leaf in so many steps is checked, each where leaves are as long
 _SETTLED_LEAVES = 4  # of a window, spread over those that differ
 _LOOKED_BACK = 4  # steps whose graph is held against steps that are cut from each other
 # How many were, of a module, where a window is one graph and where it is not.
@@ -39,6 +39,7 @@ class ReplayCheck:
         self._in_graph = in_graph
         self._bits_hold = True  # as far as is known; else advances and leaves differ by rounding
         self._has_repeated = False
+        self.compared = ComparedStates()
         self.gradients = GradientWatch()
 
     def of(self, window: WindowPass, first: Boundary) -> WindowCheck:
@@ -46,11 +47,13 @@ class ReplayCheck:
         if not window.checks_replays:
             return UNCHECKED
         exact = self._bits_hold and (self._in_graph or window.runner.promises_bits)
+        self.compared.begin_window()
         return WindowCheck(window, first, self, exact=exact, in_graph=self._in_graph)
 
     def rounding_differs(self) -> None:
         """Leaves and advances of this module are equal to rounding only."""
         self._bits_hold = False
+        self.compared.compare_all()
 
     def must_repeat(self, window: WindowPass) -> bool:
         """Whether the overlap of a window of which nothing is compared is run twice, once."""
@@ -96,7 +99,6 @@ class WindowCheck:
         self._reached: dict[int, Reached] = {}
         self._ambient: AmbientState | None = None  # what `_digest` is of
         self._digest = 0
-        self._checked: set[int] = set()
         self._leaf_lengths: set[int] = set()
         self._replays = False  # whether steps run again within the window
         self._shown_at: int | None = None  # the one step whose output is compared
@@ -156,14 +158,13 @@ class WindowCheck:
         seen: tuple[Tree, Tree],
         ambient: AmbientState | None,
     ) -> None:
-        part = (step - self._first.step) // _CHECKED_STEPS
-        if step in self._given or self._links.setdefault(step, (start, longest))[0] != start:
+        if step in self._given or step in self._links:
             return
+        self._links[step] = start, longest
         if step <= self._window.start:  # no leaf ends there
             return
         self._replays = True
-        if part not in self._checked:
-            self._checked.add(part)
+        if self._checks.compared.takes(seen[0], step - start):
             if self._shown_at is None and seen[1] is not None:
                 self._shown_at = step
             digest = self._digest_of(ambient)
@@ -243,7 +244,7 @@ class CheckInBackward(_Nothing):
 
     def ran(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
         """A leaf ran, whether for the first time or again."""
-        if self._leaves.setdefault(stop // _CHECKED_STEPS, stop) != stop:
+        if self._leaves.setdefault(stop // STEPS_AT_FIRST, stop) != stop:
             return
         in_half = self._window.runner.is_in_half(state)
         seen = fingerprint((state, shown), sketched=True, in_half=in_half)
