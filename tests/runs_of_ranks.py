@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import WIDTH, mean_loss, random_data, random_state, relative_error, tanh_cell
+from joined_ranks import held, in_copies, local, sharded, sharded_inside
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tbptt_ckpt import (
@@ -19,6 +27,7 @@ from tbptt_ckpt import (
     ArgumentError,
     Batches,
     LaneSource,
+    NonFiniteError,
     SharedState,
     SnapshotError,
     Snapshots,
@@ -28,7 +37,8 @@ from tbptt_ckpt import (
     Validation,
 )
 from tbptt_ckpt.data import lane_range, own_lanes
-from tbptt_ckpt.snapshot import SnapshotStore
+from tbptt_ckpt.module.trees import iterate_leaves
+from tbptt_ckpt.snapshot import SnapshotStore, shards
 
 STEPS, LANES, K1, K2 = 17, 5, 3, 7
 WINDOWS = (4, 4, 1000)  # of two ranks, of one, and of two again: it changes in both passes
@@ -114,10 +124,22 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], Any, Mapping[
     "a list": (steps, tanh_cell, None, {}),
     "batches": (batches, fused, None, {"strategy": "uniform:2"}),
     "a budget": (tensors, tanh_cell, first, {"strategy": "auto", "memory_budget": "64MiB"}),
+    "shards": (lanes, fused, None, {}),
+    "shards, in the middle of a group": (
+        *(tensors, tanh_cell, first),
+        {"accumulate": 3, "clip_grad_norm": 0.05, "strategy": "sqrt"},
+    ),
+    "shards in copies": (batches, tanh_cell, None, {"overlap": "stale"}),
     "a graph": (tensors, tanh_cell, first, {"executor": "checkpoint"}),
 }
-VALIDATED = "lanes of sequences"
-BY_DEFAULT = ("stale, in the middle of a group", VALIDATED)
+SHARDED = {
+    "shards": sharded,
+    "shards, in the middle of a group": sharded_inside,
+    "shards in copies": in_copies,
+}
+SHARDS = ("__0_0.distcp", "__1_0.distcp")
+VALIDATED = ("lanes of sequences", "shards")
+BY_DEFAULT = ("stale, in the middle of a group", "lanes of sequences")
 
 
 def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer:
@@ -126,10 +148,12 @@ def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer
     own = lane_range(LANES, **who)
     is_wrapped = name.startswith("wrapped") and not alone
     called = DistributedDataParallel(module) if is_wrapped else module
+    if name in SHARDED and not alone:
+        module = called = SHARDED[name](module)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     options = {"strategy": "uniform:3", **options}
     ranks = None if alone else "all"
-    if name == VALIDATED:
+    if name in VALIDATED:
         seen = TensorSequence(*random_data(9, seed=5, lanes=LANES))
         seen = seen if alone else own_lanes(seen)
         how["validation"] = Validation(source=seen, every_windows=2)
@@ -156,13 +180,15 @@ def losses_of(trainer: Trainer, most: int = 1000, *, saves: bool = True) -> list
     return found
 
 
-def check_shared_once(path: Path) -> None:
+def check_shared_once(name: str, path: Path) -> None:
     loaded = SnapshotStore(path).newest_valid()
     assert loaded is not None
     (other,) = loaded.state["ranks"]["others"]
     found = {(*path, "")[:2] for path, _ in other["own"]}
     assert ("run", "records") in found
     assert not {("learning", "modules"), ("learning", "optimizer")} & found
+    names = {file.name for file in loaded.manifest.files}
+    assert (name in SHARDED) == (names == {"state.pt", ".metadata", *SHARDS}), names
 
 
 def check_refused(name: str, path: Path) -> None:
@@ -185,12 +211,12 @@ def check_goes_on(path: Path, names: tuple[str, ...], rank: int, count: int) -> 
                 found += losses_of(here, most)
             dist.barrier()
             if stage == 0:
-                check_shared_once(path / str(number))
+                check_shared_once(name, path / str(number))
                 check_refused(name, path / str(number))
         whole = trainer(name, None, alone=True)
         expected = losses_of(whole)
         results = [each.result() for each in (here, whole)]
-        if name == VALIDATED:
+        if name in VALIDATED:
             assert results[0].best_loss == pytest.approx(results[1].best_loss, rel=1e-12)
             assert results[0].best_steps == results[1].best_steps
             assert here.resume(best=True)
@@ -198,5 +224,104 @@ def check_goes_on(path: Path, names: tuple[str, ...], rank: int, count: int) -> 
             here.resume()
         if rank == 0:
             assert found == pytest.approx(expected, rel=1e-12), name
-        pair = here.tbptt.parts.parameters, whole.tbptt.parts.parameters
-        assert relative_error(*map(list, pair)) <= 1e-12, name
+        weights, expected = (list(each.tbptt.parts.parameters) for each in (here, whole))
+        assert relative_error(local(weights), held(expected, weights)) <= 1e-12, name
+
+
+def all_of(trainer: Trainer) -> list[Tensor]:
+    """Copies of what is learned with, of the parts that are here."""
+    state = trainer.state_dict()
+    found = [each for each in iterate_leaves(state["learning"]) if isinstance(each, Tensor)]
+    return [each.clone() for each in local(found)]
+
+
+def check_refused_shards(trainer: Trainer) -> None:
+    """What no other ranks could take up is an error as it is saved, on all ranks."""
+    state = trainer.tbptt.parts.updater.optimizer.state
+    weight = next(weight for weight in state if isinstance(weight, DTensor))
+    state[weight]["rows"] = weight.detach().sum(1)
+    with pytest.raises(SnapshotError, match=r"state of Adam has a tensor .* otherwise than its"):
+        trainer.save()
+    del state[weight]["rows"]
+    if trainer.tbptt.parts.updater.deliveries.ranks.rank == 1:
+        weight.detach().to_local()[0] = torch.nan  # which only this rank can see
+    with pytest.raises(NonFiniteError, match="no snapshot is taken"):
+        trainer.save()
+    weight.detach().to_local().zero_()
+    trainer._state._extra["mean"] = nn.ParameterDict({"weight": weight})
+    with pytest.raises(SnapshotError, match=r"\['mean'\]\['weight'\] is held by ranks together"):
+        trainer.save()
+
+
+def with_shard_changed(folder: Path) -> None:
+    path = folder / SHARDS[1]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def without_shard(folder: Path) -> None:
+    (folder / SHARDS[1]).unlink()
+
+
+def with_places_signed(folder: Path) -> None:
+    """What would run as it is unpickled, by somebody who can sign it."""
+    data = pickle.dumps(partial(print, "it has run"))
+    (folder / ".metadata").write_bytes(data)
+    fields = json.loads((folder / "manifest.json").read_bytes().partition(b"\n")[2])
+    for entry in fields["files"]:
+        if entry["name"] == ".metadata":
+            entry |= {"num_bytes": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}
+    body = json.dumps(fields).encode()
+    head = b"tbptt-ckpt snapshot sha256 " + hashlib.sha256(body).hexdigest().encode()
+    (folder / "manifest.json").write_bytes(head + b"\n" + body)
+
+
+def check_broken_shards(path: Path, rank: int, count: int) -> None:
+    """All ranks pass over what one of them cannot use; nothing has changed where none is left."""
+    name = "shards, in the middle of a group"
+    begun = trainer(name, path, alone=False)
+    losses_of(begun, 2)
+    older, steps = all_of(begun), begun.num_steps
+    losses_of(begun, 2)
+    newest = path / f"step-{begun.num_steps}"
+    check_refused_shards(begun)
+    for change in (with_shard_changed, with_places_signed, None):
+        here, patch = trainer(name, path, alone=False), pytest.MonkeyPatch()
+        if change is None and rank == 1:
+            patch.setattr(shards, "_places", fails_once(shards._places))
+        elif change is not None and rank == 0:
+            shutil.copytree(newest, kept := path.parent / "kept")
+            change(newest)
+        dist.barrier()
+        words = "SNAPSHOT PASSED OVER" if rank == 0 else ""
+        with pytest.warns(match=words) if rank == 0 else nullcontext():
+            assert here.resume()
+        assert here.num_steps == steps, change
+        assert all(map(torch.equal, all_of(here), older)), change
+        dist.barrier()
+        patch.undo()
+        if change is not None and rank == 0:
+            shutil.rmtree(newest)
+            shutil.move(kept, newest)
+        dist.barrier()
+    if rank == 0:
+        for folder in path.glob("step-*"):
+            without_shard(folder)
+    dist.barrier()
+    here = trainer(name, path, alone=False)
+    before = all_of(here)
+    with pytest.raises(SnapshotError, match="can be used"):
+        here.resume()
+    assert all(map(torch.equal, all_of(here), before))
+    assert here.num_steps == 0
+
+
+def fails_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[int] = []
+
+    def fails(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the disk of this rank, as if")
+        return function(*args)
+
+    return fails

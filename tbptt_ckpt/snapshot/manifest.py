@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -14,6 +15,8 @@ from tbptt_ckpt.errors import SnapshotError
 FORMAT_VERSION = 2
 STATE_FILE = "state.pt"
 MANIFEST = "manifest.json"
+PLACES = ".metadata"  # where shards lie that ranks have written beside the state
+_OF_SHARDS = re.compile(rf"{re.escape(PLACES)}|__[0-9]+_[0-9]+\.distcp")
 _HEADER = b"tbptt-ckpt snapshot sha256 "
 
 
@@ -83,12 +86,17 @@ def _check_format(fields: dict[str, Any]) -> None:
 
 
 def _check(manifest: Manifest) -> None:
-    (file,) = manifest.files
-    numbers = (manifest.step, file.num_bytes, file.piece_bytes - 1)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"the numbers {numbers}")
-    if file.name != STATE_FILE or len(file.sha256) != -(-file.num_bytes // file.piece_bytes):
-        raise ValueError(f"the file {file.name!r} in {len(file.sha256)} pieces")
+    names = [file.name for file in manifest.files]
+    if names[:1] != [STATE_FILE] or not all(map(_OF_SHARDS.fullmatch, names[1:])):
+        raise ValueError(f"the files {names!r}")
+    if len({*names}) < len(names):
+        raise ValueError(f"files that are there twice, of {names!r}")
+    for file in manifest.files:
+        numbers = (manifest.step, file.num_bytes, file.piece_bytes - 1)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"the numbers {numbers}")
+        if len(file.sha256) != -(-file.num_bytes // file.piece_bytes):
+            raise ValueError(f"the file {file.name!r} in {len(file.sha256)} pieces")
     datetime.fromisoformat(manifest.created)  # it is shown, so it must be no other text
     if not all(isinstance(text, str) for pair in manifest.versions.items() for text in pair):
         raise TypeError(f"the versions {manifest.versions!r}")

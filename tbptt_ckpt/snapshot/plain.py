@@ -20,6 +20,7 @@ from torch import Tensor
 from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.module.generators import described, from_description
+from tbptt_ckpt.module.inside import is_a
 
 _EXTRA = "_extra_state"  # how torch ends the name of a module's
 _TAG = "tbptt_ckpt.kind"
@@ -68,6 +69,11 @@ def _plain_scalar(value: Any) -> Any:
 def _plain_tensor(tensor: Tensor, name: str) -> Tensor | dict[str, Any]:
     if tensor.is_meta:
         raise SnapshotError(f"{name} holds a tensor on the meta device, which has no values")
+    if is_a(tensor, "torch", "DTensor"):
+        raise SnapshotError(
+            f"{name} is held by ranks together (DTensor); a snapshot has that of weights and of an "
+            "optimizer's state, under ranks='all', and of nothing else"
+        )
     plain = tensor.detach()
     if type(plain) is not Tensor:
         plain = plain.as_subclass(Tensor)

@@ -20,7 +20,7 @@ from tbptt_ckpt.snapshot.disk import Disk
 from tbptt_ckpt.snapshot.lock import DirectoryLock
 from tbptt_ckpt.snapshot.plain import to_plain
 from tbptt_ckpt.snapshot.reading import Loaded, load_state, read_manifest, verify_files
-from tbptt_ckpt.snapshot.writing import write_files
+from tbptt_ckpt.snapshot.writing import Beside, write_files
 
 _NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"\.(step-[0-9]+)\.(part|old|replaced)")
@@ -101,10 +101,11 @@ class SnapshotStore:
         found = (_NAME.fullmatch(name) for name in self._names())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, state: Any) -> Path:
+    def save(self, step: int, state: Any, beside: Beside = lambda _: ()) -> Path:
         """Write a snapshot; until it is complete the ones before are all there is.
 
         Nothing is copied but tensors that are not on the CPU, or are views of larger ones.
+        `beside` writes more files, which are synced, and says what they hold.
 
         Raises:
             SnapshotError: It could not be written; no part of it stays.
@@ -116,7 +117,7 @@ class SnapshotStore:
             self._make_directory()
             if part.exists():
                 self._remove(part)
-            write_files(self._disk, part, step, plain)
+            write_files(self._disk, part, step, plain, beside)
             self._commit(part, step)
         except BaseException as error:
             self._discard(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +26,13 @@ from tbptt_ckpt.snapshot.manifest import (
     Manifest,
 )
 
+Beside = Callable[[Path], Sequence[FileEntry]]  # writes more files into a folder
 _COPIED_BYTES = 1 << 12  # smaller writes are copied rather than looked up
 
 
-def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> None:
+def write_files(
+    disk: Disk, folder: Path, step: int, plain: Any, beside: Beside = lambda _: ()
+) -> None:
     """Make `folder` and write the state and the manifest there, all of it synced.
 
     `folder` is a name that is not taken, `plain` what `to_plain` made of the state.
@@ -44,7 +47,8 @@ def write_files(disk: Disk, folder: Path, step: int, plain: Any) -> None:
         pieces = digests.finish()
     entry = FileEntry(STATE_FILE, file.num_bytes, PIECE_BYTES, pieces)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(FORMAT_VERSION, step, created, library_versions(), (entry,))
+    files = (entry, *beside(folder))
+    manifest = Manifest(FORMAT_VERSION, step, created, library_versions(), files)
     with new_file(folder / MANIFEST, disk) as file:
         file.write(manifest.encode())
     disk.sync_directory(folder)

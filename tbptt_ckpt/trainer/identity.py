@@ -20,6 +20,7 @@ from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.executor.replay import storage_of
 from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.trainer.learning_state import alone, modules_of
+from tbptt_ckpt.updates.shards import class_of
 
 _OPTIONS = (
     *("k1", "k2", "max_k2", "k2_tolerance", "k2_window_tolerance"),
@@ -193,7 +194,7 @@ def _layers(module: object) -> list[str]:
     """What a module is made of beside its parameters, such as how much a layer drops."""
     owner = owner_of(module)
     layers = alone(owner).named_modules() if isinstance(owner, nn.Module) else ()
-    printed = [f"{path} {type(layer).__name__}({layer.extra_repr()})" for path, layer in layers]
+    printed = [f"{path} {class_of(layer).__name__}({layer.extra_repr()})" for path, layer in layers]
     return [re.sub(" at 0x[0-9a-f]+", "", each).strip() for each in printed]
 
 

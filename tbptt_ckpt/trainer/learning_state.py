@@ -19,6 +19,7 @@ from tbptt_ckpt.module.inside import owner_of
 from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 from tbptt_ckpt.trainer.schema import check_alike
 from tbptt_ckpt.updates.rehearsal import step_rehearsal
+from tbptt_ckpt.updates.shards import local_part
 from tbptt_ckpt.updates.undo import copied, copy_on_host
 from tbptt_ckpt.updates.updater import Updater
 
@@ -43,10 +44,11 @@ def alone(module: nn.Module) -> nn.Module:
 def learning_state(parts: Parts) -> dict[str, Any]:
     """Weights, buffers, optimizer, schedule and scale; the tensors are the run's own."""
     updater, modules = parts.updater, modules_of(parts)
+    grad_of = updater.deliveries.wrappers.shards.grad_of
     state: dict[str, Any] = {
         "modules": {name: _module_state(module) for name, module in modules.items()},
         "loose": [parameter.detach() for parameter in _loose_parameters(parts, modules)],
-        "grads": [p.grad for p in _parameters(parts)] if updater.accumulates else None,
+        "grads": [grad_of(p) for p in _parameters(parts)] if updater.accumulates else None,
         "generators": [place.capture().values for place in _generators(parts)],
     }
     for name, owner in _stateful(parts).items():
@@ -108,7 +110,8 @@ def load_learning_state(
         _load_alike(updater.scaler, state["scaler"], "the scaler's state")
     if state["grads"] is not None:
         for parameter, grad in zip(_parameters(parts), state["grads"], strict=True):
-            parameter.grad = None if grad is None else grad.to(parameter.device)
+            there = None if grad is None else grad.to(parameter.device)
+            updater.deliveries.wrappers.shards.set_grad(parameter, there)
     if problem := poisoned(parts.weights()):
         raise SnapshotError(problem)
 
@@ -121,8 +124,8 @@ def _load_alike(owner: Any, state: Mapping[str, Any], name: str) -> None:
 
 
 def poisoned(weights: list[Tensor]) -> str:
-    """What is to be said of learned weights that are not finite; nothing is copied."""
-    learned = [w for w in weights if w.requires_grad and w.numel()]
+    """What is to be said of learned weights that are not finite, of the parts that are here."""
+    learned = [local_part(w) for w in weights if w.requires_grad and local_part(w).numel()]
     if not learned or bool(torch.isfinite(torch.nn.utils.get_total_norm(learned, math.inf))):
         return ""
     with torch.no_grad():
@@ -160,7 +163,8 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
     ]
     others = [_other_state(module) for module in modules]
     generators = [(place, place.capture()) for place in _generators(parts)]
-    grads = [(weight, weight.grad) for weight in parts.weights()]
+    shards = updater.deliveries.wrappers.shards
+    grads = [(weight, shards.grad_of(weight)) for weight in parts.weights()]
     optimized = {id(weight) for weight in updater.optimized()}
     weights = [(w, copy_on_host(w)) for w in parts.weights() if id(w) not in optimized]
     put_update_back = (
@@ -181,7 +185,7 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
                 if tensor is not None and held is not None:
                     tensor.copy_(held)
         for weight, grad in grads:
-            weight.grad = grad
+            shards.set_grad(weight, grad)
         for module, held_state in zip(modules, others, strict=True):
             if held_state:
                 module.load_state_dict(held_state, strict=False)

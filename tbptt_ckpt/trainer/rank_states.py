@@ -4,34 +4,77 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from tbptt_ckpt.errors import ArgumentError, TbpttError
+from tbptt_ckpt.errors import ArgumentError, RankError, SnapshotError, TbpttError
 from tbptt_ckpt.module.trees import Tree, iterate_leaves, memory_of, structure
 from tbptt_ckpt.snapshot.plain import from_plain, kept_on_host, to_plain
 from tbptt_ckpt.updates.ranks import RankGroup
 
 R = TypeVar("R")
+S = TypeVar("S")
 Path = tuple[Any, ...]  # keys, from the outermost
 
 
 def by_first(ranks: RankGroup | None, act: Callable[[], R]) -> R:
     """What the first rank does, and alone; all get what it returns or raises."""
+    return led_by_first(ranks, lambda _: act(), lambda _: None)
+
+
+def led_by_first(
+    ranks: RankGroup | None, act: Callable[[Callable[[Any], S]], R], joint: Callable[[Any], S]
+) -> R:
+    """What the first rank does, where all do `joint` with what it calls that with.
+
+    All get what it returns or raises. Of `joint` all ranks raise something, or none.
+    """
     if ranks is None:
-        return act()
-    result, problem = None, None
-    if ranks.rank == 0:
+        return act(joint)
+    if ranks.rank:
+        while True:
+            is_done, result, problem = ranks.tell(None)
+            if is_done:
+                break
+            with suppress(TbpttError, OSError):  # the first rank has one as well
+                joint(result)
+    else:
+
+        def lead(given: Any) -> S:
+            ranks.tell((False, given, None))
+            return joint(given)
+
+        result = problem = None
         try:
-            result = act()
+            result = act(lead)
         except TbpttError as error:
             problem = error
-    result, problem = ranks.tell((result, problem))
+        _, result, problem = ranks.tell((True, result, problem))
     if problem is not None:
         raise problem
     return cast(R, result)
+
+
+@contextmanager
+def on_all(ranks: RankGroup | None) -> Iterator[None]:
+    """What all do within fails on all of them where it fails on one."""
+    if ranks is None:
+        yield
+        return
+    try:
+        yield
+    except RankError:
+        raise  # they are not all there
+    except Exception as error:
+        line = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+        is_told = isinstance(error, TbpttError | OSError)
+        ranks.exchange(error if is_told else SnapshotError(line))
+        raise
+    for problem in filter(None, ranks.exchange(None)):
+        raise problem
 
 
 def joint_state(ranks: RankGroup, state: dict[str, Any]) -> dict[str, Any]:

@@ -118,10 +118,15 @@ class Recovery(Observer):
     def weights_are_sound(self, steps: int) -> bool:
         """Whether all weights are finite, so that a snapshot of them is of use.
 
+        Ranks that train together all ask, and get the same answer.
+
         Raises:
             NonFiniteError: They are not, and the policy is not to go on.
         """
-        if not (problem := poisoned(self._parts.weights())):
+        problem, ranks = poisoned(self._parts.weights()), self._parts.updater.deliveries.ranks
+        if ranks is not None:  # of shards each has its own
+            problem = next(filter(None, ranks.exchange(problem)), "")
+        if not problem:
             return True
         message = (
             f"{problem} after {steps} steps, so no snapshot is taken; those before it stay as they "

@@ -16,7 +16,7 @@ from tbptt_ckpt.trainer.options import Stateful
 from tbptt_ckpt.trainer.passes import Passes
 from tbptt_ckpt.trainer.progress import Progress, Session, TrainerResult
 from tbptt_ckpt.trainer.randomness import random_state, set_random_state
-from tbptt_ckpt.trainer.rank_states import saved_ranks, state_of
+from tbptt_ckpt.trainer.rank_states import on_all, saved_ranks, state_of
 from tbptt_ckpt.trainer.resplitting import resplit, resplit_message
 from tbptt_ckpt.trainer.resuming import (
     all_or_nothing,
@@ -27,6 +27,7 @@ from tbptt_ckpt.trainer.resuming import (
     resume_run,
 )
 from tbptt_ckpt.trainer.schema import check_schema
+from tbptt_ckpt.trainer.sharded_state import ReadShards, as_held, check_shards, no_shards
 
 
 class RunState:
@@ -95,6 +96,7 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """All of it; the tensors are the run's own."""
         progress, run = self.progress, self.run
+        check_shards(self._parts.updater.optimizer)
         return {
             "learning": learning_state(self._parts),
             "progress": {name: getattr(progress, name) for name in progress.__slots__},
@@ -111,17 +113,19 @@ class RunState:
         }
 
     def load_state_dict(
-        self, state: Mapping[str, Any], accept: Sequence[str]
+        self, state: Mapping[str, Any], accept: Sequence[str], read: ReadShards = no_shards
     ) -> list[tuple[str, str]]:
         """Go on where `state_dict` was called; kind and words of what is to be told of it.
+
+        `read` fills what ranks hold together. All ranks call it, and all fail where one does.
 
         Raises:
             ArgumentError: It is of another run.
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
-        run, told = None, list[tuple[str, str]]()
-        with all_or_nothing(state, self._parts, self._passes, self._extra.values()):
-            is_joint = self._ranks is not None or state.get("ranks") is not None
+        run, told, ranks = None, list[tuple[str, str]](), self._ranks
+        with all_or_nothing(state, self._parts, self._passes, self._extra.values()), on_all(ranks):
+            is_joint = ranks is not None or state.get("ranks") is not None
             if is_joint:
                 state = self._of_this_rank(state, told)
             accepted = self.identity.differences(state, accept)
@@ -129,7 +133,8 @@ class RunState:
             device = self._parts.device
             there = moved(state["run"], state["device"], device, is_on_host=is_joint)
             check_run(there, self._parts)
-            load_learning_state(self._parts, state["learning"], accepted)
+            learning = as_held(self._parts, state["learning"], read)
+            load_learning_state(self._parts, learning, accepted)
             if there is not None:
                 run = self._passes.begin(*progress.place, state["init_state"])
                 saved = {**state, "run": there}

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.snapshot.disk import Disk
+from tbptt_ckpt.snapshot.manifest import FileEntry
 from tbptt_ckpt.snapshot.reading import Loaded
 from tbptt_ckpt.snapshot.store import SnapshotStore, SnapshotWarning
+from tbptt_ckpt.snapshot.writing import Beside
 from tbptt_ckpt.trainer.events import EventSink
 from tbptt_ckpt.trainer.json_lines import JsonLines
 from tbptt_ckpt.trainer.learning_state import COPIED
 from tbptt_ckpt.trainer.options import Snapshots
-from tbptt_ckpt.trainer.rank_states import by_first, joint_state
+from tbptt_ckpt.trainer.rank_states import by_first, joint_state, led_by_first, on_all
+from tbptt_ckpt.trainer.sharded_state import Tensors, without_shards
 from tbptt_ckpt.updates.ranks import RankGroup
 
 LOG = "events.jsonl"
@@ -62,23 +66,30 @@ class Saving:
         return loaded
 
     def _newest(self, use: Callable[[Loaded], None]) -> Loaded | None:
-        """The newest valid one, which is used; ranks use the one that the first of them finds."""
-        found: list[Loaded | None] = []
+        """The newest valid one that can be used, on all ranks; the first of them finds it."""
+        found: dict[int, Loaded] = {}
 
-        def find() -> int | None:
+        def use_on_all(step: int) -> None:
+            with on_all(self._ranks):
+                if step not in found:
+                    found.clear()
+                    found[step] = self._store.load(step)
+            use(found[step])
+
+        def find(lead: Callable[[int], None]) -> int | None:
             self._store.lock(makes=False)
             self._store.clean()
-            loaded = self._store.newest_valid(use if self._ranks is None else lambda _: None)
-            found.append(loaded)
+
+            def use_found(loaded: Loaded) -> None:
+                found.clear()
+                found[loaded.step] = loaded
+                lead(loaded.step)
+
+            loaded = self._store.newest_valid(use_found)
             return None if loaded is None else loaded.step
 
-        step = by_first(self._ranks, find)
-        if self._ranks is None or step is None:
-            return found[0] if found else None
-        loaded = found[0] if found else self._store.load(step)
-        assert loaded is not None, "it is of that step"
-        use(loaded)
-        return loaded
+        step = led_by_first(self._ranks, find, use_on_all)
+        return None if step is None else found[step]
 
     def begin(self) -> None:
         """A run begins that continues none.
@@ -126,17 +137,32 @@ class Saving:
         Raises:
             SnapshotError: It failed, and the policy is to stop.
         """
-        state = state_dict()
+        state, shards = state_dict(), Tensors()
         if self._ranks is not None:
+            state, shards = without_shards(state)
             state = joint_state(self._ranks, state)
-        path = by_first(self._ranks, lambda: self._write(steps, state))
+
+        def write(lead: Beside) -> Path | None:
+            return self._write(steps, state, lead if shards else lambda _: ())
+
+        path = led_by_first(self._ranks, write, partial(self._write_shards, shards))
         if path is None:
             self.put_off(steps)
         else:
             self._note_saved(steps)
         return path
 
-    def _write(self, steps: int, state: Any) -> Path | None:
+    def _write_shards(self, shards: Tensors, folder: Path) -> list[FileEntry]:
+        """Every rank writes its own; the first one is told of all files."""
+        from tbptt_ckpt.snapshot.shards import write_shards
+
+        assert self._ranks is not None, "they have shards"
+        write = partial(write_shards, folder, shards, self._ranks.rank)
+        with on_all(self._ranks):
+            own = self._ranks.together(write)
+        return [entry for entries in self._ranks.exchange(own) for entry in entries]
+
+    def _write(self, steps: int, state: Any, beside: Beside) -> Path | None:
         if self._saved_steps >= 0 and not self._store.path(self._saved_steps).exists():
             warnings.warn(
                 f"{self._store.path(self._saved_steps)} has disappeared since it was saved; the "
@@ -145,7 +171,7 @@ class Saving:
                 stacklevel=2,
             )
         try:
-            return self._store.save(steps, state)
+            return self._store.save(steps, state, beside)
         except SnapshotError as error:
             if self._options.on_failure == "stop":
                 raise

@@ -24,6 +24,7 @@ from tbptt_ckpt.trainer.progress import TrainerResult, out_of
 from tbptt_ckpt.trainer.recovery import Recovery
 from tbptt_ckpt.trainer.run_state import RunState
 from tbptt_ckpt.trainer.saving import NoSnapshots, Saving
+from tbptt_ckpt.trainer.sharded_state import ReadShards, no_shards, shards_of
 from tbptt_ckpt.trainer.signals import StopSignals, TrainingStopped
 from tbptt_ckpt.trainer.validation import NotValidating, Validating, Validation
 
@@ -181,7 +182,7 @@ class Trainer:
         """
         saving = self._validating.best if best else self._saving
         saving.check("resume()")
-        loaded = saving.load(lambda each: self.load_state_dict(each.state, accept=accept))
+        loaded = saving.load(lambda each: self._load(each.state, accept, shards_of(each)))
         if best:
             saving.close()
         if loaded is None:
@@ -223,13 +224,16 @@ class Trainer:
 
     @checked
     def load_state_dict(self, state: Mapping[str, Any], *, accept: Sequence[str] = ()) -> None:
-        """Go on where `state_dict` was called; `accept` as for `resume`.
+        """Go on where `state_dict` was called; `accept` as for `resume`. All ranks call it.
 
         Raises:
             ArgumentError: It is of another run.
             SnapshotError: It is of no run. In both cases everything is as it was before.
         """
-        told = self._state.load_state_dict(state, accept)
+        self._load(state, accept)
+
+    def _load(self, state: Any, accept: Sequence[str], read: ReadShards = no_shards) -> None:
+        told = self._state.load_state_dict(state, accept, read)
         self._saved_costs = self._parts.budget.costs is not None and self._parts.budget.times_made
         for kind, message in told:
             self._announcer.notice(kind, message)

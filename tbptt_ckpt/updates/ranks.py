@@ -9,10 +9,10 @@ one is due, whether a loss somewhere is not finite. A rank whose sequence has en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from torch import Tensor
 from tbptt_ckpt.arguments import PositiveInt, check_fields
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
 from tbptt_ckpt.updates.checksums import checksums_of, differing
-from tbptt_ckpt.updates.shards import is_shard
 
+R = TypeVar("R")
 _FIRST_UPDATES = 3  # before which weights are always compared
 
 
@@ -169,16 +169,7 @@ class RankGroup:
         )
 
     def require_even(self) -> None:
-        """From now on all ranks have as many windows, or votes raise `RankError`.
-
-        Raises:
-            ArgumentError: They hold weights together, of which recovery and snapshots know nothing.
-        """
-        if any(map(is_shard, self._weights.values())):
-            raise ArgumentError(
-                "a Trainer does not go with fully_shard: its snapshots and its look at weights are "
-                "of one rank; use tbptt.windows, and torch.distributed.checkpoint between windows"
-            )
+        """From now on all ranks have as many windows, or votes raise `RankError`."""
         self._is_even = True
 
     def wish(self, stop: int, *, saves: bool) -> None:
@@ -203,6 +194,17 @@ class RankGroup:
         with self._hearing():
             dist.gather_object(thing, found, group=self._group)
         return found or []
+
+    def exchange(self, thing: object) -> list[Any]:
+        """What all ranks give, by rank, on all of them."""
+        found: list[Any] = [None] * self.count
+        self.together(lambda group: dist.all_gather_object(found, thing, group=group))
+        return found
+
+    def together(self, act: Callable[[Any], R]) -> R:
+        """What all ranks do within their process group on CPUs, which `act` is given."""
+        with self._hearing():
+            return act(self._group)
 
     def tell(self, thing: object) -> Any:
         """What the first rank gives, on all of them."""
@@ -267,8 +269,7 @@ class RankGroup:
         return tuple(None if each < 0 else each for each in self._gathered(given)[:, 0].tolist())
 
     def _check_same(self, facts: Mapping[str, object]) -> None:
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, dict(facts), group=self._group)
+        found = self.exchange(dict(facts))
         for rank, theirs in enumerate(found):
             for name in dict.fromkeys((*found[0], *theirs)):
                 ours, other = found[0].get(name), theirs.get(name)

@@ -34,6 +34,8 @@ class Shards:
         self._roots = [module for module in self._modules if id(module) not in inner]
         self.gathered: list[Tensor] = []
         self._whole: set[int] = set()  # weights that are not sharded, by their identity
+        self._places: dict[int, int] = {}  # of sharded ones, by theirs, in `gathered`
+        self._awaited: dict[int, Tensor | None] = {}  # gradients until something is gathered
 
     @property
     def is_any(self) -> bool:
@@ -63,6 +65,8 @@ class Shards:
                         f"{count}, and all train together; make the mesh of all"
                     )
             self._whole |= {id(w) for w in module.parameters() if not is_shard(w)}
+        shards = {id(w): w for m in self._roots for w in m.parameters() if is_shard(w)}
+        self._places = {key: place for place, key in enumerate(shards)}
 
     def begin(self) -> None:
         """A window begins: gather weights as they are now, and send nothing within.
@@ -84,6 +88,25 @@ class Shards:
                 "than fully_shard, and those ranks must have the same lanes"
             )
 
+        for key, grad in self._awaited.items():
+            self.gathered[self._places[key]].grad = grad
+        self._awaited = {}
+
+    def grad_of(self, weight: Tensor) -> Tensor | None:
+        """What a window leaves for the next one of its group; of a shard, of the whole weight."""
+        if (place := self._places.get(id(weight))) is None:
+            return weight.grad
+        return self.gathered[place].grad if self.gathered else self._awaited.get(id(weight))
+
+    def set_grad(self, weight: Tensor, grad: Tensor | None) -> None:
+        """Put back what `grad_of` gave."""
+        if (place := self._places.get(id(weight))) is None:
+            weight.grad = grad
+        elif self.gathered:
+            self.gathered[place].grad = grad
+        else:
+            self._awaited[id(weight)] = grad
+
     def reduce(self) -> None:
         """Give shards the mean over ranks of the gradients that gathered weights have."""
         self._set(is_last=True)
@@ -98,6 +121,12 @@ class Shards:
             root.set_requires_gradient_sync(is_last)
             root.set_reshard_after_backward(is_last)
             root.set_is_last_backward(is_last)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a user made it of; `fully_shard` makes another one of that."""
+    own = type(module)
+    return own.__mro__[2] if is_a(module, "torch", "FSDPModule") else own
 
 
 def is_shard(weight: object) -> bool:

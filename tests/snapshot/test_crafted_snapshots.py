@@ -61,6 +61,11 @@ def assert_passed_over(store: SnapshotStore, injected: Injected) -> None:
     injected("hostile snapshot")
 
 
+def _files(*more: str) -> dict[str, Any]:
+    empty = {"num_bytes": 0, "piece_bytes": 1, "sha256": []}
+    return {"more files": [{"name": name, **empty} for name in more]}
+
+
 def _file(**changes: Any) -> dict[str, Any]:
     return {"files": [{"name": STATE_FILE, **changes}]}
 
@@ -70,6 +75,11 @@ def _file(**changes: Any) -> dict[str, Any]:
     [
         {"files": []},
         {"files": None},
+        _files("state.pt"),
+        _files("../.metadata"),
+        _files(".metadata", ".metadata"),
+        _files("__0_0.distcp/x"),
+        _files(".metadata"),  # it is not there
         {"files": [3]},
         {"step": "2"},
         {"step": -2},
@@ -97,6 +107,7 @@ def test_manifests_with_wrong_fields(
 ) -> None:
     fields = manifest_of(store.path(2))
     fields["files"][0].update(changes.pop("file", {}))
+    fields["files"] += changes.pop("more files", [])
     sign(store.path(2), json.dumps(fields | changes).encode())
     assert_passed_over(store, injected)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import WIDTH, random_data, tanh_cell
-from runs_of_ranks import BY_DEFAULT, CASES, LANES, check_goes_on, losses_of, trainer
+from runs_of_ranks import BY_DEFAULT, CASES, LANES, SHARDED, check_goes_on, losses_of, trainer
 from several_ranks import on_two_ranks
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ def begun(name: str) -> Trainer:
 
 
 def cases() -> Iterator[Any]:
-    for name in CASES:
+    for name in (name for name in CASES if name not in SHARDED):
         is_short = name in (*BY_DEFAULT, "tensors", "a stream")
         yield pytest.param(name, marks=() if is_short else pytest.mark.exhaustive)
 

@@ -14,9 +14,11 @@ SCRIPT = """
 import os, signal, sys
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tbptt_ckpt import TBPTT, Snapshots, TensorSequence, Trainer
 
-directory, kills = sys.argv[1], sys.argv[2] == "kills"
+directory, kills, is_sharded = sys.argv[1], "kills" in sys.argv[2], "sharded" in sys.argv[2]
 env = os.environ
 # Of torch 2.13: all attempts share a store, where gloo finds addresses of the one before.
 store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
@@ -27,6 +29,8 @@ dist.init_process_group(
 torch.set_num_threads(1)
 torch.manual_seed(0)
 module = torch.nn.GRU(2, 3, num_layers=2, dropout=0.2).double()
+if is_sharded:
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 torch.manual_seed(dist.get_rank())  # what is drawn is each rank's own
 optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
 generator = torch.Generator().manual_seed(dist.get_rank())
@@ -42,8 +46,11 @@ assert resumed != is_first, "the second attempt goes on"
 for window in trainer.windows():
     if kills and is_first and dist.get_rank() == 1 and trainer.num_steps == 55:
         os.kill(os.getpid(), signal.SIGKILL)
+state = module.state_dict()
+if is_sharded:
+    state = {name: each.full_tensor() for name, each in state.items()}
 if dist.get_rank() == 0:
-    torch.save(module.state_dict(), directory + ".pt")
+    torch.save(state, directory + ".pt")
 dist.destroy_process_group()
 """
 
@@ -63,12 +70,15 @@ def run(path: Path, kills: str, *, ranks: int = 2) -> subprocess.CompletedProces
 
 
 @pytest.mark.exhaustive
-def test_a_killed_rank_is_restarted_and_training_ends_as_if_undisturbed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["", " sharded"])
+def test_a_killed_rank_is_restarted_and_training_ends_as_if_undisturbed(
+    kind: str, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    found = run(killed, "kills")
+    found = run(killed, "kills" + kind)
     assert found.returncode == 0, found.stderr[-3000:]
     assert "exitcode: -9) local_rank: 1" in found.stderr, found.stderr[-3000:]  # it was killed
-    assert run(whole, "runs").returncode == 0
+    assert run(whole, "runs" + kind).returncode == 0
     expected, weights = (torch.load(f"{path}.pt") for path in (whole, killed))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     other = run(killed, "runs", ranks=1)

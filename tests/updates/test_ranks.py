@@ -34,7 +34,7 @@ from joined_ranks import (
     sharded,
     sharded_inside,
 )
-from runs_of_ranks import BY_DEFAULT, check_goes_on
+from runs_of_ranks import BY_DEFAULT, check_broken_shards, check_goes_on
 from several_ranks import free_port, on_two_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -213,8 +213,6 @@ def check_shards(rank: int, count: int) -> None:
             weight.to_local().copy_(first)
     tbptt.train(*sequence_of(rank, count, is_masked=True))
     assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12
-    with pytest.raises(ArgumentError, match="a Trainer does not go with fully_shard"):
-        Trainer(tbptt, sequence, init_state=state)
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("here", "all"))
     part = fully_shard(tanh_cell(), mesh=mesh["here"])
     with pytest.raises(ArgumentError, match=r"mesh of .* has 1 ranks of 2"):
@@ -306,23 +304,30 @@ def missing_memory() -> None:
     raise torch.OutOfMemoryError("no memory, as if")
 
 
-def check_trainer(rank: int, count: int) -> None:
-    """What one rank does again, leaves out, or is stopped by."""
+def check_recovery(rank: int, wrap: Any) -> None:
     expected = Joined(tanh_cell(), 0.1, 7, {})
     module = Faulty(20, missing_memory if rank == 1 else int)
+    module = module if wrap is nn.Identity else wrap(module)
+    weights = list(module.parameters())
     with warnings.catch_warnings(action="ignore"):
         result = trained(rank, module).train()
     assert result.num_steps == STEPS
-    assert relative_error(list(module.parameters()), expected.weights) <= 1e-12
+    assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12
 
     targets = torch.zeros(STEPS, LANES, WIDTH, dtype=torch.float64)
     targets[4, 3] = torch.inf  # of the second rank
-    trainer = trained(rank, tanh_cell(), targets, non_finite=NonFinite(policy="skip"))
+    module = tanh_cell() if wrap is nn.Identity else wrap(tanh_cell())
+    trainer = trained(rank, module, targets, non_finite=NonFinite(policy="skip"))
     with warnings.catch_warnings(action="ignore"):
         windows = [window.index for window in trainer.windows()]
     assert windows == [0, 2, 3], windows
     assert trainer.num_updates == 3
 
+
+def check_trainer(rank: int, count: int) -> None:
+    """What one rank does again, leaves out, or is stopped by."""
+    for wrap in (nn.Identity, sharded):
+        check_recovery(rank, wrap)
     stop = (lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank == 1 else int
     trainer = trained(rank, Faulty(2, stop))
     with warnings.catch_warnings(action="ignore"), pytest.raises(TrainingStopped):
@@ -339,6 +344,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
+    check_broken_shards(path / "shards", rank, count)
 
 
 def check_grid(rank: int, count: int) -> None:
