@@ -65,7 +65,18 @@ def test_errors_of_others_are_faults_and_those_of_the_package_are_refusals() -> 
 
 
 def test_what_the_plain_loop_does_not_run_either_is_no_fault() -> None:
-    assert "the plain loop fails: TypeError" in verdict(lambda: Doubled(nn.Linear(1, 1))).text
+    found = verdict(lambda: Doubled(nn.Linear(1, 1)))
+    assert "the plain loop fails: TypeError" in found.text
+    assert not found.faults
+
+
+def test_a_run_without_an_error_where_the_plain_loop_has_one_is_wrong() -> None:
+    assert verdict(Tied, lambda: Doubled(nn.Linear(1, 1))).text == "WRONG: 6 x a gradient nan off"
+
+
+def test_numbers_that_follow_cuts_are_those_of_a_loop_with_such_cuts() -> None:
+    found = judged(NAMED["nn.LSTM, 3 layers, dropout"], ("revolve:3",))
+    assert (found.exact, found.runs, sum(found.refused.values())) == (3, 6, 3)
 
 
 def test_every_way_is_one_row_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

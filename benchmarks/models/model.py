@@ -36,6 +36,8 @@ class Model:
         make: Makes what is given to `TBPTT`, after torch's seed was set.
         library: The package to install.
         plain: Makes what the plain loop calls, with the same weights; None where that is the same.
+        plain_steps: Makes the same as a module of one step, where numbers follow how calls are cut:
+            what a run gives whose calls are all of one step.
         state: Makes the state before the first step.
         per_step: As for `TBPTT`.
         time_dim: As for `TBPTT`.
@@ -55,6 +57,7 @@ class Model:
     make: Callable[[], Any]
     library: str = "torch"
     plain: Callable[[], Any] | None = None
+    plain_steps: Callable[[], Any] | None = None
     state: Callable[[], Any] = lambda: None
     per_step: bool | None = None
     time_dim: int | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.models.model import LANES, WIDTH, WIDTH_IN, Model, Wrapped
 from benchmarks.models.of_torch import zeros
@@ -181,6 +182,13 @@ class OdeCell(nn.Module):
 
 class XLSTMStep(Wrapped):
     def forward(self, x: Tensor, state: Any) -> Any:
+        y, state = self.inner.step(x[:, None], state=state)
+        return y[:, 0], state
+
+
+class XLSTMStepCloned(Wrapped):
+    def forward(self, x: Tensor, state: Any) -> Any:
+        state = tree_map_only(Tensor, Tensor.clone, state)
         y, state = self.inner.step(x[:, None], state=state)
         return y[:, 0], state
 
@@ -379,7 +387,15 @@ MODELS = [
         make=lambda: XLSTMStep(xlstm()),
         width_in=8,
         width=8,
+        plain=lambda: XLSTMStepCloned(xlstm()),
         note="writes in place into what its backward needs",
+    ),
+    Model(
+        name="xLSTMBlockStack.step, of a clone of its state",
+        library="xlstm",
+        make=lambda: XLSTMStepCloned(xlstm()),
+        width_in=8,
+        width=8,
     ),
     Model(
         name="a cell and odeint, rk4",

@@ -29,6 +29,14 @@ class Bidirectional(nn.Module):
         return self.readout(y), state
 
 
+class StepByStep(Wrapped):
+    """A layer that is called with one step at a time."""
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        y, state = self.inner(x[None], state)
+        return y[0], state
+
+
 class Cell(nn.Module):
     """A cell of torch's, with a readout."""
 
@@ -235,6 +243,7 @@ MODELS = [
     Model(
         name="nn.LSTM, 3 layers, dropout",
         make=lambda: nn.LSTM(WIDTH_IN, WIDTH, 3, dropout=0.3),
+        plain_steps=lambda: StepByStep(nn.LSTM(WIDTH_IN, WIDTH, 3, dropout=0.3)),
         note="its numbers follow its cuts, which must be alike",
     ),
     Model(
