@@ -166,9 +166,9 @@ class OpenWindow:
         is today's. States at which later windows begin are kept: the next may not pass them again.
         """
         window, start = self._window, self._reached.start
-        self.notes.keep_all()
         changed = weights_before not in (None, guard.fingerprint())
         rerun = start < window.new_start and changed and not self._options.is_stale
+        self.notes.keep_all(ran_again=rerun)
         first = start if rerun else window.new_start
         self._advance(self._boundary_at(first), window.stop, guard)
         if not self.notes.has_next_start():

@@ -138,6 +138,7 @@ class Notes:
         # Generators and buffers as the first run of the steps so far left them.
         self.left = records.ambients[window.new_start]
         self._records_all = self._keeps_later_starts  # states at all update points
+        self._replaces_old = False
         self._noted: dict[int, Boundary] = {}
         self._final: Boundary | None = None
         self.drift = Drift(numbers)
@@ -156,9 +157,13 @@ class Notes:
         """The state there, if it was noted, or else as it was recorded."""
         return self._noted.get(step) or self._records.boundaries[step]
 
-    def keep_all(self) -> None:
-        """Note where all later windows start: the next one may not pass these states again."""
+    def keep_all(self, *, ran_again: bool) -> None:
+        """Note where all later windows start: the next one may not pass these states again.
+
+        Where the whole window `ran_again`, what was recorded in it before is of older weights.
+        """
         self._keeps_later_starts = True
+        self._replaces_old = ran_again and not self._options.is_auto
 
     def stops(self) -> list[int]:
         """Steps at which runs must end, for their states to be noted."""
@@ -196,5 +201,5 @@ class Notes:
 
     def hand_on(self) -> None:
         """Leave to the next windows what they start from."""
-        noted, keeps = self._noted.values(), self._keeps_later_starts
+        noted, keeps = self._noted.values(), self._keeps_later_starts and not self._replaces_old
         self._records.take(noted, self.final, self.next_start, keeps=keeps)

@@ -321,6 +321,25 @@ def test_a_stream_of_unknown_length_equals_the_naive_loops(
             check_window(where, result, grads, window, bitwise_state=window.new_start == 0)
 
 
+@pytest.mark.parametrize("k1", [2, 3])
+def test_a_stream_without_targets_starts_from_states_of_todays_weights(k1: int) -> None:
+    """Windows that only advance may not pass the start of a short last window again."""
+    for num_steps, k2 in itertools.product(range(3 * k1 + 1, 4 * k1 + 1), range(k1 + 1, 3 * k1)):
+        (inputs, targets), module = random_data(num_steps), tanh_cell()
+        absent = [t for t in range(k1, num_steps - 1) if t < 3 * k1]
+        problem = naive_problem(module, inputs, targets, None, absent=absent)
+        optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
+        expected = list(naive.refresh(problem, k1, k2, optimizer=optimizer))
+        module = tanh_cell()
+        optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
+        tbptt = TBPTT(module, mean_loss, k1, k2, optimizer, strategy="uniform:2")
+        stream = iter(list(zip(inputs, problem.targets, strict=True)))
+        where = f"stream T={num_steps} k1={k1} k2={k2}"
+        for result, window in zip(tbptt.windows(stream, None), expected, strict=True):
+            grads = gradients(list(module.parameters()))
+            check_window(where, result, grads, window, bitwise_state=window.new_start == 0)
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_without_optimizer_gradients_accumulate(overlap: str, executor: str) -> None:
