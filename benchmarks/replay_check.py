@@ -1,8 +1,9 @@
-"""What does it cost to compare every replay with the run that it repeats?
+"""What does it cost to compare replays with the runs that they repeat, and to deliver once?
 
 Windows over all steps, recomputed in leaves, with the check of replays and without, in turns: a
 loop over `nn.LSTMCell` and `nn.LSTM` in segments. The limit is 1.01 for leaves of eight steps and
-more, and 1.03 for shorter ones.
+more, and 1.03 for shorter ones. `--cost once` has the time with `deliver="once"` over the time
+without, `--cost hooks` that with a hook on each weight over that with none; their limit is 1.01.
 
     python -m benchmarks.replay_check
 """
@@ -10,6 +11,7 @@ more, and 1.03 for shorter ones.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,23 +50,43 @@ SETTINGS = (
 )
 
 
-def measure(setting: Setting, num_pairs: int) -> Figure:
-    """Time with the check over time without."""
+def measure(setting: Setting, num_pairs: int, cost: str) -> Figure:
+    """Time with what costs over time without."""
     torch.manual_seed(0)
     shape = setting.num_steps, setting.lanes
     inputs, targets = torch.randn(*shape, setting.width), torch.randint(0, 256, shape)
     case = Case(setting.kind(setting.width), inputs, targets, setting.leaf)
-    unchecked, checked = (case.recomputed("replay", check_replays=c) for c in (False, True))
-    times = time_pairs(unchecked, checked, num_pairs)
-    most = MOST_OF_SHORT if setting.leaf < SHORT else MOST
-    figure = Figure(str(setting), times.ratio, "x", most, times.interval, times.seconds())
+    without, treated = ways(case, cost)
+    times = time_pairs(without, treated, num_pairs, num_warmups=10)  # then less is compared
+    most = MOST_OF_SHORT if setting.leaf < SHORT and cost == "check" else MOST
+    figure = Figure(f"{cost}: {setting}", times.ratio, "x", most, times.interval, times.seconds())
     print(figure.line(), flush=True)
     return figure
+
+
+def ways(case: Case, cost: str) -> tuple[Callable[[], float], Callable[[], float]]:
+    """A window without something that costs, and with it."""
+    if cost == "check":
+        without, treated = (case.recomputed("replay", check_replays=c) for c in (False, True))
+        return without, treated
+    plain = case.recomputed("replay")
+    if cost == "once":
+        return plain, case.recomputed("replay", deliver="once")
+
+    def hooked() -> float:
+        handles = [w.register_hook(lambda grad: grad) for w in case.module.parameters()]
+        loss = plain()
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    return plain, hooked
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--cost", choices=("check", "once", "hooks"), default="check")
     parser.add_argument("--only", default="", help="settings whose name contains this")
     add_output_arguments(parser)
     return parser.parse_args()
@@ -77,7 +99,11 @@ def main() -> None:
     if arguments.quick:
         arguments.pairs = 2
         settings = [Setting(kind, 2, 8, 4, 16) for kind in (ByteCell, ByteLSTM)]
-    publish("replay_check", [measure(each, arguments.pairs) for each in settings], arguments)
+    publish(
+        "replay_check",
+        [measure(each, arguments.pairs, arguments.cost) for each in settings],
+        arguments,
+    )
 
 
 if __name__ == "__main__":
