@@ -13,6 +13,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.module.host import Number, Numbers, is_waited_for
+from tbptt_ckpt.module.trees import detach_state
 
 
 class WindowLoss:
@@ -153,7 +154,9 @@ class WindowLoss:
         if losses.total is not None:
             self.has_graph = self.has_graph or losses.total.requires_grad
             self.lacks_graph = self.lacks_graph or not (constant or losses.total.requires_grad)
-            self._losses.add(losses.total.detach(), 0.0, losses.factor)
+            # Some of torch's own losses are numbers that own as much memory as their inputs.
+            total = losses.total.detach() if self.has_losses else detach_state(losses.total)
+            self._losses.add(total, 0.0, losses.factor)
 
     def check_graph(self, parameters: Iterable[Tensor]) -> None:
         """Raise where plain PyTorch's backward would, because a loss depends on nothing."""
