@@ -1,4 +1,8 @@
-"""Leaves longer than any whose bytes were measured: metered once before a plan relies on them."""
+"""Leaves longer than any whose bytes were measured.
+
+One is metered before a plan relies on it, or, where there is no room for that, taken to be as
+steep as such a one may be.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from tbptt_ckpt.schedule.curves import Curve, higher
 
 _MOST_LONGER = 2  # than a measured leaf: what takes the square of its steps is caught in time
 _LEAST_LONGER = 1.1
-_STEEPER = 1.5  # a line beyond measured lengths, at most
+# A line beyond measured lengths, at most: what a backward adds for each step, which begins to count
+# where it exceeds what the forward took, is about what a step keeps.
+_STEEPER = 2.0
 # A leaf that took no more than measured ones foretold stands for leaves so many times as long.
 # One of fewer steps hides what grows faster but is less there.
 _STANDS_FOR, _STANDS_FROM, _AS_FORETOLD = 8, 64, 1.01
@@ -88,6 +94,18 @@ def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: floa
     fitting = metered + (room_bytes - known) / max(1.0, per_step)
     steps = int(min(planned, _MOST_LONGER * metered, available, fitting))
     return steps if steps >= _LEAST_LONGER * metered else None
+
+
+def as_steep_as_may_be(costs: Costs) -> Costs:
+    """Costs of leaves longer than metered ones at their most, for plans that have to do with it."""
+    metered = costs.metered_steps or CHECKED_STEPS
+
+    def steeper(curve: Curve) -> Curve:
+        known, taken = [p for p in curve.points if p[0] < metered], curve(metered)
+        most = taken + _STEEPER * curve.slope * metered
+        return higher(Curve.through([*known, (metered, taken), (2 * metered, most)]), curve)
+
+    return costs.with_leaves(steeper, steeper)
 
 
 def _curves(costs: Costs) -> list[Curve]:

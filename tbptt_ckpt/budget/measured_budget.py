@@ -153,10 +153,10 @@ class MeasuredBudget(WindowBudget):
                 continue
             if not self._plans.promised or self._costs.foretell(chosen.longest_leaf):
                 return shape, costs, chosen
-            room = self._plans.budget - held_bytes - request.input_bytes
-            can_meter = self.can_meter(request.device)
-            if not can_meter or not self._costs.meter_longer(request, room, chosen.longest_leaf):
+            if not self.can_meter(request.device):
                 return shape, costs, chosen
+            room = self._plans.budget - held_bytes - request.input_bytes
+            self._costs.meter_longer(request, room, chosen.longest_leaf)
             self._plans.forget()
             known = self._prepared(request, held_bytes)
 

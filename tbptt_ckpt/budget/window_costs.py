@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from tbptt_ckpt.budget.checked_costs import (
 from tbptt_ckpt.budget.forms import fastest_form, saved_forms
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
 from tbptt_ckpt.budget.lengths import Limits
-from tbptt_ckpt.budget.longer import LongLeaf, length_to_meter
+from tbptt_ckpt.budget.longer import LongLeaf, as_steep_as_may_be, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
 from tbptt_ckpt.budget.stored_states import with_stored_states
 from tbptt_ckpt.budget.update_bytes import update_bytes
@@ -119,8 +120,8 @@ class WindowCosts:
         assert self.known is not None, "there are costs"
         return steps <= max(self._foretold_steps, self.known.metered_steps)
 
-    def meter_longer(self, request: Request, room_bytes: float, planned_steps: int) -> bool:
-        """Meter a leaf longer than known ones, if there is room; whether there was.
+    def meter_longer(self, request: Request, room_bytes: float, planned_steps: int) -> None:
+        """Meter a leaf longer than known ones, or expect the most of it if there is no room.
 
         Args:
             request: The window at hand.
@@ -131,13 +132,13 @@ class WindowCosts:
         assert known is not None, "there are costs"
         steps = length_to_meter(known, planned_steps, request.shape.run_steps, room_bytes)
         if steps is None:
-            return False
+            self.known, self._foretold_steps = as_steep_as_may_be(known), sys.maxsize
+            return
         with self._updater.deliveries.of(self._parameters):  # of nothing: no hook runs
             found = LongLeaf.of(request.make_probe(), steps)
         self._foretold_steps, self.known = found.stands_for(known), found.raise_costs(known)
         self._measured_first = self._measured_first and found.raise_costs(self._measured_first)
         _log.info("measured a leaf of %d steps, as a plan has one of %d", steps, planned_steps)
-        return True
 
     def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
         """Costs with the fixed part as it is in a window of some shape."""

@@ -126,6 +126,38 @@ def test_the_smallest_budgets_hold_that_leave_no_room_to_measure_two_steps(rnn, 
     assert [w.index for w in windows(budget) if w.peak_bytes > budget] == []
 
 
+class LSTMLoop(nn.Module):
+    """What its backward takes beside a leaf's graph grows with the leaf, where it is batched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(24, 48)
+
+    def forward(self, x, state):
+        state = self.cell(x, state)
+        return state[0], state
+
+
+@pytest.mark.usefixtures("measured_seconds")
+@pytest.mark.parametrize("k2", [None, pytest.param(60, marks=EXHAUSTIVE)])
+def test_leaves_that_no_room_was_left_to_measure_are_within_the_budget(k2):
+    data = TensorSequence(torch.randn(83, 8, 24), torch.randn(83, 8, 48))
+
+    def windows(budget):
+        torch.manual_seed(0)
+        module = LSTMLoop()
+        options = {"measure_memory": True, "memory_budget": budget, "time_batching": True}
+        optimizer = torch.optim.Adam(module.parameters())
+        return TBPTT(module, nn.functional.mse_loss, 20, k2, optimizer, **options).windows(data)
+
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        next(windows(1))
+    for factor in (1.0, 1.01, 1.03):
+        budget = int(factor * refused.value.smallest_budget_bytes)
+        above = {w.index: w.peak_bytes - budget for w in windows(budget)}
+        assert max(above.values()) <= 0, (factor, above)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "a loop over cells"])
 def test_what_is_checked_once_for_a_module_takes_no_more_than_its_window(name):
     module = MODULES[name]()
