@@ -43,7 +43,7 @@ class TestTraining:
             "--k2 none",
             later("--k2 3"),
             "--overlap stale",
-            "--k2 auto --max-k2 24",
+            "--k2 auto --max-k2 24 --k2-tolerance 0.3",
             "--truncation roulette:0.5",
             "--executor checkpoint",
             "--strategy revolve:3",

@@ -34,6 +34,12 @@ class TrainingConfig(StoringOptions):
         check_positive_int,
         options.Default("16 times --k1"),
     ] = None
+    k2_tolerance: Annotated[
+        float | None,
+        "Under --k2 auto, how large the mean of what is cut off may be, of the mean gradient.",
+        check_above_zero,
+        options.Default("0.1"),
+    ] = None
     strategy: Annotated[
         str,
         "auto, optimal, retain, sqrt, step, uniform:LENGTH or revolve:STATES.",
@@ -93,6 +99,8 @@ class TrainingConfig(StoringOptions):
             raise ArgumentError(f"--lr {self.lr} must be above 0 and at most {_LARGEST_LR}")
         if not 0 <= self.seed <= _LARGEST_SEED:
             raise ArgumentError(f"--seed {self.seed} must be in 0 to {_LARGEST_SEED}")
+        if self.k2 != "auto":
+            self.refuse(("max_k2", "k2_tolerance"), f"--k2 {self.k2} is fixed; --k2 auto has it")
         self.check_stored(self.executor)
         self._check_save()
         self._check_snapshots()

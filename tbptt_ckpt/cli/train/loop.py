@@ -18,6 +18,7 @@ from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
 from tbptt_ckpt.cli.train.ranks import is_first
 from tbptt_ckpt.engine import Reach
+from tbptt_ckpt.engine.options import K2_TOLERANCE
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
@@ -117,6 +118,7 @@ class TrainingLoop:
                 config.k1,
                 config.k2,
                 max_k2=config.max_k2,
+                k2_tolerance=config.k2_tolerance or K2_TOLERANCE,
                 overlap=config.overlap,
                 truncation=config.truncation,
                 strategy=config.strategy,
