@@ -98,6 +98,12 @@ def read(prints: Sequence[Fingerprint], numbers: Numbers | None = None) -> list[
     ]
 
 
+def same(one: Tree, other: Tree) -> bool:
+    """Whether two states are equal bit by bit."""
+    mine, its = read([fingerprint(s, sketched=False, in_half=False) for s in (one, other)])
+    return mine.equals(its)
+
+
 def _asked(value: Any, numbers: Numbers) -> Number:
     return numbers.ask(value) if isinstance(value, Tensor) else Number(value)
 

@@ -145,7 +145,7 @@ class WindowCheck:
             self._settlement().repeat(self._first.step, window.new_start)
         if self._replays and self._checks.must_look_back(window, max(self._leaf_lengths)):
             stop = min(self._first.step + _LOOKED_BACK, window.stop)
-            self._settlement().look_back(self._first.step, stop)
+            self._settlement(shows_all=True).look_back(self._first.step, stop)
         owner = window.runner.recurrence.module
         replays = self._replays and not window.borders.stops
         self._checks.gradients.look(window.guard.parameters, owner, replays=replays)
@@ -195,7 +195,7 @@ class WindowCheck:
         prints = iter(read(pairs, self._window.numbers))
         return [each.with_prints(next(prints), next(prints)) for each in self._suspects]
 
-    def _settlement(self) -> Settlement:
+    def _settlement(self, *, shows_all: bool = False) -> Settlement:
         prints = read([reached.seen for reached in self._reached.values()])
         known = zip(self._reached.items(), prints, strict=True)
         return Settlement(
@@ -206,6 +206,7 @@ class WindowCheck:
             print_seen=self._print,
             in_graph=self._in_graph,
             in_half=self._in_half,
+            shows_all=shows_all,
         )
 
 

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read, step_difference
+from tbptt_ckpt.executor.fingerprint import Fingerprint, read, same, step_difference
 from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.noise import Noise, form
 from tbptt_ckpt.executor.observer import UNOBSERVED
-from tbptt_ckpt.executor.sinks import LossSink
+from tbptt_ckpt.executor.sinks import LastOutput, LossSink
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors
 
@@ -95,7 +95,9 @@ class Settlement:
         print_seen: Callable[[int, tuple[Tree, Tree]], Fingerprint],
         in_graph: bool,
         in_half: bool,
+        shows_all: bool = False,
     ) -> None:
+        self._shows_all = shows_all and not in_graph  # outputs that have no loss too
         # What is run once more is neither told nor counted.
         self._window = replace(window, observer=UNOBSERVED, note=UNOBSERVED.arrives, calls=set())
         self._given, self._links, self._reached = given, links, reached
@@ -119,7 +121,7 @@ class Settlement:
         for begin, end in pairwise(edges):
             boundary = self._given[begin]
             both = [self._run(boundary, end, end - begin) for _ in range(2)]
-            if not _same(both[0].seen, both[1].seen):
+            if not same(both[0].seen, both[1].seen):
                 prints = [self._read(end, run) for run in both]
                 digests = [run.end.ambient.digest() for run in both]
                 before, reached = map(Reached, prints, digests)
@@ -134,7 +136,7 @@ class Settlement:
         for step in () if self._in_graph else range(start + 1, stop + 1):
             cut = self._run_leaf(self._given.get(state.step, state), step, graph_of_loss=False)
             state = cut.as_it_lies
-        if not _same(whole.seen, cut.seen):
+        if not same(whole.seen, cut.seen):
             both = Reached(self._read(stop, whole), whole.end.ambient.digest())
             self._judge(boundary, stop, Suspect(start, stop, both, both), repeated=True)
 
@@ -157,7 +159,7 @@ class Settlement:
         noise, largest, start = Noise(), 0.0, boundary.step
         for step in range(start, min(stop, start + _SETTLED_STEPS)):
             runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
-            if not _same(runs[0].seen, runs[1].seen):
+            if not same(runs[0].seen, runs[1].seen):
                 runs += [self._run(boundary, step + 1, 1) for _ in range(_RUNS - 2)]
                 noise.add([run.seen for run in runs])
             leaf = self._run_leaf(boundary, step + 1)
@@ -191,8 +193,8 @@ class Settlement:
         ambients = boundary.ambient, whole.end.ambient
         for cut, uncut, cause in pairs:
             difference, is_rounding = self._difference(cut.seen, uncut.seen)
-            if runner.promises_bits and _same(whole.seen, again.seen):
-                is_rounding = _same(cut.seen, uncut.seen)  # no product is another one
+            if runner.promises_bits and same(whole.seen, again.seen):
+                is_rounding = same(cut.seen, uncut.seen)  # no product is another one
             elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
                 is_rounding = True  # what a segment draws may depend on its length
             if not is_rounding:
@@ -213,8 +215,13 @@ class Settlement:
         """An advance in calls of at most so many steps, or a run in the graph of its window."""
         if self._in_graph:
             return self._run_leaf(boundary, stop, longest, graph_of_loss=False)
-        sink = self._window.sink(graph=False, looks_at=stop)
-        return self._ended(stop, self._window.reach(boundary, stop, longest, sink), sink)
+        sink = self._sink(stop, graph=False)
+        state = self._window.reach(boundary, stop, longest, sink)
+        return self._ended(stop, state, sink.take_seen())
+
+    def _sink(self, stop: int, *, graph: bool) -> LossSink | LastOutput:
+        given = self._window
+        return LastOutput(stop) if self._shows_all else given.sink(graph=graph, looks_at=stop)
 
     def _run_leaf(
         self,
@@ -228,13 +235,13 @@ class Settlement:
         window = self._window
         window.ambient.restore(boundary.ambient)
         with Differentiating(window.guard, window.inputs, window.stop):
-            sink = window.sink(graph=graph_of_loss, looks_at=stop)
+            sink = self._sink(stop, graph=graph_of_loss)
             state = window.first_state(boundary)
             state = window.run(boundary.step, stop, state, sink, longest)
-            return self._ended(stop, state, sink, by_loss=self._in_graph and graph_of_loss)
+            by_loss = self._in_graph and graph_of_loss
+            return self._ended(stop, state, sink.tensors() if by_loss else sink.take_seen())
 
-    def _ended(self, stop: int, state: Tree, sink: LossSink, *, by_loss: bool = False) -> _Run:
-        shown = sink.tensors() if by_loss else sink.take_seen()
+    def _ended(self, stop: int, state: Tree, shown: Tree) -> _Run:
         end = self._window.boundary(stop, state)
         return _Run(end, detach_state(shown), replace(end, state=map_tensors(Tensor.detach, state)))
 
@@ -255,7 +262,7 @@ class Settlement:
         ambients = [run.end.ambient for run in runs]
         if drawn or ambients[0].digest() != ambients[-1].digest():
             cause = _RANDOM
-        elif not _same(*([value.values for value in a.buffers] for a in ambients[:2])):
+        elif not same(*([value.values for value in a.buffers] for a in ambients[:2])):
             cause = _BUFFER
         by = f"by {difference:.1e} of its size" if difference else "from what its first run gave"
         raise ReplayMismatchError(
@@ -275,10 +282,7 @@ _BUFFER = (
     "a buffer was changed in another way; a step may depend on its input, state, weights, buffers "
     "and torch's generators only"
 )
-_FORM = (
-    "the module acts otherwise where a graph is recorded, or where outputs are needed; its state "
-    "must depend on neither"
-)
+_FORM = "the module acts otherwise where a graph is recorded, or outputs are needed: it must not"
 _HISTORY = (
     "it depends on how far back the graph of the state reaches, as an inner gradient does that "
     "passes through it; detach the state for what is differentiated within a step"
@@ -292,8 +296,3 @@ KEPT_OUTSIDE = (
     "the module keeps something outside of its state, such as a counter or a tensor on self, or "
     "draws from a generator that is not found; put it into the state, or register it as a buffer"
 )
-
-
-def _same(one: Tree, other: Tree) -> bool:
-    mine, its = read([fingerprint(s, sketched=False, in_half=False) for s in (one, other)])
-    return mine.equals(its)

@@ -125,6 +125,22 @@ class LossSink(Sink):
         return [] if self.losses.total is None else [self.losses.total]
 
 
+class LastOutput(Sink):
+    """Keeps the output of the step before `stop`, whether it has a loss or not."""
+
+    def __init__(self, stop: int) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def wanted(self, begin: int, end: int) -> range:
+        """That one step."""
+        return range(self._stop - 1, self._stop) if begin < self._stop <= end else range(0)
+
+    def take_seen(self) -> Tree:
+        """The output."""
+        return map_tensors(Tensor.detach, self.outputs.pop())
+
+
 def _last(tensor: Tensor, time_dim: int | None) -> Tensor:
     """The last step of a segment; a step as it is."""
     return tensor if time_dim is None or tensor.dim() <= time_dim else tensor.select(time_dim, -1)

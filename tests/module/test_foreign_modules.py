@@ -165,6 +165,25 @@ def test_a_state_in_attributes_is_refused(where: str, executor: str, strategy: s
         run_window(module, mean_loss, inputs, targets, strategy=strategy, executor=executor)
 
 
+@pytest.mark.parametrize("time_batching", [False, True])
+@pytest.mark.parametrize("reach", [(1, 2), (1, 3), (2, 4), (3, 6), (2, 3)])
+def test_a_state_in_attributes_is_refused_however_short_the_leaves_with_losses_are(
+    reach: tuple[int, int], time_batching: bool
+) -> None:
+    """One that has all losses begins where an advance has left the attribute, without a graph."""
+    inputs, targets = random_data(STEPS)
+    for where, strategy in itertools.product(
+        ("attribute", "object"), ("step", "uniform:2", "uniform:3", "revolve:2", "retain")
+    ):
+        module = made(lambda: Kept(where))  # noqa: B023 - called at once
+        how: dict[str, Any] = {"strategy": strategy, "time_batching": time_batching}
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        with pytest.raises(TbpttError):
+            TBPTT(module, mean_loss, *reach, optimizer, **how).train(
+                TensorSequence(inputs, targets), None
+            )
+
+
 def test_unroll_refuses_a_state_in_attributes() -> None:
     outputs, _ = unroll(made(lambda: Kept("dict")), random_data(STEPS)[0], strategy="uniform:2")
     with pytest.raises(TbpttError, match=r"Kept.memories.v.*belongs in the state"):
