@@ -137,8 +137,8 @@ class LastOutput(Sink):
         return range(self._stop - 1, self._stop) if begin < self._stop <= end else range(0)
 
     def take_seen(self) -> Tree:
-        """The output."""
-        return map_tensors(Tensor.detach, self.outputs.pop())
+        """The output; None where the step has no weight."""
+        return map_tensors(Tensor.detach, self.outputs.pop()) if self.outputs else None
 
 
 def _last(tensor: Tensor, time_dim: int | None) -> Tensor:
