@@ -47,7 +47,7 @@ def fastest_form(
     others = len(forms) - 1  # none where a first step has shown that nothing is open
     share = most_seconds * (_FIRST_SHARE if others and forms[0] != asked else 1.0)
     found, ranks = dict[Form, Costs](), dict[Form, tuple[bool, float]]()
-    for form in forms:
+    for number, form in enumerate(forms, 1):
         with batching.as_form(form):
             found[form] = measured(share)
         ranks[form] = _rank(found[form], planned)
@@ -59,7 +59,7 @@ def fastest_form(
             or not batching.has_batched
         ):
             break
-        share = max(0.0, min(left, (1 - _FIRST_SHARE) * most_seconds / max(1, others)))
+        share = max(0.0, left / max(1, len(forms) - number))  # what the ones before have left over
     chosen = min(ranks, key=lambda form: ranks[form])
     batching.decide(chosen)
     seconds: FormSeconds = {form: None if misses else s for form, (misses, s) in ranks.items()}
