@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from tbptt_ckpt.budget.irregular import more_bytes, weighed_step_bytes
 from tbptt_ckpt.budget.kept_states import host_state_bytes, kept_bytes
 from tbptt_ckpt.budget.lengths import Lengths, Limits
-from tbptt_ckpt.budget.measuring import measuring
+from tbptt_ckpt.budget.measuring import measuring, settled_bytes
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.rests import Rest, with_rests
 from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes, peaks_curve
@@ -47,7 +47,8 @@ def calibrate(
         own.warm_up()
         samples = _Measuring(own, limits, time.perf_counter())
         samples.run()
-        own.loss.learn_no_more()
+        if samples.bytes[-1].steps > 1:  # one step shows nothing
+            own.loss.learn_no_more()
         costs = samples.costs(kept_bytes(own.boundary, before, own.device), update, fixed)
         saved = storage.saved_bytes(own.boundary, own.boundary.handed_on(before))
     _log.info(samples.summary(costs))
@@ -97,10 +98,7 @@ class _Measuring:
 
     def _meter(self, steps: int) -> None:
         began = time.perf_counter()
-        taken = self.probe.bytes_of(steps)
-        if self.probe.loss.go_on_as_shown():  # it is called on all steps at once from here on
-            taken = self.probe.bytes_of(steps)
-        self.bytes.append(taken)
+        self.bytes.append(settled_bytes(self.probe, steps))
         if steps < self.probe.num_steps:
             self.quiet.append(self._quiet_bytes_of(self.bytes[-1]))
         if steps in _HOST_STEPS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
-from tbptt_ckpt.budget.measuring import measuring
+from tbptt_ckpt.budget.measuring import measuring, settled_bytes
 from tbptt_ckpt.budget.probe import SegmentProbe
 from tbptt_ckpt.budget.samples import QuietSample, SegmentBytes
 from tbptt_ckpt.schedule.costs import Costs
@@ -37,7 +37,9 @@ class LongLeaf:
         """Meter one; gradients, generators and buffers are left as they were."""
         with measuring(probe) as (own, _):
             is_whole = steps == own.num_steps
-            return cls(own.bytes_of(steps), None if is_whole else own.quiet_bytes_of(steps))
+            loud = settled_bytes(own, steps)
+            own.loss.learn_no_more()
+            return cls(loud, None if is_whole else own.quiet_bytes_of(steps))
 
     def raise_costs(self, costs: Costs) -> Costs:
         """Costs of leaves and advances that take no less."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.samples import SegmentBytes
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
@@ -48,6 +49,12 @@ def measuring(probe: SegmentProbe) -> Iterator[tuple[SegmentProbe, Boundary]]:
             # Which was a pass without a look; steps run by their parts as in the passes before.
             probe.runner.parts.look(probe.blocks, probe.first, probe.boundary.state, ahead=True)
     empty_cache()  # segments are as long as memory allows, and others may need it
+
+
+def settled_bytes(probe: SegmentProbe, steps: int) -> SegmentBytes:
+    """What a segment takes, where the loss is called as it is from here on."""
+    taken = probe.bytes_of(steps)
+    return probe.bytes_of(steps) if probe.loss.go_on_as_shown() else taken  # all steps at once
 
 
 _Seen = tuple[Fingerprint, Fingerprint]  # of all bits, and of what rounding leaves
