@@ -6,6 +6,7 @@ steep as such a one may be.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from tbptt_ckpt.budget.checked_costs import CHECKED_STEPS, ROUNDING_BYTES
@@ -81,7 +82,10 @@ class LongLeaf:
 
 
 def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: float) -> int | None:
-    """A leaf on the way to a planned one, of as many steps as certainly fit; None if there is none.
+    """A leaf on the way to a planned one, of as many steps as certainly fit; None if none does.
+
+    Where a planned leaf is hardly longer than metered ones, one beyond it, if the window has it:
+    each that is metered is longer by a tenth, or all that there is.
 
     Args:
         costs: What is known of shorter leaves.
@@ -94,8 +98,9 @@ def length_to_meter(costs: Costs, planned: int, available: int, room_bytes: floa
     known = anew + max(curve(metered) for curve in _curves(costs))
     per_step = _STEEPER * max(curve.slope for curve in _curves(costs))
     fitting = metered + (room_bytes - known) / max(1.0, per_step)
-    steps = int(min(planned, _MOST_LONGER * metered, available, fitting))
-    return steps if steps >= _LEAST_LONGER * metered else None
+    wanted = min(max(planned, math.ceil(_LEAST_LONGER * metered)), available)
+    steps = int(min(wanted, _MOST_LONGER * metered, fitting))
+    return steps if steps >= min(planned, _LEAST_LONGER * metered) else None
 
 
 def as_steep_as_may_be(costs: Costs) -> Costs:

@@ -220,8 +220,9 @@ class Settlement:
         return self._ended(stop, state, sink.take_seen())
 
     def _sink(self, stop: int, *, graph: bool) -> LossSink | LastOutput:
-        given = self._window
-        return LastOutput(stop) if self._shows_all else given.sink(graph=graph, looks_at=stop)
+        if self._shows_all:
+            return LastOutput(stop)
+        return self._window.sink(graph=graph, looks_at=stop)
 
     def _run_leaf(
         self,
@@ -282,7 +283,7 @@ _BUFFER = (
     "a buffer was changed in another way; a step may depend on its input, state, weights, buffers "
     "and torch's generators only"
 )
-_FORM = "the module acts otherwise where a graph is recorded, or outputs are needed: it must not"
+_FORM = "its state must not depend on whether a graph is recorded or outputs are needed"
 _HISTORY = (
     "it depends on how far back the graph of the state reaches, as an inner gradient does that "
     "passes through it; detach the state for what is differentiated within a step"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import tbptt_ckpt.budget.calibrate as calibrate
 from tbptt_ckpt import TBPTT, InfeasibleBudgetError, LaneSource, TensorSequence
 from tbptt_ckpt.budget.irregular import IrregularSteps
 from tbptt_ckpt.data.blocks import StepBlock
@@ -100,8 +101,11 @@ def test_what_a_block_does_to_its_lanes() -> None:
     assert found == [False, False, True, True, False]
 
 
-def test_lanes_that_end_and_begin_leave_little_of_a_budget_unused() -> None:
-    """Most steps have lanes that are left out, and few a reset."""
+def test_lanes_that_end_and_begin_leave_little_of_a_budget_unused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most steps have lanes that are left out, and few a reset; long leaves pay on any machine."""
+    monkeypatch.setattr(calibrate, "seconds_curve", lambda samples: Curve.linear(1.0, 1e-3))
     torch.manual_seed(0)
     module, lengths = nn.LSTM(64, 64), [90 - 6 * lane for lane in range(8)]
     cut = [TensorSequence(torch.randn(n, 64), torch.randn(n, 64)) for n in lengths + lengths[:4]]
@@ -116,8 +120,7 @@ def test_lanes_that_end_and_begin_leave_little_of_a_budget_unused() -> None:
     windows = list(tbptt.windows(LaneSource(cut, lanes=8)))
     assert max(window.peak_bytes for window in windows) <= 1_900_000
     for window in windows[3:]:
-        # 1.03 to 1.11 in long leaves, 1.14 in leaves of 3 steps, which a busy machine may plan
-        assert window.plan.predicted_peak_bytes <= 1.15 * window.peak_bytes, window
+        assert window.plan.predicted_peak_bytes <= 1.13 * window.peak_bytes, window
 
 
 def test_the_smallest_budget_stays_enough_where_lanes_begin_late() -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 import tbptt_ckpt.budget.calibrate as calibrate
 import tbptt_ckpt.budget.window_costs as window_costs
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt import TBPTT, Costs, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt.budget.longer import length_to_meter
 from tbptt_ckpt.schedule.curves import Curve, higher
 
 pytestmark = pytest.mark.times_the_module
@@ -124,6 +125,29 @@ def test_the_smallest_budgets_hold_that_leave_no_room_to_measure_two_steps(rnn, 
         next(windows(1))
     budget = refused.value.smallest_budget_bytes + above
     assert [w.index for w in windows(budget) if w.peak_bytes > budget] == []
+
+
+@pytest.mark.parametrize(
+    ("planned", "available", "room", "metered"),
+    [
+        *((22, 60, 1e9, 24), (22, 22, 1e9, 22), (60, 60, 1e9, 42), (60, 60, 300.0, 40)),
+        *((22, 60, 120.0, 22), (60, 60, 120.0, None), (22, 60, 115.0, None)),
+    ],
+)
+def test_a_leaf_hardly_longer_than_metered_ones_is_metered_too(planned, available, room, metered):
+    """Costs are raised to the most they may be only where there is no room."""
+    line = Curve.linear(5.0, 5.0)
+    costs = replace(
+        Costs(
+            state_bytes=0,
+            leaf_bytes=line,
+            leaf_seconds=line,
+            advance_bytes=line,
+            advance_seconds=line,
+        ),
+        metered_steps=21,
+    )
+    assert length_to_meter(costs, planned, available, room) == metered
 
 
 class LSTMLoop(nn.Module):
