@@ -283,7 +283,7 @@ _BUFFER = (
     "a buffer was changed in another way; a step may depend on its input, state, weights, buffers "
     "and torch's generators only"
 )
-_FORM = "its state must not depend on whether a graph is recorded or outputs are needed"
+_FORM = "it acts otherwise where a graph is recorded or outputs are needed; its state must not"
 _HISTORY = (
     "it depends on how far back the graph of the state reaches, as an inner gradient does that "
     "passes through it; detach the state for what is differentiated within a step"
