@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json as json_format
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -46,10 +47,7 @@ def train(config: TrainingConfig, *, json: Json = False) -> None:
             return
         with progress_bar("steps") as watch:
             outcome = run_training_job(mine, watch)
-        if json:
-            typer.echo(outcome_json(outcome))
-        else:
-            print_outcome(outcome)
+        typer.echo(outcome_json(outcome)) if json else print_outcome(outcome)
 
 
 def plan(config: PlanningConfig, *, json: Json = False) -> None:
@@ -73,12 +71,12 @@ def plan(config: PlanningConfig, *, json: Json = False) -> None:
 
     with progress_bar("plans") as watch:
         outcome = run_planning_job(config, watch)
-    if config.plot is not None and not isinstance(outcome, PlanningOutcome):
-        draw_table(outcome, config.plot)
     if isinstance(outcome, PlanningOutcome):
         typer.echo(plan_json(outcome)) if json else print_plan(outcome)
-    else:
-        typer.echo(reaches_json(outcome)) if json else print_reaches(outcome)
+        return
+    if config.plot is not None:
+        draw_table(outcome, config.plot)
+    typer.echo(reaches_json(outcome)) if json else print_reaches(outcome)
 
 
 def explain(config: ExplainConfig, *, json: Json = False) -> None:
@@ -116,7 +114,7 @@ def profile(
     Options that take a list, separated by commas, measure every combination.
     """
     from tbptt_ckpt.cli.profile.job import run_profile
-    from tbptt_ckpt.cli.terminal import progress_bar, table_width
+    from tbptt_ckpt.cli.terminal import progress_bar
     from tbptt_ckpt.profiling.configuration import ProfileError
 
     try:
@@ -126,10 +124,9 @@ def profile(
         if traceback and error.remote_traceback:
             print(error.remote_traceback, file=sys.stderr)
         raise
-    if json:
-        typer.echo(report.to_json(traces=False))
-    else:
-        typer.echo(report.table(table_width()))
+    # As wide as the terminal, as COLUMNS says, or as a page of text.
+    width = shutil.get_terminal_size((100, 24)).columns
+    typer.echo(report.to_json(traces=False) if json else report.table(width))
 
 
 def snapshots(
@@ -197,7 +194,4 @@ def doctor(json: Json = False) -> None:
     from tbptt_ckpt.cli.doctor import examined, print_examined
 
     found = examined()
-    if json:
-        typer.echo(json_format.dumps(found))
-    else:
-        print_examined(found)
+    typer.echo(json_format.dumps(found)) if json else print_examined(found)

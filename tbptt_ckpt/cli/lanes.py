@@ -67,18 +67,6 @@ class EqualLanes:
     def __len__(self) -> int:
         return self._num_steps
 
-    def first(self, max_steps: int) -> EqualLanes:
-        """The same lanes, of which only the first steps are offered."""
-        lanes = self.lanes if self._cut else None
-        return EqualLanes(
-            self._inputs,
-            lanes,
-            self._targets,
-            dtype=self._dtype,
-            device=self._device,
-            max_steps=max_steps,
-        )
-
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the steps `[start, stop)`, each [stop - start, lanes, ...]."""
         return self.read_lanes(start, stop, slice(0, self.lanes))

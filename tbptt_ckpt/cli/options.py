@@ -46,11 +46,7 @@ class Default:
 
 
 class Flags(tuple[str, ...]):
-    """Names of an option on the command line, where its field's is not the only one."""
-
-    def __new__(cls, *flags: str) -> Flags:
-        """The names in order."""
-        return super().__new__(cls, flags)
+    """Names of an option on the command line, in order, where its field's is not the only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,28 +209,20 @@ def read_list(parse: Callable[[str, str], Any]) -> Read:
     return Read(parse_list)
 
 
-def parse_reach(option: str, text: str) -> int | None:
-    """A number of steps, or None for `none`."""
+def parse_reach(option: str, text: str) -> int | str | None:
+    """A number of steps, None for `none`, or `auto`."""
+    if text.lower() in ("none", "auto"):
+        return None if text.lower() == "none" else "auto"
     try:
-        return None if text.lower() == "none" else int(text)
+        return int(text)
     except ValueError:
         raise ArgumentError(f"{option} {text} is neither a number of steps nor none") from None
 
 
-def parse_auto_reach(option: str, text: str) -> int | str | None:
-    """The same, or `auto`."""
-    return "auto" if text.lower() == "auto" else parse_reach(option, text)
-
-
-def check_auto_reach(option: str, steps: int | str) -> None:
+def check_reach(option: str, steps: int | str) -> None:
     """Refuse what is neither a number of steps nor `auto`."""
     if steps != "auto":
         check_positive_int(option, steps, "none (reach back to the start)")
-
-
-def check_reach(option: str, steps: int) -> None:
-    """Refuse what is no number of steps."""
-    check_positive_int(option, steps, "none (reach back to the start)")
 
 
 def check_strategy(option: str, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,8 +60,3 @@ def format_seconds(seconds: float) -> str:
     unit, size = next((u for u in units if abs(seconds) >= u[1]), ("us", 1e-6))
     whole = len(str(int(abs(seconds) / size)))
     return f"{seconds / size:.{max(0, 3 - whole)}f} {unit}"
-
-
-def table_width() -> int:
-    """Characters in a line: of the terminal, of COLUMNS, or what a page of text has."""
-    return shutil.get_terminal_size((100, 24)).columns

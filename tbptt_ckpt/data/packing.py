@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.module.trees import (
     Tree,
     iterate_leaves,
+    join_trees,
     map_tensors,
     replace_tensors,
     structure,
@@ -82,8 +84,7 @@ def _concatenate(trees: Sequence[Tree], time_dim: int) -> Tree:
             "inputs and targets of a segment module must be tensors of one shape and type at "
             "every step; use per_step=True for others"
         )
-    columns = zip(*(tensors_of(tree) for tree in trees), strict=True)
-    return replace_tensors(trees[0], [torch.cat(column, dim=time_dim) for column in columns])
+    return join_trees(partial(torch.cat, dim=time_dim), trees)
 
 
 def _zeros_like_steps(tree: Tree, num_steps: int, time_dim: int) -> Tree:

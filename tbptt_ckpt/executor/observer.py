@@ -69,17 +69,7 @@ class Observer(UpdateWatch):
 UNOBSERVED = Observer()
 
 
-_TOLD = (
-    "planned",
-    "begins",
-    "differentiates",
-    "reaches",
-    "arrives",
-    "ends",
-    "asks",
-    "differentiated",
-    "takes_norm",
-)
+_TOLD = (*(name for name in vars(Observer) if not name.startswith("_")), "takes_norm")
 _WANTED = ("wants_norm", "wants_undo", "wants_copies")
 
 

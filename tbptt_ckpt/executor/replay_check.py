@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from tbptt_ckpt.errors import ReplayMismatchError, TbpttWarning
@@ -217,17 +218,10 @@ class _Nothing(WindowCheck):
     def looks_at(self, stop: int) -> int:
         return -1
 
-    def advanced(self, start: int, reached: Boundary, longest: int, shown: Tree = None) -> None:
+    def _ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    def ran(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
-        pass
-
-    def replayed(self, start: int, stop: int, state: Tree, shown: Tree) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
+    advanced = ran = replayed = settle = _ignore
 
 
 class CheckInBackward(_Nothing):

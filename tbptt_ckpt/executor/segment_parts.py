@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.data.blocks import steps_of
 from tbptt_ckpt.memory.reading import Told
 from tbptt_ckpt.module.step_parts import StepParts, bare_cell
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, join_trees, map_tensors, tensors_of
 from tbptt_ckpt.time_batching.interception import suspended
 from tbptt_ckpt.time_batching.over_time import has_kernel, run_cell
 from tbptt_ckpt.time_batching.policy import TimeBatching
@@ -101,7 +101,7 @@ class SegmentParts:
             features, state = transition(row, state)
             if step >= first_wanted:
                 kept.append(features)
-        return _stacked(kept), state
+        return join_trees(torch.stack, kept) if kept else None, state
 
 
 def rows_of(batching: TimeBatching, whole: Tree) -> Iterator[Any]:
@@ -131,12 +131,3 @@ def _from(first: int, tree: Tree) -> Tree:
 
 def _unfolded(tree: Tree, num_steps: int) -> Tree:
     return map_tensors(lambda t: t.unflatten(0, (num_steps, t.shape[0] // num_steps)), tree)
-
-
-def _stacked(trees: Sequence[Tree]) -> Tree:
-    if not trees:
-        return None
-    if isinstance(trees[0], Tensor):
-        return torch.stack(list(trees))
-    columns = zip(*map(tensors_of, trees), strict=True)
-    return replace_tensors(trees[0], [torch.stack(column) for column in columns])

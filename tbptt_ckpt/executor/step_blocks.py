@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from tbptt_ckpt.data.blocks import steps_of
 from tbptt_ckpt.module.trees import (
     Tree,
     is_differentiable,
+    join_trees,
     map_tensors,
-    replace_tensors,
     tensors_of,
 )
 from tbptt_ckpt.time_batching.interception import has_function_mode
@@ -59,14 +59,7 @@ def run_block(block: Block, inputs: Tree, state: Tree, *, graph: bool) -> tuple[
     inputs = map_tensors(Tensor.contiguous, inputs)
     steps = list(steps_of(inputs, 0, tensors_of(inputs)[0].shape[0]))
     outputs, state = block(steps, map_tensors(of_state, state))
-    return (_stacked(outputs) if outputs else None), state
-
-
-def _stacked(trees: Sequence[Tree]) -> Tree:
-    if isinstance(trees[0], Tensor):
-        return torch.stack(list(trees))
-    columns = zip(*map(tensors_of, trees), strict=True)
-    return replace_tensors(trees[0], [torch.stack(column) for column in columns])
+    return (join_trees(torch.stack, outputs) if outputs else None), state
 
 
 def is_watched() -> bool:

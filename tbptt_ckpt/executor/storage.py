@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +17,7 @@ from tbptt_ckpt.module.trees import map_tensors, replace_tensors, tensors_of
 IN_HOST_MEMORY = "host"
 
 
-class Place(Protocol):
-    """Where the states of a window are kept, if not where steps leave them."""
-
-    @property
-    def is_memory(self) -> bool:
-        """Whether states take memory of the host there."""
-        ...
-
-    def serves(self, _device: torch.device) -> bool:
-        """Whether states of a device are elsewhere without it."""
-        ...
-
-    def new(self) -> KeptStates:
-        """What keeps the states of one window."""
-        ...
-
-    def seconds(self, num_bytes: int, _device: torch.device) -> float:
-        """The time of writing a state of so many bytes and of reading it again, measured now."""
-        ...
+Place = Folder | HostMemory  # of the states of a window, if not where steps leave them
 
 
 def place_of(name: str, given: str | Path | None) -> Place | None:

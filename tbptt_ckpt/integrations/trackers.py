@@ -8,49 +8,13 @@ from typing import Any
 from tbptt_ckpt.arguments import checked
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.integrations.hosts import imported
-from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
-from tbptt_ckpt.trainer.scalars import scalars_of
+from tbptt_ckpt.trainer.events import Notice
+from tbptt_ckpt.trainer.scalars import ScalarSink
 
 __all__ = ["MLflow", "WandB"]
 
 
-class _Tracker:
-    """A sink without files of its own; the run belongs to who has begun it."""
-
-    def on_window(self, event: WindowEvent) -> None:
-        """Log its figures."""
-        self._log(event)
-
-    def on_update(self, event: UpdateEvent) -> None:
-        """Log its figures."""
-        self._log(event)
-
-    def on_notice(self, event: Notice) -> None:
-        """Log its message, the last one of a kind, and its figures."""
-        self._say(event.kind, event.message)
-        self._log(event)
-
-    def resume_at(self, steps: int) -> None:
-        """A tracker has its own rule for steps that it is told again."""
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Others may still log to the run."""
-
-    def _log(self, event: WindowEvent | UpdateEvent | Notice) -> None:
-        if scalars := scalars_of(event):
-            self._write(scalars, event.steps)
-
-    def _write(self, scalars: dict[str, float], steps: int) -> None:
-        raise NotImplementedError
-
-    def _say(self, kind: str, message: str) -> None:
-        raise NotImplementedError
-
-
-class WandB(_Tracker):
+class WandB(ScalarSink):
     """Logs to a run of Weights & Biases, over steps; a notice is the run's summary of its kind.
 
     Of a run that goes on from an earlier step it drops, with a warning, what it is told again.
@@ -71,11 +35,11 @@ class WandB(_Tracker):
     def _write(self, scalars: dict[str, float], steps: int) -> None:
         self._run.log(scalars, step=steps)
 
-    def _say(self, kind: str, message: str) -> None:
-        self._run.summary[kind] = message
+    def _say(self, notice: Notice) -> None:
+        self._run.summary[notice.kind] = notice.message
 
 
-class MLflow(_Tracker):
+class MLflow(ScalarSink):
     """Logs to a run of MLflow, over steps; a notice is the run's tag of its kind.
 
     It waits for the answer of MLflow's server, once a window and once an update. Of a run that goes
@@ -104,5 +68,5 @@ class MLflow(_Tracker):
         metrics = [self._metric(name, value, now, steps) for name, value in scalars.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
-    def _say(self, kind: str, message: str) -> None:
-        self._client.set_tag(self._run_id, kind, message)
+    def _say(self, notice: Notice) -> None:
+        self._client.set_tag(self._run_id, notice.kind, notice.message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tbptt_ckpt.errors import TbpttWarning
 from tbptt_ckpt.module.ambient import Ambient, untouched
 from tbptt_ckpt.module.held_parts import Precision, hold_step
 from tbptt_ckpt.module.inside import name_of
-from tbptt_ckpt.module.trees import Tree, iterate_tensors, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, iterate_tensors, join_trees, map_tensors, tensors_of
 
 Part = Callable[[Any], Any]
 
@@ -63,8 +64,7 @@ class FoldedPart:
 
     def _in_steps(self, part: Part, value: Tree) -> Any:
         outputs = [part(self._step(value, step)) for step in range(self._num_steps(value))]
-        columns = zip(*map(tensors_of, outputs), strict=True)
-        return replace_tensors(outputs[0], [torch.stack(c, self._time_dim) for c in columns])
+        return join_trees(partial(torch.stack, dim=self._time_dim), outputs)
 
     def _step(self, value: Tree, step: int) -> Tree:
         return map_tensors(lambda tensor: tensor.select(self._time_dim, step), value)

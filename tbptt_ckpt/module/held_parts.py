@@ -24,8 +24,8 @@ from tbptt_ckpt.module.step_parts import StepParts
 from tbptt_ckpt.module.trees import (
     Tree,
     is_differentiable,
+    join_trees,
     map_tensors,
-    replace_tensors,
     tensors_of,
 )
 
@@ -230,21 +230,19 @@ def _run_plain(module: Any, steps: Sequence[Tree], state: Tree) -> tuple[list[Te
 
 
 def _run_folded(parts: Any, steps: Sequence[Tree], state: Tree) -> tuple[list[Tensor], Tree]:
-    count, flat = len(steps), [tensors_of(each) for each in steps]
-    folded = [torch.cat(each) for each in zip(*flat, strict=True)]
-    encoded = parts.encode(replace_tensors(steps[0], folded))
+    encoded = parts.encode(join_trees(torch.cat, steps))
     kept = []
-    for step in range(count):
-        one = map_tensors(functools.partial(_one_of, index=step, count=count), encoded)
+    for step in range(len(steps)):
+        one = map_tensors(functools.partial(_one_of, step=step, count=len(steps)), encoded)
         features, state = parts.transition(one, state)
-        kept.append(tensors_of(features))
-    together = [torch.cat(each) for each in zip(*kept, strict=True)]
-    outputs = parts.readout(replace_tensors(features, together), encoded)
-    return [each.reshape(count, -1, *each.shape[1:]) for each in tensors_of(outputs)], state
+        kept.append(features)
+    outputs = parts.readout(join_trees(torch.cat, kept), encoded)
+    flat = tensors_of(outputs)
+    return [each.reshape(len(steps), -1, *each.shape[1:]) for each in flat], state
 
 
-def _one_of(folded: Tensor, index: int, count: int) -> Tensor:
-    return folded.reshape(count, -1, *folded.shape[1:])[index]
+def _one_of(folded: Tensor, step: int, count: int) -> Tensor:
+    return folded.reshape(count, -1, *folded.shape[1:])[step]
 
 
 def _scalar(results: Sequence[Tensor]) -> Tensor | None:

@@ -9,7 +9,7 @@ import random
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -124,6 +124,12 @@ def replace_tensors(tree: Tree, tensors: list[Any]) -> Tree:
     """The same tree with its tensors replaced, in the order of `tensors_of`."""
     remaining = iter(tensors)
     return map_tensors(lambda _: next(remaining), tree)
+
+
+def join_trees(join: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree]) -> Tree:
+    """One tree of several that are nested alike: each tensor is made of those in its place."""
+    columns = zip(*map(tensors_of, trees), strict=True)
+    return replace_tensors(trees[0], [join(list(column)) for column in columns])
 
 
 def structure(tree: Tree) -> object:

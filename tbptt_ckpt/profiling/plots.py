@@ -12,6 +12,7 @@ from tbptt_ckpt.profiling.front import are_in_turns, comparable_times, pareto_fr
 from tbptt_ckpt.profiling.report import ActionSpan, MemoryReport
 
 _STAIRS = {"color": BLUE, "drawstyle": "steps-post"}
+_GRID = {"visible": True, "which": "major", "color": "#e5e5e5", "linewidth": 0.6, "zorder": 0}
 _MOST_POINTS = 400  # of a line; what is denser is drawn as its envelope
 _MOST_LABELLED = 60  # predicted peaks
 
@@ -35,14 +36,12 @@ def draw_front(reports: Sequence[MemoryReport], title: str, ax: Any = None) -> A
             y = [mib(row.predicted_peak_bytes) for row in predicted]
             style = {"marker": "_", "s": 180, "color": VERMILLION, "linewidth": 1.4}
             axes.scatter(x, y, **style, zorder=4, label="predicted peak")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log", ylabel="peak tensor memory, MiB")
         axes.margins(x=0.2, y=0.08)
         _plain_ticks(axes)
         seconds = "time of a window and its update, s"
         axes.set_xlabel("time over plain BPTT" if are_in_turns(rows) else seconds)
-        axes.set_ylabel("peak tensor memory, MiB")
-        axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
+        axes.grid(**_GRID)
         axes.legend(frameon=False, loc="best")
         axes.set_title(title, loc="left", fontsize=9)
         return axes
@@ -102,15 +101,12 @@ def draw_reaches(what: str, tables: Sequence[tuple[str, Sequence[dict[str, Any]]
                 point = {"marker": marks[extra], "color": colour, "linestyle": ""}
                 label = f"longest, {extra} extra forwards" if number == 0 else None
                 below.plot([row["k2"]], [row["over_retained"]], **point, label=label)
+        above.set(yscale="log", ylabel="peak tensor memory, MiB")
+        below.set(ylabel="time over plain BPTT", xlabel="k2, steps an update reaches back")
         for axes in (above, below):
             axes.set_xscale("log")
-            axes.grid(visible=True, which="major", color="#e5e5e5", linewidth=0.6, zorder=0)
-        above.set_yscale("log")
-        above.set_ylabel("peak tensor memory, MiB")
-        above.legend(frameon=False)
-        below.set_ylabel("time over plain BPTT")
-        below.set_xlabel("k2, steps an update reaches back")
-        below.legend(frameon=False)
+            axes.grid(**_GRID)
+            axes.legend(frameon=False)
         above.set_title(what, loc="left", fontsize=9)
         return figure
 
@@ -167,8 +163,7 @@ def _draw_window(axes: Any, row: MemoryReport, highest: float) -> None:
     _draw_predicted(axes, trace.actions)
     _draw_phases(axes, trace.actions, 1.12 * highest)
     axes.set_title(f"{row.strategy}: {mib(row.peak_bytes):.1f} MiB", loc="left")
-    axes.set_ylim(0, 1.16 * highest)
-    axes.set_xlim(0, measured[-1][0])
+    axes.set(xlim=(0, measured[-1][0]), ylim=(0, 1.16 * highest))
 
 
 def _draw_line(axes: Any, points: Sequence[tuple[float, float]]) -> None:

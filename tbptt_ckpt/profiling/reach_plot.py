@@ -39,15 +39,9 @@ def draw_reach(
             above.axhline(tolerance, **style)
             if steps is not None:
                 above.plot([steps], [tolerance], color=VERMILLION, marker="o", linestyle="")
-                above.annotate(
-                    f"{steps:,} steps at {tolerance:g}",
-                    (steps, tolerance),
-                    xytext=(6, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-        above.set_yscale("log")
-        above.set_ylabel("gradient, relative error")
+                beside = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+                above.annotate(f"{steps:,} steps at {tolerance:g}", (steps, tolerance), **beside)
+        above.set(yscale="log", ylabel="gradient, relative error")
         above.legend(frameon=False, loc="center right")
         above.set_title(what, loc="left", fontsize=9)
         _draw_costs(below, costs)
@@ -66,29 +60,16 @@ def _draw_costs(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     right = axes.twinx()
     right.spines["right"].set_visible(True)
     fits = [row for row in rows if row["predicted_peak_bytes"] is not None]
-    steps = [row["k2"] for row in fits]
+    every, steps = ([row["k2"] for row in some] for some in (rows, fits))
     plain = [mib(row["retained_peak_bytes"]) for row in rows]
+    peaks = [mib(row["predicted_peak_bytes"]) for row in fits]
+    seconds = [row["predicted_seconds"] for row in fits]
     lines = [
-        *axes.plot(
-            [row["k2"] for row in rows], plain, color=GREY, linestyle="--", label="peak, plain BPTT"
-        ),
-        *axes.plot(
-            steps,
-            [mib(row["predicted_peak_bytes"]) for row in fits],
-            color=BLACK,
-            marker="s",
-            label="peak",
-        ),
-        *right.plot(
-            steps,
-            [row["predicted_seconds"] for row in fits],
-            color=ORANGE,
-            marker="^",
-            label="time of an update",
-        ),
+        *axes.plot(every, plain, color=GREY, linestyle="--", label="peak, plain BPTT"),
+        *axes.plot(steps, peaks, color=BLACK, marker="s", label="peak"),
+        *right.plot(steps, seconds, color=ORANGE, marker="^", label="time of an update"),
     ]
-    axes.set_ylabel("peak tensor memory, MiB")
-    right.set_ylabel("time of an update, s")
-    axes.set_ylim(bottom=0)
-    right.set_ylim(bottom=0)
+    for side, label in ((axes, "peak tensor memory, MiB"), (right, "time of an update, s")):
+        side.set_ylabel(label)
+        side.set_ylim(bottom=0)
     axes.legend(handles=lines, frameon=False, loc="upper left")

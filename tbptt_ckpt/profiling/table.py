@@ -13,8 +13,20 @@ from tbptt_ckpt.schedule.forms import described
 _BATCHING = "time batching"
 _GAP = "  "
 
-# A title of one or two words, one above the other, and what stands below it.
-Column = tuple[str, Callable[[MemoryReport], str]]
+
+class _Column:
+    """A title of one or two words, one above the other, and what stands below it."""
+
+    def __init__(
+        self, title: str, cell: Callable[[MemoryReport], str], rows: Sequence[MemoryReport]
+    ) -> None:
+        self.title, self.cells = title, [cell(row) for row in rows]
+        self.head = title.split(" ", 1) if " " in title else ["", title]
+        self.width = max(map(len, [*self.head, *self.cells]))
+
+    def placed(self, text: str) -> str:
+        """A text in the column's width."""
+        return text.ljust(self.width) if self.title == "strategy" else text.rjust(self.width)
 
 
 def table_of(
@@ -22,38 +34,41 @@ def table_of(
 ) -> str:
     """The rows, a title above and what they mean below, in lines of at most so many characters."""
     device = next((row.device for row in rows if row.is_ok), "cpu")
-    columns = [_filled(column, rows) for column in _columns(device) if _tells(column, rows)]
-    while len(columns) > 1 and sum(map(_width_of, columns)) + len(_GAP) * len(columns) > width:
-        columns.pop(1 + max(range(len(columns) - 1), key=lambda n: _RANK.get(columns[n + 1][0], 0)))
+    filled = [_Column(title, cell, rows) for title, cell in _columns(device).items()]
+    columns = [column for column in filled if _tells(column, rows)]
+    while len(columns) > 1 and sum(len(_GAP) + column.width for column in columns) > width:
+        columns.remove(max(columns[1:], key=lambda column: _RANK.get(column.title, 0)))
     lines = [f"{what or 'profile'}, {device}: one warm window and its update", ""]
-    lines += _head(columns)
-    for number in range(len(rows)):
-        cells = (_placed(column, column[1][number]) for column in columns)
-        lines.append(_GAP.join(cells).rstrip())
-    notes = [*_notes(rows, environment), *map(_form, (row for row in rows if row.forms))]
-    notes += map(_message, (row for row in rows if row.message))
+    above, below, *cells = zip(*([*c.head, *c.cells] for c in columns), strict=True)
+    rule = ["-" * column.width for column in columns]
+    for line in (above, below, rule, *cells):
+        placed = (column.placed(text) for column, text in zip(columns, line, strict=True))
+        lines.append(_GAP.join(placed).rstrip())
+    notes = _notes(rows, environment)
+    notes += [f"{_named(r)}: {described(str(r.form), r.forms.items())}" for r in rows if r.forms]
+    notes += [f"{_named(row)}: {row.message}" for row in rows if row.message]
     return "\n".join([*lines, "", *(line for note in notes for line in wrap(note, width))])
 
 
-def _columns(device: str) -> list[Column]:
+def _columns(device: str) -> dict[str, Callable[[MemoryReport], str]]:
     peak = "tensor peak" if device == "cpu" else "allocated peak"
-    return [
-        ("strategy", lambda row: row.strategy),
-        ("k1", lambda row: f"{row.k1:,}"),
-        ("k2", lambda row: f"{row.k2:,}"),
-        ("budget", lambda row: _size(row.budget_bytes)),
-        (_BATCHING, lambda row: row.time_batching),
-        (peak, lambda row: _size(row.peak_bytes) if row.is_ok else row.status),
-        ("predicted by", lambda row: _number(row.prediction_error, "+.1%")),
-        ("reserved peak", lambda row: _size(row.reserved_peak_bytes)),
-        ("allocation retries", lambda row: _number(row.allocation_retries, ",")),
-        ("process RSS", lambda row: _size(row.rss_peak_bytes)),
-        ("seconds a window", lambda row: _number(row.seconds, ".3f")),
-        ("over plain", lambda row: _number(row.ratio, ".2f")),
-        ("its range", _range),
-        ("runs a step", lambda row: _number(row.executed_steps_per_step, ".2f")),
-        ("held states", lambda row: _number(row.held_states, ",")),
-    ]
+    return {
+        "strategy": lambda row: row.strategy,
+        "k1": lambda row: f"{row.k1:,}",
+        "k2": lambda row: f"{row.k2:,}",
+        "budget": lambda row: _size(row.budget_bytes),
+        _BATCHING: lambda row: row.time_batching,
+        peak: lambda row: _size(row.peak_bytes) if row.is_ok else row.status,
+        "predicted by": lambda row: _number(row.prediction_error, "+.1%"),
+        "reserved peak": lambda row: _size(row.reserved_peak_bytes),
+        "allocation retries": lambda row: _number(row.allocation_retries, ","),
+        "process RSS": lambda row: _size(row.rss_peak_bytes),
+        "seconds a window": lambda row: _number(row.seconds, ".3f"),
+        "over plain": lambda row: _number(row.ratio, ".2f"),
+        "its range": lambda row: "-".join(f"{end:.2f}" for end in row.ratio_range or ()),
+        "runs a step": lambda row: _number(row.executed_steps_per_step, ".2f"),
+        "held states": lambda row: _number(row.held_states, ","),
+    }
 
 
 # Columns that go first where there is no place; others stay.
@@ -69,38 +84,14 @@ _RANK = {
 }
 
 
-def _tells(column: Column, rows: Sequence[MemoryReport]) -> bool:
+def _tells(column: _Column, rows: Sequence[MemoryReport]) -> bool:
     """Whether a column has anything in it, and some more than one value."""
-    title, cell = column
-    cells = {cell(row) for row in rows}
-    if title in ("k1", "k2"):
-        return len(cells) > 1
-    if title == _BATCHING:  # rows that differ in nothing else need it
+    if column.title in ("k1", "k2"):
+        return len(set(column.cells)) > 1
+    if column.title == _BATCHING:  # rows that differ in nothing else need it
         others = {(row.strategy, row.k1, row.k2, row.budget_bytes) for row in rows}
         return len(others) < len(rows)
-    return cells != {""}
-
-
-def _filled(column: Column, rows: Sequence[MemoryReport]) -> tuple[str, list[str]]:
-    title, cell = column
-    return title, [cell(row) for row in rows]
-
-
-def _width_of(column: tuple[str, list[str]]) -> int:
-    title, cells = column
-    return max(map(len, [*title.split(" ", 1), *cells]))
-
-
-def _placed(column: tuple[str, list[str]], text: str) -> str:
-    width = _width_of(column)
-    return text.ljust(width) if column[0] == "strategy" else text.rjust(width)
-
-
-def _head(columns: Sequence[tuple[str, list[str]]]) -> list[str]:
-    words = [[*([""] * (" " not in title)), *title.split(" ", 1)] for title, _ in columns]
-    pairs = list(zip(columns, words, strict=True))
-    lines = [_GAP.join(_placed(column, word[n]) for column, word in pairs).rstrip() for n in (0, 1)]
-    return [*lines, _GAP.join("-" * _width_of(column) for column in columns)]
+    return set(column.cells) != {""}
 
 
 def _notes(rows: Sequence[MemoryReport], environment: Mapping[str, Any]) -> list[str]:
@@ -136,21 +127,9 @@ def _store_seconds(row: MemoryReport) -> float:
     return row.store_seconds or 0.0
 
 
-def _form(row: MemoryReport) -> str:
-    return f"{_named(row)}: {described(str(row.form), row.forms.items())}"
-
-
-def _message(row: MemoryReport) -> str:
-    return f"{_named(row)}: {row.message}"
-
-
 def _named(row: MemoryReport) -> str:
     budget = f", budget {_size(row.budget_bytes)}" if row.budget_bytes is not None else ""
     return f"{row.strategy}, k1={row.k1}, k2={row.k2}{budget}"
-
-
-def _range(row: MemoryReport) -> str:
-    return "" if row.ratio_range is None else "{:.2f}-{:.2f}".format(*row.ratio_range)
 
 
 def _size(num_bytes: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.storages import copy_sharing
 from tbptt_ckpt.module.recurrence import parameters_of, recognise, time_of
-from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, join_trees, tensors_of
 
 # What it hands to `TBPTT` by name.
 _FURTHER = (
@@ -172,5 +173,4 @@ class EndlessSource:
         trees = [as_tensors(part) for part in parts]
         if not tensors_of(trees[0]):
             return trees[0]
-        columns = zip(*map(tensors_of, trees), strict=True)
-        return replace_tensors(trees[0], [torch.cat(c, dim=self.time_dim) for c in columns])
+        return join_trees(partial(torch.cat, dim=self.time_dim), trees)

@@ -123,17 +123,6 @@ def _is_torchs_own(function: Function) -> bool:
     return str(module).partition(".")[0] == "torch"
 
 
-def _linear(plain: Function) -> Function:
-    attempt = undisturbed(Region.linear)
-
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
-        region = _region()
-        output = None if region is None else attempt(region, input, weight, bias)
-        return plain(input, weight, bias) if output is None else output
-
-    return linear
-
-
 def _cell(kind: Cell, plain: Function) -> Function:
     attempt = undisturbed(CellCalls.call)
 
@@ -165,24 +154,18 @@ def _states(cell: nn.RNNCellBase, num_states: int, x: Any, hx: Any) -> tuple[Any
     return hx if type(hx) is tuple and len(hx) == num_states else (None,)
 
 
-def _product(attempt: Callable[..., Tensor | None], num_operands: int, plain: Function) -> Function:
-    """`torch.matmul`, `mm` or, of three operands, `addmm`; a method of tensors is one of them."""
-    attempt = undisturbed(attempt)
+def _attempted(
+    attempt: Callable[..., Tensor | None], plain: Function, num_operands: int | None = None
+) -> Function:
+    """A function with an attempt of the same arguments, of whose calls a region may take some.
 
-    def multiply(*args: Any, **kwargs: Any) -> Any:
-        region = None if kwargs or len(args) != num_operands else _region()
-        output = None if region is None else attempt(region, *args)
-        return plain(*args, **kwargs) if output is None else output
-
-    return multiply
-
-
-def _recorded(attempt: Callable[..., Tensor | None], plain: Function) -> Function:
-    """A function with an attempt of the same arguments, of whose calls a region may take some."""
+    Of products they are those of so many operands, and of nothing by name.
+    """
     attempt = undisturbed(attempt)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        region = _region()
+        is_open = num_operands is None or (len(args) == num_operands and not kwargs)
+        region = _region() if is_open else None
         output = None if region is None else attempt(region, *args, **kwargs)
         return plain(*args, **kwargs) if output is None else output
 
@@ -225,17 +208,17 @@ def _each(size: Any, dims: int) -> tuple[int, ...]:
 
 
 _makers: dict[tuple[Any, str], Callable[[Function], Function]] = {
-    (F, "linear"): _linear,
-    (F, "embedding"): partial(_recorded, Region.embedding),
-    (F, "bilinear"): partial(_recorded, _bilinear),
-    (F, "conv1d"): partial(_recorded, partial(_convolution, 1)),
-    (F, "conv2d"): partial(_recorded, partial(_convolution, 2)),
-    (torch, "matmul"): partial(_product, Region.product, 2),
-    (torch, "mm"): partial(_product, Region.matrix_product, 2),
-    (torch, "addmm"): partial(_product, Region.matrix_product, 3),
-    (Tensor, "__matmul__"): partial(_product, Region.product, 2),
-    (Tensor, "matmul"): partial(_product, Region.product, 2),
-    (Tensor, "mm"): partial(_product, Region.matrix_product, 2),
+    (F, "linear"): partial(_attempted, Region.linear),
+    (F, "embedding"): partial(_attempted, Region.embedding),
+    (F, "bilinear"): partial(_attempted, _bilinear),
+    (F, "conv1d"): partial(_attempted, partial(_convolution, 1)),
+    (F, "conv2d"): partial(_attempted, partial(_convolution, 2)),
+    (torch, "matmul"): partial(_attempted, Region.product, num_operands=2),
+    (torch, "mm"): partial(_attempted, Region.matrix_product, num_operands=2),
+    (torch, "addmm"): partial(_attempted, Region.matrix_product, num_operands=3),
+    (Tensor, "__matmul__"): partial(_attempted, Region.product, num_operands=2),
+    (Tensor, "matmul"): partial(_attempted, Region.product, num_operands=2),
+    (Tensor, "mm"): partial(_attempted, Region.matrix_product, num_operands=2),
     (nn.LSTMCell, "forward"): partial(_cell, LSTM()),
     (nn.GRUCell, "forward"): partial(_cell, GRU()),
     (nn.RNNCell, "forward"): _rnn_cell,

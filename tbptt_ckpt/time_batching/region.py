@@ -40,9 +40,14 @@ class Region:
         """Take note of a call, or a function, that is left to the plain operation."""
         self._tally[name, (), reason] += 1
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def linear(
+        self,
+        input: Tensor,  # noqa: A002
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor | None:
         """`F.linear`, or None where the plain operation is to do it."""
-        cast = autocast_dtype(weight)
+        x, cast = input, autocast_dtype(weight)
         candidate = self._find(Linear, weight, bias, (x,), cast=cast)
         if candidate is None or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None

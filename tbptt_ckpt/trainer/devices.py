@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.devices import default_generators
-from tbptt_ckpt.module.trees import Tree, map_tensors
+from tbptt_ckpt.module.trees import map_tensors
 
 
 def moved(
@@ -27,20 +27,15 @@ def moved(
         # Of a device that is not here tensors come as the CPU's.
         return tensor.to(here) if str(tensor.device) in (saved, "cpu") else tensor
 
-    def all_moved(tree: Tree) -> Tree:
-        return map_tensors(move, tree)
+    def with_moved(owner: dict[str, Any], *names: str) -> dict[str, Any]:
+        return owner | {name: map_tensors(move, owner[name]) for name in names}
 
-    names = ("collected", "group")
-    found = {**run, **{name: all_moved(run[name]) for name in names}}
+    found = with_moved(run, "collected", "group")
     if "held" in run["reader"]:
-        held = [
-            block | {name: all_moved(block[name]) for name in ("inputs", "targets")}
-            for block in run["reader"]["held"]
-        ]
+        held = [with_moved(block, "inputs", "targets") for block in run["reader"]["held"]]
         found["reader"] = run["reader"] | {"held": held}
     if (records := run["records"]) is not None:
-        carried = ("values", "boundaries", "origin_state")
-        found["records"] = records | {name: all_moved(records[name]) for name in carried}
+        found["records"] = with_moved(records, "values", "boundaries", "origin_state")
         if torch.device(saved).type != here.type:
             found["records"] |= _with_generators_of(here, records)
     return found

@@ -80,7 +80,10 @@ class Notice:
 
 
 class EventSink(Protocol):
-    """Takes events as they come; it must not raise where training should go on."""
+    """Takes events as they come; it must not raise where training should go on.
+
+    One that derives from this does nothing about what it does not define.
+    """
 
     def on_window(self, event: WindowEvent) -> None:
         """A window has run."""

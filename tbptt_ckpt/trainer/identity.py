@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.engine.options import K2_TOLERANCE, Options
+from tbptt_ckpt.engine.options import K2_TOLERANCE
 from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.executor.replay import storage_of
 from tbptt_ckpt.module.inside import owner_of
@@ -50,15 +51,11 @@ class RunIdentity:
     """
 
     def __init__(
-        self,
-        options: Options,
-        parts: Parts,
-        others: Mapping[str, Any],
-        data: Callable[[int | None], dict[str, Any] | None],
+        self, tbptt: TBPTT, others: Mapping[str, Any], data: Callable[[int | None], Any]
     ) -> None:
-        self._options, self._parts, self._others, self._data = options, parts, others, data
+        self._tbptt, self._others, self._data = tbptt, others, data
         self._begun: dict[str, Any] | None = None
-        known = {*_run(options, parts), *_hyper_parameters(parts.updater.optimizer), *_DATA}
+        known = {*_run(tbptt), *_hyper_parameters(tbptt.parts.updater.optimizer), *_DATA}
         for name, value in others.items():
             if not isinstance(name, str) or name in known or not _is_plain(value):
                 raise ArgumentError(
@@ -69,8 +66,8 @@ class RunIdentity:
     def begin(self) -> dict[str, Any]:
         """What there was when this was called first."""
         if self._begun is None:
-            hyper_parameters = _hyper_parameters(self._parts.updater.optimizer)
-            run = {**self._others, **_run(self._options, self._parts)}
+            hyper_parameters = _hyper_parameters(self._tbptt.parts.updater.optimizer)
+            run = {**self._others, **_run(self._tbptt)}
             self._begun = {"run": run, "hyper_parameters": hyper_parameters}
         return self._begun
 
@@ -103,7 +100,9 @@ class RunIdentity:
         different = {
             name: _difference(here.get(name, _ABSENT), there.get(name, _ABSENT))
             for name in sorted({*here, *there})
-            if not _are_equal(here.get(name, _ABSENT), there.get(name, _ABSENT))
+            # NaN is NaN.
+            if repr(here.get(name, _ABSENT)) != repr(there.get(name, _ABSENT))
+            and here.get(name, _ABSENT) != there.get(name, _ABSENT)
         }
         refused = [name for name in different if name not in accept or name in never]
         if refused:
@@ -130,10 +129,6 @@ def _refusal(different: Mapping[str, str], refused: Sequence[str], never: Sequen
     return f"this run differs from the one that was saved: {named}; {remedy}"
 
 
-def _are_equal(here: Any, there: Any) -> bool:
-    return bool(here == there) or repr(here) == repr(there)  # NaN is NaN
-
-
 def _difference(here: Any, there: Any) -> str:
     if isinstance(here, list) and isinstance(there, list):  # only what differs of long ones
         new = [item for item in here if item not in there] or here
@@ -142,8 +137,9 @@ def _difference(here: Any, there: Any) -> str:
     return f"{shown(here)}, which was {shown(there)}"
 
 
-def _run(options: Options, parts: Parts) -> dict[str, Any]:
-    updater, recurrence = parts.updater, parts.recurrence
+def _run(tbptt: TBPTT) -> dict[str, Any]:
+    options, parts = tbptt.options, tbptt.parts
+    updater, recurrence, roulette = parts.updater, parts.recurrence, options.parsed_truncation()
     return {
         **{name: getattr(options, name) for name in _OPTIONS},
         "autocast_dtype": _dtype_name(options.autocast_dtype),
@@ -152,9 +148,7 @@ def _run(options: Options, parts: Parts) -> dict[str, Any]:
         "loss_fn": _described(parts.loss_function.loss_fn),
         "module": _layers(recurrence.module),
         "optimizer": _kind(updater.optimizer),
-        "truncation": "fixed"
-        if (roulette := options.parsed_truncation()) is None
-        else repr(roulette),
+        "truncation": "fixed" if roulette is None else repr(roulette),
         "parameters": _parameters(parts),
         "per_step": recurrence.per_step,
         "scaler": _kind(updater.scaler),

@@ -51,7 +51,8 @@ def learning_state(parts: Parts) -> dict[str, Any]:
         "grads": [grad_of(p) for p in _parameters(parts)] if updater.accumulates else None,
         "generators": [place.capture().values for place in _generators(parts)],
     }
-    for name, owner in _stateful(parts).items():
+    for name in ("optimizer", "scheduler", "scaler"):
+        owner = getattr(updater, name)
         state[name] = None if owner is None else owner.state_dict()
     return state
 
@@ -161,7 +162,9 @@ def copied_learning_state(parts: Parts) -> Callable[[], None]:
         for owner in owners
         for name, tensor in owner._buffers.items()
     ]
-    others = [_other_state(module) for module in modules]
+    # What a module's state holds beside tensors.
+    states = [module.state_dict().items() for module in modules]
+    others = [copy.deepcopy({k: v for k, v in s if not isinstance(v, Tensor)}) for s in states]
     generators = [(place, place.capture()) for place in _generators(parts)]
     shards = updater.deliveries.wrappers.shards
     grads = [(weight, shards.grad_of(weight)) for weight in parts.weights()]
@@ -225,15 +228,6 @@ def restored_state(state: Tree, saved: Sequence[Mapping[str, Any]]) -> Tree:
     return replace_tensors(state, restored)
 
 
-def _stateful(parts: Parts) -> dict[str, Any]:
-    updater = parts.updater
-    return {
-        "optimizer": updater.optimizer,
-        "scheduler": updater.scheduler,
-        "scaler": updater.scaler,
-    }
-
-
 def _parameters(parts: Parts) -> list[Tensor]:
     return [*parts.parameters, *_loose_parameters(parts, modules_of(parts))]
 
@@ -249,12 +243,6 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     others = {name: b for name, b in module.named_buffers() if name not in state}
     metadata = getattr(state, "_metadata", {})
     return {"state": dict(state), "metadata": dict(metadata), "other_buffers": others}
-
-
-def _other_state(module: nn.Module) -> dict[str, Any]:
-    """What a module's state holds beside tensors, copied."""
-    found = {k: v for k, v in module.state_dict().items() if not isinstance(v, Tensor)}
-    return copy.deepcopy(found)
 
 
 def _check_fits(name: str, module: nn.Module, stored: Mapping[str, Any] | None) -> None:

@@ -17,9 +17,8 @@ from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, for_module
 from tbptt_ckpt.data.steps import check_sequence, length_of
 from tbptt_ckpt.engine.initial_state import SharedState
-from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.module.trees import Tree, tensors_of
@@ -35,8 +34,7 @@ class Passes:
     """Begins passes.
 
     Args:
-        options: What the user asked for.
-        parts: What runs.
+        tbptt: What the user asked for, and what runs.
         source: A source, an iterable, `Batches`, or a function of a pass's number that returns one.
         init_state: The state at the start of a sequence, or a function that returns it.
         max_steps: Steps of all passes together; None sets no bound.
@@ -48,15 +46,9 @@ class Passes:
     """
 
     def __init__(
-        self,
-        options: Options,
-        parts: Parts,
-        source: Any,
-        init_state: Any,
-        max_steps: int | None,
-        observer: Observer,
+        self, tbptt: TBPTT, source: Any, init_state: Any, max_steps: int | None, observer: Observer
     ) -> None:
-        self._options, self._parts = options, parts
+        self._options, self._parts = tbptt.options, tbptt.parts
         self._max_steps, self._observer = max_steps, observer
         self._source, self._init_state = source, init_state
         self.limit: int | None = None

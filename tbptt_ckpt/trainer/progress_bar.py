@@ -7,7 +7,7 @@ from typing import Any
 
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.memory.sizes import format_bytes
-from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.trainer.events import EventSink, Notice, WindowEvent
 
 
 class Bar:
@@ -70,7 +70,7 @@ class Bar:
             self._task = None
 
 
-class ProgressBar:
+class ProgressBar(EventSink):
     """Shows how far training is, with loss, speed and memory, while it runs.
 
     Raises:
@@ -89,19 +89,10 @@ class ProgressBar:
             figures.append(format_bytes(event.peak_bytes))
         self._bar.show("training", event.steps, event.total_steps, "  ".join(figures))
 
-    def on_update(self, event: UpdateEvent) -> None:
-        """Nothing is shown of it."""
-
     def on_notice(self, event: Notice) -> None:
         """Show what a validation found from now on."""
         if event.kind == "validated":
             self._validated = f"val {event.figures['loss']:.3g}"
-
-    def resume_at(self, steps: int) -> None:
-        """The next window says where it stands."""
-
-    def flush(self) -> None:
-        """All is shown at once."""
 
     def close(self) -> None:
         """Take it away."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
+from tbptt_ckpt.engine.tbptt import TBPTT
 from tbptt_ckpt.trainer.devices import moved
 from tbptt_ckpt.trainer.identity import RunIdentity
 from tbptt_ckpt.trainer.learning_state import learning_state, load_learning_state, stored_state
@@ -41,19 +40,17 @@ class RunState:
 
     def __init__(
         self,
-        options: Options,
-        parts: Parts,
+        tbptt: TBPTT,
         passes: Passes,
         extra: Mapping[str, Stateful],
         others: Mapping[str, Any],
         max_steps: int | None,
     ) -> None:
-        self._options, self._parts, self._passes = options, parts, passes
+        self._parts, self._passes, self._k1 = tbptt.parts, passes, tbptt.options.k1
         self._extra, self._max_steps = dict(extra), max_steps
-        self._ranks = parts.updater.deliveries.ranks
-        self._asked = str(parts.budget.strategy)
-        others = {**others, "extra": sorted(extra)}
-        self.identity = RunIdentity(options, parts, others, passes.sample)
+        self._ranks = self._parts.updater.deliveries.ranks
+        self._asked = str(self._parts.budget.strategy)
+        self.identity = RunIdentity(tbptt, {**others, "extra": sorted(extra)}, passes.sample)
         self.progress, self.session = Progress(), Session()
         self.run: SequenceRun | None = None
 
@@ -129,7 +126,7 @@ class RunState:
             if is_joint:
                 state = self._of_this_rank(state, told)
             accepted = self.identity.differences(state, accept)
-            progress = loaded_progress(state, self._options.k1, self._max_steps)
+            progress = loaded_progress(state, self._k1, self._max_steps)
             device = self._parts.device
             there = moved(state["run"], state["device"], device, is_on_host=is_joint)
             check_run(there, self._parts)
@@ -138,7 +135,7 @@ class RunState:
             if there is not None:
                 run = self._passes.begin(*progress.place, state["init_state"])
                 saved = {**state, "run": there}
-                resume_run(run, saved, self._passes.limit, self._options.k1, accepted)
+                resume_run(run, saved, self._passes.limit, self._k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():
                 self._extra[name].load_state_dict(state["extra"][name])
             if "truncation" in state:  # older snapshots have none
@@ -151,10 +148,8 @@ class RunState:
 
     def _place(self) -> dict[str, int]:
         """Which rank this is, of how many."""
-        ranks = self._ranks
-        return (
-            {"rank": 0, "count": 1} if ranks is None else {"rank": ranks.rank, "count": ranks.count}
-        )
+        rank, count = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.count)
+        return {"rank": rank, "count": count}
 
     def _of_this_rank(
         self, state: Mapping[str, Any], told: list[tuple[str, str]]

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
+from tbptt_ckpt.trainer.events import EventSink, Notice, UpdateEvent, WindowEvent
+
+Event = WindowEvent | UpdateEvent | Notice
 
 
-def scalars_of(event: WindowEvent | UpdateEvent | Notice) -> dict[str, float]:
+class ScalarSink(EventSink):
+    """A sink of named numbers over steps, and of messages by their kind."""
+
+    def on_window(self, event: WindowEvent) -> None:
+        """Log its figures."""
+        self._log(event)
+
+    def on_update(self, event: UpdateEvent) -> None:
+        """Log its figures."""
+        self._log(event)
+
+    def on_notice(self, event: Notice) -> None:
+        """Log its message, and its figures."""
+        self._say(event)
+        self._log(event)
+
+    def _log(self, event: Event) -> None:
+        if scalars := scalars_of(event):
+            self._write(scalars, event.steps)
+
+    def _write(self, scalars: dict[str, float], steps: int) -> None:
+        raise NotImplementedError
+
+    def _say(self, notice: Notice) -> None:
+        raise NotImplementedError
+
+
+def scalars_of(event: Event) -> dict[str, float]:
     """Its numbers by their names, such as "window/loss"; those that there are."""
     if isinstance(event, UpdateEvent):
         return {

@@ -6,11 +6,11 @@ from typing import Any
 
 from tbptt_ckpt.arguments import AnyPath, checked
 from tbptt_ckpt.errors import ArgumentError
-from tbptt_ckpt.trainer.events import Notice, UpdateEvent, WindowEvent
-from tbptt_ckpt.trainer.scalars import scalars_of
+from tbptt_ckpt.trainer.events import Notice
+from tbptt_ckpt.trainer.scalars import ScalarSink
 
 
-class TensorBoard:
+class TensorBoard(ScalarSink):
     """Writes loss, gradient norm, learning rate, speed, work, memory, drift and reach over steps.
 
     Args:
@@ -33,19 +33,6 @@ class TensorBoard:
         self._writer: Any = None
         self._purge: int | None = None
 
-    def on_window(self, event: WindowEvent) -> None:
-        """Write its figures."""
-        self._add(event)
-
-    def on_update(self, event: UpdateEvent) -> None:
-        """Write its figures."""
-        self._add(event)
-
-    def on_notice(self, event: Notice) -> None:
-        """Write its message, and its figures."""
-        self._open().add_text(event.kind, event.message, event.steps)
-        self._add(event)
-
     def resume_at(self, steps: int) -> None:
         """Later events replace what was written of the same steps."""
         self.close()
@@ -62,9 +49,12 @@ class TensorBoard:
             self._writer.close()
             self._writer = None
 
-    def _add(self, event: WindowEvent | UpdateEvent | Notice) -> None:
-        for name, value in scalars_of(event).items():
-            self._open().add_scalar(name, value, event.steps)
+    def _write(self, scalars: dict[str, float], steps: int) -> None:
+        for name, value in scalars.items():
+            self._open().add_scalar(name, value, steps)
+
+    def _say(self, notice: Notice) -> None:
+        self._open().add_text(notice.kind, notice.message, notice.steps)
 
     def _open(self) -> Any:
         if self._writer is None:

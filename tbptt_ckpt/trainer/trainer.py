@@ -98,16 +98,10 @@ class Trainer:
         )
         policies = non_finite or NonFinite(), out_of_memory or OutOfMemory()
         self._recovery = Recovery(self._parts, *policies, self._announcer)
-        options, observer = tbptt.options, together(self._recovery, PlanObserver(self._save_costs))
-        passes = Passes(options, self._parts, source, init_state, max_steps, observer)
-        self._state = RunState(
-            options,
-            self._parts,
-            passes,
-            self._validating.beside(dict(extra or {})),
-            identity or {},
-            max_steps,
-        )
+        observer = together(self._recovery, PlanObserver(self._save_costs))
+        passes = Passes(tbptt, source, init_state, max_steps, observer)
+        saved = self._validating.beside(dict(extra or {}))
+        self._state = RunState(tbptt, passes, saved, identity or {}, max_steps)
         self._saved_costs, self._total_steps = 0, passes.total_steps(epochs)
 
     def __repr__(self) -> str:

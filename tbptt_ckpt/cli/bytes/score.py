@@ -43,8 +43,8 @@ def byte_task(options: ModelOptions, module: nn.Module, device: torch.device, lr
     """A byte-level language model on the bytes of a text."""
     corpus = load_corpus(options.data, options.lanes)
     module = module.to(device, DTYPES[options.dtype])
-    held_out = EqualLanes(corpus.held_out, options.lanes, device=device)
-    held_out = held_out.first(max(1, _MOST_SCORED_BYTES // options.lanes))
+    most_steps = max(1, _MOST_SCORED_BYTES // options.lanes)
+    held_out = EqualLanes(corpus.held_out, options.lanes, device=device, max_steps=most_steps)
     return Task(
         data=corpus.name,
         workload=module_workload(

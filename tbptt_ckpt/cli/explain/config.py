@@ -8,12 +8,12 @@ from typing import Annotated
 
 from tbptt_ckpt.arguments import check_above_zero, check_positive_int
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.storing import StoringOptions
+from tbptt_ckpt.cli.model_options import ModelOptions
 from tbptt_ckpt.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExplainConfig(StoringOptions):
+class ExplainConfig(ModelOptions):
     """Options of `tbptt-ckpt explain`."""
 
     k1: Annotated[int, "Steps between updates.", check_positive_int] = 64

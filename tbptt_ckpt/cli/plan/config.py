@@ -8,19 +8,19 @@ from typing import Annotated
 
 from tbptt_ckpt.arguments import check_positive_int, check_size
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.storing import StoringOptions
+from tbptt_ckpt.cli.model_options import ModelOptions
 from tbptt_ckpt.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanningConfig(StoringOptions):
+class PlanningConfig(ModelOptions):
     """Options of `tbptt-ckpt plan`; sizes in bytes."""
 
     steps: Annotated[
         int | None,
         "Steps a window reaches back (k2): its plan. Without it, a table of reaches.",
         check_positive_int,
-        options.Flags("--steps", "--k2"),
+        options.Flags(("--steps", "--k2")),
     ] = None
     budget: Annotated[
         tuple[str, ...],

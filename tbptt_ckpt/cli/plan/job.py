@@ -37,6 +37,10 @@ _MEASURING_SECONDS = 1.6
 _ROWS = 12  # of a table of reaches, about
 _SEARCHED_STEPS = 20_000
 HALF = "50%"  # of the free memory, where no budget is given
+_BY_HAND = (
+    *("state_bytes", "step_bytes", "leaf_bytes"),
+    *("step_seconds", "call_seconds", "backward_ratio"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +149,16 @@ def _reaches_within(text: str, num_bytes: int, costs: Costs, watch: Watch) -> Re
 
 def _given_costs(config: PlanningConfig) -> FoundCosts:
     """Costs of a file, or by hand, with states as they are to be stored."""
-    found = _costs_as_given(config)
-    storage = config.replay().storage
-    return replace(found, costs=with_stored_states(storage, found.costs, torch.device("cpu")))
-
-
-def _costs_as_given(config: PlanningConfig) -> FoundCosts:
     if config.costs is not None:
-        return FoundCosts(str(config.costs), _read_costs(config.costs))
-    assert config.state_bytes is not None, "one of the two is given"
-    assert config.step_bytes is not None, "both are given together"
-    by_hand = Costs.linear(
-        state_bytes=config.state_bytes,
-        step_bytes=config.step_bytes,
-        leaf_bytes=config.leaf_bytes,
-        step_seconds=config.step_seconds,
-        call_seconds=config.call_seconds,
-        backward_ratio=config.backward_ratio,
-    )
-    fixed = FixedBytes(other=config.fixed_bytes)
-    return FoundCosts("costs by hand", replace(by_hand, fixed=fixed))
+        what, costs = str(config.costs), _read_costs(config.costs)
+    else:
+        assert config.state_bytes is not None, "one of the two is given"
+        assert config.step_bytes is not None, "both are given together"
+        linear = {name: getattr(config, name) for name in _BY_HAND}
+        fixed = FixedBytes(other=config.fixed_bytes)
+        what, costs = "costs by hand", replace(Costs.linear(**linear), fixed=fixed)
+    storage = config.replay().storage
+    return FoundCosts(what, with_stored_states(storage, costs, torch.device("cpu")))
 
 
 def _costs_of(

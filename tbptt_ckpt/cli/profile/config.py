@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.storing import StoringOptions
+from tbptt_ckpt.cli.model_options import ModelOptions
 from tbptt_ckpt.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _TIME_BATCHING: dict[str, bool | str] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileConfig(StoringOptions):
+class ProfileConfig(ModelOptions):
     """Options of `tbptt-ckpt profile`; the defaults take some minute on two cores."""
 
     k1: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tbptt_ckpt.arguments import check_above_zero, check_positive_int
 from tbptt_ckpt.cli import options
-from tbptt_ckpt.cli.storing import StoringOptions
+from tbptt_ckpt.cli.model_options import ModelOptions
 from tbptt_ckpt.errors import ArgumentError
 
 _LARGEST_SEED = 2**63 - 1
@@ -18,15 +18,15 @@ _STRATEGY = "uniform:32"  # depends on nothing measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig(StoringOptions):
+class TrainingConfig(ModelOptions):
     """Options of `tbptt-ckpt train`; the defaults take about a minute on two cores."""
 
     k1: Annotated[int, "Steps between updates.", check_positive_int] = 64
     k2: Annotated[
         int | Literal["auto"] | None,
         "Steps an update reaches back; none: to the start; auto: as audits say.",
-        options.Read(options.parse_auto_reach),
-        options.check_auto_reach,
+        options.Read(options.parse_reach),
+        options.check_reach,
     ] = 128
     max_k2: Annotated[
         int | None,

@@ -17,6 +17,7 @@ from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
 from tbptt_ckpt.profiling.sweep import Watch, unwatched
+from tbptt_ckpt.schedule import Window
 from tbptt_ckpt.trainer.passes import limited
 from tbptt_ckpt.trainer.rank_states import by_first
 
@@ -115,7 +116,7 @@ class _Job:
     def _memory_use(self, rss_before_bytes: int, rss_peak_bytes: int) -> MemoryUse:
         """What training and scoring took, and what the same window takes retained."""
         self.watch(self.loop.progress("measuring the same window retained"))
-        scorecard, window = self.loop.scorecard, self.loop.scorecard.metered_window
+        scorecard, window = self.loop.scorecard, Window(*self.loop.scorecard.metered)
         work = self.task.workload
         scoring_bytes, held_out = 0, self.task.held_out
         if held_out is not None:

@@ -23,7 +23,6 @@ from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
 from tbptt_ckpt.profiling.sweep import Progress, Watch
-from tbptt_ckpt.schedule import Window
 from tbptt_ckpt.trainer import TensorBoard
 from tbptt_ckpt.trainer.events import Notice
 from tbptt_ckpt.updates.ranks import RankGroup
@@ -45,11 +44,6 @@ class Scorecard:
     metered: tuple[int, ...] = ()  # its index, start, new_start and stop
     weights_file: str = ""  # digest of a file of --save that this run has written
     ran_out: bool = False  # of memory, now and then, and trained on with less
-
-    @property
-    def metered_window(self) -> Window:
-        """The window whose memory was measured."""
-        return Window(*self.metered)
 
     def on_notice(self, event: Notice) -> None:
         """Note that memory was missing."""
