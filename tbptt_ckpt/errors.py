@@ -98,6 +98,12 @@ class OutOfMemoryError(TbpttError, MemoryError):
     """A window that did not fit into memory under any plan that was tried."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's type, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value as one short line of a message: tensors and long ones by their kind."""
     try:

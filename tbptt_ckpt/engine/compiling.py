@@ -33,16 +33,10 @@ def plan_opened(
 
     def make_request() -> Request:
         request = opened.request(reader, held(), copies_weights)
-        ahead = partial(_compile_ahead, parts, opened, waiting)
+        ahead = partial(_look, parts, opened, waiting, None)
         return replace(request, compile_ahead=ahead if compiled.may_be_taken() else None)
 
     return parts.budget.plan(opened.draw.window, opened.joints(), make_request)
-
-
-def _compile_ahead(
-    parts: Parts, opened: OpenWindow, waiting: Sequence[Tensor], room_bytes: float
-) -> bool | None:
-    return _look(parts, opened, waiting, None, room_bytes)
 
 
 def compile_planned(

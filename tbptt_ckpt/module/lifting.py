@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.arguments import checked
-from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.errors import ArgumentError, first_line, shown
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.hidden_state import HiddenState, find_hidden_state, with_gradient
@@ -140,10 +140,9 @@ def lifted(module: nn.Module, inputs: Tree, *, leave: Sequence[str] = ()) -> Lif
         except ArgumentError:
             raise
         except Exception as error:  # of a module of the user's
-            reason = (str(error).splitlines() or [""])[0]
             raise ArgumentError(
                 f"inputs={shown(inputs)} must be what one call of module={name_of(module)} takes; "
-                f"it raised {type(error).__name__}: {reason}"
+                f"it raised {first_line(error)}"
             ) from error
         made = Lifted(module, hidden)
         _hold_against(made, inputs, leave, start_over)

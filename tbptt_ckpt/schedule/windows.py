@@ -100,7 +100,8 @@ def tbptt_windows(
 def window_at(index: int, num_steps: int | None, k1: int, k2: int | None) -> Window:
     """Window number `index`; `num_steps` None stands for a sequence that has not ended yet."""
     stop = update_point(index + 1, num_steps, k1)
-    return Window(index, window_start(stop, k2), update_point(index, num_steps, k1), stop)
+    start = 0 if k2 is None else max(0, stop - k2)
+    return Window(index, start, update_point(index, num_steps, k1), stop)
 
 
 def update_point(count: int, num_steps: int | None, k1: int) -> int:
@@ -112,11 +113,6 @@ def update_point(count: int, num_steps: int | None, k1: int) -> int:
 def next_point(step: int, k1: int) -> int:
     """The first update point at or after a step, of a sequence that does not end before it."""
     return -(-step // k1) * k1
-
-
-def window_start(stop: int, k2: int | None) -> int:
-    """First step that a window ending at `stop` reaches."""
-    return 0 if k2 is None else max(0, stop - k2)
 
 
 def later_starts(window: Window, num_steps: int | None, k1: int, k2: int | None) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tbptt_ckpt.errors import SnapshotError
+from tbptt_ckpt.errors import SnapshotError, first_line
 from tbptt_ckpt.snapshot.digests import file_digests
 from tbptt_ckpt.snapshot.manifest import MANIFEST, STATE_FILE, Manifest, decode_manifest
 from tbptt_ckpt.snapshot.plain import from_plain, kept_on_host
@@ -99,10 +99,9 @@ def load_state(folder: Path, copied: Sequence[tuple[str, ...]] = ()) -> Any:
     except SnapshotError:
         raise
     except Exception as error:  # whoever can sign it can write anything into it
-        first_line = next(iter(str(error).strip().splitlines()), "")
         raise SnapshotError(
             f"{STATE_FILE} holds more than plain values and tensors, or no such archive: "
-            f"{type(error).__name__}: {first_line}"
+            f"{first_line(error)}"
         ) from error
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from tbptt_ckpt.errors import SnapshotError
+from tbptt_ckpt.errors import SnapshotError, first_line
 from tbptt_ckpt.snapshot.digests import PIECE_BYTES, file_digests
 from tbptt_ckpt.snapshot.manifest import PLACES, FileEntry
 
@@ -94,10 +94,7 @@ def _check_fits(name: str, tensor: Tensor, stored: object) -> None:
 
 
 def _unusable(error: Exception) -> SnapshotError:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return SnapshotError(
-        f"its shards are none of these weights: {type(error).__name__}: {first_line}"
-    )
+    return SnapshotError(f"its shards are none of these weights: {first_line(error)}")
 
 
 def _first_problem(error: CheckpointException) -> Exception:

@@ -12,7 +12,7 @@ from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.standing import Mark
-from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError
+from tbptt_ckpt.errors import NonFiniteError, OutOfMemoryError, first_line
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.memory.available import free_memory
 from tbptt_ckpt.memory.exhausted import is_out_of_memory, release_memory
@@ -55,7 +55,7 @@ class Recovery(Observer):
             except Exception as error:
                 if not is_out_of_memory(error) or attempt > self._out_of_memory.retries:
                     raise
-                failure = _first_line(error)
+                failure = first_line(error)
             self._note_exhausted(f"reading failed ({failure}); reading again", attempt)
         raise AssertionError("count does not end")
 
@@ -78,7 +78,7 @@ class Recovery(Observer):
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = _first_line(error)
+                failure = first_line(error)
             else:
                 self._skipped_in_a_row = 0
                 return result
@@ -191,8 +191,3 @@ class Recovery(Observer):
 
 def _floating(states: list[Tree]) -> list[Tensor]:
     return [t for t in tensors_of(states) if is_differentiable(t) and t.numel()]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.stored_records import check_records, load_records
-from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError
+from tbptt_ckpt.errors import ArgumentError, SnapshotError, TbpttError, first_line
 from tbptt_ckpt.memory.exhausted import is_out_of_memory
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.trainer.learning_state import copied_learning_state
@@ -49,10 +49,7 @@ def all_or_nothing(
     except Exception as error:  # whoever can sign a snapshot can write anything into it
         if isinstance(error, TbpttError) or is_out_of_memory(error):
             raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise SnapshotError(
-            f"it holds no state of this run: {type(error).__name__}: {first_line}"
-        ) from error
+        raise SnapshotError(f"it holds no state of this run: {first_line(error)}") from error
 
 
 def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) -> Progress:
