@@ -27,7 +27,7 @@ from tbptt_ckpt.module.held_parts import Precision, hold_against, hold_step
 from tbptt_ckpt.module.inside import name_of
 from tbptt_ckpt.module.plain_code import check_plain
 from tbptt_ckpt.module.recurrence import Recurrence, split_result
-from tbptt_ckpt.module.recurrent import Recurrent, as_step, module_of
+from tbptt_ckpt.module.recurrent import Recurrent, module_of
 from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import CELLS, StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.traced_parts import traced_parts
@@ -269,17 +269,8 @@ def _may_have_parts(module: object, batching: TimeBatching) -> bool:
     return any(type(part) in CELLS for part in module.modules())
 
 
-def _said_by(module: object) -> StepParts | None:
+def _said_by(module: Any) -> StepParts | None:
     """The parts of a module that says them, or is a cell with a kernel for segments."""
     if isinstance(module, Recurrent) and type(module).forward is Recurrent.forward:
         return module.parts()
-    cell = bare_cell(module)
-    return None if cell is None else StepParts(_same, as_step(cell.cell), _features, cell)
-
-
-def _same(inputs: Tree) -> Tree:
-    return inputs
-
-
-def _features(features: Tree, _encoded: Tree) -> Tree:
-    return features
+    return None if bare_cell(module) is None else Recurrent(module).parts()

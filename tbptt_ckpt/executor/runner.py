@@ -19,9 +19,9 @@ from tbptt_ckpt.executor.compiled_steps import BLOCK_STEPS, CompiledSteps
 from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.segment_parts import SegmentParts, rows_of
-from tbptt_ckpt.executor.sinks import LossSink, Sink, give_segment
+from tbptt_ckpt.executor.sinks import LossSink, Sink
 from tbptt_ckpt.executor.weight_caches import autocast_of, without_cached_weights
-from tbptt_ckpt.executor.weighted_steps import is_present
+from tbptt_ckpt.executor.weighted_steps import is_present, narrow
 from tbptt_ckpt.memory.reading import Told, told_of_calls
 from tbptt_ckpt.module.counters import Counters
 from tbptt_ckpt.module.first_call import begins, call_first, check_agreement, is_telling
@@ -257,8 +257,11 @@ class Runner:
             if not self._has_compared:
                 targets = to_time_dim(block.targets, block.time_dim, time_dim)
                 self._compare_first(sink, inputs, outputs, targets)
-            block = block.part(max(block.start, first_wanted), block.stop)
-            give_segment(sink, block, outputs, num_steps, time_dim)
+            wanted = block.part(max(block.start, first_wanted), block.stop)
+            first = wanted.start - block.start
+            outputs = narrow(outputs, first, num_steps, num_steps, time_dim)
+            targets = to_time_dim(wanted.targets, wanted.time_dim, time_dim)
+            sink.take_segment(outputs, targets, wanted, time_dim)
         return state
 
     def _segment_inputs(self, block: StepBlock, time_dim: int) -> Tree:
@@ -272,12 +275,8 @@ class Runner:
 
     def _time_dim(self, block: StepBlock) -> int:
         # An unbatched nn.LSTM takes [T, F] whatever batch_first says.
-        time_dim = self.recurrence.time_dim
-        return (
-            time_dim
-            if self.recurrence.layer is None
-            else following_time_dim(time_dim, block.inputs)
-        )
+        layer, time_dim = self.recurrence.layer, self.recurrence.time_dim
+        return time_dim if layer is None else following_time_dim(time_dim, block.inputs)
 
 
 def make_runner(

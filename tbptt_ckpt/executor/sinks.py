@@ -6,7 +6,7 @@ from itertools import repeat
 
 from torch import Tensor
 
-from tbptt_ckpt.data.blocks import StepBlock, StepWeight, steps_of, to_time_dim
+from tbptt_ckpt.data.blocks import StepBlock, StepWeight, steps_of
 from tbptt_ckpt.executor.folded_losses import add_folded, folds
 from tbptt_ckpt.executor.loss_sum import LossSum
 from tbptt_ckpt.executor.weighted_steps import is_present
@@ -144,16 +144,3 @@ class LastOutput(Sink):
 def _last(tensor: Tensor, time_dim: int | None) -> Tensor:
     """The last step of a segment; a step as it is."""
     return tensor if time_dim is None or tensor.dim() <= time_dim else tensor.select(time_dim, -1)
-
-
-def give_segment(
-    sink: Sink, block: StepBlock, outputs: Tree, num_steps: int, time_dim: int
-) -> None:
-    """Give the outputs of so many steps of a segment module, of which the block's are the last."""
-    wanted = block.stop - block.start
-    if wanted < num_steps:
-        first = num_steps - wanted
-        outputs = map_tensors(lambda t: t.narrow(time_dim, first, wanted), outputs)
-    sink.take_segment(
-        outputs, to_time_dim(block.targets, block.time_dim, time_dim), block, time_dim
-    )

@@ -7,6 +7,7 @@ one call is told here, before anything is changed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,8 @@ def _watched(recurrence: Recurrence, inputs: Any, returned: list[Any]) -> Iterat
             if isinstance(layer, nn.LSTMCell):
                 handles.append(layer.register_forward_hook(lambda _, __, hc: returned.append(hc)))
             elif isinstance(layer, nn.RNNBase) and recurrence.layer is None and axes is not None:
-                handles.append(layer.register_forward_pre_hook(_Looks(name, recurrence, *axes)))
+                look = functools.partial(_check_axes, name, recurrence, axes)
+                handles.append(layer.register_forward_pre_hook(look))
     try:
         yield
     finally:
@@ -105,37 +107,32 @@ def _axes_of(recurrence: Recurrence, inputs: Any) -> tuple[int, int] | None:
     return inputs.shape[recurrence.time_dim], inputs.shape[1 - recurrence.time_dim]
 
 
-class _Looks:
-    """Raises where a layer reads the lanes of a module's input as its time."""
-
-    def __init__(self, name: str, recurrence: Recurrence, steps: int, lanes: int) -> None:
-        self._name, self._recurrence = name, recurrence
-        self._steps, self._lanes = steps, lanes
-
-    def __call__(self, layer: nn.RNNBase, inputs: tuple[Any, ...]) -> None:
-        given = inputs[0] if inputs else None
-        if not isinstance(given, Tensor) or self._steps == self._lanes:
-            return
-        if given.dim() == 2:
-            time, others = given.shape[0], 1
-        else:
-            time, others = given.shape[int(layer.batch_first)], given.shape[1 - layer.batch_first]
-        if (time, others) != (self._lanes, self._steps):
-            return
-        recurrence, kind = self._recurrence, type(layer).__name__
-        asked = "one step" if recurrence.per_step else f"{self._steps} steps"
-        remedy = (
-            "give it a time dimension, unsqueeze(0), or make the module one of segments with "
-            "per_step=False"
-            if recurrence.per_step
-            else f"it has batch_first={layer.batch_first}, and the module's inputs have time on "
-            f"time_dim={recurrence.time_dim}; say time_dim={int(layer.batch_first)}, or turn them"
-        )
-        raise ArgumentError(
-            f"module={name_of(recurrence.module)} was called with {asked} of {self._lanes} lanes, "
-            f"and its nn.{kind} ({self._name}), which got {tuple(given.shape)}, reads them as "
-            f"{time} steps: {remedy}"
-        )
+def _check_axes(
+    name: str, recurrence: Recurrence, axes: tuple[int, int], layer: nn.RNNBase, inputs: Any
+) -> None:
+    """Raise `ArgumentError` where a layer reads the lanes of a module's input as its time."""
+    given, (steps, lanes) = inputs[0] if inputs else None, axes
+    if not isinstance(given, Tensor) or steps == lanes:
+        return
+    if given.dim() == 2:
+        time, others = given.shape[0], 1
+    else:
+        time, others = given.shape[int(layer.batch_first)], given.shape[1 - layer.batch_first]
+    if (time, others) != (lanes, steps):
+        return
+    asked = "one step" if recurrence.per_step else f"{steps} steps"
+    remedy = (
+        "give it a time dimension, unsqueeze(0), or make the module one of segments with "
+        "per_step=False"
+        if recurrence.per_step
+        else f"it has batch_first={layer.batch_first}, and the module's inputs have time on "
+        f"time_dim={recurrence.time_dim}; say time_dim={int(layer.batch_first)}, or turn them"
+    )
+    raise ArgumentError(
+        f"module={name_of(recurrence.module)} was called with {asked} of {lanes} lanes, and its "
+        f"nn.{type(layer).__name__} ({name}), which got {tuple(given.shape)}, reads them as "
+        f"{time} steps: {remedy}"
+    )
 
 
 def check_agreement(recurrence: Recurrence, inputs: Any, outputs: Any, targets: Any) -> None:

@@ -115,8 +115,14 @@ def _gather(call: Call) -> bool:
     return bool(call.first.rank == index.rank and are_trailing(dim, index.rank))
 
 
-def _linear(call: Call) -> bool:
-    return call.are_constant((1, "weight"), (2, "bias")) and call.first.rank > 1
+def _weighted(position: int, rank: int | None = None) -> Rule:
+    """With a weight and a bias that are constant; `rank` where lanes have one of that alone."""
+
+    def rule(call: Call) -> bool:
+        is_constant = call.are_constant((position, "weight"), (position + 1, "bias"))
+        return is_constant and (call.first.rank > 1 if rank is None else call.first.rank == rank)
+
+    return rule
 
 
 def _matmul(call: Call) -> bool:
@@ -153,17 +159,6 @@ def _layer_norm(call: Call) -> bool:
     shape = call.get(1, "normalized_shape")
     known = isinstance(shape, list | tuple) and all(isinstance(n, int) for n in shape)
     return known and call.are_constant((2, "weight"), (3, "bias")) and len(shape) < call.first.rank
-
-
-def _group_norm(call: Call) -> bool:
-    return call.are_constant((2, "weight"), (3, "bias")) and call.first.rank > 1
-
-
-def _convolution(dims: int) -> Rule:
-    def rule(call: Call) -> bool:
-        return call.are_constant((1, "weight"), (2, "bias")) and call.first.rank == dims + 2
-
-    return rule
 
 
 def _pooling(dims: int) -> Rule:
@@ -234,9 +229,9 @@ _BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(["transpose", "swapaxes", "swapdims"], _two_dims),
     **{"flatten": _flatten, "cat": _join(0), "concat": _join(0), "stack": _join(1)},
     **dict.fromkeys(["gather", "take_along_dim"], _gather),
-    **{"getitem": _index, "linear": _linear, "addmm": _addmm, "embedding": _embedding},
+    **{"getitem": _index, "linear": _weighted(1), "addmm": _addmm, "embedding": _embedding},
     **dict.fromkeys(["matmul", "mm", "bmm"], _matmul),
-    **{"one_hot": _one_hot, "layer_norm": _layer_norm, "group_norm": _group_norm},
+    **{"one_hot": _one_hot, "layer_norm": _layer_norm, "group_norm": _weighted(2)},
     **{
         "to": _cast,
         "type_as": _cast,
@@ -245,7 +240,7 @@ _BY_NAME: dict[str, Rule] = {
         "pad": _pad,
         "prelu": _elementwise,
     },
-    **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
+    **{f"conv{n}d": _weighted(1, n + 2) for n in (1, 2, 3)},
     **{f"{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
     **{f"adaptive_{kind}_pool{n}d": _pooling(n) for n in (1, 2, 3) for kind in ("max", "avg")},
 }

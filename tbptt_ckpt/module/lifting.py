@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -131,7 +131,8 @@ def lifted(module: nn.Module, inputs: Tree, *, leave: Sequence[str] = ()) -> Lif
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _uncompiled(module),
+        # Compiled modules inside run as they are written.
+        torch.compiler.set_stance("force_eager") if is_compiled(module) else nullcontext(),
         untouched(module, tensors=tensors_of(inputs)) as start_over,
     ):
         try:
@@ -147,11 +148,6 @@ def lifted(module: nn.Module, inputs: Tree, *, leave: Sequence[str] = ()) -> Lif
         made = Lifted(module, hidden)
         _hold_against(made, inputs, leave, start_over)
     return made
-
-
-def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """While entered, compiled modules inside run as they are written."""
-    return torch.compiler.set_stance("force_eager") if is_compiled(module) else nullcontext()
 
 
 def _hold_against(

@@ -106,7 +106,7 @@ class _Checked:
         if isinstance(node, ast.IfExp):
             self._check_test(node.test)
             inner: list[ast.expr] = [node.body, node.orelse]
-        elif isinstance(node, ast.Call) and _is_forward_of_super(node.func):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "super().forward":
             inner = [*node.args, *(each.value for each in node.keywords)]
         elif isinstance(node, ast.Name | ast.Attribute) and self._begins_outside(node):
             self._check_outside(node, is_called=False)
@@ -164,10 +164,6 @@ class _Checked:
         if not isinstance(vars(owner).get(name, owner), _NUMBERS):
             self._refuse(node, f"uses {name}, which is no layer, weight, buffer or number of it")
         return None
-
-
-def _is_forward_of_super(node: ast.expr) -> bool:
-    return ast.unparse(node) == "super().forward"
 
 
 def _targets_of(statement: ast.stmt) -> Iterator[ast.expr]:

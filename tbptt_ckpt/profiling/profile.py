@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -159,7 +160,7 @@ def profile_strategies(
 
     def open_bench(configuration: Configuration) -> AbstractContextManager[Bench]:
         if fresh_processes:
-            return ProcessBench(partial(_itself, work), configuration)
+            return ProcessBench(partial(copy.copy, work), configuration)
         return nullcontext(BenchHere(work, configuration))
 
     what = f"{name_of(module)} on {described(inputs)}"
@@ -194,11 +195,6 @@ def make_work(
         time_dim=time_dim,
         **options,
     )
-
-
-def _itself(work: Workload) -> Workload:
-    """What exists already, in a process that it is sent to."""
-    return work
 
 
 def _several(given: int | Sequence[int]) -> Sequence[int]:
