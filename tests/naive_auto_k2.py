@@ -113,7 +113,8 @@ def windows(
     for _, new_start, stop in naive.windows(num_steps, k1, k1):
         naive.clear(problem.parameters, True)
         counted = naive.loss_steps(problem, "new", new_start, stop)
-        is_audit = bool(counted) and rule.is_due() and stop % k1 == 0 and stop >= rule.max_k2
+        point = -(-stop // k1) * k1  # where a window ends that is not short
+        is_audit = bool(counted) and rule.is_due() and point >= rule.max_k2
         k2 = rule.max_k2 if is_audit else rule.k2
         start = begin = max(0, -(-(stop - k2) // k1) * k1)
         if not counted and (stale or not has_changed):
@@ -130,7 +131,7 @@ def windows(
                 if t in counted:
                     terms.append(naive.step_loss(problem, t, y))
         recorded[stop] = naive.mapped(Tensor.detach, state)
-        audit = audited(problem, rule, at, counted, stop, stale) if is_audit else None
+        audit = audited(problem, rule, at, counted, (point, stop), stale) if is_audit else None
         found = naive.finish(problem, terms, "mean", optimizer)
         has_changed = bool(counted)
         missing = None
@@ -152,15 +153,16 @@ def audited(
     rule: Rule,
     at: dict[int, Any],
     counted: set[int],
-    stop: int,
+    ends: tuple[int, int],
     stale: bool,
 ) -> dict[int, Tensor]:
     """The whole gradient of a window that begins at each size, from the states of this one."""
     found = {}
+    point, stop = ends
     for size in rule.sizes:
-        state, terms = at[stop - size], []
-        for t in range(stop - size, stop):
-            if stale and t in at and t > stop - size:
+        state, terms = at[point - size], []
+        for t in range(point - size, stop):
+            if stale and t in at and t > point - size:
                 state = naive.rewired(at[t], state)
             y, state = problem.step(problem.inputs[t], state)
             if t in counted:

@@ -130,6 +130,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], Any, Mapping[
         {"accumulate": 3, "clip_grad_norm": 0.05, "strategy": "sqrt"},
     ),
     "shards in copies": (batches, tanh_cell, None, {"overlap": "stale"}),
+    "a reach by audits": (tensors, tanh_cell, first, {"k2": "auto", "max_k2": 9}),
     "a graph": (tensors, tanh_cell, first, {"executor": "checkpoint"}),
 }
 SHARDED = {
@@ -151,13 +152,13 @@ def trainer(name: str, path: Path | None, *, alone: bool, **how: Any) -> Trainer
     if name in SHARDED and not alone:
         module = called = SHARDED[name](module)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    options = {"strategy": "uniform:3", **options}
+    options = {"k2": K2, "strategy": "uniform:3", **options}
     ranks = None if alone else "all"
     if name in VALIDATED:
         seen = TensorSequence(*random_data(9, seed=5, lanes=LANES))
         seen = seen if alone else own_lanes(seen)
         how["validation"] = Validation(source=seen, every_windows=2)
-    tbptt = TBPTT(called, mean_loss, K1, K2, optimizer, ranks=ranks, **options)
+    tbptt = TBPTT(called, mean_loss, K1, optimizer=optimizer, ranks=ranks, **options)
     return Trainer(
         tbptt,
         source() if alone else own_lanes(source()),

@@ -98,10 +98,17 @@ class Agreement:
         )
         return self._of(ranks, ranks.vote(ballot), loss)
 
-    def finish(self, peak_bytes: int | None) -> None:
+    def learned(self, opened: OpenWindow, agreed: Agreed) -> dict[str, Any]:
+        """What is known of how far back a window that is done has reached."""
+        draw, norms, has_loss = opened.draw, opened.borders.norms, agreed.loss is not None
+        truncation = self._parts.truncation
+        return truncation.has_run(draw, norms, has_loss=has_loss, factor=agreed.factor)
+
+    def finish(self, peak_bytes: int | None, index: int) -> None:
         """This rank's sequence has ended: take part in the updates of others, until theirs have.
 
-        `peak_bytes` is the highest peak of its windows, which others are told.
+        `peak_bytes` is the highest peak of its windows, which others are told; `index` is that
+        of the window which does not follow.
 
         Raises:
             RankError: Weights have come to differ, or a rank is gone.
@@ -116,6 +123,8 @@ class Agreement:
             if agreed.loss is not None:
                 updater.add(agreed.loss, agreed.number)
             updater.update(agreed.is_last, leaves, self._observer)
+            self._parts.truncation.has_passed(index, has_loss=agreed.loss is not None)
+            index += 1
         ranks.compare()
         self.peaks = ranks.told(peak_bytes)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,11 +44,11 @@ def make_truncation(
             "window as one graph, and an audit looks at the gradient on its way; use "
             "executor='replay'"
         )
-    wrappers = updater.deliveries.wrappers
-    if wrappers.is_any or wrappers.is_sharded:
+    wrappers, ranks = updater.deliveries.wrappers, updater.deliveries.ranks
+    if ranks is None and (wrappers.is_any or wrappers.is_sharded):
         raise ArgumentError(
             "k2='auto' does not go with a module that several processes train: each would choose "
-            "by its own gradients; give a fixed k2"
+            "by its own gradients; give ranks='all', by which they choose together, or a fixed k2"
         )
     auto = AutoK2(options, parameters, updater)
     if len(places := {str(weight.device) for weight in auto.weights()}) > 1:
@@ -73,6 +72,7 @@ class AutoK2(Truncation):
         super().__init__(options)
         assert options.max_k2 is not None, "options have been checked"
         self._most, self._parameters, self._updater = options.max_k2, parameters, updater
+        self._ranks = updater.deliveries.ranks
         sizes = reach_sizes(options.k1, self._most)
         self._rule = ReachRule(sizes, options.k2_tolerance, options.k2_window_tolerance)
         self.observer = self._auditor = _Auditor(self._audit_of)
@@ -82,28 +82,41 @@ class AutoK2(Truncation):
         """As far back as the rule says, or all the way for an audit."""
         start = max(window.start, next_point(window.stop - self._rule.k2, self._k1))
         reached = replace(window, start=start)
-        if self._is_audit(window):
-            return Draw(
-                window, window, quiet=reached, audited=audited_steps(window, self._rule.sizes)
-            )
+        if self._is_audit(window.index):
+            quiet = reached if self._ranks is None else window  # other ranks may have a loss
+            return Draw(window, window, quiet=quiet, audited=self._cuts(window))
         return Draw(window, reached, quiet=reached)
 
     def has_run(
-        self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool
+        self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool, factor: float | None
     ) -> dict[str, Any]:
         """A window is done: learn from it, and say how far it reached."""
-        audit, rule = self._auditor.take(), self._rule
+        audit, index = self._auditor.take(), drawn.whole.index
         if not has_loss:
             return {}
-        is_audit = bool(drawn.audited)
-        sums = None if audit is None or not is_audit else audit.sums()
-        k2 = self._most if is_audit else rule.k2
-        if audit is not None and sums is not None:
-            rule.audited(sums)
-            self._look_at_audit(drawn.whole, audit.norms())
-        else:
-            rule.ran()
-        return {"chosen_k2": rule.chosen(k2, is_audit=is_audit)}
+        is_audit = self._is_audit(index)
+        k2 = self._most if is_audit else self._rule.k2
+        self._learn(index, None if audit is None else audit.found(), factor)
+        return {"chosen_k2": self._rule.chosen(k2, is_audit=is_audit)}
+
+    def has_passed(self, index: int, *, has_loss: bool) -> None:
+        """Other ranks have run a window: learn what they do."""
+        if has_loss:
+            self._learn(index, None, None)
+
+    def _learn(self, index: int, own: _Found | None, factor: float | None) -> None:
+        """From a window with a loss, of which this rank has found its `own` lanes' part."""
+        if not self._is_audit(index):
+            self._rule.ran()
+            return
+        if (ranks := self._ranks) is not None:
+            share = (factor or 0.0) / ranks.count
+            own = _joined(ranks.exchange(None if own is None else own.times(share)))
+        if own is None or not np.isfinite(own.sums).all():
+            self._rule.ran()
+            return
+        self._rule.audited(own.sums)
+        self._look_at_audit(index, own)
 
     def held(self) -> tuple[Tensor, list[Tensor]] | None:
         """What audits need on an accelerator; nothing where weights are on the CPU."""
@@ -113,23 +126,28 @@ class AutoK2(Truncation):
             self._places = rows, signs
         return self._places
 
-    def _is_audit(self, window: Window) -> bool:
-        """One that is due, and has all the steps that it wants."""
-        return self._rule.is_due and window.stop - window.start == self._most
+    def _is_audit(self, index: int) -> bool:
+        """One that is due and has the steps before it, wherever the sequence of a rank ends."""
+        return self._rule.is_due and (index + 1) * self._k1 >= self._most
+
+    def _cuts(self, window: Window) -> tuple[int, ...]:
+        return audited_steps((window.index + 1) * self._k1, self._rule.sizes)
 
     def _audit_of(self, window: Window) -> _Audit | None:
-        if not self._is_audit(window):
+        if not self._is_audit(window.index):
             return None
         rows = None if (held := self.held()) is None else held[0]
-        return _Audit(window, self._rule.sizes, self.weights(), self._updater, rows)
+        return _Audit(window.start, self._cuts(window), self.weights(), self._updater, rows)
 
     def weights(self) -> list[Tensor]:
         """Whose gradients are looked at."""
-        found = (*self._parameters, *self._updater.optimized())
+        whole = self._updater.deliveries.wrappers.shards.whole
+        found = map(whole, (*self._parameters, *self._updater.optimized()))
         return [w for w in dict.fromkeys(found) if w.requires_grad and w.numel()]
 
-    def _look_at_audit(self, window: Window, norms: Sequence[float]) -> None:
-        near, far = (norms[-1], norms[0]) if norms else (0.0, 0.0)
+    def _look_at_audit(self, index: int, found: _Found) -> None:
+        is_known = np.isfinite(found.norms).all()
+        near, far = (found.norms[0], found.norms[-1]) if is_known else (0.0, 0.0)
         grows = far > _TIMES * near > 0
         self._growing = self._growing + 1 if grows else 0
         if self._growing == _GROWING and not self._has_warned:
@@ -137,7 +155,7 @@ class AutoK2(Truncation):
             nearest, farthest = self._rule.sizes[0], self._rule.sizes[-2]
             warnings.warn(
                 f"k2='auto': the gradient of the state grows with distance, {far / near:.3g} times "
-                f"over {farthest - nearest} steps in window {window.index} and in {_GROWING} "
+                f"over {farthest - nearest} steps in window {index} and in {_GROWING} "
                 "audits in a row: it explodes, and a longer k2 makes it worse. What helps is "
                 "clip_grad_norm, smaller or orthogonal recurrent weights, a smaller forget bias, "
                 "or a short k2, knowingly",
@@ -158,19 +176,47 @@ class AutoK2(Truncation):
             self._growing, self._has_warned = audits["growing"], audits["has_warned"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What an audit finds.
+
+    Attributes:
+        sums: Of the gradient of each size, [sizes, BUCKETS].
+        norms: Of the state's gradient at each border, the nearest first, [sizes - 1].
+    """
+
+    sums: Any
+    norms: Any
+
+    def times(self, share: float) -> _Found:
+        """The same of a loss that counts as much."""
+        return _Found(share * self.sums, share * self.norms)
+
+
+def _joined(parts: Iterable[_Found | None]) -> _Found | None:
+    """Of all lanes: the weights' gradient is the sum of those of ranks, the state's holds theirs.
+
+    Ranks get the same bits, since all add up in the same order.
+    """
+    if not (found := [part for part in parts if part is not None]):
+        return None
+    squares = sum(part.norms**2 for part in found)
+    return _Found(sum(part.sums for part in found), np.sqrt(squares))
+
+
 class _Audit:
     """One window whose gradient is looked at where each size begins."""
 
     def __init__(
         self,
-        window: Window,
-        sizes: Sequence[int],
+        start: int,
+        cuts: Sequence[int],
         weights: Sequence[Tensor],
         updater: Updater,
         places: Tensor | None,
     ) -> None:
-        self._window, self._weights, self._updater = window, weights, updater
-        self._cuts, self._places = audited_steps(window, sizes), places
+        self._start, self._weights, self._updater = start, weights, updater
+        self._cuts, self._places = cuts, places
         self._rows: list[Row] = []  # what earlier windows left in `.grad`, then the smallest size
         self._norms: list[Any] = []
         self._asked: list[Number] = []
@@ -185,7 +231,7 @@ class _Audit:
         if step in self._cuts:
             known = [grad for grad in state_grads if grad is not None]
             self._norms.append(norm_of(known) if known else 0.0)
-        if step in self._cuts or step == self._window.start:
+        if step in self._cuts or step == self._start:
             self._read()
 
     def ask(self, numbers: Numbers) -> None:
@@ -202,17 +248,12 @@ class _Audit:
             row = self._places[len(self._rows)].copy_(row)
         self._rows.append(row)
 
-    def sums(self) -> Any:
-        """The sums of each size, [sizes, BUCKETS]; None where one is not finite."""
+    def found(self) -> _Found | None:
+        """Nothing where there was no gradient."""
         if not self._asked:
             return None
-        sums = np.asarray(self._asked[0].value) / self._asked[1].value
-        return sums if np.isfinite(sums).all() else None
-
-    def norms(self) -> list[float]:
-        """Of the state's gradient at each border, the earliest first."""
-        norms = [number.value / self._asked[1].value for number in reversed(self._asked[2:])]
-        return norms if all(map(math.isfinite, norms)) else []
+        sums, scale, *norms = (np.asarray(number.value) for number in self._asked)
+        return _Found(sums / scale, np.array(norms) / scale)
 
 
 class _Auditor(Observer):

@@ -82,8 +82,6 @@ class Options:
         if isinstance(self.strategy, Plan) and self.strategy.form == "compiled":
             _check_compiled(self)
         _check_auto_k2(self)
-        if self.ranks is not None:
-            _check_ranks(self)
         if (roulette := self.parsed_truncation()) is not None:
             self._check_borders(roulette)
 
@@ -203,14 +201,4 @@ def _check_auto_k2(options: Options) -> None:
         raise ArgumentError(
             "strategy given as actions, or as a plan, is of one length, and windows of k2='auto' "
             "have several; give a name such as 'uniform:32', or a function"
-        )
-
-
-def _check_ranks(options: Options) -> None:
-    """Raise `ArgumentError` for what ranks cannot agree on."""
-    given = f"ranks={shown(options.ranks)}"
-    if options.is_auto:
-        raise ArgumentError(
-            f"{given} does not go with k2='auto', whose audits see one rank's gradient; give a "
-            "fixed k2, such as one that k2='auto' chose in one process"
         )

@@ -29,7 +29,8 @@ def make_ranks(
         )
     owners = [("module", owner_of(module)), ("loss_fn", owner_of(loss_fn))]
     others = [weight for group in optimizer.param_groups for weight in group["params"]]
-    names = ("k1", "k2", "loss", "overlap", "reduction", "accumulate", "clip_grad_norm")
+    reach = ("k2", "max_k2", "k2_tolerance", "k2_window_tolerance")
+    names = ("k1", *reach, "loss", "overlap", "reduction", "accumulate", "clip_grad_norm")
     settings = {name: getattr(options, name) for name in names}
     weights, sums = named_weights(owners, others), options.reduction == "sum"
     return RankGroup(ranks, weights, settings, sums=sums)

@@ -29,7 +29,6 @@ import torch
 
 from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS
-from tbptt_ckpt.schedule.windows import Window
 
 _GROWTH = 1.5  # of sizes
 _FIRST = 8  # audits, one after the other, before any size is trusted
@@ -50,9 +49,9 @@ def reach_sizes(k1: int, max_k2: int) -> tuple[int, ...]:
     return (*dict.fromkeys(found), max_k2)
 
 
-def audited_steps(window: Window, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where windows of each size but the largest would begin, in order."""
-    return tuple(window.stop - size for size in reversed(sizes[:-1]))
+def audited_steps(point: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where windows of each size but the largest that end at an update point begin, in order."""
+    return tuple(point - size for size in reversed(sizes[:-1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class SequenceRun:
         if self._ambient is not None:
             self._ambient.check_complete(searches=True)
         if self.totals.num_steps == self._reader.num_steps:
-            self._agreement.finish(self.totals.peak_bytes)
+            self._agreement.finish(self.totals.peak_bytes, self._standing.index)
             self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
@@ -145,8 +145,7 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
-        draw, norms = opened.draw, opened.borders.norms
-        figures = parts.truncation.has_run(draw, norms, has_loss=loss is not None)
+        figures = self._agreement.learned(opened, agreed)
         result = WindowResult(
             **asdict(window),
             state=opened.notes.final.state,

@@ -40,9 +40,15 @@ class Truncation:
         return draw(window, self._roulette, self._k1, number, restarts=self._restarts)
 
     def has_run(
-        self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool
+        self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool, factor: float | None
     ) -> dict[str, Any]:
         """A window is done; `norms` of the state's gradient arrived at borders.
+
+        Args:
+            drawn: How far it went back.
+            norms: By border.
+            has_loss: Whether any rank has one.
+            factor: Of this rank's gradient in the mean over ranks; None where it trains alone.
 
         Returns:
             Further figures of it.
@@ -51,6 +57,11 @@ class Truncation:
             self._drawn += 1
             self._look_at_growth(drawn, norms)
         return {"survival": drawn.survival}
+
+    def has_passed(self, index: int, *, has_loss: bool) -> None:
+        """Other ranks have run a window, and this one's sequence has ended."""
+        if self._roulette is not None:
+            self._drawn += 1
 
     def _look_at_growth(self, drawn: Draw, norms: Mapping[int, Number]) -> None:
         crossed = [border for border in drawn.divisors if border in norms]

@@ -10,7 +10,13 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_rule import audited_steps, reach_sizes
 from tbptt_ckpt.engine.records import Records
 from tbptt_ckpt.schedule.truncation import Draw
-from tbptt_ckpt.schedule.windows import Window, joint_steps, points_after, recorded_steps
+from tbptt_ckpt.schedule.windows import (
+    Window,
+    joint_steps,
+    next_point,
+    points_after,
+    recorded_steps,
+)
 
 
 def shapes_of(
@@ -51,8 +57,8 @@ def _largest_of_auto(options: Options, window: Window, num_steps: int | None) ->
     assert k2 is not None, "options have been checked"
     most = fullest_window(window, num_steps, k1, k2)
     joints: Sequence[int] = joint_steps(most, k1) if options.is_stale else ()
-    if most.stop - most.start == k2 and not options.is_stale:
-        joints = audited_steps(most, reach_sizes(k1, k2))
+    if (point := next_point(most.stop, k1)) >= k2 and not options.is_stale:
+        joints = audited_steps(point, reach_sizes(k1, k2))
     points = 1 + len(points_after(most.start, most.new_start + 1, k1))
     return _auto_shape(most, joints, options, points), points
 

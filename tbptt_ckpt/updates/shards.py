@@ -92,6 +92,11 @@ class Shards:
             self.gathered[self._places[key]].grad = grad
         self._awaited = {}
 
+    def whole(self, weight: Tensor) -> Tensor:
+        """What a weight was gathered in; itself where that is not known yet, or it is no shard."""
+        place = self._places.get(id(weight))
+        return weight if place is None or not self.gathered else self.gathered[place]
+
     def grad_of(self, weight: Tensor) -> Tensor | None:
         """What a window leaves for the next one of its group; of a shard, of the whole weight."""
         if (place := self._places.get(id(weight))) is None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from audits_of_ranks import AUDITED, check_auto_k2
 from cases import WIDTH, gradients, mean_loss, random_state, relative_error, tanh_cell
 from joined_ranks import (
     K1,
@@ -343,6 +344,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_peaks(rank, count)
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
+    check_auto_k2(path / "audits", rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
     check_broken_shards(path / "shards", rank, count)
 
@@ -353,6 +355,11 @@ def check_grid(rank: int, count: int) -> None:
 
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     on_two_ranks(partial(check_all, tmp_path))
+
+
+@pytest.mark.exhaustive
+def test_audits_of_two_ranks_under_every_plan(tmp_path: Path) -> None:
+    on_two_ranks(partial(check_auto_k2, tmp_path, cases=AUDITED))
 
 
 @pytest.mark.exhaustive
@@ -367,7 +374,6 @@ def test_one_rank_is_one_process(alone: None) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"k2": "auto", "max_k2": 12}, "k2='auto'"),
         ({"optimizer": None}, "needs an optimizer"),
     ],
 )
