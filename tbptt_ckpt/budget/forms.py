@@ -50,13 +50,15 @@ def fastest_form(
     for number, form in enumerate(forms, 1):
         with batching.as_form(form):
             found[form] = measured(share)
-        ranks[form] = _rank(found[form], planned)
+        batches_nothing = form != "plain" and not batching.has_batched  # so that all are alike
+        if not (batches_nothing and ranks):
+            ranks[form] = _rank(found[form], planned)
         left = most_seconds - (time.perf_counter() - begun)
         fits = not min(ranks.values())[0]
         if (
             (fits and form == asked)
             or (fits and left < _LEAST_SHARE * most_seconds)
-            or not batching.has_batched
+            or batches_nothing
         ):
             break
         share = max(0.0, left / max(1, len(forms) - number))  # what the ones before have left over

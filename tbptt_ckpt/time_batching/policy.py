@@ -77,6 +77,8 @@ class TimeBatching:
         # Where no weight is large a region would cost time and gain none. Of a function the
         # weights may be unknown.
         self._may_pay = not sizes or _pays(max(sizes))
+        # Where all of them are large together it may gain, which only measuring tells.
+        self._may_gain = self._may_pay or _pays(sum(matrices))
         self._is_mixed = self._may_pay and not all(map(_pays, matrices))
         self._tally: Tally = Counter()
         self._region: Region | None = None
@@ -169,6 +171,8 @@ class TimeBatching:
             if _pays(of_kernel.numel()):
                 return ["mixed", "fused", "batched", "plain"]
             return ["fused", "mixed", "batched", "plain"]
+        if not (has_parts or self._may_pay):
+            return ["plain", "batched"]
         return ["auto", "batched", "plain"] if self._is_mixed else ["auto", "plain"]
 
     def is_chosen(self, per_step: bool) -> bool:
@@ -193,7 +197,7 @@ class TimeBatching:
 
     def is_open(self, per_step: bool) -> bool:
         """Whether "auto" may find something to batch, so that forms are to be weighed."""
-        return self.choice == "auto" and per_step and self._may_pay
+        return self.choice == "auto" and per_step and self._may_gain
 
     def takes(self, weight: Tensor) -> bool:
         """Whether the gradient of a weight of that size is made once for all steps of a run."""

@@ -43,10 +43,38 @@ class Loop(nn.Module):
         return h, (h, c)
 
 
+class Middling(nn.Module):
+    """Layers of which none is large enough for the rule, but all of them to be weighed."""
+
+    def __init__(self, width: int, _: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor | None) -> tuple[Any, Any]:
+        h = x if state is None else x + state
+        for layer in self.layers:
+            h = torch.tanh(self.through(layer, h))
+        return h, h
+
+    def through(self, layer: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return layer(h)
+
+
+class Unbatched(Middling):
+    """The same with weights that are computed in the step."""
+
+    def through(self, layer: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return h @ torch.tanh(layer.weight)
+
+
 KINDS = [Loop, nn.LSTMCell]
 
 
-FORMS = {Loop: ["auto", "plain"], nn.LSTMCell: ["mixed", "fused", "batched", "plain"]}
+FORMS = {
+    Loop: ["auto", "plain"],
+    nn.LSTMCell: ["mixed", "fused", "batched", "plain"],
+    Middling: ["plain", "batched"],
+}
 
 
 @pytest.fixture
@@ -104,9 +132,10 @@ def form_of(tbptt: TBPTT) -> str:
     return tbptt.parts.runner.time_batching.form
 
 
+DEFAULT = {Loop: "auto", nn.LSTMCell: "batched", Middling: "batched"}
 CASES = [
-    pytest.param(kind, form, marks=() if form == FORMS[kind][-2] else pytest.mark.exhaustive)
-    for kind in KINDS
+    pytest.param(kind, form, marks=() if form == DEFAULT[kind] else pytest.mark.exhaustive)
+    for kind in FORMS
     for form in FORMS[kind]
 ]
 
@@ -251,10 +280,20 @@ def test_what_a_first_step_shows_may_leave_one_form(
     assert form_of(tbptt) == "auto"
 
 
+def test_steps_of_which_nothing_is_batched_stay_plain(inject: Inject) -> None:
+    seen = inject({"batched": 0.5})
+    tbptt, sequence = make(kind=Unbatched)
+    window = next(tbptt.windows(sequence))
+    assert [form for form, _ in seen] == ["plain", "batched"]
+    assert window.plan.form == form_of(tbptt) == "plain"
+    assert dict(window.plan.forms) == {"plain": 3 * K}
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"width": 8},
+        {"kind": Middling, "width": 128},
         {"time_batching": True},
         {"time_batching": False},
         {"time_batching": "fused"},
