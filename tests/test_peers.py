@@ -15,6 +15,7 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY))  # last: the installed package comes first
 
+from benchmarks.peers import campaign  # noqa: E402
 from benchmarks.peers.__main__ import main  # noqa: E402
 from benchmarks.peers.campaign import Job, Records, rounds  # noqa: E402
 from benchmarks.peers.entries import BASELINE, ENTRIES, OURS, Entry  # noqa: E402
@@ -92,6 +93,18 @@ def test_records_are_read_again(tmp_path: Path) -> None:
     job = Job(BASELINE.key, SIZE, "time", 1)
     Records(tmp_path).add(job, {"seconds": [1.5]})
     assert Records(tmp_path).results == {job: {"seconds": [1.5]}}
+
+
+def test_who_takes_too_long_is_stopped_and_not_run_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(campaign, "_command", lambda *_: slow)
+    records, later_size = Records(tmp_path), Size(8, 3, 151)
+    jobs = [Job("scan", size, "time", k) for size in (SIZE, later_size) for k in range(2)]
+    options = {"num_runs": 1, "threads": 1, "clock": campaign.Clock(None), "most_seconds": 0.05}
+    assert campaign.run(jobs, records, **options)
+    assert records.results == {job: {"error": "stopped after 0.05 s"} for job in jobs[::2]}
 
 
 def _row(family: str, peak_bytes: int, seconds: float) -> Row:

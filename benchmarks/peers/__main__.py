@@ -50,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--long-rounds", type=int, default=1, help="longer ones, of one run each")
     parser.add_argument("--records", type=Path, metavar="FOLDER", help="to go on from")
     parser.add_argument("--minutes", type=float, help="start nothing after that")
+    parser.add_argument(
+        "--most-seconds", type=float, default=600.0, help="of one process, which is stopped then"
+    )
     add_output_arguments(parser)
     return parser.parse_args()
 
@@ -92,7 +95,14 @@ def measure(arguments: argparse.Namespace, entries: list[Entry], records: campai
         jobs.append((campaign.rounds(entries, short, rounds), runs))
         jobs.append((campaign.rounds(entries, long, arguments.long_rounds), 1))
     return all(
-        campaign.run(some, records, num_runs=num_runs, threads=arguments.threads, clock=clock)
+        campaign.run(
+            some,
+            records,
+            num_runs=num_runs,
+            threads=arguments.threads,
+            clock=clock,
+            most_seconds=arguments.most_seconds,
+        )
         for some, num_runs in jobs
     )
 

@@ -57,6 +57,13 @@ class Records:
         with self._file.open("a") as file:
             file.write(json.dumps({"job": asdict(job), "result": result}) + "\n")
 
+    def has_failed(self, job: Job) -> bool:
+        """Whether that entry has failed at that size."""
+        return any(
+            "error" in result and (done.entry, done.size) == (job.entry, job.size)
+            for done, result in self.results.items()
+        )
+
     def peak_bytes(self, entry: str, size: Size) -> int | None:
         """The peak of an entry, if it was measured."""
         return self.results.get(Job(entry, size, "peak"), {}).get("peak_bytes")
@@ -106,11 +113,21 @@ def rounds(entries: Sequence[Entry], sizes: Sequence[Size], num_rounds: int) -> 
 
 
 def run(
-    jobs: Iterable[Job], records: Records, *, num_runs: int, threads: int, clock: Clock
+    jobs: Iterable[Job],
+    records: Records,
+    *,
+    num_runs: int,
+    threads: int,
+    clock: Clock,
+    most_seconds: float,
 ) -> bool:
-    """Do the jobs that are not done yet; False where the time ran out before the last."""
+    """Do the jobs that are not done yet; False where the time ran out before the last.
+
+    One that takes more than `most_seconds` is stopped, and has failed. Who has failed at a size is
+    not run there again.
+    """
     for job in jobs:
-        if job in records.results:
+        if job in records.results or records.has_failed(job):
             continue
         if clock.is_over:
             return False
@@ -119,24 +136,38 @@ def run(
         if level_of and budget is None:
             print(f"{job.size}: {job.entry}: left out, the peak of {level_of} is not known")
             continue
-        result = _measured(job, budget, records.reference(job.size), num_runs, threads)
+        command = _command(job, budget, records.reference(job.size), num_runs, threads)
+        result = _measured(command, most_seconds)
         records.add(job, result)
         print(f"{job.size}: {job.entry}: {_brief(result)}", flush=True)
     return True
 
 
-def _measured(
+def _command(
     job: Job, budget: int | None, reference: Path, num_runs: int, threads: int
-) -> dict[str, Any]:
-    """What a fresh process reports; a peer that fails says why, and the others go on."""
+) -> list[str]:
     size = job.size
     command = [sys.executable, "-m", "benchmarks.peers.measured_peer", job.entry]
     command += ["--width", str(size.width), "--lanes", str(size.num_lanes)]
     command += ["--steps", str(size.num_steps), "--runs", str(num_runs)]
     command += ["--budget-bytes", str(budget)] if budget is not None else []
     command += ["--what", job.what]
-    command += ["--reference", str(reference), "--threads", str(threads)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return [*command, "--reference", str(reference), "--threads", str(threads)]
+
+
+def _measured(command: Sequence[str], most_seconds: float) -> dict[str, Any]:
+    """What a fresh process reports; a peer that fails says why, and the others go on."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=most_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"stopped after {most_seconds:g} s"}
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
