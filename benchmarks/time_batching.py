@@ -28,6 +28,7 @@ from tbptt_ckpt import TBPTT, Recurrent, TensorSequence
 
 NUM_BYTES = 64
 MOST_PEAK_PERCENT = 5.0
+ROWS = ("segments", "kept", "budget", "unbatched")  # "budget" with `--budget` alone
 
 
 class DeepTransition(nn.Module):
@@ -182,30 +183,28 @@ def compare(
 
 
 def figures_of(size: Size, arguments: argparse.Namespace) -> list[Figure]:
-    """One size with recomputation, with nothing recomputed, and without time batching."""
-    case, pairs = Case(size), arguments.pairs
+    """The rows of one size that are asked for."""
+    case, figures = Case(size), list[Figure]()
     form = True if arguments.form == "batched" else arguments.form
     segments = f"uniform:{arguments.segment or size.segment}"
-    recomputed = compare(
-        f"{size}, {segments}",
-        case,
-        case.treated(segments, form),
-        (size.limit, MOST_PEAK_PERCENT),
-        pairs,
-    )
-    kept = compare(
-        f"{size}, retain", case, case.treated("retain", form), (size.limit_kept, None), pairs
-    )
+    limits = size.limit, MOST_PEAK_PERCENT
+    ways: dict[str, tuple[str, Callable[[], float], tuple[float | None, float | None]]] = {}
+    ways["segments"] = segments, case.treated(segments, form), limits
+    ways["kept"] = "retain", case.treated("retain", form), (size.limit_kept, None)
+    ways["unbatched"] = f"{segments}, unbatched", case.treated(segments, False), (None, None)
     if arguments.budget:
         budget = case.given_bytes + int(arguments.budget / 100 * peak_bytes_of(case.plain))
-        what = f"{size}, within {arguments.budget:g} %"
         within = case.treated("optimal", form, memory_budget=budget)
-        kept += compare(what, case, within, (size.limit, arguments.budget), pairs)
-    if not arguments.unbatched:
-        return recomputed + kept
-    unbatched = case.treated(segments, False)
-    what = f"{size}, {segments}, unbatched"
-    return recomputed + kept + compare(what, case, unbatched, (None, None), pairs)
+        ways["budget"] = (
+            f"within {arguments.budget:g} %",
+            within,
+            (size.limit, arguments.budget),
+        )
+    for row in arguments.rows:
+        if row in ways:
+            what, treated, most = ways[row]
+            figures += compare(f"{size}, {what}", case, treated, most, arguments.pairs)
+    return figures
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -215,7 +214,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment", type=int, help="steps recomputed as one piece")
     parser.add_argument("--form", default="auto", choices=("auto", "fused", "mixed", "batched"))
     parser.add_argument("--budget", type=float, help="percent of plain BPTT's peak: also within it")
-    parser.add_argument("--unbatched", action="store_true", help="also without time batching")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS[:3], help="of a size")
     add_output_arguments(parser)
     return parser.parse_args()
 
