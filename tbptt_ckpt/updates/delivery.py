@@ -252,13 +252,38 @@ class _Ticket(torch.autograd.Function):
 class _Thread(threading.local):
     """While entered, `backward` collects gradients without their accumulation nodes."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self.depth = 0
+        self._sums = dict[int, Tensor]()  # of leaf tensors: those made here, which nobody shares
 
     def __enter__(self) -> None:
         self.depth += 1
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
+        self._sums.clear()
+
+    def add(self, leaves: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
+        """Add a part of the gradient of each leaf tensor to its `.grad`, and tell its hooks."""
+        sums, added = list[Tensor](), list[Tensor]()
+        for leaf, part in zip(leaves, parts, strict=True):
+            if part is None:
+                continue
+            so_far = leaf.grad
+            if so_far is None:
+                leaf.grad = part
+            elif so_far is self._sums.get(id(leaf)) and not part.is_sparse:
+                sums.append(so_far)
+                added.append(part)
+            else:  # added as a new tensor: others may share what was found
+                leaf.grad = part + so_far if so_far.is_sparse else so_far + part
+                self._sums[id(leaf)] = leaf.grad
+        if sums:
+            torch._foreach_add_(sums, added)
+        for leaf, part in zip(leaves, parts, strict=True):
+            if part is not None and leaf._post_accumulate_grad_hooks:
+                for hook in list(leaf._post_accumulate_grad_hooks.values()):
+                    hook(leaf)
 
 
 _thread = _Thread()
@@ -270,27 +295,22 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         torch.autograd.backward(tensors, grads)
         return
     leaves = _leaves_of(tensors)
-    found = torch.autograd.grad(tensors, leaves, grads, allow_unused=True)
-    for leaf, grad in zip(leaves, found, strict=True):
-        if grad is None:
-            continue
-        if leaf.grad is not None:  # added as a new tensor: others may share what was found
-            grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
-        leaf.grad = grad
-        for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
-            hook(leaf)
+    _thread.add(leaves, torch.autograd.grad(tensors, leaves, grads, allow_unused=True))
 
 
 def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The leaf tensors that the graphs of some tensors lead to."""
     left = [torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors]
     seen, leaves = set(left), list[Tensor]()
-    while left:
-        node = left.pop()
-        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+    for node in left:
+        leads_to = node.next_functions
+        if not leads_to and isinstance(node, _AccumulateGrad):
             leaves.append(node.variable)
-        for after, _ in node.next_functions:
+        for after, _ in leads_to:
             if after is not None and after not in seen:
                 seen.add(after)
                 left.append(after)
     return leaves
+
+
+_AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
