@@ -65,7 +65,7 @@ class Runner:
         # Of a segment module, what is left being called one by one; None for all at once.
         self.call_steps: int | None = None
         self._autocast_dtype = autocast_dtype
-        self._is_known = False  # from a first call
+        self._is_called = self._is_known = False  # once; in a way that tells all there is to know
         self._has_compared = False
         self._told: Told | None = None  # of calls, while steps are run
 
@@ -77,14 +77,15 @@ class Runner:
     def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
             self._told(partial(iterate_tensors, state))
-        if self._is_known and state is not None:
+        tells = not self._is_known and is_telling(self.recurrence, inputs)
+        if tells or not self._is_called:
+            result = call_first(self.recurrence, inputs, state)
+            self._is_called, self._is_known = True, tells
+            return result
+        if state is not None:
             return self.recurrence.call(inputs, state)
-        if self._is_known:
-            with begins(self.recurrence, state):
-                return self.recurrence.call(inputs, state)
-        result = call_first(self.recurrence, inputs, state)
-        self._is_known = is_telling(self.recurrence, inputs)
-        return result
+        with begins(self.recurrence, state):
+            return self.recurrence.call(inputs, state)
 
     def _compare_first(self, sink: Sink, inputs: Tree, outputs: Tree, targets: Tree) -> None:
         """Look once at outputs and targets, where a loss takes both."""

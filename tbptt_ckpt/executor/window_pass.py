@@ -34,7 +34,7 @@ from tbptt_ckpt.module.trees import (
     tensors_of,
 )
 from tbptt_ckpt.schedule.actions import Action
-from tbptt_ckpt.updates.delivery import backward
+from tbptt_ckpt.updates.collected import backward
 
 StateGrads = list[Tensor | None]  # one per tensor of a state
 Root = tuple[Tensor, Tensor | None]  # to differentiate, with its gradient; None stands for one

@@ -6,16 +6,11 @@ hook, an optimizer inside the backward) whenever a gradient arrives there. That 
 each leaf, with a leaf's share. The hooks are therefore emptied, in place, while leaves are
 differentiated, and put back before the weights are given the whole gradients: by one backward
 through a ticket for each, made in the order in which plain BPTT would reach the weights.
-
-NOTE [Accumulation nodes]
-What else hangs there is not seen at all. `deliver="once"` has leaves differentiated by
-`torch.autograd.grad`, which stops before these nodes, with respect to all that the graph leads to.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from operator import attrgetter
@@ -25,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.updates.collected import collected
 from tbptt_ckpt.updates.hooks import HooksOff
 from tbptt_ckpt.updates.ranks import RankGroup
 from tbptt_ckpt.updates.shards import is_shard
@@ -152,7 +148,7 @@ class Delivery:
             waiting.begin()
         self._unseen.enter_context(self._wrappers.no_sync())
         if self._collects:
-            self._unseen.enter_context(_thread)
+            self._unseen.enter_context(collected)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -247,70 +243,3 @@ class _Ticket(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         return ctx.total.pop(), None
-
-
-class _Thread(threading.local):
-    """While entered, `backward` collects gradients without their accumulation nodes."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self._sums = dict[int, Tensor]()  # of leaf tensors: those made here, which nobody shares
-
-    def __enter__(self) -> None:
-        self.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-        self._sums.clear()
-
-    def add(self, leaves: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
-        """Add a part of the gradient of each leaf tensor to its `.grad`, and tell its hooks."""
-        sums, added = list[Tensor](), list[Tensor]()
-        for leaf, part in zip(leaves, parts, strict=True):
-            if part is None:
-                continue
-            so_far = leaf.grad
-            if so_far is None:
-                leaf.grad = part
-            elif so_far is self._sums.get(id(leaf)) and not part.is_sparse:
-                sums.append(so_far)
-                added.append(part)
-            else:  # added as a new tensor: others may share what was found
-                leaf.grad = part + so_far if so_far.is_sparse else so_far + part
-                self._sums[id(leaf)] = leaf.grad
-        if sums:
-            torch._foreach_add_(sums, added)
-        for leaf, part in zip(leaves, parts, strict=True):
-            if part is not None and leaf._post_accumulate_grad_hooks:
-                for hook in list(leaf._post_accumulate_grad_hooks.values()):
-                    hook(leaf)
-
-
-_thread = _Thread()
-
-
-def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """`torch.autograd.backward`, unseen by what hangs on accumulation nodes where that is asked."""
-    if not _thread.depth:
-        torch.autograd.backward(tensors, grads)
-        return
-    leaves = _leaves_of(tensors)
-    _thread.add(leaves, torch.autograd.grad(tensors, leaves, grads, allow_unused=True))
-
-
-def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that the graphs of some tensors lead to."""
-    left = [torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors]
-    seen, leaves = set(left), list[Tensor]()
-    for node in left:
-        leads_to = node.next_functions
-        if not leads_to and isinstance(node, _AccumulateGrad):
-            leaves.append(node.variable)
-        for after, _ in leads_to:
-            if after is not None and after not in seen:
-                seen.add(after)
-                left.append(after)
-    return leaves
-
-
-_AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]

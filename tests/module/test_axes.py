@@ -117,6 +117,17 @@ def test_a_segment_whose_layer_reads_lanes_as_time_is_found(
         tbptt.train(sequence)
 
 
+def test_calls_that_cannot_tell_are_not_watched_after_the_first() -> None:
+    """What is hung on layers to watch them costs time in every call of as many steps as lanes."""
+    module, (x, y), watched = inside(batch_first=False), data(lanes=4), list[int]()
+    layer = next(each for each in module.modules() if isinstance(each, nn.LSTM))
+    module.register_forward_pre_hook(lambda *_: watched.append(len(layer._forward_pre_hooks)))
+    TBPTT(module, mse_loss, 4, 4, per_step=False, strategy="retain").train(TensorSequence(x, y))
+    assert watched[0] == 1
+    assert len(watched) > 1
+    assert not any(watched[1:])
+
+
 def test_a_layer_that_reads_within_a_step_is_left_alone() -> None:
     """Lanes times words of characters, and an encoder that reads them both ways."""
 
