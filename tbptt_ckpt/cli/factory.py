@@ -21,19 +21,17 @@ def call_factory(
     Its own defaults stand unless the user has `given` another value.
     """
     factory = find_object("--model", name)
-    arguments = _accepted(name, factory, offered)
     try:
-        return factory(**_wanted(factory, arguments, given)), frozenset(arguments)
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(factory).parameters
+    except ValueError:  # some callables written in C have none
+        parameters = {}
+    names = _accepted(name, parameters, offered)
+    defaults = {key for key, p in parameters.items() if p.default is not p.empty} - {*given}
+    wanted = {key: offered[key] for key in offered if key in names and key not in defaults}
+    try:
+        return factory(**wanted), names
     except Exception as error:
         raise ArgumentError(f"--model {name} raised {in_one_line(error)}") from error
-
-
-def _wanted(
-    factory: Callable[..., Any], arguments: Mapping[str, Any], given: Collection[str]
-) -> dict[str, Any]:
-    parameters = inspect.signature(factory).parameters if arguments else {}
-    has_default = {name for name, p in parameters.items() if p.default is not p.empty}
-    return {k: v for k, v in arguments.items() if k in given or k not in has_default}
 
 
 def find_object(option: str, name: str) -> Callable[..., Any]:
@@ -66,12 +64,10 @@ def _import(name: str) -> ModuleType:
     return module
 
 
-def _accepted(name: str, factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the offered arguments that the factory takes by keyword."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:  # some callables written in C have none
-        return {}
+def _accepted(
+    name: str, parameters: Mapping[str, inspect.Parameter], offered: Mapping[str, Any]
+) -> frozenset[str]:
+    """Names of those of the offered arguments that the factory takes by keyword."""
     various = [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for wanted, p in parameters.items():
         if p.default is p.empty and p not in various and wanted not in offered:
@@ -79,7 +75,7 @@ def _accepted(name: str, factory: Callable[..., Any], offered: Mapping[str, Any]
                 f"--model {name} needs the argument {wanted!r}; offered are {', '.join(offered)}"
             )
     takes_all = any(p.kind is p.VAR_KEYWORD for p in various)
-    return {key: value for key, value in offered.items() if takes_all or key in parameters}
+    return frozenset(key for key in offered if takes_all or key in parameters)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -88,9 +88,10 @@ class Agreement:
             _vote_fault(ranks, Ballot(window=window.index, is_last=is_last, is_fault=True))
             raise
         positions = 0.0 if loss is None else opened.loss.positions
+        weight = 1.0 if ranks.sums else positions
         ballot = Ballot(
             window=window.index,
-            loss_sum=(numbers.loss_value or 0.0) * (1.0 if ranks.sums else positions),
+            loss_sum=0.0 if loss is None else float(numbers.loss_number) * weight,
             positions=positions,
             tokens=opened.num_tokens(),
             has_loss=loss is not None,

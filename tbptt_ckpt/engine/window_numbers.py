@@ -27,11 +27,6 @@ class WindowNumbers(Numbers):
         self.loss: Tensor | None = None
         self.loss_number = Number(None)
 
-    @property
-    def loss_value(self) -> float | None:
-        """The loss as a number."""
-        return None if self.loss is None else float(self.loss_number)
-
     def complete(self, loss: WindowLoss, states: list[Tree]) -> None:
         """All has run, and later windows start from `states`: ask for the rest, once."""
         if self._is_complete:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.module.inside import OF_EVERY_MODULE
 from tbptt_ckpt.module.step_effects import is_others_file
 from tbptt_ckpt.module.trees import Tree, slots_of, structure, tensors_of
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 _READ_ONCE = (int, float, bool, str, bytes, type(None))
-_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 _LONGEST = 100  # containers with more hold data
 _SEARCHED = 1000  # containers and objects, and items of one; longer ones hold data
 
@@ -172,7 +172,7 @@ def look_of(module: nn.Module, *trees: Tree) -> object:
 
 
 def _standing_for(name: str, value: object) -> object:
-    if name in _OF_TORCH:  # weights and buffers may be others each time
+    if name in OF_EVERY_MODULE:  # weights and buffers may be others each time
         return len(value) if isinstance(value, dict) else id(value)
     if not isinstance(value, dict | tuple | list) or len(value) > _LONGEST:
         return id(value)

@@ -15,7 +15,6 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType, ModuleType
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tbptt_ckpt.module.inside import OF_EVERY_MODULE, values_named_in
 from tbptt_ckpt.module.trees import bytes_of, iterate_leaves, slots_of
 
 _KINDS = (
@@ -37,7 +37,6 @@ _KINDS = (
 _SEARCHED = 10_000  # attributes and items
 # What leads to no generator of a module's.
 _PASSED = (type(None), bool, int, str, float, Tensor, bytes, type, ModuleType, FunctionType)
-_OF_TORCH = vars(nn.Module()).keys() - {"_modules"}
 _PYTHONS, _NUMPYS = random._inst, np.random.mtrand._rand
 _WORDS = 624  # of a Mersenne twister
 
@@ -156,7 +155,7 @@ _Item = tuple[Any, dict[Any, Any] | None, Any]  # something, the dict that holds
 
 
 def _found(roots: Iterable[object], seen: set[int]) -> Iterator[_Item]:
-    given = (_names_of(root) if inspect.isfunction(root) else root for root in roots)
+    given = (values_named_in(root) if inspect.isfunction(root) else root for root in roots)
     left: list[_Item] = [(root, None, None) for root in given]
     for item, holder, key in left:  # grows
         if id(item) in seen:
@@ -178,19 +177,13 @@ def _inside(item: Any) -> list[_Item]:
         found = ((each, item, key) for key, each in item.items()) if len(item) < _SEARCHED else ()
     elif isinstance(item, nn.Module):
         held = vars(item)
-        found = ((held[key], held, key) for key in held if key not in _OF_TORCH)
+        passed = OF_EVERY_MODULE - {"_modules"}
+        found = ((held[key], held, key) for key in held if key not in passed)
     else:
         held = getattr(item, "__dict__", {})
         own = [(each, None, None) for each in slots_of(item)]
         found = [*own, *((each, held, key) for key, each in held.items())]
     return [each for each in found if not isinstance(each[0], _PASSED)]
-
-
-def _names_of(function: Any) -> list[object]:
-    with suppress(ValueError):  # a name without a value yet
-        names = inspect.getclosurevars(function)
-        return [*names.nonlocals.values(), *names.globals.values()]
-    return []
 
 
 def _read(generator: Any) -> Any:

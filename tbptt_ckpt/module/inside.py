@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes
 # Packages whose modules with a `module` inside run it as it is.
 _WRAPPING = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate"}
 
@@ -44,10 +46,16 @@ def modules_in(module: object) -> list[tuple[str, nn.Module]]:
     if isinstance(owner, nn.Module):
         roots = [owner]
     elif inspect.isfunction(function):
-        with suppress(ValueError):  # a name without a value yet
-            names = inspect.getclosurevars(function)
-            roots = [*map(owner_of, (*names.nonlocals.values(), *names.globals.values()))]
+        roots = [*map(owner_of, values_named_in(function))]
     return [pair for root in roots if isinstance(root, nn.Module) for pair in root.named_modules()]
+
+
+def values_named_in(function: Callable[..., Any]) -> list[object]:
+    """What the names of a function stand for; nothing while one of them has no value yet."""
+    with suppress(ValueError):
+        names = inspect.getclosurevars(function)
+        return [*names.nonlocals.values(), *names.globals.values()]
+    return []
 
 
 def is_compiled(module: object) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.module.attributes import Attributes
+from tbptt_ckpt.module.inside import OF_EVERY_MODULE
 from tbptt_ckpt.module.trees import Tree, iterate_leaves, map_tensors, structure, tensors_of
 
-_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 _PLAIN = (int, float, bool, str, bytes, complex, type(None))
 ABSENT: Any = type(None)  # what a place holds where there is none; its own copy, as classes are
 
@@ -77,7 +77,7 @@ def places_in(module: nn.Module) -> Iterator[Place]:
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):  # keeps what it has out of sight
             continue
-        yield from (Place(path, name, False) for name in vars(part) if name not in _OF_TORCH)
+        yield from (Place(path, name, False) for name in vars(part) if name not in OF_EVERY_MODULE)
         yield from (Place(path, name, True) for name in part._buffers)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tbptt_ckpt.errors import TbpttError
+from tbptt_ckpt.module.inside import OF_EVERY_MODULE
 from tbptt_ckpt.module.trees import map_tensors, tensors_of
 
-_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 IN_THE_STATE = (
     "what a module carries from step to step with its gradient belongs in the state it returns; "
     "lifted(module, input), of tbptt_ckpt.module, puts it there"
@@ -82,7 +82,7 @@ class KeptGraphs:
             keys = range(len(holder)) if isinstance(holder, list) else list(holder)
             for key in keys:
                 item, where = holder[key], f"{owner}.{key}" if isinstance(key, str) else owner
-                if key in _OF_TORCH or isinstance(item, nn.Module | type):
+                if key in OF_EVERY_MODULE or isinstance(item, nn.Module | type):
                     continue
                 if isinstance(item, Tensor | tuple):
                     if any(map(self._is_new, tensors_of(item))):

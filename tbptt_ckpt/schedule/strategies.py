@@ -40,6 +40,10 @@ class NestedStrategy:
         """The nesting's actions."""
         return self.nesting(stop - start, window_steps).placed(start)
 
+    def __str__(self) -> str:
+        """How it is written where it has no numbers: "sqrt"."""
+        return type(self).__name__.lower()
+
 
 @dataclass(frozen=True, slots=True)
 class Retain(NestedStrategy):
@@ -49,9 +53,6 @@ class Retain(NestedStrategy):
         """One leaf."""
         builder = NestingBuilder()
         return builder.build(builder.leaf(steps))
-
-    def __str__(self) -> str:
-        return "retain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,6 @@ class Step(NestedStrategy):
         """Leaves of one step."""
         return Uniform(1).nesting(steps, window_steps)
 
-    def __str__(self) -> str:
-        return "step"
-
 
 @dataclass(frozen=True, slots=True)
 class Sqrt(NestedStrategy):
@@ -93,9 +91,6 @@ class Sqrt(NestedStrategy):
     def nesting(self, steps: int, window_steps: int) -> Nesting:
         """Uniform leaves whose length follows from the window's."""
         return Uniform(math.isqrt(window_steps - 1) + 1).nesting(steps, window_steps)
-
-    def __str__(self) -> str:
-        return "sqrt"
 
 
 # Measuring what a step takes runs as many steps as a window of this length has.
@@ -121,9 +116,6 @@ class Auto(NestedStrategy):
         blocks = -(-(math.isqrt(window_steps - 1) + 1) // self.block_steps)
         return Uniform(blocks * self.block_steps).nesting(steps, window_steps)
 
-    def __str__(self) -> str:
-        return "auto"
-
 
 @dataclass(frozen=True, slots=True)
 class Optimal(NestedStrategy):
@@ -135,9 +127,6 @@ class Optimal(NestedStrategy):
             "strategy='optimal' needs measured costs, which TBPTT makes; elsewhere give the "
             "strategy that `plan` found, or a fixed one such as 'sqrt'"
         )
-
-    def __str__(self) -> str:
-        return "optimal"
 
 
 @dataclass(frozen=True, slots=True)

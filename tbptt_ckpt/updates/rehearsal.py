@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tbptt_ckpt.errors import first_line
 from tbptt_ckpt.module.trees import iterate_tensors
 
 
@@ -54,8 +55,6 @@ def _problem_of_a_step(
             for _ in range(2):
                 twin.step()
     except Exception as error:  # the optimizer may be the user's
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        if isinstance(error, NotImplementedError) or "meta tensor" in first_line:
-            return ""
-        return f"{type(error).__name__}: {first_line}"
+        said = first_line(error)
+        return "" if isinstance(error, NotImplementedError) or "meta tensor" in said else said
     return ""
