@@ -51,8 +51,10 @@ def sequence_of(lanes: slice, steps: int) -> tuple[TensorSequence, Tensor]:
     return found, random_state(lanes=LANES)[lanes]
 
 
-def engine(module: nn.Module, **how: Any) -> TBPTT:
-    optimizer = torch.optim.Adam(module.parameters(), LR)
+def engine(module: nn.Module, has_units: bool, **how: Any) -> TBPTT:
+    """An engine; weights that are sharded have no units of steps."""
+    weights = module.parameters()
+    optimizer = torch.optim.Adam(weights, LR) if has_units else torch.optim.SGD(weights, 0.3)
     given = {"max_k2": MAX_K2, "k2_tolerance": 0.05, **how}
     return TBPTT(module, mean_loss, K1, "auto", optimizer, **given)
 
@@ -62,9 +64,10 @@ def check_case(rank: int, wrap: Any, how: dict[str, Any]) -> list[int]:
     module, found = tanh_cell(), list[int]()
     joined = copy.deepcopy(module)
     weights, alone = list(joined.parameters()), {**how, "strategy": "uniform:3"}
-    expected = engine(joined, **alone)
+    has_units = wrap is not sharded
+    expected = engine(joined, has_units, **alone)
     module = module if wrap is nn.Identity else wrap(module)
-    here = engine(module, ranks="all", **{**how, "strategy": how["strategy"].format(2 + rank)})
+    here = engine(module, has_units, ranks="all", **{**how, "strategy": how["strategy"].format(2 + rank)})
     own = list(module.parameters())
     for steps in STEPS_OF:
         windows = here.windows(*sequence_of(LANES_OF[rank], steps[rank]))

@@ -28,6 +28,7 @@ class Rule:
     window_tolerance: float | None = None
     sizes: list[int] = field(init=False)
     audits: list[dict[int, Tensor]] = field(default_factory=list)  # what each size missed
+    directions: list[dict[int, Tensor]] = field(default_factory=list)  # the same in steps, of one
     since: int = 0
     gap: int = field(init=False)
 
@@ -40,10 +41,12 @@ class Rule:
     def is_due(self) -> bool:
         return len(self.audits) < self.first or self.since >= self.gap
 
-    def audited(self, gradients: dict[int, Tensor]) -> None:
+    def audited(self, gradients: dict[int, Tensor], unit: Tensor | float) -> None:
         whole = gradients[self.max_k2]
         missed = {size: whole - gradients[size] for size in self.sizes[:-1]}
         self.audits.append({**missed, self.max_k2: whole})
+        length = (whole / unit).norm()
+        self.directions.append({size: t / unit / length for size, t in self.audits[-1].items()})
         self.since, count = 0, len(self.audits)
         if count < self.first:
             return
@@ -87,7 +90,7 @@ class Rule:
     def mean(self, size: int) -> tuple[float, float]:
         """Squared, the norm of the running mean, and what it would be of noise alone."""
         mean, square = torch.zeros_like(self.audits[0][size]), 0.0
-        for count, audit in enumerate(self.audits, 1):
+        for count, audit in enumerate(self.directions, 1):
             weight = max(0.02, 1 / count)
             mean = (1 - weight) * mean + weight * audit[size]
             square = (1 - weight) * square + weight * float(audit[size].square().sum())
@@ -132,11 +135,12 @@ def windows(
                     terms.append(naive.step_loss(problem, t, y))
         recorded[stop] = naive.mapped(Tensor.detach, state)
         audit = audited(problem, rule, at, counted, (point, stop), stale) if is_audit else None
+        unit = unit_of(problem, optimizer)
         found = naive.finish(problem, terms, "mean", optimizer)
         has_changed = bool(counted)
         missing = None
         if audit is not None:
-            rule.audited(audit)
+            rule.audited(audit, unit)
         elif counted:
             rule.since += 1
         if len(rule.audits) >= rule.first:
@@ -146,6 +150,15 @@ def windows(
             **{"new_start": new_start, "stop": stop, "state": recorded[stop], "drift": drift},
             **{**found, "k2": k2, "is_audit": is_audit, "missing": missing},
         )
+
+
+def unit_of(problem: naive.Problem, optimizer: torch.optim.Optimizer) -> Tensor | float:
+    """What Adam divides each element of the gradient by, but for a factor; 1 before its first."""
+    if not optimizer.state:
+        return 1.0
+    (eps,) = {group["eps"] for group in optimizer.param_groups}
+    squares = [optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in problem.parameters]
+    return torch.cat(squares).sqrt() + eps
 
 
 def audited(

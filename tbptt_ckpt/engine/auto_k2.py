@@ -23,6 +23,7 @@ from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.actions import Action
 from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import Window, next_point
+from tbptt_ckpt.updates.step_units import step_units
 from tbptt_ckpt.updates.updater import Updater
 
 _GROWING, _TIMES = 3, 10.0  # audits in a row whose gradient grows by so much are told of
@@ -115,13 +116,13 @@ class AutoK2(Truncation):
         if own is None or not np.isfinite(own.sums).all():
             self._rule.ran()
             return
-        self._rule.audited(own.sums)
+        self._rule.audited(*own.sums)
         self._look_at_audit(index, own)
 
     def held(self) -> tuple[Tensor, list[Tensor]] | None:
         """What audits need on an accelerator; nothing where weights are on the CPU."""
         if self._places is None and (signs := signs_for(self.weights())):
-            shape = len(self._rule.sizes) + 1, BUCKETS
+            shape = 2 * len(self._rule.sizes) + 2, BUCKETS
             rows = torch.empty(shape, dtype=signs[0].dtype, device=signs[0].device)
             self._places = rows, signs
         return self._places
@@ -165,15 +166,13 @@ class AutoK2(Truncation):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rule stands."""
-        told = {"growing": self._growing, "has_warned": self._has_warned}
-        return {**super().state_dict(), "audits": {**self._rule.state_dict(), **told}}
+        return {**super().state_dict(), "audits": self._rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state)
         if (audits := state.get("audits")) is not None:
             self._rule.load_state_dict(audits)
-            self._growing, self._has_warned = audits["growing"], audits["has_warned"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +180,7 @@ class _Found:
     """What an audit finds.
 
     Attributes:
-        sums: Of the gradient of each size, [sizes, BUCKETS].
+        sums: Of the gradient of each size, as it is and in units of steps, [2, sizes, BUCKETS].
         norms: Of the state's gradient at each border, the nearest first, [sizes - 1].
     """
 
@@ -217,7 +216,9 @@ class _Audit:
     ) -> None:
         self._start, self._weights, self._updater = start, weights, updater
         self._cuts, self._places = cuts, places
-        self._rows: list[Row] = []  # what earlier windows left in `.grad`, then the smallest size
+        self._units = step_units(updater.optimizer, weights)
+        # What earlier windows left in `.grad`, then the smallest size, each in all units there are.
+        self._rows: list[Row] = []
         self._norms: list[Any] = []
         self._asked: list[Number] = []
 
@@ -236,24 +237,27 @@ class _Audit:
 
     def ask(self, numbers: Numbers) -> None:
         """Ask for all of it, once."""
-        before, *rows = self._rows
-        sums = (np.stack(rows) if self._places is None else torch.stack(rows)) - before
+        rows = np.stack(self._rows) if self._places is None else torch.stack(self._rows)
+        rows = rows.reshape(len(self._cuts) + 2, -1, BUCKETS)
+        sums = rows[1:] - rows[:1]
         scale = self._updater.grad_scale(self._weights[0].device)
         self._asked = [asked(value, numbers) for value in (sums, scale, *self._norms)]
         self._rows, self._norms = [], []
 
     def _read(self) -> None:
-        row = sketch(self._weights)
-        if self._places is not None:
-            row = self._places[len(self._rows)].copy_(row)
-        self._rows.append(row)
+        for units in (None,) if self._units is None else (None, self._units):
+            row = sketch(self._weights, units)
+            if self._places is not None:
+                row = self._places[len(self._rows)].copy_(row)
+            self._rows.append(row)
 
     def found(self) -> _Found | None:
         """Nothing where there was no gradient."""
         if not self._asked:
             return None
         sums, scale, *norms = (np.asarray(number.value) for number in self._asked)
-        return _Found(sums / scale, np.array(norms) / scale)
+        in_units = np.stack([sums[:, 0], sums[:, -1]])
+        return _Found(in_units / scale, np.array(norms) / scale)
 
 
 class _Auditor(Observer):

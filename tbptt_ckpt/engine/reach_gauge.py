@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,14 @@ class ReachGauge(Observer):
         decay, norm = found
         self._mean_norm += (norm - self._mean_norm) * (1 - _MEMORY if self._mean_norm else 1.0)
         return {"decay": decay, "reach": decay.reach()}
+
+    def state_dict(self) -> dict[str, float]:
+        """What errors to come are relative to; the clock says in which windows they are."""
+        return {"mean_norm": self._mean_norm}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self._mean_norm = state["mean_norm"]
 
 
 class _Measured:

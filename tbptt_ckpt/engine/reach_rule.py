@@ -11,6 +11,13 @@ large; what does not average out does, however small it is in any one window. Wh
 windows to be right as well asks for that: then a size is also too small where more than one audit
 in twenty misses more than that of a running norm.
 
+NOTE [Why in units of steps, and why all audits have one length]
+Adam makes steps of one size of elements that are a thousand times apart. What comes from far back
+may be all that some weights ever get, and vanish beside what others get: an audit is therefore
+taken in the units of the optimizer, where it has any. And a gradient whose loss has jumped is a
+hundred times as long as those before and after it: a mean over such lengths is that of a few audits
+with all their noise. So each audit is divided by the norm of its whole gradient.
+
 NOTE [What is not audited is not trusted]
 A size is taken only where it and all larger ones are found to be enough, and the first audits come
 before any of it. A wider reach is taken at once, a smaller one a size at a time. Audits come more
@@ -31,7 +38,7 @@ from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS
 
 _GROWTH = 1.5  # of sizes
-_FIRST = 8  # audits, one after the other, before any size is trusted
+_FIRST = 16  # audits, one after the other, before any size is trusted
 _MEMORY = 0.98  # of the running means
 _CLEARLY = 1.5  # |M|^2 over what it would be without a mean
 _LEAST_SHARE = 0.1  # of |M|^2 that is taken for the mean gradient's, however noisy
@@ -93,9 +100,10 @@ class ReachRule:
         self.sizes, self._tolerance = tuple(sizes), tolerance
         self._window_tolerance = window_tolerance
         self.k2 = self.sizes[-1]
-        # Of what each size misses, and in the last row of the whole gradient.
+        # Of what each size misses of a gradient of norm 1, and in the last row of all of it.
         self._means = np.zeros((len(self.sizes), BUCKETS))
         self._squares = np.zeros(len(self.sizes))
+        self._power = 0.0  # mean squared norm of the gradients as they are
         self._errors = np.zeros(len(self.sizes))  # of the last audit
         self._over = np.zeros(len(self.sizes))  # share of audits that missed too much
         self._audits, self._since, self._gap = 0, 0, _MOST
@@ -109,20 +117,26 @@ class ReachRule:
         """A window was not audited."""
         self._since += 1
 
-    def audited(self, sums: Any) -> None:
-        """A window was: `sums` [sizes, BUCKETS] of the gradient of each size, the whole last."""
-        whole = sums[-1]
-        missed = np.vstack([whole - sums[:-1], whole])
-        squares = (missed**2).sum(1)
+    def audited(self, sums: Any, in_steps: Any) -> None:
+        """A window was.
+
+        Args:
+            sums: [sizes, BUCKETS], of the gradient of each size, the whole one last.
+            in_steps: The same in units of the optimizer's steps.
+        """
         self._audits, self._since = self._audits + 1, 0
         keep = min(_MEMORY, 1 - 1 / self._audits)
+        missed, size = _missed(in_steps)
+        missed = missed / size if size else missed
         self._means = keep * self._means + (1 - keep) * missed
-        self._squares = keep * self._squares + (1 - keep) * squares
+        self._squares = keep * self._squares + (1 - keep) * (missed**2).sum(1)
+        missed, size = _missed(sums)
+        norms = np.sqrt((missed**2).sum(1))
+        self._power = keep * self._power + (1 - keep) * size**2
         if self._window_tolerance is not None:
-            is_over = squares > self._window_tolerance**2 * self._squares[-1]
+            is_over = norms > self._window_tolerance * math.sqrt(self._power)
             self._over = keep * self._over + (1 - keep) * is_over
-        size = math.sqrt(squares[-1])
-        self._errors = np.sqrt(squares) / size if size else np.zeros_like(squares)
+        self._errors = norms / size if size else np.zeros_like(norms)
         if self._audits >= _FIRST:
             self._choose()
 
@@ -172,6 +186,7 @@ class ReachRule:
         return {
             **{name: torch.from_numpy(getattr(self, f"_{name}").copy()) for name in _ARRAYS},
             **{"k2": self.k2, "audits": self._audits, "since": self._since, "gap": self._gap},
+            "power": self._power,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,7 +203,13 @@ class ReachRule:
                 f"from {list(self.sizes)}"
             )
         self.k2, self._audits = state["k2"], state["audits"]
-        self._since, self._gap = state["since"], state["gap"]
+        self._since, self._gap, self._power = state["since"], state["gap"], state["power"]
         self._means, self._squares, self._errors, self._over = (
             np.array(state[name].tolist()) for name in _ARRAYS
         )
+
+
+def _missed(sums: Any) -> tuple[Any, float]:
+    """What each size misses, and in the last row the whole gradient; and the norm of that."""
+    whole = sums[-1]
+    return np.vstack([whole - sums[:-1], whole]), math.sqrt((whole**2).sum())

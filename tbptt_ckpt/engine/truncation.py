@@ -77,8 +77,9 @@ class Truncation:
             warnings.warn(
                 f"truncation={self._roulette}: the gradient of the state grows with distance, "
                 f"{times:.3g} times over {near - far} steps in window {drawn.window.index} and "
-                f"for {_GROWING} windows in a row: it explodes, and what is drawn seldom counts "
-                "most. Drawing then takes more work than the whole walk; use truncation='fixed', "
+                f"in {_GROWING} windows in a row of those that cross two borders: it explodes, and "
+                "what is drawn seldom counts most. Where it goes on growing, drawing takes more "
+                "work than the whole walk: roulette_price says how much. Use truncation='fixed', "
                 "and recurrent weights that let it decay",
                 TbpttWarning,
                 stacklevel=2,
@@ -89,9 +90,12 @@ class Truncation:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand."""
-        return {"drawn": self._drawn, "audits": None}
+        """Where the draws stand, and what has been told of them."""
+        told = {"growing": self._growing, "has_warned": self._has_warned}
+        return {"drawn": self._drawn, **told, "audits": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._drawn = state["drawn"]
+        self._growing = state.get("growing", 0)  # older snapshots have neither
+        self._has_warned = state.get("has_warned", False)

@@ -11,13 +11,15 @@ NOTE [Where it lies]
 Gradients are multiplied by the signs of one chunk, at most 256 KiB. Chunks have the same ones, and
 are told apart by the bucket that they begin with. On the CPU gradients are read where they lie, and
 nothing of it is a tensor; elsewhere a product with the signs takes at most what the gradient of the
-largest weight does, as a leaf's backward did before.
+largest weight does, as a leaf's backward did before. Gradients in units of an optimizer's steps are
+made chunk by chunk, in the place of that product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.module.host import Number, Numbers, is_waited_for, sent
+from tbptt_ckpt.updates.step_units import Unit
 
 BUCKETS = 256
 _CHUNK = BUCKETS * BUCKETS  # elements, with a sign each
@@ -40,17 +43,19 @@ def can_sketch(weights: Sequence[Tensor]) -> bool:
     return len({weight.device for weight in weights}) == 1
 
 
-def sketch(weights: Sequence[Tensor]) -> Row:
+def sketch(weights: Sequence[Tensor], units: Sequence[Unit | None] | None = None) -> Row:
     """The sums of what is in `.grad`, in signed buckets: [BUCKETS]; no device is waited for.
 
-    Gradients that are not dense count as none.
+    Gradients that are not dense count as none. With `units` each is taken in that of its weight.
     """
     row = _nothing(weights[0])
     chunk = 0
-    for weight in weights:
+    for weight, unit in zip(weights, units or repeat(None), strict=False):
         if (gradient := weight.grad) is not None and _is_dense(gradient) and gradient.numel():
             flat = _flat(gradient)
-            row = row + (_of_array if _is_read_in_place(flat) else _of_tensor)(flat, chunk)
+            by = None if unit is None else Unit(_flat(unit.squares, gradient), unit.eps)
+            is_array = _is_read_in_place(flat) and (by is None or _is_read_in_place(by.squares))
+            row = row + (_of_array if is_array else _of_tensor)(flat, chunk, by)
         chunk += -(-_size(weight) // _CHUNK)
     return row
 
@@ -88,11 +93,15 @@ def signs_for(weights: Sequence[Tensor]) -> list[Tensor]:
     return list({id(signs): signs for signs in found}.values())
 
 
-def _of_array(flat: Tensor, chunk: int) -> Row:
+def _of_array(flat: Tensor, chunk: int, unit: Unit | None) -> Row:
     values = _array(flat)
+    squares = None if unit is None else _array(unit.squares)
     row: Row = np.zeros(BUCKETS)
     for begin in range(0, len(values), _CHUNK):
         part = values[begin : begin + _CHUNK]
+        if unit is not None and squares is not None:
+            with np.errstate(all="ignore"):  # of gradients that are not finite
+                part = part / (np.sqrt(squares[begin : begin + _CHUNK]) + unit.eps)
         height, left = divmod(len(part), BUCKETS)
         signs = _signs(values.dtype)
         grid = part[: height * BUCKETS].reshape(height, BUCKETS)
@@ -105,23 +114,33 @@ def _of_array(flat: Tensor, chunk: int) -> Row:
 
 
 @torch.no_grad()
-def _of_tensor(flat: Tensor, chunk: int) -> Row:
+def _of_tensor(flat: Tensor, chunk: int, unit: Unit | None) -> Row:
     signs = _signs_of(flat)
     row: Row = torch.zeros(BUCKETS, dtype=signs.dtype, device=flat.device)
     whole = len(flat) // _CHUNK
     for begin in range(0, whole, _TOGETHER):
         end = min(begin + _TOGETHER, whole)
-        grids = flat[begin * _CHUNK : end * _CHUNK].view(end - begin, BUCKETS, BUCKETS)
-        sums = (grids * signs.view(BUCKETS, BUCKETS)).sum(1)
+        signed = _signed(flat, unit, slice(begin * _CHUNK, end * _CHUNK), signs)
+        sums = signed.view(end - begin, BUCKETS, BUCKETS).sum(1)
         for number, part in enumerate(sums, chunk + begin):
             row += part.roll(_first_bucket(number))
-    rest = flat[whole * _CHUNK :]
-    signed = rest * signs[: len(rest)]
-    left = len(rest) % BUCKETS
-    sums = signed[: len(rest) - left].view(-1, BUCKETS).sum(0)
-    sums[:left] += signed[len(rest) - left :]
+    signed = _signed(flat, unit, slice(whole * _CHUNK, None), signs)
+    count, left = len(signed), len(signed) % BUCKETS
+    sums = signed[: count - left].view(-1, BUCKETS).sum(0)
+    sums[:left] += signed[count - left :]
     row += sums.roll(_first_bucket(chunk + whole))
     return row if is_waited_for(row) else row.numpy()
+
+
+def _signed(flat: Tensor, unit: Unit | None, part: slice, signs: Tensor) -> Tensor:
+    """The product of some chunks, or of less than one, with their signs: flat."""
+    values = flat[part]
+    size = min(len(values), _CHUNK) or 1
+    if unit is None:
+        return (values.view(-1, size) * signs[:size]).view(-1)
+    made = unit.squares[part].to(signs.dtype, copy=True).sqrt_().add_(unit.eps)
+    torch.div(values, made, out=made)
+    return made.view(-1, size).mul_(signs[:size]).view(-1)
 
 
 def _array(flat: Tensor) -> Any:
@@ -146,12 +165,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype in _NUMPYS else torch.float32
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """All elements as they lie, which is the same order in every look at one gradient."""
+def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """All elements as they lie, or as those of `like`: the same order in every look at them."""
     values = tensor.detach()
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
-    strides = values.stride()
+    strides = (values if like is None else like).stride()
     as_it_lies = values.permute(sorted(range(values.dim()), key=lambda dim: -strides[dim]))
     return as_it_lies.reshape(-1)  # a copy only of what has gaps
 

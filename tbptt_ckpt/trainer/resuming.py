@@ -35,7 +35,7 @@ def all_or_nothing(
         SnapshotError: It is no state of a run.
     """
     check_schema(state)
-    put_back = (parts.updater.group, parts.loss_function, parts.truncation)
+    put_back = (parts.updater.group, parts.loss_function, parts.truncation, parts.reach)
     try:
         with ExitStack() as stack:
             used = parts.weights()

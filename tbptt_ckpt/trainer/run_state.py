@@ -103,6 +103,7 @@ class RunState:
             "init_state": [] if run is None else stored_state(run.initial.given),
             "plan": plan_state(self._parts, self._asked),
             "truncation": self._parts.truncation.state_dict(),
+            "reach": self._parts.reach.state_dict(),
             "identity": self.identity.state_dict(),
             "ranks": None if self._ranks is None else {**self._place(), "others": []},
             "extra": {name: owner.state_dict() for name, owner in self._extra.items()},
@@ -140,6 +141,8 @@ class RunState:
                 self._extra[name].load_state_dict(state["extra"][name])
             if "truncation" in state:  # older snapshots have none
                 self._parts.truncation.load_state_dict(state["truncation"])
+            if "reach" in state:
+                self._parts.reach.load_state_dict(state["reach"])
             set_random_state(state["random"], self._parts.weights())
             messages = resume_plan(self._parts, self._asked, state["plan"], state["device"])
         self.progress, self.session, self.run = progress, Session(), run

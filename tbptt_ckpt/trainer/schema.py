@@ -83,12 +83,14 @@ _LEARNING = {
 }
 _AUDITS = {
     **{"means": Tensor, "squares": Tensor, "errors": Tensor, "over": Tensor},
-    **{"k2": int, "audits": int, "since": int, "gap": int},
-    **{"growing": int, "has_warned": bool},
+    **{"k2": int, "audits": int, "since": int, "gap": int, "power": float},
 }
 _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `check_alike`
 # Which older snapshots lack.
-_LATER = {"generators", "drawn", "sequence", "folds", "truncation", "audits", "ranks", "share"}
+_LATER = {
+    *("generators", "drawn", "sequence", "folds", "truncation", "audits", "ranks", "share"),
+    *("growing", "has_warned", "reach"),
+}
 STATE = {
     "learning": _LEARNING,
     "progress": _PROGRESS,
@@ -96,7 +98,11 @@ STATE = {
     "device": str,
     "limit": (int, None),
     "init_state": [{"value": Tensor, "grad": (Tensor, None)}],
-    "truncation": {"drawn": int, "audits": (_AUDITS, None)},
+    "truncation": {
+        **{"drawn": int, "growing": int, "has_warned": bool},
+        "audits": (_AUDITS, None),
+    },
+    "reach": {"mean_norm": float},
     "plan": {"asked": str, "used": str, "measured": dict, "time_batching": (bool, str)},
     "identity": {
         "run": {str: object},

@@ -18,12 +18,14 @@ from tbptt_ckpt import (
     TBPTT,
     ArgumentError,
     TensorSequence,
+    Trainer,
     WindowResult,
     peak_memory,
     run_window,
 )
 from tbptt_ckpt.engine import Border, Decay, reach_gauge
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS, sketch, tail_norms
+from tbptt_ckpt.updates.step_units import Unit, step_units
 
 NUM_STEPS, K1, K2 = 20, 4, 12
 ROUGHLY = 0.25  # relative, of a norm in so many buckets
@@ -106,6 +108,27 @@ def test_weights_with_hooks_count() -> None:
     for weight in module.parameters():
         weight.register_hook(lambda grad: grad)
     assert [window.reach for window in ran(module)] == expected
+
+
+@pytest.mark.usefixtures("always")
+def test_a_resumed_run_measures_what_an_undisturbed_one_does() -> None:
+    """Errors are relative to a running norm, which goes on."""
+
+    def trainer() -> Trainer:
+        module = cases.lstm_cell()
+        optimizer = torch.optim.Adam(module.parameters(), 0.1)
+        tbptt = TBPTT(module, F.mse_loss, K1, K2, optimizer, strategy="uniform:2")
+        inputs, targets = cases.random_data(2 * NUM_STEPS)
+        targets = targets * torch.linspace(1, 0, 2 * NUM_STEPS)[:, None, None]  # they vanish
+        return Trainer(tbptt, TensorSequence(inputs, targets), epochs=1)
+
+    expected = [(window.decay, window.reach) for window in trainer().windows()]
+    for done in (1, 4):
+        one, two = trainer(), trainer()
+        before = list(itertools.islice(one.windows(), done))
+        two.load_state_dict(one.state_dict())
+        after = list(two.windows())
+        assert [(window.decay, window.reach) for window in (*before, *after)] == expected
 
 
 @pytest.mark.parametrize("strategy", ["uniform:3", "revolve:2"])
@@ -330,6 +353,54 @@ class TestSketch:
         with SimulatedWaits():
             there = sketch(elsewhere)
         torch.testing.assert_close(there.values, row, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("put", [lambda given: given, on_device])
+    def test_is_in_units_of_steps_where_these_are_given(self, put: Any) -> None:
+        """As of gradients that were divided before, however a gradient or a unit lies."""
+        generator = torch.Generator().manual_seed(2)
+        weights, divided = [], []
+        for size in SIZES:
+            grad, squares = (torch.rand(size, generator=generator) + 0.1 for _ in range(2))
+            weight = nn.Parameter(torch.zeros(size))
+            weight.grad = grad.mT.contiguous().mT if grad.dim() > 1 else grad
+            quotient = nn.Parameter(torch.zeros(size))
+            quotient.grad = (weight.grad / (squares.sqrt() + 0.25)).clone()
+            weights.append((weight, Unit(put(squares), 0.25)))
+            divided.append(quotient)
+        weights[1][1].squares.zero_()
+        divided[1].grad = weights[1][0].grad / 0.25
+        given = [put(weight) for weight, _ in weights]
+        for there, (here, _) in zip(given, weights, strict=True):
+            there.grad = put(here.grad)
+        units = [None, *(unit for _, unit in weights[1:])]
+        divided[0].grad = weights[0][0].grad
+        expected = torch.tensor(sketch(divided), dtype=torch.float32)
+        row = sketch(given, units)
+        row = row.values if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.float32)
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("optimizer", "has_units"),
+        [
+            (torch.optim.Adam, True),
+            (torch.optim.NAdam, True),
+            (torch.optim.RMSprop, True),
+            (torch.optim.Adagrad, True),
+            (torch.optim.SGD, False),
+        ],
+    )
+    def test_units_are_what_steps_divide_by(self, optimizer: Any, has_units: bool) -> None:
+        weight, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        steps = optimizer([weight, frozen], lr=0.1)
+        for _ in range(3):
+            weight.grad = torch.tensor([1e-3, 1.0, 1e3])
+            steps.step()
+        units = step_units(steps, [weight, frozen])
+        assert (units is not None) == has_units
+        assert step_units(None, [weight]) is None
+        if units is not None and units[0] is not None:
+            made = torch.tensor([1e-3, 1.0, 1e3]) / (units[0].squares.sqrt() + units[0].eps)
+            assert float(made.max() / made.min()) < 1.01
 
     def test_half_precision_and_complex_numbers_count_and_sparse_ones_do_not(self) -> None:
         half = nn.Parameter(torch.zeros(300, dtype=torch.bfloat16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -450,9 +451,33 @@ def test_a_gradient_that_grows_with_distance_is_told_of_once(
     for truncation in (Roulette(0.9), Roulette((0.9, 0.5, 0.5))):
         (message,) = told(1.2, truncation)
         assert "grows with distance" in message
-        assert "use truncation='fixed'" in message
+        assert "Use truncation='fixed'" in message
         assert told(0.9, truncation) == []
     assert told(1.2, "fixed") == []
+
+
+def test_a_resumed_run_tells_what_an_undisturbed_one_does() -> None:
+    """Windows whose gradient grew count before and after; what was told is not told again."""
+
+    def trainer() -> Trainer:
+        module = Growing(1.2)
+        optimizer = torch.optim.SGD(module.parameters(), 0.0)
+        tbptt = TBPTT(module, mean_loss, 2, 12, optimizer, truncation=Roulette(0.9))
+        sequence = TensorSequence(*(d.float() for d in random_data(40)))
+        return Trainer(tbptt, sequence, init_state=torch.zeros(LANES, WIDTH), epochs=1)
+
+    def told(given: Trainer, count: int | None = None) -> int:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in islice(given.windows(), count):
+                pass
+        return sum(w.category is TbpttWarning for w in found)
+
+    for done in range(1, 20):
+        one, two = trainer(), trainer()
+        before = told(one, done)
+        two.load_state_dict(one.state_dict())
+        assert before + told(two) == 1
 
 
 def test_events_say_how_far_and_how_probably(tmp_path: Path) -> None:
