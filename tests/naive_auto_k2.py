@@ -33,7 +33,7 @@ class Rule:
     gap: int = field(init=False)
 
     def __post_init__(self) -> None:
-        units = {round(1.5**power) for power in range(60)}
+        units = {round(1.25**power) for power in range(60)}
         self.sizes = sorted({n * self.k1 for n in units if n * self.k1 < self.max_k2})
         self.sizes.append(self.max_k2)
         self.k2, self.gap = self.max_k2, self.most
@@ -69,7 +69,8 @@ class Rule:
             if self.window_tolerance is not None and self.share_over(size) > 0.05:
                 break
             found = size
-        return found
+        place = self.sizes.index(found)
+        return self.sizes[min(place + 1, len(self.sizes) - 1)] if place else found
 
     def missing(self, size: int) -> float:
         """The mean of what a size cuts off, over that of the whole gradient, without noise."""

@@ -20,8 +20,10 @@ with all their noise. So each audit is divided by the norm of its whole gradient
 
 NOTE [What is not audited is not trusted]
 A size is taken only where it and all larger ones are found to be enough, and the first audits come
-before any of it. A wider reach is taken at once, a smaller one a size at a time. Audits come more
-often as soon as one finds that the reach was too short.
+before any of it. Where smaller ones are not, the next above it is taken: what is needed grows while
+a network begins to learn, and between two audits nobody sees it. A wider reach is taken at once, a
+smaller one a size at a time. Audits come more often as soon as one finds that the reach was too
+short.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ import torch
 from tbptt_ckpt.errors import SnapshotError
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS
 
-_GROWTH = 1.5  # of sizes
+_GROWTH = 1.25  # of sizes
+_WIDER = 1  # sizes above the smallest that is enough
 _FIRST = 16  # audits, one after the other, before any size is trusted
 _MEMORY = 0.98  # of the running means
 _CLEARLY = 1.5  # |M|^2 over what it would be without a mean
@@ -48,7 +51,7 @@ _ARRAYS = ("means", "squares", "errors", "over")  # of the state
 
 
 def reach_sizes(k1: int, max_k2: int) -> tuple[int, ...]:
-    """The reaches that are chosen from: `k1` times powers of 1.5, in whole `k1`, and `max_k2`."""
+    """The reaches that are chosen from: `k1` times powers of 1.25, in whole `k1`, and `max_k2`."""
     found, power = [], 0
     while (size := round(_GROWTH**power) * k1) < max_k2:
         found.append(size)
@@ -152,12 +155,13 @@ class ReachRule:
 
     def _choose(self) -> None:
         enough = self._enough()
+        wanted = min(enough + _WIDER, len(self.sizes) - 1) if enough else 0
         now = self.sizes.index(self.k2)
-        if enough > now:
-            self.k2, self._gap = self.sizes[enough], max(_FEWEST, self._gap // 2)
+        if wanted > now:
+            self.k2, self._gap = self.sizes[wanted], max(_FEWEST, self._gap // 2)
         elif self._audits == _FIRST:
-            self.k2 = self.sizes[enough]
-        elif enough < now:
+            self.k2 = self.sizes[wanted]
+        elif wanted < now:
             self.k2 = self.sizes[now - 1]
         else:
             self._gap = min(_MOST, self._gap + 1)

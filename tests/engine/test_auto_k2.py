@@ -27,12 +27,14 @@ from cases import (
     relative_error,
     tanh_cell,
 )
+from compiled_kinds import LEAF, names, normed
 from simulated_device import SimulatedWaits, on_device
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, ArgumentError, InfeasibleBudgetError, TensorSequence, Trainer
 from tbptt_ckpt.engine import reach_rule
 from tbptt_ckpt.errors import SnapshotError, TbpttWarning
+from tbptt_ckpt.executor import compiled_steps
 from tbptt_ckpt.schedule import Differentiate
 from tbptt_ckpt.trainer import JsonLines
 
@@ -151,6 +153,34 @@ def test_windows_and_choices_are_those_of_a_plain_loop(
                 assert (chosen.missing is None) == (window.missing is None), where
                 missing = chosen.missing or 0.0, window.missing or 0.0
                 assert missing[0] == pytest.approx(missing[1], rel=1e-8, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "strategy"),
+    [("refresh", "uniform:4"), *(pytest.param(o, "retain", marks=EVERY) for o in OVERLAPS)],
+)
+def test_compiled_steps_give_the_same_windows_and_choices(
+    overlap: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a leaf behind whole blocks, as where an audit cuts it, runs step by step."""
+    monkeypatch.setattr(compiled_steps, "BLOCK_STEPS", 2)
+
+    def make() -> Made:
+        (module, state), data = normed(), data_of()
+        problem = naive_problem(module, *data, state)
+        problem.step = module
+        return module, state, TensorSequence(*data), problem
+
+    expected = expected_windows(make, overlap)
+    assert len({window.k2 for window in expected if not window.is_audit}) > 1
+    module, state, sequence, problem = make()
+    tbptt = engine(module, overlap=overlap, strategy=strategy, compile="eager")
+    for result, window in zip(tbptt.windows(sequence, state), expected, strict=True):
+        grads = gradients(problem.parameters)
+        check_window(strategy, result, grads, window, bitwise_state=False, tolerance=1e-10)
+        if (found := result.chosen_k2) is not None:
+            assert (found.k2, found.is_audit) == (window.k2, window.is_audit)
+    assert LEAF in names(tbptt)
 
 
 def test_single_windows_may_be_asked_to_miss_little_too() -> None:
@@ -378,9 +408,9 @@ def test_what_cannot_be_is_one_error(options: dict[str, Any], words: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_sizes_are_few_and_grow_by_half() -> None:
-    assert reach_rule.reach_sizes(4, 64) == (4, 8, 12, 20, 32, 44, 64)
+def test_sizes_are_few_and_grow_by_a_quarter() -> None:
+    assert reach_rule.reach_sizes(4, 64) == (4, 8, 12, 16, 20, 24, 28, 36, 48, 60, 64)
     assert reach_rule.reach_sizes(3, 6) == (3, 6)
     sizes = reach_rule.reach_sizes(64, 64 * 1000)
-    assert len(sizes) == 18
+    assert len(sizes) == 29
     assert all(size % 64 == 0 for size in sizes)
