@@ -64,10 +64,12 @@ def check_case(rank: int, wrap: Any, how: dict[str, Any]) -> list[int]:
     module, found = tanh_cell(), list[int]()
     joined = copy.deepcopy(module)
     weights, alone = list(joined.parameters()), {**how, "strategy": "uniform:3"}
-    has_units = wrap is not sharded
+    has_units = wrap not in (sharded, in_copies)
     expected = engine(joined, has_units, **alone)
     module = module if wrap is nn.Identity else wrap(module)
-    here = engine(module, has_units, ranks="all", **{**how, "strategy": how["strategy"].format(2 + rank)})
+    here = engine(
+        module, has_units, ranks="all", **{**how, "strategy": how["strategy"].format(2 + rank)}
+    )
     own = list(module.parameters())
     for steps in STEPS_OF:
         windows = here.windows(*sequence_of(LANES_OF[rank], steps[rank]))

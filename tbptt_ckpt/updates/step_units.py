@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.updates.shards import is_shard
+
 # In the state of Adam, AdamW, NAdam, RAdam; of RMSprop, Adadelta; of Adagrad.
 _NAMES = ("exp_avg_sq", "square_avg", "sum")
 _LEAST_EPS = 1e-12
@@ -42,7 +44,12 @@ def step_units(optimizer: Any, weights: Sequence[Tensor]) -> list[Unit | None] |
 def _unit(weight: Tensor, state: Any, eps: Any) -> Unit | None:
     found = [state[name] for name in _NAMES if name in state] if isinstance(state, dict) else []
     squares = next((each for each in found if isinstance(each, Tensor)), None)
-    if squares is None or weight.is_complex() or squares.layout is not torch.strided:
+    if (
+        squares is None
+        or is_shard(squares)
+        or weight.is_complex()
+        or squares.layout is not torch.strided
+    ):
         return None
     if squares.shape != weight.shape or squares.device != weight.device:
         return None
