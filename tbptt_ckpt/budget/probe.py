@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from tbptt_ckpt.budget.samples import JoinedBytes, Peaks, QuietSample, SegmentBytes
 from tbptt_ckpt.data.blocks import StepBlock
@@ -47,7 +47,7 @@ class SegmentProbe:
     loss: LossFunction
     blocks: Sequence[StepBlock]  # the steps `[first, stop)`
     ambient: Ambient
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[Tensor]
     device: torch.device  # where memory is measured
     first: int
     stop: int

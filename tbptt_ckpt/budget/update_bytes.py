@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.memory.exhausted import older_garbage_kept
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.updates.shards import local_part
 from tbptt_ckpt.updates.updater import Updater
 
 _SMALL_BYTES = 1 << 20  # weights up to this size have stand-ins of full size
@@ -52,7 +53,7 @@ def update_bytes(updater: Updater, *, copies_weights: bool = False) -> UpdateByt
     trained = [p for p in updater.optimized() if p.requires_grad]
     try:
         with older_garbage_kept():
-            found = _on_stand_ins(updater, trained)
+            found = _on_stand_ins(updater, [local_part(p).detach() for p in trained])
     except Exception:  # whatever the constructor or step of a foreign class raises
         size = tensor_bytes(trained)
         found = UpdateBytes(_ASSUMED_STATES * size, _ASSUMED_TRANSIENTS * size)

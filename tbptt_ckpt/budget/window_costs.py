@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tbptt_ckpt.budget.calibrate import calibrate
 from tbptt_ckpt.budget.checked_costs import (
@@ -148,7 +148,7 @@ class WindowCosts:
         if not self._promised and request.device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self.optimizer_bytes()
-        trained = [p for p in self._parameters if p.requires_grad]
+        trained = [w for w in self._wholes(self._parameters) if w.requires_grad]
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
         states += request.makes_first_state
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
@@ -184,8 +184,12 @@ class WindowCosts:
 
     def _waiting_bytes(self) -> list[int]:
         """Of each weight whose hooks see a window's whole gradient; an earlier one is set aside."""
-        weights = dict.fromkeys((*self._parameters, *self._updater.optimized()))
-        return [weight.nbytes for weight in weights if self._updater.deliveries.waits(weight)]
+        weights = self._wholes((*self._parameters, *self._updater.optimized()))
+        waits = self._updater.deliveries.waits
+        return [weight.nbytes for weight in dict.fromkeys(weights) if waits(weight)]
+
+    def _wholes(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        return self._updater.deliveries.wholes(weights)
 
     def _with_irregular(self, costs: Costs, which: Cuts) -> Costs:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""

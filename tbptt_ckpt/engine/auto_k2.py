@@ -142,8 +142,8 @@ class AutoK2(Truncation):
 
     def weights(self) -> list[Tensor]:
         """Whose gradients are looked at."""
-        whole = self._updater.deliveries.wrappers.shards.whole
-        found = map(whole, (*self._parameters, *self._updater.optimized()))
+        weights = (*self._parameters, *self._updater.optimized())
+        found = self._updater.deliveries.wholes(weights)
         return [w for w in dict.fromkeys(found) if w.requires_grad and w.numel()]
 
     def _look_at_audit(self, index: int, found: _Found) -> None:

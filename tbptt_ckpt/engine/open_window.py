@@ -274,7 +274,7 @@ class OpenWindow:
             loss=parts.loss_function,
             blocks=self._blocks,
             ambient=self._ambient,
-            parameters=parts.parameters,
+            parameters=parts.updater.deliveries.wholes(parts.parameters),
             device=parts.device,
             first=window.first,
             stop=window.stop,

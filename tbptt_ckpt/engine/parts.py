@@ -92,7 +92,8 @@ class Parts:
 
     def absent_gradient_bytes(self) -> int:
         """Of weights that learn and have no gradient now."""
-        return sum(p.nbytes for p in self.parameters if p.requires_grad and p.grad is None)
+        weights = self.updater.deliveries.wholes(self.parameters)
+        return sum(w.nbytes for w in weights if w.requires_grad and w.grad is None)
 
     def library_bytes(self) -> int:
         """What libraries keep where the weights are; on an accelerator buckets are among it."""
@@ -259,11 +260,6 @@ def _make_budget(
                 f"{given}: every run of a step of module gathers weights from all processes "
                 "(fully_shard), and plans that each of them measures may differ; use a fixed "
                 "strategy, such as 'sqrt', without a budget"
-            )
-        if amount is not None and updater.deliveries.wrappers.shards.is_any:
-            raise ArgumentError(
-                f"{given}: what gathering weights (fully_shard) and reducing their gradients takes "
-                "is in no plan; leave memory_budget out"
             )
         costs, batching = options.parsed_costs(), runner.time_batching
         return GrowingBudget(

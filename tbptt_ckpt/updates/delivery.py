@@ -46,10 +46,10 @@ class Deliveries:
         self._last: Delivery = NOTHING_WAITS
         if ranks is not None:
             self.wrappers.shards.check(ranks.count)
-        if once and (self.wrappers.is_sharded or self.wrappers.shards.is_any):
+        if once and self.wrappers.is_sharded:
             raise ArgumentError(
                 "deliver='once' does not fit module: fully_shard needs the gradient of every "
-                "backward; leave deliver='auto'"
+                "backward; leave deliver='auto', or give ranks='all'"
             )
 
     def begin_sequence(self) -> None:
@@ -95,6 +95,10 @@ class Deliveries:
             return NOTHING_WAITS
         self._last = Delivery(waiting, self.wrappers, collects=self._once)
         return self._last
+
+    def wholes(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """What leaves find of some weights: of a shard what it was gathered in."""
+        return [self.wrappers.shards.whole(weight) for weight in weights]
 
     @property
     def gathered(self) -> list[Tensor]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from audits_of_ranks import AUDITED, check_auto_k2
+from budgets_of_ranks import BUDGETS, check_budgets
 from cases import WIDTH, gradients, mean_loss, random_state, relative_error, tanh_cell
 from joined_ranks import (
     K1,
@@ -71,7 +72,7 @@ CASES: tuple[tuple[Any, dict[str, Any]], ...] = (
     (sharded, {"strategy": "uniform:{}", "reduction": "sum"}),
     (nn.Identity, {"strategy": "uniform:3", "compile": "aot_eager"}),
     (nn.Identity, {"strategy": "uniform:2", "time_batching": True}),
-    (sharded, {"strategy": "uniform:{}"}),
+    (sharded, {"strategy": "uniform:{}", "deliver": "once"}),
     (sharded, {"strategy": "uniform:2", "executor": "checkpoint", "accumulate": 2}),
     (sharded_inside, {"strategy": "auto", "clip_grad_norm": 0.05, "accumulate": 2}),
     (in_copies, {"strategy": "step", "overlap": "stale"}),
@@ -345,6 +346,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_wrong_patterns(rank, count)
     check_trainer(rank, count)
     check_auto_k2(path / "audits", rank, count)
+    check_budgets(rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
     check_broken_shards(path / "shards", rank, count)
 
@@ -360,6 +362,11 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_audits_of_two_ranks_under_every_plan(tmp_path: Path) -> None:
     on_two_ranks(partial(check_auto_k2, tmp_path, cases=AUDITED))
+
+
+@pytest.mark.exhaustive
+def test_budgets_of_sharded_weights_under_every_optimizer() -> None:
+    on_two_ranks(partial(check_budgets, cases=BUDGETS))
 
 
 @pytest.mark.exhaustive
@@ -389,8 +396,6 @@ def test_what_ranks_cannot_agree_on_is_refused(
 @pytest.mark.parametrize(
     ("how", "sharding", "words"),
     [
-        ({"memory_budget": "1GiB"}, {}, "memory_budget=.* is in no plan"),
-        ({"deliver": "once"}, {}, "deliver='once' does not fit module"),
         ({}, {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}, "mp_policy"),
     ],
 )
