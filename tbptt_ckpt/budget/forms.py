@@ -17,6 +17,9 @@ _log = logging.getLogger("tbptt_ckpt")
 
 _FIRST_SHARE = 0.5  # of the time, for the first form where several are measured
 _LEAST_SHARE = 0.4  # left over, below which a module is too expensive to be measured once more
+_MOST_RUNS = (
+    3  # of each step in a plan with room; a form that has none is not the last one measured
+)
 
 
 def fastest_form(
@@ -30,7 +33,8 @@ def fastest_form(
 ) -> tuple[Costs, FormSeconds]:
     """Measure steps in some forms, and let them run in the one whose plan takes the least time.
 
-    Where time runs out the rest is not weighed, unless nothing fits so far.
+    Where time runs out the rest is not weighed, unless nothing fits so far, or only with so little
+    room that each step runs many times.
 
     Args:
         batching: Told of the form.
@@ -47,17 +51,19 @@ def fastest_form(
     others = len(forms) - 1  # none where a first step has shown that nothing is open
     share = most_seconds * (_FIRST_SHARE if others and forms[0] != asked else 1.0)
     found, ranks = dict[Form, Costs](), dict[Form, tuple[bool, float]]()
+    has_room = False
     for number, form in enumerate(forms, 1):
         with batching.as_form(form):
             found[form] = measured(share)
         batches_nothing = form != "plain" and not batching.has_batched  # so that all are alike
         if not (batches_nothing and ranks):
-            ranks[form] = _rank(found[form], planned)
+            ranks[form], this_has_room = _rank(found[form], planned)
+            has_room |= this_has_room
         left = most_seconds - (time.perf_counter() - begun)
         fits = not min(ranks.values())[0]
         if (
             (fits and form == asked)
-            or (fits and left < _LEAST_SHARE * most_seconds)
+            or (has_room and left < _LEAST_SHARE * most_seconds)
             or batches_nothing
         ):
             break
@@ -76,12 +82,14 @@ def saved_forms(state: Mapping[str, Any], batching: TimeBatching) -> FormSeconds
     return dict(state.get("forms", ()))
 
 
-def _rank(costs: Costs, planned: Callable[[Costs], PredictedPlan]) -> tuple[bool, float]:
-    """The predicted time, or after all that fit the least bytes."""
+def _rank(
+    costs: Costs, planned: Callable[[Costs], PredictedPlan]
+) -> tuple[tuple[bool, float], bool]:
+    """The predicted time, or after all that fit the least bytes; and whether there is room."""
     try:
         plan = planned(costs)
     except InfeasibleBudgetError as error:
-        return True, error.smallest_budget_bytes or 0
+        return (True, error.smallest_budget_bytes or 0), False
     if plan.longest_leaf < min(costs.block_steps, plan.num_steps):  # nothing runs by blocks
-        return True, plan.predicted_peak_bytes
-    return False, plan.predicted_seconds
+        return (True, plan.predicted_peak_bytes), False
+    return (False, plan.predicted_seconds), plan.executed_steps <= _MOST_RUNS * plan.num_steps

@@ -210,6 +210,24 @@ def test_where_time_runs_out_others_are_measured_if_nothing_fits(
     assert forms == {0: ["mixed"], 1: ["mixed", "fused"]}
 
 
+def test_where_time_runs_out_others_are_measured_if_there_is_hardly_room(
+    inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that fits with leaves of a step or two is not taken for want of time."""
+    inject({}, {"mixed": 30.0})
+    tbptt, sequence = make(kind=nn.LSTMCell, k=400, time_batching="mixed", memory_budget=1)
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        tbptt.train(sequence)
+    assert refused.value.smallest_budget_bytes is not None
+    seen = inject({}, {"mixed": 30.0})
+    monkeypatch.setattr(weighed, "_LEAST_SHARE", float("inf"))
+    budget = refused.value.smallest_budget_bytes
+    tbptt, sequence = make(kind=nn.LSTMCell, k=400, memory_budget=budget)
+    window = next(tbptt.windows(sequence))
+    assert [form for form, _ in seen][:2] == ["mixed", "fused"]
+    assert window.plan.form != "mixed"
+
+
 @pytest.mark.exhaustive
 def test_longer_windows_than_those_before_are_weighed_anew(inject: Inject) -> None:
     """The fastest form for short windows, with room to spare, may not fit long ones."""
