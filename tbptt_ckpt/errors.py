@@ -39,7 +39,8 @@ class InfeasibleBudgetError(TbpttError, ValueError):
 
     Attributes:
         smallest_budget_bytes: The smallest budget that works for this window under the
-            strategy asked for.
+            strategy asked for; in training without an optimizer also for later sequences, which
+            find the gradients of earlier ones.
         optimal_budget_bytes: The smallest that works under strategy="optimal".
         largest_steps: The most steps that a window may reach back within this budget under
             strategy="optimal"; 0 if not even one fits.

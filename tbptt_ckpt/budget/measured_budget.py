@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tbptt_ckpt.budget.fitting import FittingPlans
+from tbptt_ckpt.budget.found_gradients import enough_for_both
 from tbptt_ckpt.budget.irregular import cuts_within_leaves
 from tbptt_ckpt.budget.probe import ChangingStateError
 from tbptt_ckpt.budget.watched_window import WatchedWindow, watched
@@ -118,8 +120,15 @@ class MeasuredBudget(WindowBudget):
             return unmeasured.plan(window, joints, make_request)
         if self._costs.take_irregular(request):
             self._plans.forget()
+        held_bytes = _held_bytes(request)
         try:
-            shape, costs, chosen = self._chosen(request, _held_bytes(request))
+            shape, costs, chosen = self._chosen(request, held_bytes)
+        except InfeasibleBudgetError as error:
+            known, users_clear = self._costs.known, self._costs.users_clear
+            if known is None or not (request.is_only and users_clear):
+                raise
+            costs_of = partial(self._costs.of, known, request.shape, request, held_bytes)
+            raise enough_for_both(error, self._plans, request.shape, costs_of) from None
         except ChangingStateError as error:
             self._do_without_costs()
             ignored = ", and memory_budget is not looked at" if self._plans.promised else ""

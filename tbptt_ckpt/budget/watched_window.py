@@ -62,7 +62,8 @@ class WatchedWindow(PlannedWindow):
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
         first_state_bytes: A first state that the module makes for itself.
-        absent_gradient_bytes: What the first leaf makes of gradients where some may exist before.
+        absent_gradient_bytes: What the first leaf makes of gradients where some may exist before;
+            that of a state is made in every window.
         plans: Replans, within the budget.
         refuse: What to raise where the rest of the window does not fit.
         rest: The actions that replaced those of the plan, where it was left.
@@ -147,7 +148,6 @@ class WatchedWindow(PlannedWindow):
 
     def _compare_leaf(self, start: int, stop: int, begun: Lap, ended: Lap) -> None:
         taken = ended.peak_bytes - begun.now_bytes - self._made_at(start)
-        taken -= self.absent_gradient_bytes * (stop == self._stop)
         makes_gradients = stop == self._stop and self.costs.last_leaf_bytes is not None
         predicted = self.costs.leaf_peak(
             stop - start, self._num_losses(start, stop), is_last=makes_gradients
@@ -155,7 +155,7 @@ class WatchedWindow(PlannedWindow):
         if makes_gradients:
             self.last_leaf.add(taken - self.gradient_bytes, predicted)
             return
-        self.leaf.add(taken, predicted)
+        self.leaf.add(taken - self.absent_gradient_bytes * (stop == self._stop), predicted)
         kept_bytes = len(self._kept) * self.costs.kept_state_bytes
         is_working = start not in self.given and start not in self._kept
         expected = self._fixed_bytes + kept_bytes + is_working * self.costs.state_bytes
@@ -265,7 +265,8 @@ def watched(
     """
     missing = costs.fixed.optimizer - optimizer_bytes
     handed_on = costs.handed_on_bytes
-    made = request.makes_first_state * (costs.state_bytes + handed_on)
+    state_gradient = costs.state_bytes + handed_on
+    made = request.makes_first_state * state_gradient
     coming = request.shape.coming_states * costs.state_bytes + handed_on
     recorded = max(0, request.bytes_of(*request.recorded) - handed_on)
     absent = max(0, costs.fixed.states - coming - made - recorded)
@@ -282,9 +283,9 @@ def watched(
         missing_bytes=missing + absent,
         absent_bytes=absent,
         optimizer_bytes=optimizer_bytes,
-        gradient_bytes=costs.fixed.gradients + costs.state_bytes + handed_on,
+        gradient_bytes=costs.fixed.gradients + state_gradient,
         first_state_bytes=made,
-        absent_gradient_bytes=request.absent_gradient_bytes * (costs.last_leaf_bytes is None),
+        absent_gradient_bytes=request.absent_gradient_bytes + state_gradient,
         plans=plans,
         refuse=refuse,
     )

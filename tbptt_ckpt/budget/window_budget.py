@@ -126,6 +126,7 @@ class Request:
     makes_first_state: bool  # whether the module makes the first state for itself, from None
     is_only: bool  # whether its run has no other window
     absent_gradient_bytes: int  # of weights that have none before it
+    learned_bytes: int  # of a first state that has gradients
     ahead_bytes: int  # steps after it that a stream has given already
     # Taken beside the blocks of so many steps while they are read and packed, between windows.
     reading_bytes: Callable[[int], int]

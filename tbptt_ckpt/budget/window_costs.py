@@ -19,6 +19,7 @@ from tbptt_ckpt.budget.checked_costs import (
     with_host_bytes,
 )
 from tbptt_ckpt.budget.forms import fastest_form, saved_forms
+from tbptt_ckpt.budget.found_gradients import finding_gradients, waiting_bytes
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
 from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.budget.longer import LongLeaf, as_steep_as_may_be, length_to_meter
@@ -76,6 +77,11 @@ class WindowCosts:
     def are_measured(self) -> bool:
         """Whether they were measured in the form that steps run in."""
         return self.known is not None and self._measured_first is not None
+
+    @property
+    def users_clear(self) -> bool:
+        """Whether gradients stay until a user clears them."""
+        return self._updater.optimizer is None
 
     def take_irregular(self, request: Request) -> bool:
         """Count steps that take more; whether plans that were made before know too few."""
@@ -140,8 +146,15 @@ class WindowCosts:
         self._measured_first = self._measured_first and found.raise_costs(self._measured_first)
         _log.info("measured a leaf of %d steps, as a plan has one of %d", steps, planned_steps)
 
-    def of(self, costs: Costs, shape: Shape, request: Request, held_bytes: int) -> Costs:
-        """Costs with the fixed part as it is in a window of some shape."""
+    def of(
+        self,
+        costs: Costs,
+        shape: Shape,
+        request: Request,
+        held_bytes: int,
+        finds: bool | None = None,
+    ) -> Costs:
+        """Costs with the fixed part as it is in a window of some shape, which `finds` gradients."""
         fixed, costs = costs.fixed, self._with_irregular(costs, shape.cuts)
         if shape.new_steps < shape.num_steps:
             costs = cut_at_first_loss(costs, shape.new_steps)
@@ -156,10 +169,9 @@ class WindowCosts:
         state_bytes += (1 + request.makes_first_state) * costs.handed_on_bytes
         # Without an optimizer users may have cleared them; a later window finds this one's.
         is_first = request.is_only and request.absent_gradient_bytes == tensor_bytes(trained)
-        clears, waiting = self._updater.clears_gradients or is_first, self._waiting_bytes()
-        return replace(
+        waiting = waiting_bytes(self._updater, self._parameters)
+        found = replace(
             costs,
-            last_leaf_bytes=costs.last_leaf_bytes if clears else None,
             # Between leaves of windows: steps are read, and gradients are handed over one by
             # one, each to a hook that may make another of it; buckets are made anew once.
             update_bytes=max(
@@ -170,10 +182,7 @@ class WindowCosts:
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists - request.library_bytes,
-                # Where they accumulate, those before a window are kept until it is checked, and
-                # those that wait for their hooks are set aside.
-                gradients=(fixed.gradients or tensor_bytes(trained)) * (1 if clears else 2)
-                + (not clears) * sum(waiting),
+                gradients=fixed.gradients or tensor_bytes(trained),
                 optimizer=max(exists, fixed.optimizer),
                 states=state_bytes,
                 step_inputs=request.input_bytes / request.shape.run_steps,
@@ -181,12 +190,10 @@ class WindowCosts:
                 libraries=request.library_bytes,
             ),
         )
-
-    def _waiting_bytes(self) -> list[int]:
-        """Of each weight whose hooks see a window's whole gradient; an earlier one is set aside."""
-        weights = self._wholes((*self._parameters, *self._updater.optimized()))
-        waits = self._updater.deliveries.waits
-        return [weight.nbytes for weight in dict.fromkeys(weights) if waits(weight)]
+        if finds is None:
+            finds = not (self._updater.clears_gradients or is_first)
+        beside = sum(waiting) + 2 * request.learned_bytes
+        return finding_gradients(found, beside) if finds else found
 
     def _wholes(self, weights: Iterable[Tensor]) -> list[Tensor]:
         return self._updater.deliveries.wholes(weights)

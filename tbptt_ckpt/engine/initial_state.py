@@ -10,6 +10,7 @@ from torch import Tensor
 from tbptt_ckpt.arguments import PositiveInt, check_fields
 from tbptt_ckpt.errors import ArgumentError, SnapshotError
 from tbptt_ckpt.executor.window_pass import StateGrads
+from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.trees import Tree, check_no_hidden_tensors, map_tensors, tensors_of
 from tbptt_ckpt.updates.updater import Updater
 
@@ -106,6 +107,10 @@ class InitialState:
     def leaves(self) -> list[Tensor]:
         """Its learned tensors."""
         return [t for t in self._tensors if t.requires_grad and t.is_leaf]
+
+    def learned_bytes(self) -> int:
+        """Bytes of its gradients."""
+        return tensor_bytes([t for t in self._tensors if t.requires_grad])
 
     def collect(self, grads: StateGrads | None) -> None:
         """Take the gradients of one window."""

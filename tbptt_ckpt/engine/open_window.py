@@ -96,9 +96,8 @@ class OpenWindow:
         """What a plan of the window has to know."""
         window, records, reached = self._window, self._records, self._reached
         state, parts = self._boundary_at(reached.first).state, self._parts
-        shape, fullest, coming_ambients = shapes_of(
-            self._options, self.draw, self._num_steps, records, self._joint_steps()
-        )
+        given = self._options, self.draw, self._num_steps, records, self._joint_steps()
+        shape, fullest, coming_ambients = shapes_of(*given)
         return Request(
             window=reached,
             shape=shape,
@@ -108,6 +107,7 @@ class OpenWindow:
             coming_ambients=coming_ambients,
             makes_first_state=not tensors_of(state),
             is_only=window.new_start == 0 and window.stop == self._num_steps,
+            learned_bytes=self._initial.learned_bytes(),
             absent_gradient_bytes=parts.absent_gradient_bytes(),
             ahead_bytes=reader.ahead_bytes(window.stop),
             reading_bytes=reader.beside_bytes,

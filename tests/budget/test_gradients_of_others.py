@@ -7,6 +7,7 @@ from torch import nn
 from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, Trainer
 from tbptt_ckpt.memory.meter import peak_memory
 from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.module import Recurrent
 
 LANES, WIDTH, STEPS = 2, 96, 80
 
@@ -59,12 +60,52 @@ def test_peaks_are_predicted_whether_they_were_cleared_or_not(clears: bool) -> N
     assert window.plan.predicted_peak_bytes == pytest.approx(window.peak_bytes, rel=0.03)
 
 
+def refused(module: nn.Module, k1: int, data: TensorSequence, budget: int) -> str:
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        TBPTT(module, nn.functional.mse_loss, k1, k1, memory_budget=budget).train(data, FIRST)
+    return str(raised.value)
+
+
 def test_cleared_ones_need_less_since_none_are_kept_until_a_window_is_checked() -> None:
+    """A refusal names what is enough in any case, and beside it what is where they are cleared."""
     module, data = Step(), sequence(STEPS)
-    cleared = least(module, STEPS, data)
-    TBPTT(module, nn.functional.mse_loss, STEPS, STEPS).train(data, FIRST)
+    named, words = least(module, STEPS, data), refused(module, STEPS, data, 1)
+    cleared = int(words.rpartition(": ")[2].split()[0])
+    assert words.endswith(f"{cleared} bytes are enough where they are cleared before each sequence")
+    assert refused(module, STEPS, data, cleared - 1)
+    TBPTT(module, nn.functional.mse_loss, STEPS, STEPS, memory_budget=cleared).train(data, FIRST)
     gradients = tensor_bytes([parameter.grad for parameter in module.parameters()])
-    assert least(module, STEPS, data) - cleared == pytest.approx(gradients, rel=0.1)
+    assert named - cleared == pytest.approx(gradients, rel=0.1)
+    assert least(module, STEPS, data) == pytest.approx(named, rel=0.001)
+    assert "this budget is enough where they" in refused(module, STEPS, data, cleared + 2_000)
+
+
+@pytest.mark.parametrize(
+    ("first", "factor"),
+    [
+        ("none", 1.2),
+        ("learned", 1.0),
+        *(pytest.param(f, 1.0, marks=pytest.mark.exhaustive) for f in ("none", "given")),
+    ],
+)
+def test_the_budget_that_a_refusal_names_is_enough_for_later_sequences(
+    first: str, factor: float
+) -> None:
+    """Which find the gradients of those before: 1.2 times what was named was not enough."""
+    module = Recurrent(nn.LSTMCell(WIDTH, WIDTH), readout=nn.Linear(WIDTH, 8))
+    data = TensorSequence(torch.randn(24, 4, WIDTH), torch.randn(24, 4, 8))
+    state = None
+    if first != "none":
+        state = tuple(torch.zeros(4, WIDTH, requires_grad=first == "learned") for _ in range(2))
+    options = {"measure_memory": True, "time_batching": False}
+    tight = TBPTT(module, nn.functional.mse_loss, 24, 24, memory_budget=1, **options)
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        tight.train(data, state)
+    budget = int(factor * raised.value.smallest_budget_bytes)
+    tbptt = TBPTT(module, nn.functional.mse_loss, 24, 24, memory_budget=budget, **options)
+    for _ in range(2):
+        (window,) = tbptt.windows(data, state)
+        assert window.peak_bytes <= budget
 
 
 def test_a_budget_is_for_later_windows_too_which_find_gradients() -> None:
