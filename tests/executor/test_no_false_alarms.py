@@ -91,9 +91,23 @@ def run(kind: str, windows: int) -> int:
     return sum(1 for _ in tbptt.windows(TensorSequence(*data, time_dim=0), first))
 
 
+def has_bfloat16_lstm() -> bool:
+    """Whether torch has one for this CPU: its kernels ask for instructions that not all have."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(2, WIDTH)(torch.zeros(1, LANES, 2))
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        return False
+    return True
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_right_raises_in_no_window(kind: str) -> None:
+    if kind == "bfloat16 segments" and not has_bfloat16_lstm():
+        pytest.skip("torch has no nn.LSTM in bfloat16 for this CPU")
     windows = NOISY_WINDOWS if "noise" in kind else WINDOWS
     assert run(kind, windows) == windows
 

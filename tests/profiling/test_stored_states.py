@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tbptt_ckpt.executor import ReplayExecutor
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.schedule import Costs
+from tbptt_ckpt.schedule.curves import Curve
 
 LANES, SIDE, STEPS = 4, 2048, 48
 
@@ -115,12 +117,17 @@ def test_measured_costs_are_of_states_as_they_are_stored(tmp_path: Path) -> None
     assert costs["file"].store_seconds > 0
     assert {costs[name].store_seconds for name in ("memory", "rounded", "host")} == {0.0}
     assert Costs.from_dict(costs["file"].to_dict()) == costs["file"]
-    budget = plan(STEPS, costs["file"], strategy="step").predicted_peak_bytes
-    fastest = plan(STEPS, costs["file"], budget_bytes=budget)
+    in_file = replace(  # measured bytes; a busy machine's seconds would make other plans
+        costs["file"],
+        advance_seconds=Curve.linear(0.0, 1e-3),
+        leaf_seconds=Curve.linear(1e-4, 2e-3),
+        store_seconds=1e-4,
+    )
+    one_by_one = plan(STEPS, in_file, strategy="step")
+    fastest = plan(STEPS, in_file, budget_bytes=one_by_one.predicted_peak_bytes)
     assert fastest.executed_steps <= 2 * STEPS
-    one_by_one = plan(STEPS, costs["file"], strategy="step").predicted_seconds
-    free = plan(STEPS, Costs.from_dict({**costs["file"].to_dict(), "store_seconds": 0.0}))
-    assert free.predicted_seconds < one_by_one
+    free = plan(STEPS, replace(in_file, store_seconds=0.0))
+    assert free.predicted_seconds < one_by_one.predicted_seconds
     with pytest.raises(ArgumentError, match="executor='checkpoint' must be"):
         measure_costs(**given, executor="checkpoint")
 
