@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tbptt_ckpt.budget.calibrate import calibrate
 from tbptt_ckpt.budget.checked_costs import (
@@ -161,7 +161,8 @@ class WindowCosts:
         if not self._promised and request.device.type == "cpu":
             costs = with_host_bytes(costs)  # what is free is so for both
         exists = self.optimizer_bytes()
-        trained = [w for w in self._wholes(self._parameters) if w.requires_grad]
+        deliveries = self._updater.deliveries
+        trained = [w for w in deliveries.wholes(self._parameters) if w.requires_grad]
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
         states += request.makes_first_state
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
@@ -178,7 +179,7 @@ class WindowCosts:
                 costs.update_bytes,
                 request.reading_bytes(shape.run_steps),
                 2 * max(waiting, default=0),
-                self._updater.deliveries.gathered_bytes(trained),
+                deliveries.gathered_bytes(trained),
             ),
             fixed=FixedBytes(
                 weights=held_bytes - exists - request.library_bytes,
@@ -194,9 +195,6 @@ class WindowCosts:
             finds = not (self._updater.clears_gradients or is_first)
         beside = sum(waiting) + 2 * request.learned_bytes
         return finding_gradients(found, beside) if finds else found
-
-    def _wholes(self, weights: Iterable[Tensor]) -> list[Tensor]:
-        return self._updater.deliveries.wholes(weights)
 
     def _with_irregular(self, costs: Costs, which: Cuts) -> Costs:
         """Costs of leaves with the most irregular steps; quiet ones have the cuts before losses."""
