@@ -107,6 +107,18 @@ def test_two_ranks_print_once_and_end_with_the_weights_of_one_process(
 
 
 @pytest.mark.exhaustive
+def test_two_ranks_choose_the_reach_that_one_process_chooses(
+    words: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    words += "--k2 auto --max-k2 32 --max-steps 256".split()
+    assert main([*words, "--save", str(tmp_path / "alone")]) == 0
+    capsys.readouterr()
+    result = on_ranks([*words, "--save", str(tmp_path / "two")])
+    assert (result.returncode, told(result)) == (0, []), result.stderr
+    check_alike(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.exhaustive
 def test_a_killed_rank_is_started_again_and_goes_on(words: list[str], tmp_path: Path) -> None:
     results = []
     for name, env in (("whole", {}), ("killed", {"KILLS": "1"})):
@@ -124,7 +136,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(words: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--k2 auto", "k2='auto'"),
+        ("--k2 auto --max-k2 4", "max_k2=4"),
         ("--lanes 1", "lanes=1 are too few for 2 ranks"),
         ("--lr 5000", "--lr 5000.0 must be above 0"),
         ("--k1 none", "--k1"),

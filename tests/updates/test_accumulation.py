@@ -271,10 +271,11 @@ def trained(loss_fn: Any, *, failing_step: int = 0, after: bool = False) -> list
     return [*module.parameters(), init]
 
 
-def test_missing_memory_at_every_loss_loses_no_window_of_a_group() -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_missing_memory_at_every_loss_loses_no_window_of_a_group(stride: int) -> None:
     counted = Fails(mean_loss, 0)
     expected = trained(counted)
-    for number in range(1, counted.calls + 1):
+    for number in range(1, counted.calls + 1, stride):
         with pytest.warns(UserWarning, match="memory"):
             found = trained(Fails(mean_loss, number))
         assert relative_error(found, expected) <= 1e-12, number
