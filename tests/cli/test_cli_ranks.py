@@ -97,6 +97,8 @@ def test_two_ranks_print_once_and_end_with_the_weights_of_one_process(
     for result in (first, again):
         (line,) = result.stdout.splitlines()
         outcome = json.loads(line)
+        first_peak, second_peak = outcome["memory"]["peak_bytes_of_ranks"]
+        assert outcome["memory"]["peak_bytes"] == first_peak >= second_peak > 0  # the update's
     check_alike(tmp_path / "two", tmp_path / "alone")
     for name in ("before", "after", "baseline"):
         assert outcome["scores"][name] == pytest.approx(expected["scores"][name], rel=1e-5)
@@ -110,7 +112,7 @@ def test_two_ranks_print_once_and_end_with_the_weights_of_one_process(
 def test_two_ranks_choose_the_reach_that_one_process_chooses(
     words: list[str], tmp_path: Path, capsys: Any
 ) -> None:
-    words += "--k2 auto --max-k2 32 --max-steps 256".split()
+    words += ["--k2", "auto", "--max-k2", "32", "--max-steps", "256"]
     assert main([*words, "--save", str(tmp_path / "alone")]) == 0
     capsys.readouterr()
     result = on_ranks([*words, "--save", str(tmp_path / "two")])

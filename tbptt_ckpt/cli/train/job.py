@@ -122,12 +122,15 @@ class _Job:
         if held_out is not None:
             piece, steps = limited(held_out, 2 * self.evaluation_steps), self.evaluation_steps
             _, scoring_bytes = metered(work, lambda: self.task.evaluate(piece, steps))
+        peak_bytes, ranks = max(scorecard.peak_bytes, scoring_bytes), self.loop.ranks
+        peaks = None if ranks is None else ranks.told(peak_bytes)
         retained, is_measured = None, False
         if not scorecard.ran_out:  # what did not fit does not fit now
             retained, is_measured = retained_peak(work, window)
         return MemoryUse(
             window_steps=window.stop - window.first,
-            peak_bytes=max(scorecard.peak_bytes, scoring_bytes),
+            peak_bytes=peak_bytes,
+            peak_bytes_of_ranks=peaks,
             retained_peak_bytes=retained,
             retained_is_measured=is_measured,
             rss_before_bytes=rss_before_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class MemoryUse:
 
     window_steps: int  # of the metered window, the longest kind there was
     peak_bytes: int  # weights, gradients, optimizer state and window
+    peak_bytes_of_ranks: tuple[int | None, ...] | None  # the same of each; None: one process
     retained_peak_bytes: int | None  # with everything kept; None: not measured
     retained_is_measured: bool  # or else extrapolated, where running that was not safe
     rss_before_bytes: int  # anything was trained
@@ -106,6 +108,7 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         ("time training", f"{work.seconds:.1f} s"),
         ("time steps per second", f"{work.steps_per_second:,.0f}"),
         ("peak tensor memory", format_bytes(memory.peak_bytes)),
+        *_rank_rows(memory.peak_bytes_of_ranks or ()),
         (retained + how, peak),
         ("resident memory before training", format_bytes(memory.rss_before_bytes)),
         ("resident memory at its peak", format_bytes(memory.rss_peak_bytes)),
@@ -119,6 +122,14 @@ def _resumed_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     if step == last:
         return [("resumed", f"at step {step:,}, finished before")]
     return [("resumed", f"at step {step:,} of {last:,}")]
+
+
+def _rank_rows(peaks: Sequence[int | None]) -> list[tuple[str, str]]:
+    return [
+        (f"the same of rank {rank}", format_bytes(peak))
+        for rank, peak in enumerate(peaks)
+        if rank and peak is not None
+    ]
 
 
 def _score_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
