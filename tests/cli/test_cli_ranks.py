@@ -97,8 +97,9 @@ def test_two_ranks_print_once_and_end_with_the_weights_of_one_process(
     for result in (first, again):
         (line,) = result.stdout.splitlines()
         outcome = json.loads(line)
-        first_peak, second_peak = outcome["memory"]["peak_bytes_of_ranks"]
-        assert outcome["memory"]["peak_bytes"] == first_peak >= second_peak > 0  # the update's
+        peaks = outcome["memory"]["peak_bytes_of_ranks"]
+        assert (len(peaks), peaks[0]) == (2, outcome["memory"]["peak_bytes"])
+        assert min(peaks) > 50_000  # weights, gradients and Adam's two, of 4,784 numbers
     check_alike(tmp_path / "two", tmp_path / "alone")
     for name in ("before", "after", "baseline"):
         assert outcome["scores"][name] == pytest.approx(expected["scores"][name], rel=1e-5)
