@@ -17,9 +17,7 @@ _log = logging.getLogger("tbptt_ckpt")
 
 _FIRST_SHARE = 0.5  # of the time, for the first form where several are measured
 _LEAST_SHARE = 0.4  # left over, below which a module is too expensive to be measured once more
-_MOST_RUNS = (
-    3  # of each step in a plan with room; a form that has none is not the last one measured
-)
+_MOST_RUNS = 3  # of each step in a plan with room; where there is none others are measured too
 
 
 def fastest_form(
