@@ -1,4 +1,4 @@
-"""Budgets of two ranks that hold their weights together, each within bytes of its own."""
+"""Budgets of two ranks with other lanes, each within bytes of its own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import gradients, mean_loss, relative_error
 from joined_ranks import local, sharded
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence, measure_costs
 
 STEPS, K1, K2, WIDTH = 24, 4, 16, 96
 
@@ -33,24 +34,31 @@ def sharded_inside(module: Wide) -> nn.Module:
     return sharded(module)
 
 
-BY_DEFAULT: list[Any] = [(sharded, torch.optim.Adam, {})]
+BY_DEFAULT: list[Any] = [(wrap, torch.optim.Adam, {}) for wrap in (sharded, nn.Identity())]
 BUDGETS: list[Any] = [
     (wrap, kind, {"accumulate": windows})
-    for wrap in (sharded, sharded_inside)
+    for wrap in (nn.Identity(), sharded, sharded_inside)
     for kind in (torch.optim.Adam, torch.optim.SGD)
     for windows in (1, 2)
 ]
 
 
+def steps_of(rank: int) -> list[Tensor]:
+    """Inputs and targets of its lanes, which each rank has others of."""
+    torch.manual_seed(1 + rank)
+    sizes = (STEPS, 4 + 4 * rank)
+    return [torch.randn(*sizes, width, dtype=torch.float64) for width in (16, 7)]
+
+
 def run(rank: int, wrap: Any, kind: Any, **how: Any) -> tuple[int, list[Tensor]]:
     """The highest peak of all windows, and the gradients of the last update."""
     module = wrap(Wide().double())
-    weights, lanes = list(module.parameters()), 4 + 4 * rank
-    torch.manual_seed(1 + rank)
-    data = [torch.randn(STEPS, lanes, size, dtype=torch.float64) for size in (16, 7)]
+    weights = list(module.parameters())
     optimizer = kind(weights, lr=0.01)
     given = {"ranks": "all", "measure_memory": True, **how}
-    result = TBPTT(module, mean_loss, K1, K2, optimizer, **given).train(TensorSequence(*data))
+    result = TBPTT(module, mean_loss, K1, K2, optimizer, **given).train(
+        TensorSequence(*steps_of(rank))
+    )
     return result.peak_bytes, [each.clone() for each in local(gradients(weights))]
 
 
@@ -65,3 +73,12 @@ def check_budgets(rank: int, count: int, cases: list[Any] = BY_DEFAULT) -> None:
         peak, found = run(rank, wrap, kind, memory_budget=smallest, **how)
         assert 0.8 * smallest < peak <= smallest, (rank, how)
         assert relative_error(found, expected) <= 1e-12, (rank, how)
+
+
+def check_costs_of_the_slowest(rank: int, count: int) -> None:
+    """Costs that were measured on one rank hold the budgets of all."""
+    slowest, sent = count - 1, [None]
+    if rank == slowest:
+        sent = [measure_costs(Wide().double(), mean_loss, *steps_of(rank))]
+    dist.broadcast_object_list(sent, src=slowest)
+    check_budgets(rank, count, [(nn.Identity(), torch.optim.Adam, {"costs": sent[0]})])

@@ -244,6 +244,7 @@ class RankGroup:
             parts = torch.split(flat, [grad.numel() for grad in alike])
             for grad, part in zip(alike, parts, strict=True):
                 grad.copy_(part.view_as(grad))
+            flat.untyped_storage().resize_(0)  # gloo's thread may hold the tensor for a while yet
 
     def compare(self) -> None:
         """Hold the weights of all ranks against each other, bit by bit; a shard against its copies.

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from audits_of_ranks import AUDITED, check_auto_k2
-from budgets_of_ranks import BUDGETS, check_budgets
+from budgets_of_ranks import BUDGETS, check_budgets, check_costs_of_the_slowest
 from cases import WIDTH, gradients, mean_loss, random_state, relative_error, tanh_cell
 from joined_ranks import (
     K1,
@@ -347,6 +347,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_trainer(rank, count)
     check_auto_k2(path / "audits", rank, count)
     check_budgets(rank, count)
+    check_costs_of_the_slowest(rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
     check_broken_shards(path / "shards", rank, count)
 
@@ -359,13 +360,31 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     on_two_ranks(partial(check_all, tmp_path))
 
 
+def test_gradients_are_reduced_in_bytes_that_are_free_before_the_update(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Tensor] = []  # held on to, as a thread of gloo does for a while
+
+    def reduce(tensor: Tensor, **how: Any) -> None:
+        sent.append(tensor)
+        all_reduce(tensor, **how)
+
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    grads = [torch.randn(size, dtype=dtype) for size in (3, 5) for dtype in (torch.half, None)]
+    expected = [grad.clone() for grad in grads]
+    RankGroup(Ranks(), {}, {}).average(grads)
+    assert all(map(torch.equal, grads, expected))
+    assert [tensor.untyped_storage().nbytes() for tensor in sent] == [0, 0]
+
+
 @pytest.mark.exhaustive
 def test_audits_of_two_ranks_under_every_plan(tmp_path: Path) -> None:
     on_two_ranks(partial(check_auto_k2, tmp_path, cases=AUDITED))
 
 
 @pytest.mark.exhaustive
-def test_budgets_of_sharded_weights_under_every_optimizer() -> None:
+def test_budgets_under_every_wrapper_and_optimizer() -> None:
     on_two_ranks(partial(check_budgets, cases=BUDGETS))
 
 
