@@ -146,10 +146,10 @@ def verify(
     rounding = _OF_TF32 if in_tf32 else torch.finfo(loss.dtype).eps ** 0.5
     products = ", products in TF32" if in_tf32 else ""
     return Verification(
-        loss_error=_difference([planned_loss], [loss]),
-        state_error=_difference(tensors_of(window.state), tensors_of(state)),
+        loss_error=relative_difference([planned_loss], [loss]),
+        state_error=relative_difference(tensors_of(window.state), tensors_of(state)),
         gradient_errors={
-            name: _difference([ours], [theirs])
+            name: relative_difference([ours], [theirs])
             for name, ours, theirs in zip(named, found, expected, strict=True)
         },
         tolerance=rounding if tolerance is None else tolerance,
@@ -209,8 +209,11 @@ def _grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Norm of the difference over the norm of what is expected, all tensors together."""
+def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected, all tensors together.
+
+    Infinite where nothing is expected and something is found.
+    """
     change, size = 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
         dtype = torch.complex128 if theirs.is_complex() else torch.float64

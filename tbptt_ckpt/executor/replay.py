@@ -46,7 +46,7 @@ class ReplayExecutor:
             "./host"). None keeps them where steps leave them. Gradients are the same bit by bit.
         state_dtype: `torch.bfloat16` or `torch.float32`, in which wider floating tensors of these
             states are kept: leaves begin at rounded states then, and the gradient is another one.
-            `verify` says how far off it is. None keeps every bit.
+            `verify` and profiles say how far off it is. None keeps every bit.
 
     Raises:
         ArgumentError: A folder in which no file can be made; another dtype.
@@ -63,6 +63,7 @@ class ReplayExecutor:
                 f"state_dtype={state_dtype} must be torch.bfloat16 or torch.float32, or None: "
                 "others are no floating numbers, or would overflow where float32 does not"
             )
+        self._offload = offload
         self._storage = Storage(place_of("offload", offload), state_dtype)
         self._checks = ReplayCheck()
 
@@ -70,6 +71,10 @@ class ReplayExecutor:
     def storage(self) -> Storage:
         """How the states of a window are kept."""
         return self._storage
+
+    def exact(self) -> ReplayExecutor:
+        """One that keeps states in the same place, and all of their bits."""
+        return ReplayExecutor(self._offload)
 
     def run(self, window: WindowPass, route: Route, first: Boundary) -> StateGrads | None:
         """Differentiate a window; see `Executor.run`."""

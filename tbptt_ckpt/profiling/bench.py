@@ -6,6 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration, bench_error
 from tbptt_ckpt.profiling.predicting import predicted, with_predictions
 from tbptt_ckpt.profiling.report import MemoryReport, WindowTrace
+from tbptt_ckpt.profiling.rounding import rounding_error
 from tbptt_ckpt.profiling.stopwatch import ActionWatch
 from tbptt_ckpt.profiling.workload import EndlessSource, Workload
 from tbptt_ckpt.schedule.simulator import Simulation
@@ -109,6 +111,9 @@ class WindowBench:
             held_states=self._watch.held_states,
             kept_state_bytes=costs and costs.kept_state_bytes,
             store_seconds=costs and costs.store_seconds,
+            gradient_error=rounding_error(
+                self._work, replace(self._configuration, strategy=window.plan)
+            ),
             longest_leaf=window.plan.longest_leaf if window.plan else None,
             form=window.plan.form if window.plan else None,
             forms=dict(window.plan.forms) if window.plan else {},

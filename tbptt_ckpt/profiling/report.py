@@ -103,6 +103,8 @@ class MemoryReport:
         kept_state_bytes: What one of them takes of the memory that is measured, predicted.
         store_seconds: The time of writing one elsewhere and reading it again, measured apart; 0
             where they are kept where steps leave them.
+        gradient_error: What keeping states in fewer bits changed in its gradient, over that
+            gradient's norm; None where it keeps all, or memory was missing.
         longest_leaf: Steps of its longest leaf.
         form: How its steps were made, "plain", "batched", "fused", "mixed" or by the rule "auto".
         forms: Predicted seconds of each form that was weighed; None where no plan fits.
@@ -137,6 +139,7 @@ class MemoryReport:
     held_states: int | None = None
     kept_state_bytes: int | None = None
     store_seconds: float | None = None
+    gradient_error: float | None = None
     longest_leaf: int | None = None
     form: str | None = None
     forms: dict[str, float | None] = field(default_factory=dict)

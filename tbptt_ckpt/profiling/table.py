@@ -67,6 +67,7 @@ def _columns(device: str) -> dict[str, Callable[[MemoryReport], str]]:
         "over plain": lambda row: _number(row.ratio, ".2f"),
         "its range": lambda row: "-".join(f"{end:.2f}" for end in row.ratio_range or ()),
         "runs a step": lambda row: _number(row.executed_steps_per_step, ".2f"),
+        "gradient off": lambda row: _number(row.gradient_error, ".1e"),
         "held states": lambda row: _number(row.held_states, ","),
     }
 

@@ -84,6 +84,28 @@ class TestTraining:
         message = refusal_of(capsys, [*words, "--offload", str(tmp_path / "absent")])
         assert "absent' must be a folder in which files can be made" in message
 
+    def test_states_in_fewer_bits_say_how_far_the_gradient_is_off(self, capsys, small):
+        words = [*small, "--model", "lstmcell", "--strategy"]
+        errors = {
+            (strategy, dtype): outcome_of(capsys, [*words, strategy, *how])["gradient_error"]
+            for strategy in ("uniform:2", "retain")
+            for dtype, how in {None: [], "bfloat16": ["--state-dtype", "bfloat16"]}.items()
+        }
+        assert errors["uniform:2", None] is errors["retain", None] is None
+        assert errors["retain", "bfloat16"] == 0
+        assert 1e-6 < errors["uniform:2", "bfloat16"] < 1e-2
+        assert main([*words, "uniform:2", "--state-dtype", "bfloat16"]) == 0
+        shown = f"{errors['uniform:2', 'bfloat16']:.1e}"
+        assert shown in capsys.readouterr().out.split("gradient off by states in bfloat16")[1]
+
+    @pytest.mark.parametrize(
+        "reach", ["--k2 auto --max-k2 32", "--k2 32 --truncation roulette", "--k2 none"]
+    )
+    def test_windows_of_other_lengths_are_looked_at_where_they_can_be(self, capsys, small, reach):
+        words = f"--model lstmcell --strategy uniform:2 --state-dtype bfloat16 --k1 8 {reach}"
+        found = outcome_of(capsys, [*small, *words.split()])["gradient_error"]
+        assert (found is not None) == (reach == "--k2 none")
+
     def test_a_trained_model_beats_the_bigram_table(self, capsys, text):
         bits = outcome_of(
             capsys,

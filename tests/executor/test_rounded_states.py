@@ -20,9 +20,17 @@ from cases import (
 )
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, ArgumentError, TensorSequence, run_window, verify
+from tbptt_ckpt import (
+    TBPTT,
+    ArgumentError,
+    TensorSequence,
+    profile_window,
+    run_window,
+    verify,
+)
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor import ReplayExecutor
+from tbptt_ckpt.profiling import MemoryReport
 
 NUM_STEPS = 12
 BF16, F32 = torch.bfloat16, torch.float32
@@ -85,6 +93,28 @@ def test_states_are_exact_and_verify_says_how_far_the_gradient_is_off(strategy: 
     is_kept = strategy not in ("retain", "revolve:1")  # leaves of these begin at no kept state
     assert (found.max_relative_error > 1e3 * exact.max_relative_error) == is_kept
     assert "in float32" in str(found)
+
+
+@pytest.mark.parametrize("kind", ["uniform:3", "retain"])
+def test_a_profile_says_how_far_the_gradient_of_its_window_is_off(kind: str) -> None:
+    module, (inputs, targets), state = tanh_cell(), random_data(NUM_STEPS), random_state()
+    how: Any = {"k1": NUM_STEPS, "k2": NUM_STEPS, "strategy": kind, "repeats": 1}
+    given = (module, mean_loss, inputs, targets, state)
+    report = profile_window(*given, **how, executor=ReplayExecutor(state_dtype=BF16))
+    assert profile_window(*given, **how).gradient_error is None
+    with torch.no_grad():
+        for x in inputs:  # the steps before the window that is measured, which are the same
+            _, state = module(x, state)
+    by_leaf = []
+    for leaf in (3 if kind == "uniform:3" else NUM_STEPS, NUM_STEPS):
+        by_hand(module, (inputs, targets), state, leaf)
+        by_leaf.append(gradients([*module.parameters()]))
+        module.zero_grad()
+    found, exact = (torch.cat([grad.flatten() for grad in grads]) for grads in by_leaf)
+    error = float((found - exact).norm() / exact.norm())
+    assert report.gradient_error == pytest.approx(error, rel=1e-6, abs=1e-15)
+    assert (error > 1e-6) == (kind == "uniform:3")
+    assert MemoryReport.from_json(report.to_json()).gradient_error == report.gradient_error
 
 
 def test_windows_go_on_from_exact_states() -> None:

@@ -68,6 +68,7 @@ class _Job:
             scores=self._scores(after),
             resumed_step=resumed_step,
             work=work,
+            gradient_error=self.loop.gradient_error(),
             memory=self._memory_use(rss_before_bytes, rss.peak_bytes),
         )
 

@@ -21,8 +21,11 @@ from tbptt_ckpt.engine import Reach
 from tbptt_ckpt.engine.options import K2_TOLERANCE
 from tbptt_ckpt.memory.resident import rss_bytes
 from tbptt_ckpt.memory.sizes import format_bytes
+from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.peaks import fullest_window, metered
+from tbptt_ckpt.profiling.rounding import rounding_error
 from tbptt_ckpt.profiling.sweep import Progress, Watch
+from tbptt_ckpt.schedule import Plan
 from tbptt_ckpt.trainer import TensorBoard
 from tbptt_ckpt.trainer.events import Notice
 from tbptt_ckpt.updates.ranks import RankGroup
@@ -93,6 +96,7 @@ class TrainingLoop:
         self._config, self._task, work = config, task, task.workload
         self._work, self.scorecard = work, Scorecard()
         self._reach: Reach | None = None  # as this process has measured it
+        self._last: tuple[Plan, int] | None = None  # the plan of a window, and how far back
         num_steps = min(len(work.source), config.max_steps)
         most = config.max_k2 if isinstance(config.k2, str) else config.k2
         self._metered = fullest_window(tbptt_windows(num_steps, config.k1, most))
@@ -154,6 +158,8 @@ class TrainingLoop:
             loss = None if window.loss is None else float(window.loss) / self._task.unit_size
             scorecard.add(loss, time.perf_counter() - began)
             self._reach = window.reach or self._reach
+            if window.plan is not None and window.num_new_steps == self._config.k1:
+                self._last = window.plan, window.stop - window.start
             speed = self._trainer.num_steps / scorecard.seconds
             shown = figures(scorecard.loss, unit, speed, memory_in_use(self._work.device))
             watch(self.progress("training", shown))
@@ -170,6 +176,25 @@ class TrainingLoop:
             seconds=scorecard.seconds,
             steps_per_second=done.num_steps / scorecard.seconds,
         )
+
+    def gradient_error(self) -> float | None:
+        """What rounded states change in the gradient of the last window, at today's weights.
+
+        None where none are rounded, where windows reach back by what is measured or drawn, or
+        this process ran none.
+        """
+        config = self._config
+        if self._last is None or config.truncation != "fixed" or config.k2 == "auto":
+            return None
+        plan, k2 = self._last
+        configuration = Configuration(
+            strategy=plan,
+            k1=config.k1,
+            k2=k2,
+            overlap=config.overlap,
+            executor=config.stored(config.executor),
+        )
+        return rounding_error(self._work, configuration)
 
     def progress(self, stage: str, shown: str = "") -> Progress:
         """Where the run stands."""

@@ -68,6 +68,7 @@ class TrainingOutcome:
     scores: Scores
     resumed_step: int | None  # where this process took the run up
     work: WorkDone
+    gradient_error: float | None  # relative, by states in fewer bits; None: not measured
     memory: MemoryUse
 
 
@@ -105,6 +106,7 @@ def outcome_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
         ("recomputed steps per step", f"{work.recomputed_steps_per_step:.3f}"),
         ("mean drift of recomputed states", f"{work.mean_drift:.2e}"),
         *([] if work.reach is None else [("gradient reaches back, at last", str(work.reach))]),
+        *_rounding_rows(outcome),
         ("time training", f"{work.seconds:.1f} s"),
         ("time steps per second", f"{work.steps_per_second:,.0f}"),
         ("peak tensor memory", format_bytes(memory.peak_bytes)),
@@ -122,6 +124,11 @@ def _resumed_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
     if step == last:
         return [("resumed", f"at step {step:,}, finished before")]
     return [("resumed", f"at step {step:,} of {last:,}")]
+
+
+def _rounding_rows(outcome: TrainingOutcome) -> list[tuple[str, str]]:
+    error, dtype = outcome.gradient_error, outcome.config.state_dtype
+    return [] if error is None else [(f"gradient off by states in {dtype}", f"{error:.1e}")]
 
 
 def _rank_rows(peaks: Sequence[int | None]) -> list[tuple[str, str]]:
