@@ -149,6 +149,24 @@ def check_gradients(
             assert relative_error(local(weights), held(expected.weights, weights)) <= 1e-12, how
 
 
+def roulette(rank: int, count: int, **how: Any) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    """How far back the windows of some sequences reached, and the weights after them."""
+    module, sequence = tanh_cell(), sequence_of(rank, count, is_masked=True)
+    weights, how = list(module.parameters()), {"truncation": "roulette", **how}
+    tbptt = TBPTT(module, masked_mean, K1, 9, SGD(weights, lr=0.1), **how)
+    reached = [(each.start, each.stop) for _ in range(4) for each in tbptt.windows(*sequence)]
+    return reached, [weight.detach() for weight in weights]
+
+
+def check_roulette(rank: int, count: int) -> None:
+    """Ranks draw alike, also where the sequence of one ends before those of others."""
+    reached, weights = roulette(rank, count, strategy=f"uniform:{2 + rank}", ranks="all")
+    by_one, expected = roulette(0, 1, strategy="step")
+    assert reached == [each for each in by_one if each[1] <= STEPS_OF[rank]]
+    assert len({stop - start for start, stop in reached}) > 1
+    assert relative_error(weights, expected) <= 1e-12
+
+
 def check_faults(rank: int, count: int) -> None:
     """What one rank finds, or does otherwise, all ranks know before the weights change."""
     sequence, state = sequence_of(rank, count, is_masked=True)
@@ -340,6 +358,7 @@ def check_trainer(rank: int, count: int) -> None:
 def check_all(path: Path, rank: int, count: int) -> None:
     check_gradients(rank, count)
     check_masked(rank, count)
+    check_roulette(rank, count)
     check_faults(rank, count)
     check_shards(rank, count)
     check_peaks(rank, count)
