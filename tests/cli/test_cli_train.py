@@ -85,18 +85,14 @@ class TestTraining:
         assert "absent' must be a folder in which files can be made" in message
 
     def test_states_in_fewer_bits_say_how_far_the_gradient_is_off(self, capsys, small):
-        words = [*small, "--model", "lstmcell", "--strategy"]
-        errors = {
-            (strategy, dtype): outcome_of(capsys, [*words, strategy, *how])["gradient_error"]
-            for strategy in ("uniform:2", "retain")
-            for dtype, how in {None: [], "bfloat16": ["--state-dtype", "bfloat16"]}.items()
-        }
-        assert errors["uniform:2", None] is errors["retain", None] is None
-        assert errors["retain", "bfloat16"] == 0
-        assert 1e-6 < errors["uniform:2", "bfloat16"] < 1e-2
-        assert main([*words, "uniform:2", "--state-dtype", "bfloat16"]) == 0
-        shown = f"{errors['uniform:2', 'bfloat16']:.1e}"
-        assert shown in capsys.readouterr().out.split("gradient off by states in bfloat16")[1]
+        words = [*small, "--model", "lstmcell", "--strategy", "uniform:2"]
+        assert outcome_of(capsys, words)["gradient_error"] is None
+        words += ["--state-dtype", "bfloat16"]
+        error = outcome_of(capsys, words)["gradient_error"]
+        assert 1e-6 < error < 1e-2
+        assert main(words) == 0
+        shown = capsys.readouterr().out.split("gradient off by states in bfloat16")[1]
+        assert f"{error:.1e}" in shown
 
     @pytest.mark.parametrize(
         "reach", ["--k2 auto --max-k2 32", "--k2 32 --truncation roulette", "--k2 none"]
