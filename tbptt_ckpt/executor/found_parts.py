@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tbptt_ckpt.data.blocks import Column, StepBlock, narrow_blocks
 from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.errors import TbpttWarning
+from tbptt_ckpt.executor.found_advances import FoundAdvances, is_watched
 from tbptt_ckpt.executor.segment_parts import SegmentParts, have_lanes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import untouched
@@ -32,7 +33,6 @@ from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import CELLS, StepParts, bare_cell, has_hooks
 from tbptt_ckpt.module.traced_parts import traced_parts
 from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
-from tbptt_ckpt.time_batching.interception import has_function_mode
 from tbptt_ckpt.time_batching.policy import TimeBatching
 
 _LANES = 3  # that are looked at
@@ -72,6 +72,7 @@ class FoundParts:
         self._held: list[_Held] = []
         self._num_held = 0
         self._parts: SegmentParts | None = None  # that are in force
+        self.advances = FoundAdvances(recurrence, batching, traces=traces)
         self._num_steps = self._num_windows = 0  # since parts were last compared
         self._is_counted = False  # the window that begins
 
@@ -112,6 +113,7 @@ class FoundParts:
 
     def lapse(self) -> None:
         """A pass begins: parts that were traced are not those of the module until a look."""
+        self.advances.lapse()
         if self._is_traced:
             self._parts = None
 
@@ -124,8 +126,11 @@ class FoundParts:
         so that it will be looked at once more.
 
         Returns:
-            Whether its steps run by their parts; None where their form does not ask.
+            Whether its steps run by their parts, or advances of a segment module make its state
+            alone; None where their form does not ask.
         """
+        if not self._recurrence.per_step:
+            return self.advances.look(blocks, begin, state)
         self._is_counted &= not ahead
         self._look(blocks, begin, state)
         self._is_counted = ahead
@@ -143,7 +148,7 @@ class FoundParts:
         (block,) = narrow_blocks(blocks, begin, begin + 1)
         is_long = bool(self._held) or blocks[-1].stop - blocks[0].start >= _LEAST_STEPS
         if not _are_rows([block]) or (
-            self._is_traced and not (is_long and _may_trace(blocks, state))
+            self._is_traced and (not is_long or is_watched(blocks, state))
         ):
             return
         if not self._is_counted:
@@ -251,15 +256,6 @@ def _are_rows(blocks: Sequence[StepBlock]) -> bool:
 
 def _only_row(whole: Tree) -> Iterator[Any]:
     yield map_tensors(lambda t: t[0], whole)
-
-
-def _may_trace(blocks: Sequence[StepBlock], state: Tree) -> bool:
-    """Whether a cell may have its kernel, and nobody wants to see each operation of the module."""
-    modes = torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled()
-    hooks = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    is_watched = modes or hooks or has_function_mode() or torch.is_autocast_enabled("cpu")
-    on_cpu = all(tensor.is_cpu for tensor in tensors_of((blocks[0].inputs, state)))
-    return on_cpu and not is_watched
 
 
 def _may_have_parts(module: object, batching: TimeBatching) -> bool:

@@ -59,14 +59,19 @@ def line_at(node: fx.Node) -> str:
     return str(node.meta["line"])
 
 
-def trace_step(module: nn.Module, inputs: Tree, state: Tree) -> StepTrace:
-    """Trace `module(inputs, state)`.
+def trace_step(
+    module: nn.Module, inputs: Tree, state: Tree, other: tuple[Tree, Tree] | None = None
+) -> StepTrace:
+    """Trace `module(inputs, state)`, one step with lanes on dimension 0.
+
+    With `other`, a call that differs in the sizes that stay symbolic, it may be any call.
 
     Raises:
         NoPartsError: What prevents it, with the line.
     """
     root = _Step(module, inputs, state)
-    tracer = _Tracer(_examples(tensors_of(inputs), tensors_of(state)))
+    given = tensors_of((inputs, state)), tensors_of(other)
+    tracer = _Tracer(given if other else _examples(tensors_of(inputs), tensors_of(state)))
     try:
         with _tracing, torch.enable_grad(), _Concrete(tracer):
             placed: Any = (PH,) * tracer.num_leaves

@@ -13,31 +13,22 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from tbptt_ckpt.module.ambient import Ambient, untouched
-from tbptt_ckpt.module.attributes import Attributes
 from tbptt_ckpt.module.lane_wise import is_lane_wise_function
 from tbptt_ckpt.module.lane_wise_modules import is_lane_wise_module
-from tbptt_ckpt.module.outputs import OutputsNeeded
+from tbptt_ckpt.module.looked_through import looked_through, template_of
 from tbptt_ckpt.module.part_functions import Encode, Readout, Transition, part_of
 from tbptt_ckpt.module.step_effects import (
     NoPartsError,
-    Watch,
-    check_graph,
-    check_traceable,
-    line_of,
 )
 from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
-from tbptt_ckpt.module.step_trace import StepTrace, line_at, trace_step, value_of
+from tbptt_ckpt.module.step_trace import StepTrace, line_at, value_of
 from tbptt_ckpt.module.step_values import Call
 from tbptt_ckpt.module.trees import (
     Tree,
     iterate_leaves,
-    map_tensors,
     replace_tensors,
-    state_as_leaves,
     structure,
     tensors_of,
 )
@@ -78,56 +69,12 @@ def find_parts(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
 
 
 def _found(module: nn.Module, inputs: Tree, state: Tree) -> FoundParts:
-    check_traceable(module, [*tensors_of(inputs), *tensors_of(state)])
-    strange = [leaf for leaf in iterate_leaves((inputs, state)) if leaf is not None]
-    if others := [type(leaf).__name__ for leaf in strange if not isinstance(leaf, Tensor)]:
-        raise NoPartsError(f"inputs and state hold a {others[0]} beside tensors")
-    attributes = Attributes(module)
-    try:
-        _check_effects(module, inputs, state, attributes)
-        with OutputsNeeded(True):
-            trace = trace_step(module, inputs, state)
-        if (name := attributes.changed()) is not None:
-            raise NoPartsError(f"a step changes {name}")
-    finally:
-        attributes.put_back()
-    if structure(_template(trace.new_state)) != structure(state):
+    trace = looked_through(module, inputs, state)
+    if structure(template_of(trace.new_state)) != structure(state):
         raise NoPartsError(
             "the state that it returns is nested in another way than the one it takes"
         )
     return _Split(trace).found(module)
-
-
-def _check_effects(module: nn.Module, inputs: Tree, state: Tree, attributes: Attributes) -> None:
-    """Run a step, and raise `NoPartsError` for what it does besides returning its results."""
-    given = tensors_of((inputs, state))
-    ambient, watch = Ambient([module], given), Watch()
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            untouched(module, tensors=given, ambient=ambient),
-            OutputsNeeded(True),
-        ):
-            found = ambient.capture()
-            ambient.about_to_run()
-            fresh = map_tensors(lambda t: t.detach().clone(), inputs)
-            mine = (fresh, map_tensors(Tensor.clone, state_as_leaves(state)))
-            with watch:
-                results = module(*mine)
-            changed = attributes.changed()
-            has_drawn = ambient.capture() is not found
-            check_graph(results)
-    except NoPartsError:
-        raise
-    except Exception as error:
-        raise NoPartsError(f"{line_of(error)} fails on the example: {error}") from error
-    if changed is not None:
-        raise NoPartsError(f"a step changes {changed}")
-    if has_drawn:
-        raise NoPartsError("a step draws random numbers or changes buffers")
-    if watch.reason is not None:
-        raise NoPartsError(watch.reason)
 
 
 class _Split:
@@ -223,8 +170,8 @@ class _Split:
         read = part_of(trace.graph, [*features, *encoded], self._returned)
         parts = StepParts(
             Encode(part_of(trace.graph, trace.inputs, encoded), step),
-            Transition(run, step, len(features), _template(trace.new_state)),
-            Readout(read, step, _template(trace.outputs)),
+            Transition(run, step, len(features), template_of(trace.new_state)),
+            Readout(read, step, template_of(trace.outputs)),
             None if cell is None else self._described(cell),
         )
         return FoundParts(parts, *names)
@@ -265,7 +212,7 @@ class _Split:
     def _described(self, cell: fx.Node) -> BareCell:
         module: Any = self._root.get_submodule(str(cell.target))
         order: list[Any] = [_result_of(cell, node) for node in self._new_state]
-        template = _template(self._trace.new_state)
+        template = template_of(self._trace.new_state)
 
         def split(state: Tree) -> tuple[Tensor, ...]:
             leaves = tensors_of(state)
@@ -289,8 +236,3 @@ def _is_item(node: fx.Node) -> bool:
     """Whether it is one of several results of a node."""
     is_taken = node.target in (operator.getitem, getattr)
     return is_taken and bool(value_of(node.all_input_nodes[0]).items)
-
-
-def _template(tree: Tree) -> Tree:
-    """Containers with tensors of nothing in place of nodes."""
-    return map_tensors(lambda _: torch.empty(0, device="meta"), tree, fx.Node)

@@ -1,0 +1,208 @@
+"""Advances of a segment module written as plain code make its state alone, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+
+NUM_STEPS, LANES, INNER, OUTER = 60, 3, 4, 5
+LEFT = "state alone in advances"
+
+
+class Model(nn.Module):
+    """What everybody writes: a layer of torch's between two others."""
+
+    time_dim = 0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embed, self.readout = nn.Linear(INNER, INNER), nn.Linear(INNER, OUTER)
+        self.layer = nn.LSTM(INNER, INNER, 2, **options)
+        self.scale, self.dropout = 2.0, nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Any, Any]:
+        h, state = self.layer(torch.tanh(self.embed(x)) * self.scale, state)
+        return self.readout(h), state
+
+
+class BatchFirst(Model):
+    time_dim = 1
+
+    def __init__(self) -> None:
+        super().__init__(batch_first=True)
+
+
+class Fed(Model):
+    """What is read out last is a part of the state."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Any, Any]:
+        h, inner = self.layer(self.embed(x), None if state is None else state[0])
+        read = self.readout(h)
+        return read, (inner, read[-1:])
+
+
+class Drawing(Model):
+    """What is drawn for outputs must be drawn whoever looks at them."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Any, Any]:
+        h, state = self.layer(self.embed(x), state)
+        return self.readout(torch.nn.functional.dropout(h, 0.5)), state
+
+
+class Asking(Model):
+    """Code that is more than expressions."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Any, Any]:
+        self.asked = True
+        h, state = self.layer(self.embed(x), state)
+        return self.readout(h), state
+
+
+FOUND, LEFT_AS_THEY_ARE = [Model, BatchFirst], [Drawing, Asking]
+
+
+@pytest.fixture
+def read_out(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of rows that were read out, call by call."""
+    rows, plain = list[int](), nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape == (OUTER, INNER):
+            rows.append(x.shape[:-1].numel())
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    return rows
+
+
+def run(
+    kind: Callable[[], Model],
+    change: Callable[[Model, int], None] = lambda _module, _number: None,
+    **options: Any,
+) -> tuple[list[Any], TBPTT]:
+    """Losses and gradients of windows, and what made them."""
+    torch.manual_seed(0)
+    module = kind().double()
+    inputs, targets = torch.randn(NUM_STEPS, LANES, INNER), torch.randn(NUM_STEPS, LANES, OUTER)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    options = {"strategy": "uniform:5", "k1": 10, "k2": 30, **options}
+    tbptt = TBPTT(
+        module,
+        nn.functional.mse_loss,
+        optimizer=optimizer,
+        per_step=False,
+        time_dim=module.time_dim,
+        **options,
+    )
+    data = [each.double().movedim(0, module.time_dim) for each in (inputs, targets)]
+    windows = tbptt.windows(TensorSequence(*data, time_dim=module.time_dim))
+    found = list[Any]()
+    torch.manual_seed(1)
+    for number, window in enumerate(windows):
+        grads = [parameter.grad.clone() for parameter in module.parameters()]
+        found.append((window.loss_value, grads, copy.deepcopy(module.state_dict())))
+        change(module, number)
+    return found, tbptt
+
+
+def assert_same(ours: list[Any], plain: list[Any]) -> None:
+    for (loss, *mine), (expected, *its) in zip(ours, plain, strict=True):
+        assert loss == expected
+        torch.testing.assert_close(mine, its, rtol=0, atol=0)
+
+
+def reasons(tbptt: TBPTT) -> list[str]:
+    return [each.reason for each in tbptt.batched_operations if each.operation == LEFT]
+
+
+@pytest.mark.parametrize("overlap", ["refresh", "stale"])
+@pytest.mark.parametrize("kind", FOUND)
+def test_advances_read_nothing_out_and_bits_are_the_same(
+    kind: Any, overlap: str, read_out: list[int]
+) -> None:
+    plain, _ = run(kind, overlap=overlap, time_batching=False)
+    rows = sum(read_out)
+    read_out.clear()
+    ours, tbptt = run(kind, overlap=overlap)
+    assert_same(ours, plain)
+    assert sum(read_out) < 0.8 * rows
+    assert reasons(tbptt) == []
+
+
+@pytest.mark.parametrize("kind", LEFT_AS_THEY_ARE)
+def test_what_would_be_lost_leaves_the_module_as_it_is(kind: Any, read_out: list[int]) -> None:
+    plain, _ = run(kind, time_batching=False)
+    rows = sum(read_out)
+    read_out.clear()
+    ours, tbptt = run(kind)
+    assert_same(ours, plain)
+    assert sum(read_out) >= rows
+    assert reasons(tbptt)
+
+
+def test_what_the_state_hangs_on_is_run(read_out: list[int]) -> None:
+    plain, _ = run(Fed, time_batching=False)
+    rows = sum(read_out)
+    read_out.clear()
+    ours, _ = run(Fed)
+    assert_same(ours, plain)
+    assert sum(read_out) >= rows
+
+
+def test_changes_between_windows_are_seen() -> None:
+    def change(module: Model, number: int) -> None:
+        module.scale = float(number)
+        if number == 2:
+            module.embed = nn.Linear(INNER, INNER).double()
+        if number == 3:
+            module.readout.register_forward_hook(lambda *_: None)
+        module.train(number % 2 == 0)
+
+    plain, _ = run(Model, change, time_batching=False)
+    ours, tbptt = run(Model, change)
+    assert_same(ours, plain)
+    assert any("hooks" in reason for reason in reasons(tbptt))
+
+
+def test_a_budget_is_kept_by_a_module_whose_outputs_are_large() -> None:
+    class Wide(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.readout = nn.Linear(INNER, OUTER)
+            self.wide = nn.Linear(OUTER, 3000)
+
+        def forward(self, x: Tensor, state: Any) -> tuple[Any, Any]:
+            h, state = self.layer(self.embed(x), state)
+            return self.wide(self.readout(h)).narrow(2, 0, OUTER), state
+
+    options = {"strategy": "optimal", "k1": 6, "k2": 12, "measure_memory": True}
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        run(Wide, memory_budget=1, **options)
+    assert refused.value.smallest_budget_bytes is not None
+    peaks = list[int]()
+    for factor in (1.0, 1.2):
+        budget = int(factor * refused.value.smallest_budget_bytes)
+        torch.manual_seed(0)
+        module = Wide().double()
+        tbptt = TBPTT(
+            module,
+            nn.functional.mse_loss,
+            optimizer=torch.optim.SGD(module.parameters(), 0.1),
+            per_step=False,
+            memory_budget=budget,
+            **options,
+        )
+        data = TensorSequence(
+            torch.randn(48, LANES, INNER).double(), torch.randn(48, LANES, OUTER).double()
+        )
+        windows = list(tbptt.windows(data))
+        peaks = [window.peak_bytes for window in windows]
+        assert max(peaks) <= budget
+        assert tbptt.parts.runner.parts.advances.of(windows[-1].state) is not None
