@@ -20,7 +20,7 @@ from tbptt_ckpt.devices import check_on_one, device_of
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.replay import ReplayExecutor, storage_of
-from tbptt_ckpt.executor.runners import make_runner
+from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.memory.libraries import library_bytes
 from tbptt_ckpt.memory.storages import tensor_bytes
 from tbptt_ckpt.module.ambient import Ambient

@@ -14,8 +14,7 @@ from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.initial_state import for_lanes
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.resets import Resets
-from tbptt_ckpt.executor.runner import Runner
-from tbptt_ckpt.executor.runners import make_runner
+from tbptt_ckpt.executor.runner import Runner, make_runner
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient, in_eval_mode

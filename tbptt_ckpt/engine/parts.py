@@ -27,8 +27,7 @@ from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.losses import LossFunction
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay import ReplayExecutor, storage_of
-from tbptt_ckpt.executor.runner import Runner
-from tbptt_ckpt.executor.runners import make_runner
+from tbptt_ckpt.executor.runner import Runner, make_runner
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.inside import is_compiled, modules_in, owner_of
 from tbptt_ckpt.module.recurrence import (

@@ -21,7 +21,7 @@ from tbptt_ckpt.executor.block_forms import Wanted
 from tbptt_ckpt.executor.checkpoint import CheckpointedSpans, ContextFn
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer
 from tbptt_ckpt.executor.replay_check import UNCHECKED, CheckInBackward
-from tbptt_ckpt.executor.runners import make_runner
+from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import Executor, WindowPass

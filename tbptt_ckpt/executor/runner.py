@@ -16,7 +16,6 @@ from tbptt_ckpt.data.packing import join_blocks
 from tbptt_ckpt.data.source import check_time_exists
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.compiled_steps import BLOCK_STEPS, CompiledSteps
-from tbptt_ckpt.executor.found_advances import Advance
 from tbptt_ckpt.executor.found_parts import FoundParts
 from tbptt_ckpt.executor.resets import Resets
 from tbptt_ckpt.executor.segment_parts import SegmentParts, rows_of
@@ -29,13 +28,16 @@ from tbptt_ckpt.module.first_call import begins, call_first, check_agreement, is
 from tbptt_ckpt.module.outputs import OutputsNeeded
 from tbptt_ckpt.module.recurrence import (
     Recurrence,
+    check_autocast,
+    check_initialised,
     check_segment_output,
     following_time_dim,
     split_result,
 )
 from tbptt_ckpt.module.trees import Tree, iterate_tensors, tensors_of
 from tbptt_ckpt.schedule.forms import Form
-from tbptt_ckpt.time_batching.policy import TimeBatching
+from tbptt_ckpt.time_batching.compiler import CompileChoice
+from tbptt_ckpt.time_batching.policy import TimeBatching, TimeBatchingChoice
 
 
 class Runner:
@@ -72,20 +74,18 @@ class Runner:
         given = self.recurrence, self._autocast_dtype, self.time_batching, self.parts
         return Runner(*given, CompiledSteps(self.recurrence, False, self.time_batching))
 
-    def _call(self, inputs: Any, state: Tree, advance: Advance | None = None) -> Any:
-        """Call the module, or what makes its state alone."""
+    def _call(self, inputs: Any, state: Tree) -> Any:
         if self._told is not None:
             self._told(partial(iterate_tensors, state))
-        call = advance or self.recurrence.call
         tells = not self._is_known and is_telling(self.recurrence, inputs)
         if tells or not self._is_called:
             result = call_first(self.recurrence, inputs, state)
             self._is_called, self._is_known = True, tells
             return result
         if state is not None:
-            return call(inputs, state)
+            return self.recurrence.call(inputs, state)
         with begins(self.recurrence, state):
-            return call(inputs, state)
+            return self.recurrence.call(inputs, state)
 
     def _compare_first(self, sink: Sink, inputs: Tree, outputs: Tree, targets: Tree) -> None:
         """Look once at outputs and targets, where a loss takes both."""
@@ -212,13 +212,9 @@ class Runner:
         sink.passed(block.stop, outputs, 0)
 
     def _run_steps_with_outputs(self, block: StepBlock, state: Tree, sink: Sink) -> Tree:
-        weights = block.step_weights()
-        steps = zip(
-            self._step_inputs(block),
-            block.step_targets(),
-            repeat(1.0) if weights is None else weights,
-            strict=False,
-        )
+        weights = repeat(1.0) if (w := block.step_weights()) is None else w
+        rows, targets = self._step_inputs(block), block.step_targets()
+        steps = zip(rows, targets, weights, strict=False)
         for inputs, target, weight in steps:
             output, state = self._call_step(inputs, state)
             if is_present(weight):
@@ -246,10 +242,12 @@ class Runner:
         block = join_blocks(blocks)
         time_dim, wants_outputs = self._time_dim(block), first_wanted < block.stop
         inputs = self._segment_inputs(block, time_dim)
-        advance = None if wants_outputs else self.parts.advances.of(state)
+        reached = None if wants_outputs else self.parts.advances.run(inputs, state, self._told)
+        if reached is not None:
+            return reached
         with OutputsNeeded(wants_outputs) as needed:
-            result = self._call(inputs, state, advance)
-            is_whole = needed.are_whole() and advance is None
+            result = self._call(inputs, state)
+            is_whole = needed.are_whole()
         outputs, state = split_result(result, self.recurrence)
         if is_whole:
             sink.passed(block.stop, outputs, time_dim)
@@ -260,8 +258,7 @@ class Runner:
                 targets = to_time_dim(block.targets, block.time_dim, time_dim)
                 self._compare_first(sink, inputs, outputs, targets)
             wanted = block.part(max(block.start, first_wanted), block.stop)
-            first = wanted.start - block.start
-            outputs = narrow(outputs, first, num_steps, num_steps, time_dim)
+            outputs = narrow(outputs, wanted.start - block.start, num_steps, num_steps, time_dim)
             targets = to_time_dim(wanted.targets, wanted.time_dim, time_dim)
             sink.take_segment(outputs, targets, wanted, time_dim)
         return state
@@ -279,3 +276,23 @@ class Runner:
         # An unbatched nn.LSTM takes [T, F] whatever batch_first says.
         layer, time_dim = self.recurrence.layer, self.recurrence.time_dim
         return time_dim if layer is None else following_time_dim(time_dim, block.inputs)
+
+
+def make_runner(
+    recurrence: Recurrence,
+    autocast_dtype: torch.dtype | None,
+    time_batching: TimeBatchingChoice = False,
+    *,
+    traces: bool = False,
+    has_room: bool = True,
+    compile: CompileChoice = False,  # noqa: A002
+) -> Runner:
+    """A runner for the user's module; the rest is as for `FoundParts`."""
+    module = recurrence.module
+    check_initialised("module", module)
+    check_autocast(module, autocast_dtype)
+    batching = TimeBatching(time_batching, module)
+    traces = traces and autocast_dtype is None  # which no trace sees
+    parts = FoundParts(recurrence, batching, traces=traces, has_room=has_room)
+    compiled = CompiledSteps(recurrence, compile, batching, in_half=autocast_dtype is not None)
+    return Runner(recurrence, autocast_dtype, batching, parts, compiled)

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbptt_ckpt import TBPTT, TensorSequence
 from tbptt_ckpt.data.blocks import StepBlock
-from tbptt_ckpt.executor.runners import make_runner
+from tbptt_ckpt.executor.runner import make_runner
 from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import Ambient

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, TbpttWarning, TensorSequence
+from tbptt_ckpt.executor import found_advances
 
 NUM_STEPS, LANES, INNER, OUTER = 60, 3, 4, 5
 LEFT = "state alone in advances"
@@ -68,6 +69,11 @@ class Asking(Model):
 FOUND, LEFT_AS_THEY_ARE = [Model, BatchFirst], [Drawing, Asking]
 
 
+@pytest.fixture(autouse=True)
+def small_models_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_advances, "_LEAST_PRODUCTS", 0)
+
+
 @pytest.fixture
 def read_out(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of rows that were read out, call by call."""
@@ -118,6 +124,67 @@ def assert_same(ours: list[Any], plain: list[Any]) -> None:
         torch.testing.assert_close(mine, its, rtol=0, atol=0)
 
 
+def naive_windows(
+    module: Model, inputs: Tensor, targets: Tensor, keep: Tensor, resets: Tensor, k1: int, k2: int
+) -> list[list[Tensor]]:
+    """Gradients of windows, step by step, with weights that stand still."""
+    time_dim, found = module.time_dim, list[list[Tensor]]()
+    state = tuple(torch.zeros(2, LANES, INNER).double() for _ in range(2))
+    states = list[Any]()
+
+    def step(t: int, state: Any) -> tuple[Tensor, Any]:
+        alive = (~resets[t]).double()[:, None]
+        output, state = module(inputs[t].unsqueeze(time_dim), tuple(s * alive for s in state))
+        return output.squeeze(time_dim), state
+
+    for t in range(NUM_STEPS):
+        states.append(state)
+        with torch.no_grad():
+            state = step(t, state)[1]
+    for stop in range(k1, NUM_STEPS + 1, k1):
+        start, total = max(0, stop - k2), torch.zeros(()).double()
+        state = states[start]
+        for t in range(start, stop):
+            output, state = step(t, state)
+            if t >= stop - k1:
+                total = total + ((output - targets[t]) ** 2 * keep[t, :, None]).sum()
+        loss = total / (keep[stop - k1 : stop].sum() * OUTER)
+        found.append(list(torch.autograd.grad(loss, list(module.parameters()))))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "executor", "overlap"),
+    [
+        (Model, "uniform:5", "replay", "refresh"),
+        (Model, "sqrt", "checkpoint", "refresh"),
+        (BatchFirst, "sqrt", "replay", "stale"),
+        (BatchFirst, "retain", "checkpoint", "stale"),
+    ],
+)
+def test_gradients_are_those_of_a_plain_loop(
+    kind: Any, strategy: str, executor: str, overlap: str
+) -> None:
+    torch.manual_seed(0)
+    module = kind().double()
+    inputs, targets = torch.randn(2, NUM_STEPS, LANES, INNER + OUTER).double()
+    inputs, targets = inputs[..., :INNER], targets[..., :OUTER]
+    keep, resets = torch.rand(NUM_STEPS, LANES) > 0.2, torch.rand(NUM_STEPS, LANES) > 0.95
+    expected = naive_windows(module, inputs, targets, keep, resets, 12, 30)
+    data = [each.movedim(0, module.time_dim) for each in (inputs, targets)]
+    sequence = TensorSequence(*data, weight=keep.double(), resets=resets, time_dim=module.time_dim)
+    tbptt = TBPTT(
+        module, nn.functional.mse_loss, 12, 30, None, per_step=False, time_dim=module.time_dim,
+        strategy=strategy, executor=executor, overlap=overlap,
+    )  # fmt: skip
+    first = tuple(torch.zeros(2, LANES, INNER).double() for _ in range(2))
+    for _, its in zip(tbptt.windows(sequence, first), expected, strict=True):
+        mine = [parameter.grad for parameter in module.parameters()]
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+        module.zero_grad(set_to_none=True)
+    assert reasons(tbptt) == []
+
+
 def reasons(tbptt: TBPTT) -> list[str]:
     return [each.reason for each in tbptt.batched_operations if each.operation == LEFT]
 
@@ -145,6 +212,34 @@ def test_what_would_be_lost_leaves_the_module_as_it_is(kind: Any, read_out: list
     assert_same(ours, plain)
     assert sum(read_out) >= rows
     assert reasons(tbptt)
+
+
+def test_a_window_too_small_to_be_looked_at_is_not(
+    read_out: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(Model, time_batching=False)
+    rows = sum(read_out)
+    read_out.clear()
+    monkeypatch.setattr(found_advances, "_LEAST_PRODUCTS", 50_000_000)
+    run(Model)
+    assert sum(read_out) == rows
+
+
+def test_what_changes_unseen_is_told_after_so_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_advances, "_CHECKED_WINDOWS", 2)
+
+    made = found_advances._Advance.__call__
+
+    def other(advance: Any, inputs: Tensor, state: Any) -> Any:
+        return tuple(each + 1 for each in made(advance, inputs, state))
+
+    def change(_module: Model, number: int) -> None:
+        if number == 1:
+            monkeypatch.setattr(found_advances._Advance, "__call__", other)
+
+    with pytest.warns(TbpttWarning, match="is not what it was .* last 2 windows"):
+        _, tbptt = run(Model, change, strategy="retain")
+    assert any("does not make the state" in reason for reason in reasons(tbptt))
 
 
 def test_what_the_state_hangs_on_is_run(read_out: list[int]) -> None:
@@ -205,4 +300,4 @@ def test_a_budget_is_kept_by_a_module_whose_outputs_are_large() -> None:
         windows = list(tbptt.windows(data))
         peaks = [window.peak_bytes for window in windows]
         assert max(peaks) <= budget
-        assert tbptt.parts.runner.parts.advances.of(windows[-1].state) is not None
+        assert reasons(tbptt) == []
