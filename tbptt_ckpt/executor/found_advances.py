@@ -94,6 +94,7 @@ class FoundAdvances:
             and not isinstance(call, Recurrent)  # which leaves its readout out by itself
         )
         self._is_worth = False  # once a window was long enough
+        self._is_asked = True  # for a state alone, since the last look
         self._held: list[_Held] = []
         self._num_held = self._num_windows = 0  # the latter since it was last compared
         self._in_force: tuple[_Advance, ...] = ()
@@ -104,6 +105,7 @@ class FoundAdvances:
 
     def run(self, inputs: Tree, state: Tree, told: Told | None) -> Tree | None:
         """The state that a call reaches from this one; None if the module has to make it."""
+        self._is_asked = True
         kinds = self._kinds(state) if self._in_force else None
         for advance in self._in_force:
             if advance.kinds == kinds:
@@ -112,20 +114,24 @@ class FoundAdvances:
                 return advance(inputs, state)
         return None
 
-    def look(self, blocks: Sequence[StepBlock], begin: int, state: Tree) -> bool | None:
+    def look(
+        self, blocks: Sequence[StepBlock], begin: int, state: Tree, *, ahead: bool
+    ) -> bool | None:
         """A window begins: find what makes the state, if it is not known of the module as it is.
+
+        `ahead`: before it is planned. Of others, none is looked at after one without an advance.
 
         Returns:
             Whether advances make it alone; None where that is never so.
         """
         self._in_force, module = (), self._recurrence.module
-        if not self._is_open or not isinstance(module, nn.Module):
-            return None
-        if any(isinstance(each.inputs, Column) for each in blocks):
+        has_columns = any(isinstance(each.inputs, Column) for each in blocks)
+        if not self._is_open or not isinstance(module, nn.Module) or has_columns:
             return None
         self._is_worth = self._is_worth or _is_large(module, blocks, begin)
-        if not self._is_worth:
+        if not self._is_worth or not (ahead or self._is_asked):
             return None
+        self._is_asked = ahead
         if is_watched(blocks, state):
             return False
         given = map_tensors(lambda t: t[0], blocks[0].inputs)

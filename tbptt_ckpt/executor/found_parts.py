@@ -130,7 +130,7 @@ class FoundParts:
             alone; None where their form does not ask.
         """
         if not self._recurrence.per_step:
-            return self.advances.look(blocks, begin, state)
+            return self.advances.look(blocks, begin, state, ahead=ahead)
         self._is_counted &= not ahead
         self._look(blocks, begin, state)
         self._is_counted = ahead
