@@ -251,7 +251,7 @@ def test_a_model_from_a_file_of_ones_own(models, capfd):
     [
         later("Signature", "it takes (symbols): too many", "_check_takes_state"),
         ("Raising", "raised KeyError: 'a weight'", 'raise KeyError("a weight")'),
-        later("NoState", "returned Tensor, not (logits, state)", "check_model"),
+        later("NoState", "returned a Tensor; it must return (output, state)", "split_result"),
         later("Missing", "cannot be found: AttributeError", "has no attribute 'Missing'"),
     ],
 )
