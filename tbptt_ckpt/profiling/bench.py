@@ -6,7 +6,6 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -111,9 +110,8 @@ class WindowBench:
             held_states=self._watch.held_states,
             kept_state_bytes=costs and costs.kept_state_bytes,
             store_seconds=costs and costs.store_seconds,
-            gradient_error=rounding_error(
-                self._work, replace(self._configuration, strategy=window.plan)
-            ),
+            gradient_error=window.plan
+            and rounding_error(self._work, self._configuration, window.plan),
             longest_leaf=window.plan.longest_leaf if window.plan else None,
             form=window.plan.form if window.plan else None,
             forms=dict(window.plan.forms) if window.plan else {},

@@ -14,19 +14,21 @@ from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import tensors_of
 from tbptt_ckpt.profiling.configuration import Configuration
 from tbptt_ckpt.profiling.workload import EndlessSource, Workload
+from tbptt_ckpt.schedule.plan import Plan
 
 
-def rounding_error(work: Workload, configuration: Configuration) -> float | None:
-    """What rounded states change in the gradient of a window, over that gradient's norm.
+def rounding_error(work: Workload, configuration: Configuration, plan: Plan) -> float | None:
+    """What rounded states change in the gradient of a window of a plan, over its norm.
 
     None where none are rounded, and where memory is missing. The first window that reaches back
-    all of k2 runs from rounded states and from exact ones, at today's weights and by a strategy
-    that does not measure; gradients and generators stay as they are.
+    all of k2 runs from rounded states and from exact ones, at today's weights and cut as in the
+    plan, whatever made its steps; gradients and generators stay as they are.
     """
     if storage_of(configuration.executor).dtype is None:
         return None
     try:
-        return _rounding_error(work, configuration)
+        cuts = replace(plan, form="auto", forms=())
+        return _rounding_error(work, replace(configuration, strategy=cuts))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ from tbptt_ckpt import (
 )
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor import ReplayExecutor
-from tbptt_ckpt.profiling import MemoryReport
+from tbptt_ckpt.profiling import MemoryReport, Workload
+from tbptt_ckpt.profiling.configuration import Configuration
+from tbptt_ckpt.profiling.rounding import rounding_error
+from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.schedule.strategies import parse_strategy
 
 NUM_STEPS = 12
 BF16, F32 = torch.bfloat16, torch.float32
@@ -115,6 +120,22 @@ def test_a_profile_says_how_far_the_gradient_of_its_window_is_off(kind: str) -> 
     assert report.gradient_error == pytest.approx(error, rel=1e-6, abs=1e-15)
     assert (error > 1e-6) == (kind == "uniform:3")
     assert MemoryReport.from_json(report.to_json()).gradient_error == report.gradient_error
+
+
+def test_that_is_measured_of_a_plan_whatever_made_its_steps() -> None:
+    inputs, targets = random_data(NUM_STEPS)
+    work = Workload(
+        tanh_cell(), mean_loss, inputs=inputs, targets=targets, init_state=random_state()
+    )
+    executor, cuts = ReplayExecutor(state_dtype=BF16), "uniform:3"
+    windows = Configuration(strategy=cuts, k1=NUM_STEPS, k2=NUM_STEPS, executor=executor)
+    plan = plan_window(parse_strategy(cuts), 0, 0, NUM_STEPS)
+    errors = {
+        form: rounding_error(work, windows, replace(plan, form=form))
+        for form in ("auto", "compiled", "fused")  # the engine here compiles nothing
+    }
+    assert len(set(errors.values())) == 1
+    assert errors["auto"] > 1e-6
 
 
 def test_windows_go_on_from_exact_states() -> None:

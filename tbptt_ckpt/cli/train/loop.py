@@ -188,13 +188,13 @@ class TrainingLoop:
             return None
         plan, k2 = self._last
         configuration = Configuration(
-            strategy=plan,
+            strategy=config.strategy,
             k1=config.k1,
             k2=k2,
             overlap=config.overlap,
             executor=config.stored(config.executor),
         )
-        return rounding_error(self._work, configuration)
+        return rounding_error(self._work, configuration, plan)
 
     def progress(self, stage: str, shown: str = "") -> Progress:
         """Where the run stands."""
