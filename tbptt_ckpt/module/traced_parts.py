@@ -19,9 +19,7 @@ from tbptt_ckpt.module.lane_wise import is_lane_wise_function
 from tbptt_ckpt.module.lane_wise_modules import is_lane_wise_module
 from tbptt_ckpt.module.looked_through import looked_through, template_of
 from tbptt_ckpt.module.part_functions import Encode, Readout, Transition, part_of
-from tbptt_ckpt.module.step_effects import (
-    NoPartsError,
-)
+from tbptt_ckpt.module.step_effects import NoPartsError
 from tbptt_ckpt.module.step_parts import BareCell, StepParts, bare_cell
 from tbptt_ckpt.module.step_trace import StepTrace, line_at, value_of
 from tbptt_ckpt.module.step_values import Call

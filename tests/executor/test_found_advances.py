@@ -121,6 +121,18 @@ def assert_same(ours: list[Any], plain: list[Any]) -> None:
         torch.testing.assert_close(mine, its, rtol=0, atol=0)
 
 
+def both_read_out(
+    kind: Callable[[], Model], read_out: list[int], **options: Any
+) -> tuple[int, int, TBPTT]:
+    """Rows read out by the module itself and by what was found, whose bits are the same."""
+    plain, _ = run(kind, time_batching=False, **options)
+    rows = sum(read_out)
+    read_out.clear()
+    ours, tbptt = run(kind, **options)
+    assert_same(ours, plain)
+    return rows, sum(read_out), tbptt
+
+
 def naive_windows(
     module: Model, inputs: Tensor, targets: Tensor, keep: Tensor, resets: Tensor, k1: int, k2: int
 ) -> list[list[Tensor]]:
@@ -190,35 +202,24 @@ def reasons(tbptt: TBPTT) -> list[str]:
 def test_advances_read_nothing_out_and_bits_are_the_same(
     kind: Any, overlap: str, read_out: list[int]
 ) -> None:
-    plain, _ = run(kind, overlap=overlap, time_batching=False)
-    rows = sum(read_out)
-    read_out.clear()
-    ours, tbptt = run(kind, overlap=overlap)
-    assert_same(ours, plain)
-    assert sum(read_out) < 0.8 * rows
+    plain, ours, tbptt = both_read_out(kind, read_out, overlap=overlap)
+    assert ours < 0.8 * plain
     assert reasons(tbptt) == []
 
 
 @pytest.mark.parametrize("kind", [Drawing, Asking])
 def test_what_would_be_lost_leaves_the_module_as_it_is(kind: Any, read_out: list[int]) -> None:
-    plain, _ = run(kind, time_batching=False)
-    rows = sum(read_out)
-    read_out.clear()
-    ours, tbptt = run(kind)
-    assert_same(ours, plain)
-    assert sum(read_out) >= rows
+    plain, ours, tbptt = both_read_out(kind, read_out)
+    assert ours >= plain
     assert reasons(tbptt)
 
 
 def test_a_window_too_small_to_be_looked_at_is_not(
     read_out: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(Model, time_batching=False)
-    rows = sum(read_out)
-    read_out.clear()
     monkeypatch.setattr(found_advances, "_LEAST_PRODUCTS", 50_000_000)
-    run(Model)
-    assert sum(read_out) == rows
+    plain, ours, _ = both_read_out(Model, read_out)
+    assert ours == plain
 
 
 def test_what_changes_unseen_is_told_after_so_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,12 +240,8 @@ def test_what_changes_unseen_is_told_after_so_many_windows(monkeypatch: pytest.M
 
 
 def test_what_the_state_hangs_on_is_run(read_out: list[int]) -> None:
-    plain, _ = run(Fed, time_batching=False)
-    rows = sum(read_out)
-    read_out.clear()
-    ours, _ = run(Fed)
-    assert_same(ours, plain)
-    assert sum(read_out) >= rows
+    plain, ours, _ = both_read_out(Fed, read_out)
+    assert ours >= plain
 
 
 def test_changes_between_windows_are_seen() -> None:
@@ -277,7 +274,6 @@ def test_a_budget_is_kept_by_a_module_whose_outputs_are_large() -> None:
     with pytest.raises(InfeasibleBudgetError) as refused:
         run(Wide, memory_budget=1, **options)
     assert refused.value.smallest_budget_bytes is not None
-    peaks = list[int]()
     for factor in (1.0, 1.2):
         budget = int(factor * refused.value.smallest_budget_bytes)
         torch.manual_seed(0)
@@ -293,7 +289,5 @@ def test_a_budget_is_kept_by_a_module_whose_outputs_are_large() -> None:
         data = TensorSequence(
             torch.randn(48, LANES, INNER).double(), torch.randn(48, LANES, OUTER).double()
         )
-        windows = list(tbptt.windows(data))
-        peaks = [window.peak_bytes for window in windows]
-        assert max(peaks) <= budget
+        assert max(window.peak_bytes for window in tbptt.windows(data)) <= budget
         assert reasons(tbptt) == []
