@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 from tbptt_ckpt.engine.initial_state import InitialState
 from tbptt_ckpt.engine.open_window import OpenWindow
 from tbptt_ckpt.engine.parts import Parts
+from tbptt_ckpt.engine.results import WindowResult
+from tbptt_ckpt.engine.standing import Standing
 from tbptt_ckpt.errors import ArgumentError, NonFiniteError
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.window_loss import WindowLoss
 from tbptt_ckpt.module.host import Number
 from tbptt_ckpt.schedule.windows import Window
-from tbptt_ckpt.updates.ranks import Ballot, Outcome, RankGroup
+from tbptt_ckpt.updates.ballots import Ballot, Outcome
+from tbptt_ckpt.updates.ranks import RankGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,18 +42,22 @@ class Agreed:
     is_last: bool
     _outcome: Outcome | None
 
-    def sums(self, own: WindowLoss) -> tuple[float, float]:
+    def sums(self, own: WindowLoss | None = None) -> tuple[float, float]:
         """Summed loss and weight; of this rank's `own` loss where it trains alone."""
-        if self._outcome is None:
-            return own.loss_sum, float(own.weight)
-        return self._outcome.loss_sum, self._outcome.positions
+        if self._outcome is not None:
+            return self._outcome.loss_sum, self._outcome.positions
+        return (0.0, 0.0) if own is None else (own.loss_sum, float(own.weight))
 
-    def figures(self, own: OpenWindow) -> dict[str, Any]:
-        """What a result says of it."""
+    def figures(self, own: OpenWindow | None = None) -> dict[str, Any]:
+        """What a result says of it; it is `own`, unless others alone have run it."""
+        if self._outcome is not None:
+            tokens = self._outcome.tokens
+        else:
+            tokens = 0 if own is None else own.num_tokens()
         return {
             "loss": self.loss,
             "loss_value": None if self.loss is None else float(self.number),
-            "num_tokens": own.num_tokens() if self._outcome is None else self._outcome.tokens,
+            "num_tokens": tokens,
         }
 
 
@@ -56,11 +65,14 @@ class Agreement:
     """Says of each window of a run what becomes of it; `observer` is told before.
 
     Attributes:
+        reached: Steps trained so far, of the rank that has come furthest; 0 without ranks.
+        is_over: Whether all ranks have run their last window; False without ranks.
         peaks: The highest peak of every rank, once all have ended; None without ranks.
     """
 
     def __init__(self, parts: Parts, observer: Observer, initial: InitialState) -> None:
         self._parts, self._observer, self._initial = parts, observer, initial
+        self.reached, self.is_over = 0, False
         self.peaks: tuple[int | None, ...] | None = None
         self._ranks: RankGroup | None = parts.updater.deliveries.ranks
         if self._ranks is not None and initial.leaves() and not initial.is_shared:
@@ -82,22 +94,23 @@ class Agreement:
         if ranks is None:
             self._observer.differentiated(window, loss, states)
             return Agreed(loss, numbers.loss_number, None, is_last, None)
+        here: dict[str, Any] = {"window": window.index, "reached": window.stop, "is_last": is_last}
         try:
             self._observer.differentiated(window, loss, states)
         except NonFiniteError:
-            _vote_fault(ranks, Ballot(window=window.index, is_last=is_last, is_fault=True))
+            with suppress(NonFiniteError):  # the others then know as much as this rank
+                self._vote(ranks, Ballot(**here, is_fault=True))
             raise
         positions = 0.0 if loss is None else opened.loss.positions
         weight = 1.0 if ranks.sums else positions
         ballot = Ballot(
-            window=window.index,
+            **here,
             loss_sum=0.0 if loss is None else float(numbers.loss_number) * weight,
             positions=positions,
             tokens=opened.num_tokens(),
             has_loss=loss is not None,
-            is_last=is_last,
         )
-        return self._of(ranks, ranks.vote(ballot), loss)
+        return self._vote(ranks, ballot, loss)
 
     def learned(self, opened: OpenWindow, agreed: Agreed) -> dict[str, Any]:
         """What is known of how far back a window that is done has reached."""
@@ -105,39 +118,68 @@ class Agreement:
         truncation = self._parts.truncation
         return truncation.has_run(draw, norms, has_loss=has_loss, factor=agreed.factor)
 
-    def finish(self, peak_bytes: int | None, index: int) -> None:
-        """This rank's sequence has ended: take part in the updates of others, until theirs have.
+    @property
+    def takes_part(self) -> bool:
+        """Whether other ranks have windows yet, where this one's sequence has ended."""
+        return self._ranks is not None and not self.is_over
 
-        `peak_bytes` is the highest peak of its windows, which others are told; `index` is that
-        of the window which does not follow.
+    def take_part(self, window: Window, before: Standing) -> tuple[WindowResult, Standing]:
+        """Other ranks run a window that has no steps here: update the weights as they do.
+
+        Raises:
+            NonFiniteError: One of them has found what is not finite.
+            RankError: Weights have come to differ, or a rank is gone.
+        """
+        assert self._ranks is not None, "there are others"
+        begun, updater, leaves = time.perf_counter(), self._parts.updater, self._initial.leaves()
+        updater.deliveries.begin()
+        updater.clear(leaves)
+        agreed = self._vote(self._ranks, Ballot())
+        if agreed.loss is not None:
+            updater.add(agreed.loss, agreed.number)
+        updated = updater.update(agreed.is_last, leaves, self._observer)
+        self._parts.truncation.has_passed(window.index, has_loss=agreed.loss is not None)
+        last = before.records.carried
+        result = WindowResult(
+            **asdict(window),
+            state=None if last is None else last.state,
+            recomputed_steps=0,
+            peak_bytes=None,
+            reserved_peak_bytes=None,
+            drift=0.0,
+            seconds=time.perf_counter() - begun,
+            plan=None,
+            updated=updated,
+            **agreed.figures(),
+        )
+        totals = before.totals.plus(result, *agreed.sums())
+        return result, replace(before, index=window.index + 1, totals=totals)
+
+    def finish(self, peak_bytes: int | None) -> None:
+        """All sequences have ended; `peak_bytes` is the highest peak here, which others are told.
 
         Raises:
             RankError: Weights have come to differ, or a rank is gone.
         """
-        if (ranks := self._ranks) is None:
-            return
-        updater, leaves = self._parts.updater, self._initial.leaves()
-        while not ranks.is_last:
-            updater.deliveries.begin()
-            updater.clear(leaves)
-            agreed = self._of(ranks, ranks.vote(Ballot()), None)
-            if agreed.loss is not None:
-                updater.add(agreed.loss, agreed.number)
-            updater.update(agreed.is_last, leaves, self._observer)
-            self._parts.truncation.has_passed(index, has_loss=agreed.loss is not None)
-            index += 1
-        ranks.compare()
-        self.peaks = ranks.told(peak_bytes)
+        if self._ranks is not None:
+            self._ranks.compare()
+            self.peaks = self._ranks.told(peak_bytes)
 
-    def _of(self, ranks: RankGroup, outcome: Outcome, own: Tensor | None) -> Agreed:
+    def state_dict(self) -> dict[str, Any]:
+        """How far all ranks have come."""
+        return {"reached": self.reached, "is_over": self.is_over}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.reached, self.is_over = state["reached"], state["is_over"]
+
+    def _vote(self, ranks: RankGroup, ballot: Ballot, own: Tensor | None = None) -> Agreed:
+        outcome = ranks.vote(ballot)
+        self.reached, self.is_over = outcome.reached, outcome.is_last
+        if outcome.fault:
+            raise NonFiniteError(outcome.fault)
         loss = None
         if outcome.loss is not None:
             dtype = torch.float64 if own is None else own.dtype
             loss = torch.tensor(outcome.loss, dtype=dtype, device=self._parts.device)
-        return Agreed(loss, Number(outcome.loss), outcome.factor, ranks.is_last, outcome)
-
-
-def _vote_fault(ranks: RankGroup, ballot: Ballot) -> None:
-    """Tell the others, who then know as much as this rank."""
-    with suppress(NonFiniteError):
-        ranks.vote(ballot)
+        return Agreed(loss, Number(outcome.loss), outcome.factor, outcome.is_last, outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tbptt_ckpt.budget.meter import UnmeteredWindow, WindowMeter
 from tbptt_ckpt.budget.window_budget import PlannedWindow
-from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.window_reader import WindowReader
 from tbptt_ckpt.engine.agreement import Agreement
 from tbptt_ckpt.engine.compiling import compile_planned, plan_opened
@@ -21,13 +20,13 @@ from tbptt_ckpt.engine.open_window import OpenWindow
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.parts import Parts
 from tbptt_ckpt.engine.results import Totals, TrainResult, WindowResult
+from tbptt_ckpt.engine.run_ambient import RunAmbient
 from tbptt_ckpt.engine.standing import Mark, Standing, load_standing
 from tbptt_ckpt.errors import ArgumentError, TbpttError
 from tbptt_ckpt.executor.guard import WeightGuard
 from tbptt_ckpt.executor.observer import UNOBSERVED, Observer, together
 from tbptt_ckpt.executor.window_pass import StateGrads
-from tbptt_ckpt.module.ambient import Ambient, AmbientState
-from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import Window, update_point, window_at
 
@@ -57,15 +56,24 @@ class SequenceRun:
         self._agreement = Agreement(parts, self._observer, self.initial)
         self._standing = Standing()
         parts.updater.begin_sequence()
-        self._ambient: Ambient | None = None
+        self._ambient = RunAmbient(parts, self.initial)
         self._begun = time.perf_counter()
-        self._present: AmbientState | None = None  # to start from, once devices are known
-        self._first_ambient: AmbientState | None = None
 
     @property
     def totals(self) -> Totals:
         """Sums over the windows so far."""
         return self._standing.totals
+
+    @property
+    def num_steps(self) -> int:
+        """Steps trained so far, of the rank that has come furthest."""
+        return max(self.totals.num_steps, self._agreement.reached)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last window has run, on all ranks."""
+        is_here = self.totals.num_steps == self._reader.num_steps
+        return is_here and not self._agreement.takes_part
 
     @property
     def state_grads(self) -> StateGrads | None:
@@ -74,7 +82,9 @@ class SequenceRun:
 
     def __iter__(self) -> Iterator[WindowResult]:
         while (window := self.next_window()) is not None:
-            yield self.run_window(window)
+            result = self.run_window(window)
+            if window.num_new_steps:  # one of other ranks has none here
+                yield result
         self.finish()
 
     def finish(self) -> None:
@@ -82,10 +92,9 @@ class SequenceRun:
 
         Where the last window was skipped, the group of windows before it updates here.
         """
-        if self._ambient is not None:
-            self._ambient.check_complete(searches=True)
-        if self.totals.num_steps == self._reader.num_steps:
-            self._agreement.finish(self.totals.peak_bytes, self._standing.index)
+        self._ambient.check_complete()
+        if self._is_over:
+            self._agreement.finish(self.totals.peak_bytes)
             self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
@@ -96,12 +105,16 @@ class SequenceRun:
         return self.totals.result(last.state, seconds, self._agreement.peaks)
 
     def next_window(self) -> Window | None:
-        """The next window, or None at the end; reads up to k1 steps past its end."""
+        """The next window, or None at the end; reads up to k1 steps past its end.
+
+        One without steps is run by other ranks, whose sequences have not ended.
+        """
         k1, k2, index = self._options.k1, self._options.most_k2, self._standing.index
         self._reader.look_ahead(update_point(index + 1, None, k1))
         num_steps = self._reader.num_steps
         if num_steps is not None and index * k1 >= num_steps:
-            return None
+            is_theirs = self._agreement.takes_part
+            return Window(index, num_steps, num_steps, num_steps) if is_theirs else None
         self._reader.drop_before(window_at(index, num_steps, k1, k2).first)
         self._reader.look_ahead(update_point(index + 2, None, k1))
         window = window_at(index, self._reader.num_steps, k1, k2)
@@ -111,18 +124,20 @@ class SequenceRun:
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
         try:
-            return self._run(window)
+            run = self._run if window.num_new_steps else self._agreement.take_part
+            result, self._standing = run(window, self._standing)
         except StopIteration as error:  # it would be taken for the end of the windows
             raise TbpttError(
                 "module, loss_fn, a hook or the optimizer raised StopIteration; raise another error"
             ) from error
+        return result
 
-    def _run(self, whole: Window) -> WindowResult:
+    def _run(self, whole: Window, before: Standing) -> tuple[WindowResult, Standing]:
         begun, parts = time.perf_counter(), self._parts
         parts.updater.deliveries.begin()
         guard = parts.guard(weights := parts.weights())
         opened = self._open(parts.truncation.of(whole))
-        window, records = opened.draw.window, self._standing.records
+        window, records = opened.draw.window, before.records
         waiting = (*weights, *self.initial.leaves())
         planned = self._plan(opened, waiting) if opened.has_loss() else None
         parts.updater.clear(self.initial.leaves())
@@ -161,14 +176,13 @@ class SequenceRun:
             **figures,
             **agreed.figures(opened),
         )
-        totals = self.totals.plus(result, *agreed.sums(opened.loss))
-        self._standing = Standing(window.index + 1, records, totals, guard.expected, state_grads)
-        return result
+        totals = before.totals.plus(result, *agreed.sums(opened.loss))
+        return result, Standing(window.index + 1, records, totals, guard.expected, state_grads)
 
     def _open(self, draw: Draw) -> OpenWindow:
         """The window with its steps; what generators and buffers they find is recorded."""
         blocks = self._reader.window(draw.window.first, draw.window.stop, draw.whole.first)
-        ambient = self._ambient_for(blocks)
+        ambient = self._ambient.of(blocks)
         records, num_steps = self._standing.records, self._reader.num_steps
         records.find_ambient(draw.window.new_start, ambient.found())
         given = (self._options, self._parts, draw, num_steps, blocks, ambient)
@@ -218,23 +232,11 @@ class SequenceRun:
         beside = opened.beside_bytes(self._reader) + self._parts.updater.aside_bytes
         return WindowMeter(self._parts.device, held, beside)
 
-    def _ambient_for(self, blocks: Sequence[StepBlock]) -> Ambient:
-        if self._ambient is None:
-            tensors = [*self._parts.parameters, *tensors_of(self.initial.state)]
-            tensors += tensors_of(blocks[0].inputs)
-            self._ambient = Ambient([self._parts.recurrence.module], tensors)
-            if self._present is not None:
-                self._ambient.adopt(self._present)
-            self._first_ambient = self._ambient.capture()
-        return self._ambient
-
     def mark(self) -> Mark:
         """Where the run stands, for `rewind`; copies no states, but gradients that accumulate."""
-        ambient = self._present_ambient()
         return Mark(
             standing=self._standing.copy(),
-            ambient=ambient,
-            random=Ambient((), ()).found() if ambient is None else None,
+            rewind_ambient=self._ambient.mark(),
             rewind_updater=self._parts.updater.mark(self.initial.leaves(), self._parts.device),
             collected=self.initial.collected(),
         )
@@ -248,25 +250,25 @@ class SequenceRun:
         mark.rewind_updater()
         self._standing = mark.standing.copy()
         self.initial.set_collected(mark.collected)
-        ambient = mark.ambient or self._first_ambient
-        if self._ambient is not None and ambient is not None:
-            self._ambient.restore(ambient)
-        if mark.random is not None:
-            Ambient((), ()).restore(mark.random)
+        mark.rewind_ambient()
 
     def skip(self, window: Window) -> None:
         """Go on after `window`, which is next, from the state before it and without an update."""
-        ambient = self._ambient_for(self._reader.window(window.first, window.stop)).found()
+        if not window.num_new_steps:
+            self._standing = replace(self._standing, index=window.index + 1)
+            return
+        ambient = self._ambient.of(self._reader.window(window.first, window.stop)).found()
         self._standing = self._standing.skipping(window, ambient)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands between windows; tensors are its own, to be written at once."""
         return {
-            **self._standing.state_dict(self._present_ambient(), self._weights()),
+            **self._standing.state_dict(self._ambient.present(), self._weights()),
             "collected": self.initial.collected(),
             "group": self._parts.updater.group.state_dict(),
             "returns_pairs": self._parts.loss_function.state_dict(),
             "reader": self._reader.state_dict(),
+            "ranks": self._agreement.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], changed: Container[str] = ()) -> None:
@@ -275,13 +277,15 @@ class SequenceRun:
         The global generators, weights and buffers that are not part of a boundary state are
         the caller's to restore. What has `changed`, by name, goes on as it is.
         """
-        assert self._ambient is None, "the run has not begun"
         self._reader.load_state_dict(state["reader"], changed="data" in changed)
         self.initial.set_collected(state["collected"])
+        if "ranks" in state:  # older ones have none
+            self._agreement.load_state_dict(state["ranks"])
         self._parts.updater.group.load_state_dict(state["group"])
         if "loss_fn" not in changed:
             self._parts.loss_function.load_state_dict(state["returns_pairs"])
-        self._standing, self._present = load_standing(state, self._weights())
+        self._standing, found = load_standing(state, self._weights())
+        self._ambient.go_on(found)
 
     def unkept_window(self, limit: int | None, *, changed: bool = True) -> Window | None:
         """The first one without its first state, up to `limit`; that or the data has `changed`."""
@@ -290,10 +294,6 @@ class SequenceRun:
         ends = filter(None, (self._reader.num_steps, limit))
         at_records = self._options.begins_at_records(has_length=changed or self._has_length)
         return self._standing.unkept_window(min(ends, default=None), self._options, at_records)
-
-    def _present_ambient(self) -> AmbientState | None:
-        """Generators and buffers now; None before devices are known."""
-        return self._present if self._ambient is None else self._ambient.found()
 
     def _weights(self) -> object:
         return self._parts.guard(self._parts.weights()).fingerprint()

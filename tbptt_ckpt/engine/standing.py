@@ -95,7 +95,6 @@ class Mark:
     """A place between two windows to which a run can be rewound."""
 
     standing: Standing
-    ambient: AmbientState | None
-    random: AmbientState | None  # the global generators, where the run has not begun
+    rewind_ambient: Callable[[], None]
     rewind_updater: Callable[[], None]
     collected: dict[int, Tensor]

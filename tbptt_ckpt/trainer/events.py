@@ -19,7 +19,8 @@ class WindowEvent(WindowFigures):
         epoch: Passes completed before this one.
         loss: What was differentiated; None where no step has a target.
         steps_per_second: New steps per second.
-        executed_steps_per_step: Module steps run for every new step.
+        executed_steps_per_step: Module steps run for every new step; 0.0 where it has none, since
+            other ranks alone have run it.
     """
 
     steps: int
@@ -40,7 +41,7 @@ class WindowEvent(WindowFigures):
             epoch=epoch,
             loss=result.loss_value,
             steps_per_second=result.num_new_steps / result.seconds,
-            executed_steps_per_step=1 + result.recomputed_steps / result.num_new_steps,
+            executed_steps_per_step=result.executed_steps / max(1, result.num_new_steps),
             **{each.name: getattr(result, each.name) for each in fields(WindowFigures)},
         )
 

@@ -57,7 +57,7 @@ class RunState:
     @property
     def num_steps(self) -> int:
         """Steps trained so far, in total."""
-        trained = 0 if self.run is None else self.run.totals.num_steps
+        trained = 0 if self.run is None else self.run.num_steps
         return self.progress.steps_before + trained
 
     def begin(self) -> None:

@@ -61,6 +61,7 @@ _RUN = {
         **{"segments": bool, "folds": (bool, None)},
     },
     "reader": dict,
+    "ranks": {"reached": int, "is_over": bool},
 }
 _PROGRESS = {
     "epoch": int,

@@ -87,8 +87,6 @@ class Trainer:
         self.tbptt, self._parts = tbptt, tbptt.parts
         self._epochs, self._max_steps = epochs, max_steps
         self._ranks = self._parts.updater.deliveries.ranks
-        if self._ranks is not None:
-            self._ranks.require_even()
         self._saving = NoSnapshots() if snapshots is None else Saving(snapshots, ranks=self._ranks)
         self._announcer = Announcer((*self._saving.sinks, *events))
         self._validating = (

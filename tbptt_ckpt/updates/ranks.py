@@ -1,15 +1,17 @@
 """Ranks of `torch.distributed` that make every update together.
 
 NOTE [One vote a window]
-Ranks run their windows by themselves, each under its own plan, and run them again where memory is
-missing. With a window's gradient at hand a rank tells the others what it found, in a few numbers
-over gloo, and does with them what all of them say: how large its share of the update is, whether
-one is due, whether a loss somewhere is not finite. A rank whose sequence has ended goes on voting.
+Ranks run their windows by themselves, each under its own plan. With a window's gradient at hand a
+rank tells the others what it found, in a few numbers over gloo, and does with them what all of them
+say: how large its share of the update is, whether one is due, whether a loss somewhere is not
+finite. One that missed memory says so, and votes anew when it has run the window again, as all do
+then. A rank whose sequence has ended goes on voting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
@@ -19,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbptt_ckpt.arguments import PositiveInt, check_fields
-from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.errors import ArgumentError, RankError
+from tbptt_ckpt.updates.ballots import Ballot, Outcome, ballots_of, outcome_of
 from tbptt_ckpt.updates.checksums import checksums_of, differing
 
 R = TypeVar("R")
@@ -41,52 +44,6 @@ class Ranks:
         check_fields(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ballot:
-    """What a rank says of a window; of none where its sequence has ended.
-
-    Attributes:
-        window: Its index; -1 of none.
-        loss_sum: Its loss, times `positions` where it is a mean.
-        positions: What its loss is a mean of, or would be.
-        tokens: Valid new steps of its lanes.
-        has_loss: Whether it was differentiated.
-        is_last: Whether no window follows on the rank.
-        is_fault: Whether it is not to be used, since something is not finite.
-        stop: The signal that the rank was sent; 0 of none.
-        saves: Whether a snapshot is due there.
-    """
-
-    window: int = -1
-    loss_sum: float = 0.0
-    positions: float = 0.0
-    tokens: int = 0
-    has_loss: bool = False
-    is_last: bool = True
-    is_fault: bool = False
-    stop: int = 0
-    saves: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What the ballots of a window come to.
-
-    Attributes:
-        loss: Of all ranks; None where no rank has one.
-        loss_sum: Of all ranks, not divided.
-        positions: What a mean is divided by.
-        tokens: Valid new steps of all lanes of all ranks.
-        factor: What this rank's gradient is multiplied by before the mean over ranks is taken.
-    """
-
-    loss: float | None
-    loss_sum: float
-    positions: float
-    tokens: int
-    factor: float
-
-
 class RankGroup:
     """The ranks, seen from one of them. All of them make it, and call it, in the same order.
 
@@ -95,7 +52,6 @@ class RankGroup:
 
     Attributes:
         sums: The same.
-        is_last: Whether the windows that were voted on last are the last ones of all ranks.
         num_votes: So far.
 
     Raises:
@@ -120,8 +76,8 @@ class RankGroup:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         is_gloo = dist.get_backend() == "gloo"
         self._group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
-        self.is_last, self._updates, self.num_votes = True, 0, 0
-        self._is_even, self._wishes = False, (0, False)
+        self._updates, self.num_votes, self._wishes = 0, 0, (0, False)
+        self._repeated: list[tuple[int, int]] = []
         self._agreed: tuple[int, bool] | None = None  # before the first vote
         shapes = {f"shape of {name}": tuple(w.shape) for name, w in weights.items()}
         self._check_same({**settings, "names of weights": tuple(weights), **shapes})
@@ -129,48 +85,41 @@ class RankGroup:
     def vote(self, ballot: Ballot) -> Outcome:
         """Give this rank's ballot and get what all come to.
 
+        Where ranks have to run a window again the others vote once more, until all have run it.
+
         Raises:
-            NonFiniteError: A rank has found what is not finite; no rank uses the window.
             RankError: Ranks are at different windows, or one is gone.
         """
         self.num_votes += 1
         stop, saves = self._wishes
-        ballot = replace(ballot, stop=stop, saves=saves)
-        rows = self._gathered(torch.tensor(astuple(ballot), dtype=torch.float64, device="cpu"))
-        ballots = [Ballot(**dict(zip(_FIELDS, row, strict=True))) for row in rows.tolist()]
-        at = {int(each.window) for each in ballots if each.window >= 0}
-        if len(at) > 1:
-            where = {rank: int(each.window) for rank, each in enumerate(ballots)}
-            raise RankError(f"ranks are at different windows, by rank: {where}")
+        ballots = self._cast(replace(ballot, stop=stop, saves=saves))
+        while any(each.is_again for each in ballots):
+            ballots = self._cast(replace(ballot, stop=stop, saves=saves))
         self._agreed = int(max(each.stop for each in ballots)), any(b.saves for b in ballots)
-        self.is_last = all(each.is_last for each in ballots)
-        if self._is_even and self.is_last != any(each.is_last for each in ballots):
-            ended = [rank for rank, each in enumerate(ballots) if each.is_last]
-            raise RankError(
-                f"the sequences of ranks {ended} end before those of others, and a Trainer counts "
-                "steps; give all as many, with weight zero where lanes have ended (LaneSource)"
-            )
-        if faults := [rank for rank, each in enumerate(ballots) if each.is_fault]:
-            raise NonFiniteError(
-                f"window {max(at)} is not finite on rank {faults[0]} of {self.count}; no rank has "
-                "updated its weights"
-            )
-        positions = sum(each.positions for each in ballots)
-        loss_sum = sum(each.loss_sum for each in ballots)
-        has_loss = any(each.has_loss for each in ballots) and positions > 0
-        mean = loss_sum / positions if positions else 0.0
-        share = ballot.positions / positions if positions else 0.0
-        return Outcome(
-            loss=(loss_sum if self.sums else mean) if has_loss else None,
-            loss_sum=loss_sum,
-            positions=positions,
-            tokens=int(sum(each.tokens for each in ballots)),
-            factor=self.count * (1.0 if self.sums else share),
-        )
+        return outcome_of(ballots, self.rank, sums=self.sums)
 
-    def require_even(self) -> None:
-        """From now on all ranks have as many windows, or votes raise `RankError`."""
-        self._is_even = True
+    def vote_again(self, window: int) -> None:
+        """Memory was missing in a window: the others, which have run it, hear that and wait.
+
+        Raises:
+            RankError: Ranks are at different windows, or one is gone.
+        """
+        self._cast(Ballot(window=window, is_again=True))
+
+    def take_repeated(self) -> list[tuple[int, int]]:
+        """Rank and window, of windows that others have run again since this was asked."""
+        found, self._repeated = self._repeated, []
+        return found
+
+    def _cast(self, ballot: Ballot) -> list[Ballot]:
+        numbers = torch.tensor(astuple(ballot), dtype=torch.float64, device="cpu")
+        ballots = ballots_of(self._gathered(numbers))
+        self._repeated += [
+            (rank, each.window)
+            for rank, each in enumerate(ballots)
+            if each.is_again and rank != self.rank
+        ]
+        return ballots
 
     def wish(self, stop: int, *, saves: bool) -> None:
         """What this rank says in its next vote: the signal to stop by, and if a snapshot is due."""
@@ -234,12 +183,16 @@ class RankGroup:
         return [bool(each) for each in found.any(0).tolist()]
 
     def average(self, grads: Sequence[Tensor]) -> None:
-        """The mean over ranks, in place: one all-reduce for each dtype and device."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        """The mean over ranks, in place: one all-reduce, or one for each of several devices.
+
+        Among gradients of several types all are summed in the one that holds each of them.
+        """
+        by_device: dict[torch.device, list[Tensor]] = {}
         for grad in grads:
-            kinds.setdefault((grad.dtype, grad.device), []).append(grad)
-        for (_, device), alike in kinds.items():
-            flat = torch.cat([grad.reshape(-1) for grad in alike]).div_(self.count)
+            by_device.setdefault(grad.device, []).append(grad)
+        for device, alike in by_device.items():
+            dtype = widest(alike)
+            flat = torch.cat([grad.reshape(-1).to(dtype) for grad in alike]).div_(self.count)
             dist.all_reduce(flat, group=self._group if device.type == "cpu" else None)
             parts = torch.split(flat, [grad.numel() for grad in alike])
             for grad, part in zip(alike, parts, strict=True):
@@ -295,4 +248,6 @@ class RankGroup:
             ) from error
 
 
-_FIELDS = tuple(Ballot.__dataclass_fields__)
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type in which all of some tensors can be held, of which there is one."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
