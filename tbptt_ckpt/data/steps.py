@@ -133,6 +133,21 @@ class SourceReader:
         return next(iter(shapes))
 
 
+class NoSteps:
+    """The sequence of a rank that has none, where others have one."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, start: int, stop: int) -> tuple[Tree, Tree]:
+        """Nothing."""
+        return (), None
+
+    def state_dict(self) -> dict[str, Any]:
+        """By which it is known."""
+        return {"has_no_steps": True}
+
+
 def reader_for(sequence: Any, recurrence: Recurrence) -> StepIterable | SourceReader:
     """The reader of a user's sequence for a module."""
     check_sequence(sequence)

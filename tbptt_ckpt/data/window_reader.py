@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tbptt_ckpt.data.blocks import StepBlock, load_block, store_block
-from tbptt_ckpt.data.steps import StepIterable, reader_for
+from tbptt_ckpt.data.steps import NoSteps, StepIterable, reader_for
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.memory.meter import can_measure, peak_memory
 from tbptt_ckpt.module.recurrence import Recurrence
@@ -55,7 +55,8 @@ class WindowReader:
         self._in_order = self.num_steps is None or isinstance(self._reader, StepIterable)
         self._held: list[StepBlock] = []
         self._position = 0
-        self._check_not_empty()
+        if not isinstance(sequence, NoSteps):
+            self._check_not_empty()
 
     def drop_before(self, step: int) -> None:
         """Forget steps that no later window needs."""

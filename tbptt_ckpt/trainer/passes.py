@@ -15,7 +15,7 @@ from tbptt_ckpt.arguments import checked_where_used
 from tbptt_ckpt.data.batches import Batches, Sequences
 from tbptt_ckpt.data.blocks import load_block, narrow_blocks, store_block
 from tbptt_ckpt.data.source import Source, for_module
-from tbptt_ckpt.data.steps import check_sequence, length_of
+from tbptt_ckpt.data.steps import NoSteps, check_sequence, length_of
 from tbptt_ckpt.engine.initial_state import SharedState
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
@@ -109,12 +109,18 @@ class Passes:
         number: int,
         steps_before: int,
         saved: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        is_somewhere: Callable[[bool], bool] = bool,
     ) -> SequenceRun | None:
         """A sequence of a pass from its first step; None where the pass has not as many.
 
-        `saved` are the first state's tensors as a snapshot has them, to go on with.
+        `saved` are the first state's tensors as a snapshot has them, to go on with;
+        `is_somewhere`, which is told if there is one here, says whether any rank has one: then it
+        is here one without steps.
         """
         source, self.limit = self._sequence(epoch, number), None
+        if is_somewhere(source is not None) and source is None:
+            source = NoSteps()
         if source is None:
             return None
         if self._max_steps is not None:

@@ -70,6 +70,7 @@ class Recovery(Observer):
         for attempt in count(1):
             mark: Mark | None = None
             problem = failure = None
+            begun = self._num_votes()
             try:
                 mark = run.mark()
                 result = run.run_window(window)
@@ -81,6 +82,7 @@ class Recovery(Observer):
                 failure = first_line(error)
             else:
                 self._skipped_in_a_row = 0
+                self._tell_of_others()
                 return result
             # Here, outside of the except block, the failed call's tensors are free.
             release_memory()
@@ -90,8 +92,24 @@ class Recovery(Observer):
             if problem is not None:
                 self._skip_or_stop(run, window, problem)
                 return None
+            if self._num_votes() != begun:
+                raise OutOfMemoryError(
+                    f"window {window.index} has run, and its update, which all ranks had agreed "
+                    f"on, does not fit into memory on this one: {failure} "
+                    f"({self._memory_in_words()})"
+                )
             self._shrink_or_stop(window, attempt, str(failure))
         raise AssertionError("count does not end")
+
+    def _num_votes(self) -> int:
+        ranks = self._parts.updater.deliveries.ranks
+        return 0 if ranks is None else ranks.num_votes
+
+    def _tell_of_others(self) -> None:
+        ranks = self._parts.updater.deliveries.ranks
+        for rank, window in () if ranks is None else ranks.take_repeated():
+            message = f"window {window} did not fit on rank {rank}, which has run it again"
+            self._announcer.notice("out_of_memory", message, rank=rank)
 
     def asks(self, numbers: Numbers, loss: Tensor | None, states: list[Tree]) -> None:
         """Ask for a window's loss, and for the largest magnitude in its states."""
@@ -176,6 +194,8 @@ class Recovery(Observer):
             f"again under {smaller}, from here on equal to other runs to rounding",
             attempt,
         )
+        if (ranks := self._parts.updater.deliveries.ranks) is not None:
+            ranks.vote_again(window.index)
 
     def _note_exhausted(self, message: str, attempt: int) -> None:
         resident = rss_bytes().total

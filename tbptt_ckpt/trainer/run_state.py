@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tbptt_ckpt.data.steps import NoSteps
 from tbptt_ckpt.engine.results import WindowResult
 from tbptt_ckpt.engine.sequence_run import SequenceRun
 from tbptt_ckpt.engine.tbptt import TBPTT
@@ -68,10 +69,13 @@ class RunState:
     def begin_sequence(self) -> SequenceRun | None:
         """The present sequence, or the next one; None where the pass has ended, and is counted."""
         if self.run is None:
-            self.run = self._passes.begin(*self.progress.place)
+            self.run = self._passes.begin(*self.progress.place, is_somewhere=self._is_somewhere)
             if self.run is None:
                 self.progress.end_pass()
         return self.run
+
+    def _is_somewhere(self, is_here: bool) -> bool:
+        return is_here if self._ranks is None else any(self._ranks.exchange(is_here))
 
     def end_sequence(self) -> None:
         """The present sequence has been run to its end."""
@@ -134,7 +138,12 @@ class RunState:
             learning = as_held(self._parts, state["learning"], read)
             load_learning_state(self._parts, learning, accepted)
             if there is not None:
-                run = self._passes.begin(*progress.place, state["init_state"])
+                had_no_steps = there["reader"].get("source") == NoSteps().state_dict()
+                run = self._passes.begin(
+                    *progress.place,
+                    state["init_state"],
+                    is_somewhere=lambda is_here: is_here or had_no_steps,
+                )
                 saved = {**state, "run": there}
                 resume_run(run, saved, self._passes.limit, self._k1, accepted)
             for name in self._extra.keys() & state["extra"].keys():

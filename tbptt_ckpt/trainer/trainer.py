@@ -135,6 +135,7 @@ class Trainer:
     def windows(self) -> Iterator[WindowResult]:
         """The same, one window at a time; a snapshot is taken when the next is asked for.
 
+        One of other ranks, where this rank's sequence has ended, is among them, without steps.
         Between windows SIGINT interrupts your own code, as ever.
         """
         for result in self._windows(signals := StopSignals()):
@@ -149,6 +150,8 @@ class Trainer:
             stack.callback(self._announcer.close)
             stack.callback(self._saving.close)
             stack.enter_context(signals)
+            if self._ranks is not None:
+                self._total_steps = self._ranks.most(self._total_steps)
             self._between_windows(signals)
             while not self._is_done():
                 for result in self._rest_of_pass():

@@ -222,6 +222,11 @@ class RankGroup:
         given = torch.tensor([-1 if size is None else size], dtype=torch.int64, device="cpu")
         return tuple(None if each < 0 else each for each in self._gathered(given)[:, 0].tolist())
 
+    def most(self, size: int | None) -> int | None:
+        """The largest that a rank says; None where one does not know."""
+        sizes = self.told(size)
+        return None if None in sizes else max(filter(None, sizes), default=0)
+
     def _check_same(self, facts: Mapping[str, object]) -> None:
         found = self.exchange(dict(facts))
         for rank, theirs in enumerate(found):

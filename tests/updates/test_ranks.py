@@ -44,10 +44,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
+from uneven_ranks import check_resumed, check_uneven
 
 from tbptt_ckpt import TBPTT, NonFinite, SharedState, TensorSequence, Trainer
 from tbptt_ckpt.engine import Ranks
-from tbptt_ckpt.errors import ArgumentError, NonFiniteError, RankError
+from tbptt_ckpt.errors import ArgumentError, NonFiniteError, OutOfMemoryError, RankError
 from tbptt_ckpt.executor import compiled_steps
 from tbptt_ckpt.trainer import TrainingStopped
 from tbptt_ckpt.updates.ranks import RankGroup
@@ -367,6 +368,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_auto_k2(path / "audits", rank, count)
     check_budgets(rank, count)
     check_costs_of_the_slowest(rank, count)
+    check_uneven(path / "uneven", rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
     check_broken_shards(path / "shards", rank, count)
 
@@ -394,7 +396,25 @@ def test_gradients_are_reduced_in_bytes_that_are_free_before_the_update(
     expected = [grad.clone() for grad in grads]
     RankGroup(Ranks(), {}, {}).average(grads)
     assert all(map(torch.equal, grads, expected))
-    assert [tensor.untyped_storage().nbytes() for tensor in sent] == [0, 0]
+    assert [(tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in sent] == [
+        (torch.float32, 0)  # one for all, in the type that holds both
+    ]
+
+
+@pytest.mark.exhaustive
+def test_trainers_of_uneven_ranks_that_stop_anywhere(tmp_path: Path) -> None:
+    on_two_ranks(partial(check_resumed, tmp_path))
+
+
+def test_memory_that_is_missing_in_an_agreed_update_ends_the_run(alone: None) -> None:
+    module = tanh_cell()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: missing_memory())
+    tbptt = TBPTT(module, masked_mean, K1, 7, optimizer, strategy="uniform:3", ranks="all")
+    sequence, state = sequence_of(0, 1, is_masked=True)
+    words = "window 0 has run, and its update, which all ranks had agreed on, does not fit"
+    with pytest.raises(OutOfMemoryError, match=words):
+        Trainer(tbptt, sequence, init_state=state).train()
 
 
 @pytest.mark.exhaustive
