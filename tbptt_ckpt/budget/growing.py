@@ -89,6 +89,23 @@ class GrowingBudget(WindowBudget):
         # What smaller steps take says nothing of those that the costs are of.
         return PlannedWindow(planned.plan) if self._is_smaller else planned
 
+    @property
+    def may_measure(self) -> bool:
+        """Whether costs are not known, and to be measured some time."""
+        return self._present.is_measured and self.costs is None
+
+    def plans_by_costs(self, request: Request) -> bool:
+        """Whether the window's plan follows from costs."""
+        return self._present.plans_by_costs(request)
+
+    def measured(self) -> dict[str, Any]:
+        """Costs as plain data, for others that run the same steps; empty where none are known."""
+        return self._present.window_costs.state_dict() if self.costs else {}
+
+    def take_measured(self, state: Mapping[str, Any]) -> None:
+        """Plan with what another has measured."""
+        self._present.window_costs.load_state_dict(state)
+
     def can_meter(self, device: torch.device) -> bool:
         """Whether memory can be measured now."""
         return self._present.can_meter(device)

@@ -54,6 +54,9 @@ class MeasuredBudget(WindowBudget):
         batching: In which form steps run; where "auto" leaves that open, plans from the measured
             costs of each decide.
         storage: How states are kept.
+
+    Attributes:
+        is_measured: Whether what windows take, `window_costs`, could be measured.
     """
 
     def __init__(
@@ -67,12 +70,11 @@ class MeasuredBudget(WindowBudget):
     ) -> None:
         super().__init__(plans.strategy)
         self._plans = plans
-        self._costs = WindowCosts(
+        self.window_costs = self._costs = WindowCosts(
             costs, self._plans.promised, updater, parameters, batching, storage
         )
-        self._num_metered, self._longest_metered = 0, 0
+        self._num_metered, self._longest_metered, self.is_measured = 0, 0, True
         self._last: tuple[Shape, Costs] | None = None  # planned
-        self._is_measured = True  # False where what windows take could not be measured
 
     @property
     def costs(self) -> Costs | None:
@@ -82,13 +84,13 @@ class MeasuredBudget(WindowBudget):
     @property
     def has_measured(self) -> bool:
         """Whether the form of steps was decided by what was measured."""
-        return self._is_measured and self._costs.are_measured
+        return self.is_measured and self._costs.are_measured
 
     def plans_by_costs(self, request: Request) -> bool:
         """Whether the window's plan follows from costs, known ones or such as are measured now."""
         is_short = not self._plans.promised and request.shape.run_steps <= SHORT_WINDOW_STEPS
         cannot = self._costs.must_measure and (is_short or not self.can_meter(request.device))
-        return self._is_measured and not cannot
+        return self.is_measured and not cannot
 
     def room(self, request: Request) -> int:
         """What segments may take beside what there is; fixes the budget."""
@@ -111,7 +113,7 @@ class MeasuredBudget(WindowBudget):
         self, window: Window, joints: Sequence[int], make_request: Callable[[], Request]
     ) -> PlannedWindow:
         """The window's plan; measures costs if there are none yet."""
-        if not self._is_measured:
+        if not self.is_measured:
             return super().plan(window, joints, make_request)
         request = make_request()
         if not self.plans_by_costs(request):
@@ -160,9 +162,8 @@ class MeasuredBudget(WindowBudget):
             if cuts > shape.cuts:
                 shape = replace(shape, cuts=cuts)
                 continue
-            if not self._plans.promised or self._costs.foretell(chosen.longest_leaf):
-                return shape, costs, chosen
-            if not self.can_meter(request.device):
+            is_foretold = self._costs.foretell(chosen.longest_leaf)
+            if not self._plans.promised or is_foretold or not self.can_meter(request.device):
                 return shape, costs, chosen
             room = self._plans.budget - held_bytes - request.input_bytes
             self._costs.meter_longer(request, room, chosen.longest_leaf)
@@ -226,7 +227,7 @@ class MeasuredBudget(WindowBudget):
 
     def state_dict(self) -> dict[str, Any]:
         """Costs and plans as plain data; empty before the first window."""
-        if not self.costs or not self._is_measured:
+        if not self.costs or not self.is_measured:
             return {}
         return {
             **self._costs.state_dict(),
@@ -243,7 +244,7 @@ class MeasuredBudget(WindowBudget):
             self._num_metered = state["num_metered"]
             self._longest_metered = state.get("longest_metered", 0)  # older ones do not say
         else:
-            self._is_measured = used in (None, str(self.strategy))
+            self.is_measured = used in (None, str(self.strategy))
         super().load_state_dict(state, used)
 
     def _refusal(self, ran: WatchedWindow, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
@@ -282,17 +283,16 @@ class MeasuredBudget(WindowBudget):
         """The next smaller strategy, where there was no memory to measure what windows take."""
         self._do_without_costs()
         smaller = super().shrink(window)
-        if smaller is None or not self._plans.promised:
-            return smaller
-        return (
-            f"{smaller}, and memory_budget is not looked at any more, since there was no memory "
-            "to measure what windows take"
+        words = (
+            ", and memory_budget is not looked at any more, since there was no memory to measure "
+            "what windows take"
         )
+        return smaller and (smaller + words if self._plans.promised else smaller)
 
     def _do_without_costs(self) -> None:
         if isinstance(self.strategy, Optimal):  # which is nothing without them
             self._follow(Auto())
-        self._is_measured = False
+        self.is_measured = False
 
 
 def _held_bytes(request: Request) -> int:

@@ -134,6 +134,7 @@ class Agreement:
         begun, updater, leaves = time.perf_counter(), self._parts.updater, self._initial.leaves()
         updater.deliveries.begin()
         updater.clear(leaves)
+        self._parts.shared_costs.plan(lambda: None)
         agreed = self._vote(self._ranks, Ballot())
         if agreed.loss is not None:
             updater.add(agreed.loss, agreed.number)

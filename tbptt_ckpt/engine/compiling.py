@@ -23,20 +23,26 @@ def plan_opened(
     waiting: Sequence[Tensor],
     *,
     copies_weights: bool,
-) -> PlannedWindow:
-    """The plan of a window that has a loss; what it may run by is compiled before it is measured.
+) -> PlannedWindow | None:
+    """The plan of a window; what it may run by is compiled before it is measured.
 
+    None without a loss.
     `held` gives what is live between windows, `waiting` what has hooks that see nothing of it;
     `copies_weights` if the update copies what it changes.
     """
     compiled = parts.runner.compiled
+    if not opened.has_loss():
+        return parts.shared_costs.plan(lambda: None)
 
     def make_request() -> Request:
         request = opened.request(reader, held(), copies_weights)
         ahead = partial(_look, parts, opened, waiting, None)
         return replace(request, compile_ahead=ahead if compiled.may_be_taken() else None)
 
-    return parts.budget.plan(opened.draw.window, opened.joints(), make_request)
+    def make() -> PlannedWindow:
+        return parts.budget.plan(opened.draw.window, opened.joints(), make_request)
+
+    return parts.shared_costs.plan(make, make_request)
 
 
 def compile_planned(

@@ -19,6 +19,7 @@ from tbptt_ckpt.engine.auto_k2 import make_truncation
 from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.ranks import make_ranks
 from tbptt_ckpt.engine.reach_gauge import ReachGauge
+from tbptt_ckpt.engine.shared_costs import SharedCosts
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.checkpoint import CheckpointExecutor
@@ -58,6 +59,7 @@ class Parts:
     updater: Updater
     executor: Executor
     budget: WindowBudget  # plans windows, and keeps them within bytes
+    shared_costs: SharedCosts  # of the slowest of ranks
     truncation: Truncation  # how far back each of them goes
     parameters: list[nn.Parameter]  # the weights of module and loss
     observer: Observer  # told of all that is done
@@ -152,13 +154,15 @@ def make_parts(
     wrappers = deliveries.wrappers
     is_drawn = options.parsed_truncation() is not None  # what gradients are is divided
     is_sharded = wrappers.is_sharded or wrappers.shards.is_any
+    budget = _make_budget(options, executor, updater, parameters, runner, measured=measured)
     works = measured and not (executor.one_graph or is_sharded or is_drawn)
     return Parts(
         runner=runner,
         loss_function=LossFunction(loss_fn),
         updater=updater,
         executor=executor,
-        budget=_make_budget(options, executor, updater, parameters, runner, measured=measured),
+        budget=budget,
+        shared_costs=SharedCosts(ranks, budget, options, parameters),
         truncation=make_truncation(options, executor, parameters, updater),
         parameters=parameters,
         observer=observer,

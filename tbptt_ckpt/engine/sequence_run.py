@@ -139,7 +139,7 @@ class SequenceRun:
         opened = self._open(parts.truncation.of(whole))
         window, records = opened.draw.window, before.records
         waiting = (*weights, *self.initial.leaves())
-        planned = self._plan(opened, waiting) if opened.has_loss() else None
+        planned = self._plan(opened, waiting)
         parts.updater.clear(self.initial.leaves())
         put_back = parts.updater.set_aside(self.initial.leaves(), keeps=parts.checks_replays)
         compile_planned(parts, opened, planned, waiting)
@@ -188,11 +188,12 @@ class SequenceRun:
         given = (self._options, self._parts, draw, num_steps, blocks, ambient)
         return OpenWindow(*given, self.initial, records, self._observer)
 
-    def _plan(self, opened: OpenWindow, waiting: Sequence[Tensor]) -> PlannedWindow:
+    def _plan(self, opened: OpenWindow, waiting: Sequence[Tensor]) -> PlannedWindow | None:
         copies = self._observer.wants_copies
         given = (self._parts, opened, self._reader, self._held, waiting)
         planned = plan_opened(*given, copies_weights=copies)
-        self._observer.planned(opened.draw.window)
+        if planned is not None:
+            self._observer.planned(opened.draw.window)
         return planned
 
     def _differentiate(

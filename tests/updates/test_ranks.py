@@ -17,7 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from audits_of_ranks import AUDITED, check_auto_k2
-from budgets_of_ranks import BUDGETS, check_budgets, check_costs_of_the_slowest
+from budgets_of_ranks import (
+    BUDGETS,
+    check_budgets,
+    check_costs_are_measured_once,
+    check_costs_of_the_slowest,
+)
 from cases import WIDTH, gradients, mean_loss, random_state, relative_error, tanh_cell
 from joined_ranks import (
     K1,
@@ -367,6 +372,7 @@ def check_all(path: Path, rank: int, count: int) -> None:
     check_trainer(rank, count)
     check_auto_k2(path / "audits", rank, count)
     check_budgets(rank, count)
+    check_costs_are_measured_once(rank, count)
     check_costs_of_the_slowest(rank, count)
     check_uneven(path / "uneven", rank, count)
     check_goes_on(path, BY_DEFAULT, rank, count)
