@@ -39,7 +39,7 @@ def train(config: TrainingConfig, *, json: Json = False) -> None:
     from tbptt_ckpt.cli.terminal import progress_bar
     from tbptt_ckpt.cli.train.job import run_training_job
     from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
-    from tbptt_ckpt.cli.train.ranks import as_rank, is_first
+    from tbptt_ckpt.cli.ranks import as_rank, is_first
 
     with as_rank(config) as mine:
         if not is_first():

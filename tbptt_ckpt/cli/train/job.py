@@ -12,7 +12,7 @@ from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
-from tbptt_ckpt.cli.train.ranks import share_of
+from tbptt_ckpt.cli.ranks import share_of
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
