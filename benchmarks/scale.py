@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ from benchmarks.report import add_output_arguments, markdown_table, print_origin
 from tbptt_ckpt import TBPTT, Costs, TensorSequence, measure_costs, plan
 from tbptt_ckpt.memory import format_bytes
 from tbptt_ckpt.profiling.environment import describe_environment
+from tbptt_ckpt.updates.ballots import Ballot
 
 K1, K2 = 32, 128
 INPUT, CLASSES = 32, 32
 SHAPES = ((8, 256), (32, 256), (8, 512))  # lanes, width
 RANKS = (1, 2, 10, 100, 1_000)
 LENGTHS = (10_000, 1_000_000, 10**9)
-BALLOT_BYTES = 9 * 8
+BALLOT_BYTES = 8 * len(fields(Ballot))
 
 
 class Cell(nn.Module):

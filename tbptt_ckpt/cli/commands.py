@@ -36,10 +36,10 @@ def train(config: TrainingConfig, *, json: Json = False) -> None:
     on text that was held out. Processes that torchrun has started share the
     lanes and train together.
     """
+    from tbptt_ckpt.cli.ranks import as_rank, is_first
     from tbptt_ckpt.cli.terminal import progress_bar
     from tbptt_ckpt.cli.train.job import run_training_job
     from tbptt_ckpt.cli.train.outcome import outcome_json, print_outcome
-    from tbptt_ckpt.cli.ranks import as_rank, is_first
 
     with as_rank(config) as mine:
         if not is_first():
@@ -112,14 +112,21 @@ def profile(
 
     Plain BPTT is always a row. Every row is measured in a fresh process.
     Options that take a list, separated by commas, measure every combination.
+    Processes that torchrun has started share the lanes, and measure side by side.
     """
     from tbptt_ckpt.cli.profile.job import run_profile
+    from tbptt_ckpt.cli.ranks import as_rank, is_first
     from tbptt_ckpt.cli.terminal import progress_bar
     from tbptt_ckpt.profiling.configuration import ProfileError
 
+    command = shlex.join(["tbptt-ckpt", *GIVEN.get()])
     try:
-        with progress_bar("rows") as watch:
-            report = run_profile(config, watch, command=shlex.join(["tbptt-ckpt", *GIVEN.get()]))
+        with as_rank(config) as mine:
+            if not is_first():
+                run_profile(mine)
+                return
+            with progress_bar("rows") as watch:
+                report = run_profile(mine, watch, command=command)
     except ProfileError as error:
         if traceback and error.remote_traceback:
             print(error.remote_traceback, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`tbptt-ckpt train` in processes that torchrun has started, which train together."""
+"""Commands in processes that torchrun has started: each has lanes of its own, and one speaks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from tbptt_ckpt import SharedState
 from tbptt_ckpt.cli.devices import find_device
+from tbptt_ckpt.cli.model_options import ModelOptions
 from tbptt_ckpt.cli.task import Task
-from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.data.lane_share import lane_range, own_lanes, own_part
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning
 from tbptt_ckpt.module.recurrence import recognise
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+Config = TypeVar("Config", bound=ModelOptions)
+Place = tuple[int, int]  # a rank, of so many
+
 
 @contextmanager
-def as_rank(config: TrainingConfig) -> Iterator[TrainingConfig]:
+def as_rank(config: Config) -> Iterator[Config]:
     """While entered, one of the ranks if torchrun has started this process; what it is to do.
 
     What ends the run is told once: ranks that it ends as well, or after that, end silently.
@@ -56,19 +60,37 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def share_of(task: Task) -> Task:
-    """The task with the lanes of this rank only; as it is where there are no ranks."""
+def own_place() -> Place | None:
+    """Which rank this process is, of how many; None where there are no ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else None
+
+
+def told_by_all(thing: object) -> list[Any] | None:
+    """What all ranks give, by rank; None where there are no ranks."""
     if not dist.is_initialized():
+        return None
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, thing)
+    return found
+
+
+def share_of(task: Task, place: Place | None) -> Task:
+    """The task with the lanes of one rank only; as it is where there are no ranks."""
+    if place is None:
         return task
-    work, first = task.workload, task.workload.init_state
+    (rank, ranks), work, first = place, task.workload, task.workload.init_state
+    lanes = partial(lane_range, rank=rank, ranks=ranks)
     if isinstance(first, SharedState):
-        own = lane_range(first.lanes)
+        own = lanes(first.lanes)
         first = SharedState(first.state, own.stop - own.start)
     else:
         dim = recognise(work.module, work.per_step, work.time_dim, work.lane_dim).lane_dim
-        first = own_part(first, dim)
-    held_out = None if task.held_out is None else own_lanes(task.held_out)
-    work = replace(work, source=own_lanes(work.source), init_state=first)
+        first = own_part(first, dim, lanes)
+    source, held_out = (
+        None if whole is None else own_lanes(whole, rank=rank, ranks=ranks)
+        for whole in (work.source, task.held_out)
+    )
+    work = replace(work, source=source, init_state=first)
     return replace(task, workload=work, held_out=held_out)
 
 

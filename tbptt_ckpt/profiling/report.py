@@ -80,6 +80,7 @@ class MemoryReport:
         status: "ok", "out of memory", "over budget" or "failed".
         message: Why it is not "ok".
         peak_bytes: Peak of tensor memory over one warm window and its update.
+        peak_bytes_of_ranks: The same of every rank, by rank, where several measured side by side.
         fixed_bytes: Of these, what no schedule changes: weights, gradients, optimizer
             state, states carried over, the window's inputs and targets, what libraries keep.
         library_bytes: Of these, what libraries keep of an accelerator's memory, such as cuBLAS's
@@ -122,6 +123,7 @@ class MemoryReport:
     status: str = OK
     message: str | None = None
     peak_bytes: int | None = None
+    peak_bytes_of_ranks: tuple[int | None, ...] | None = None
     fixed_bytes: int | None = None
     library_bytes: int | None = None
     predicted_peak_bytes: int | None = None
@@ -175,7 +177,7 @@ class MemoryReport:
             trace: Whether the window in time is wanted, by far the largest part.
         """
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trace"}
-        for name in ("seconds_range", "ratio_range"):
+        for name in _TUPLES:
             plain[name] = None if plain[name] is None else list(plain[name])
         plain["executed_steps_per_step"] = self.executed_steps_per_step
         plain["prediction_error"] = self.prediction_error
@@ -195,9 +197,9 @@ class MemoryReport:
         try:
             if given.get("trace") is not None:
                 given["trace"] = _trace_from(given["trace"])
-            for name in ("seconds_range", "ratio_range"):
+            for name in _TUPLES:
                 if given.get(name) is not None:
-                    given[name] = tuple(map(float, given[name]))
+                    given[name] = tuple(given[name])
             return cls(**given)
         except (TypeError, KeyError, ValueError) as error:
             raise ArgumentError(f"this is no memory report: {error}") from error
@@ -213,6 +215,7 @@ class MemoryReport:
         return cls.from_dict(json_object(text))
 
 
+_TUPLES = ("seconds_range", "ratio_range", "peak_bytes_of_ranks")
 _DERIVED = {"executed_steps_per_step", "prediction_error"}
 
 

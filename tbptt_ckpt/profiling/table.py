@@ -59,6 +59,7 @@ def _columns(device: str) -> dict[str, Callable[[MemoryReport], str]]:
         "budget": lambda row: _size(row.budget_bytes),
         _BATCHING: lambda row: row.time_batching,
         peak: lambda row: _size(row.peak_bytes) if row.is_ok else row.status,
+        "on ranks": lambda row: _sizes(row.peak_bytes_of_ranks),
         "predicted by": lambda row: _number(row.prediction_error, "+.1%"),
         "reserved peak": lambda row: _size(row.reserved_peak_bytes),
         "allocation retries": lambda row: _number(row.allocation_retries, ","),
@@ -135,6 +136,10 @@ def _named(row: MemoryReport) -> str:
 
 def _size(num_bytes: int | None) -> str:
     return "" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _sizes(sizes: Sequence[int | None] | None) -> str:
+    return ", ".join(_size(size) or "-" for size in sizes or ())
 
 
 def _number(number: float | None, form: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.updates.collected import collected
 from tbptt_ckpt.updates.hooks import HooksOff
-from tbptt_ckpt.updates.ranks import RankGroup
+from tbptt_ckpt.updates.ranks import RankGroup, widest
 from tbptt_ckpt.updates.shards import is_shard
 from tbptt_ckpt.updates.wrappers import Wrappers
 
@@ -108,8 +108,9 @@ class Deliveries:
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
         """What gradients are gathered in when they are reduced."""
         flat = [] if self.ranks is None else [w for w in weights if self.waits(w)]
-        apart = sum(weight.nbytes for weight in flat if id(weight) not in self.wrappers.weights)
-        return max(apart, self.wrappers.bucket_bytes)
+        apart = [weight for weight in flat if id(weight) not in self.wrappers.weights]
+        num_bytes = widest(apart).itemsize * sum(w.numel() for w in apart) if apart else 0
+        return max(num_bytes, self.wrappers.bucket_bytes)
 
     def reduce(self, ranks: RankGroup, weights: Iterable[Tensor]) -> None:
         """An update is due: give `weights` the mean over ranks of what has been delivered.

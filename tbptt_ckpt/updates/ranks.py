@@ -191,12 +191,16 @@ class RankGroup:
         for grad in grads:
             by_device.setdefault(grad.device, []).append(grad)
         for device, alike in by_device.items():
-            dtype = widest(alike)
-            flat = torch.cat([grad.reshape(-1).to(dtype) for grad in alike]).div_(self.count)
+            sizes = [grad.numel() for grad in alike]
+            flat = torch.empty(sum(sizes), dtype=widest(alike), device=device)
+            places = zip(torch.split(flat, sizes), alike, strict=True)
+            parts = [place.view(grad.shape) for place, grad in places]
+            for part, grad in zip(parts, alike, strict=True):
+                part.copy_(grad)
+            flat.div_(self.count)
             dist.all_reduce(flat, group=self._group if device.type == "cpu" else None)
-            parts = torch.split(flat, [grad.numel() for grad in alike])
-            for grad, part in zip(alike, parts, strict=True):
-                grad.copy_(part.view_as(grad))
+            for part, grad in zip(parts, alike, strict=True):
+                grad.copy_(part)
             flat.untyped_storage().resize_(0)  # gloo's thread may hold the tensor for a while yet
 
     def compare(self) -> None:

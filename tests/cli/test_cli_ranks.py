@@ -136,6 +136,20 @@ def test_a_killed_rank_is_started_again_and_goes_on(words: list[str], tmp_path: 
 
 
 @pytest.mark.exhaustive
+def test_a_profile_says_what_the_others_held(words: list[str]) -> None:
+    kept = [*words[1:7], *words[-3:]]  # data, device, lanes, model, json
+    command = ["profile", "--k1", "8", "--k2", "16", "--strategy", "uniform:4", "--repeats", "1"]
+    result = on_ranks([*command, *kept])
+    assert (result.returncode, told(result)) == (0, []), result.stderr
+    (line,) = result.stdout.splitlines()
+    plain, cut = json.loads(line)["rows"]
+    for row in (plain, cut):
+        first, second = row["peak_bytes_of_ranks"]
+        assert row["peak_bytes"] == first > second > 50_000  # of 2 lanes and of 1
+    assert cut["peak_bytes"] < plain["peak_bytes"]
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("options", "message"),
     [

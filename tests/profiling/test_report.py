@@ -47,7 +47,10 @@ FULL = MemoryReport(
 LOST = MemoryReport(strategy="retain", k1=4, k2=8, status="out of memory", message="no room")
 
 
-@pytest.mark.parametrize("report", [FULL, LOST, replace(FULL, trace=None)])
+OF_RANKS = replace(FULL, trace=None, peak_bytes_of_ranks=(300, None, 2048))
+
+
+@pytest.mark.parametrize("report", [FULL, LOST, OF_RANKS])
 def test_a_report_survives_json(report):
     assert MemoryReport.from_json(report.to_json()) == report
     assert MemoryReport.from_json(report.to_json(trace=False)) == replace(report, trace=None)
@@ -65,6 +68,12 @@ def test_rows_and_environment_survive_json():
         *("rss_peak_bytes", "seconds", "ratio", "executed_steps_per_step"),
     }
     assert all(promised <= row.keys() and "trace" not in row for row in plain["rows"])
+
+
+def test_a_table_says_what_was_held_on_all_ranks():
+    table = StrategyReport((OF_RANKS, LOST)).table(200)
+    assert "300 B, -, 2.0 KiB" in table
+    assert "ranks" not in StrategyReport((FULL, LOST)).table(200)
 
 
 def test_derived_figures():

@@ -398,7 +398,8 @@ def test_gradients_are_reduced_in_bytes_that_are_free_before_the_update(
 
     all_reduce = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", reduce)
-    grads = [torch.randn(size, dtype=dtype) for size in (3, 5) for dtype in (torch.half, None)]
+    grads = [torch.randn(size, 2, dtype=kind) for size in (3, 5) for kind in (torch.half, None)]
+    grads.append(torch.randn(2, 3).t())
     expected = [grad.clone() for grad in grads]
     RankGroup(Ranks(), {}, {}).average(grads)
     assert all(map(torch.equal, grads, expected))

@@ -10,16 +10,18 @@ from tbptt_ckpt.cli.devices import find_device
 from tbptt_ckpt.cli.files import write_text
 from tbptt_ckpt.cli.models import make_task
 from tbptt_ckpt.cli.profile.config import ProfileConfig
+from tbptt_ckpt.cli.ranks import Place, is_first, own_place, share_of, told_by_all
 from tbptt_ckpt.profiling.figures import write_figure
 from tbptt_ckpt.profiling.process import ProcessBench
+from tbptt_ckpt.profiling.report import MemoryReport
 from tbptt_ckpt.profiling.strategy_report import StrategyReport
 from tbptt_ckpt.profiling.sweep import Watch, sweep, unwatched
 from tbptt_ckpt.profiling.trace import trace_json
 
 
-def make_workload(config: ProfileConfig) -> Workload:
-    """Model, optimizer and data, in whatever process it is called."""
-    return make_task(config).workload
+def make_workload(config: ProfileConfig, place: Place | None = None) -> Workload:
+    """Model, optimizer and a rank's share of the data, in whatever process it is called."""
+    return share_of(make_task(config), place).workload
 
 
 def _described(config: ProfileConfig) -> str:
@@ -31,10 +33,13 @@ def _described(config: ProfileConfig) -> str:
 def run_profile(
     config: ProfileConfig, watch: Watch = unwatched, *, command: str = ""
 ) -> StrategyReport:
-    """Measure every row in a process of its own and write the files asked for."""
+    """Measure every row in a process of its own and write the files asked for.
+
+    Of several ranks each measures its own lanes, and all get the peaks of all.
+    """
     config.check()
     find_device(config.device)  # refused here rather than in every process
-    make = partial(make_workload, config)
+    make = partial(make_workload, config, own_place())
     report = sweep(
         config.configurations(),
         lambda configuration: ProcessBench(make, configuration),
@@ -44,7 +49,9 @@ def run_profile(
         watch=watch,
         what=_described(config),
     )
-    report = replace(report, command=command)
+    report = replace(report, rows=_with_others(report.rows), command=command)
+    if not is_first():
+        return report
     if config.csv is not None:
         write_text("--csv", config.csv, report.to_csv(), force=config.force)
     if config.trace is not None:
@@ -53,3 +60,12 @@ def run_profile(
         write_figure(report.plot().figure, config.plot)
         write_figure(report.plot_windows(), config.window_plot)
     return report
+
+
+def _with_others(rows: tuple[MemoryReport, ...]) -> tuple[MemoryReport, ...]:
+    """The rows, with what the same ones took on other ranks."""
+    told = told_by_all([row.peak_bytes for row in rows])
+    if told is None:
+        return rows
+    by_row = zip(rows, zip(*told, strict=True), strict=True)
+    return tuple(replace(row, peak_bytes_of_ranks=peaks) for row, peaks in by_row)

@@ -8,11 +8,11 @@ from pathlib import Path
 from tbptt_ckpt import NonFiniteError
 from tbptt_ckpt.cli.files import check_target, file_digest, save_weights, weights_digest
 from tbptt_ckpt.cli.models import make_task
+from tbptt_ckpt.cli.ranks import own_place, share_of
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.loop import TrainingLoop
 from tbptt_ckpt.cli.train.outcome import MemoryUse, Scores, TrainingOutcome
-from tbptt_ckpt.cli.ranks import share_of
 from tbptt_ckpt.memory.resident import RssSampler, rss_bytes
 from tbptt_ckpt.module.recurrence import parameters_of
 from tbptt_ckpt.profiling.peaks import metered, retained_peak
@@ -34,7 +34,7 @@ def run_training_job(config: TrainingConfig, watch: Watch = unwatched) -> Traini
     a loss that became infinite or NaN.
     """
     config.check()
-    task = share_of(make_task(config, lr=config.lr, seed=config.seed))
+    task = share_of(make_task(config, lr=config.lr, seed=config.seed), own_place())
     return _Job(config, task, watch).run()
 
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from tbptt_ckpt import OutOfMemory, Snapshots, Trainer, WindowResult, tbptt_windows
 from tbptt_ckpt.cli import options
+from tbptt_ckpt.cli.ranks import is_first
 from tbptt_ckpt.cli.task import Task
 from tbptt_ckpt.cli.train.config import TrainingConfig
 from tbptt_ckpt.cli.train.outcome import WorkDone
-from tbptt_ckpt.cli.ranks import is_first
 from tbptt_ckpt.engine import Reach
 from tbptt_ckpt.engine.options import K2_TOLERANCE
 from tbptt_ckpt.memory.resident import rss_bytes
