@@ -35,13 +35,14 @@ class WindowEvent(WindowFigures):
         cls, result: WindowResult, *, steps: int, total_steps: int | None, epoch: int
     ) -> WindowEvent:
         """What is told of a window; its tensors are not kept alive."""
+        new = result.num_new_steps
         return cls(
             steps=steps,
             total_steps=total_steps,
             epoch=epoch,
             loss=result.loss_value,
-            steps_per_second=result.num_new_steps / result.seconds,
-            executed_steps_per_step=result.executed_steps / max(1, result.num_new_steps),
+            steps_per_second=new / result.seconds,
+            executed_steps_per_step=1 + result.recomputed_steps / new if new else 0.0,
             **{each.name: getattr(result, each.name) for each in fields(WindowFigures)},
         )
 
