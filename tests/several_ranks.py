@@ -1,4 +1,4 @@
-"""Two processes over gloo that run the same check."""
+"""Two processes over gloo, or more, that run the same check."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def on_ranks(check: Check, count: int) -> None:
+    """Run a check, which can be pickled, on so many; raises what one of them raises."""
+    torch.multiprocessing.spawn(_joined, (count, free_port(), check), nprocs=count)
+
+
 def on_two_ranks(check: Check) -> None:
-    """Run a check, which can be pickled, on both; raises what one of them raises."""
-    torch.multiprocessing.spawn(_joined, (2, free_port(), check), nprocs=2)
+    """The same on both."""
+    on_ranks(check, 2)
 
 
 def _joined(rank: int, count: int, port: int, check: Check) -> None:

@@ -430,6 +430,11 @@ def test_audits_of_two_ranks_under_every_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+def test_who_measures_among_ranks() -> None:
+    on_two_ranks(partial(check_costs_are_measured_once, all_of_it=True))
+
+
+@pytest.mark.exhaustive
 def test_budgets_under_every_wrapper_and_optimizer() -> None:
     on_two_ranks(partial(check_budgets, cases=BUDGETS))
 
