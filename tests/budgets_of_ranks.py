@@ -116,6 +116,7 @@ def check_costs_are_measured_once(rank: int, count: int, *, all_of_it: bool = Fa
     if all_of_it:
         assert measured_by(rank, same) == ([0, 1], True)
         assert measured_by(rank, same, memory_budget=f"{30 + rank}MiB")[0] == [1, 1]
+        assert measured_by(rank, same, **(budget if rank else {"strategy": "sqrt"}))[0] == [0, 1]
     late = torch.ones(STEPS, dtype=torch.float64)
     late[:K1] = rank  # a first window without a loss needs no costs
     assert measured_by(rank, same, late, **budget)[0] == [1, 1]
