@@ -168,6 +168,21 @@ def check_resumed(path: Path, rank: int, count: int, *, every: int = 1) -> None:
                 dist.barrier()
 
 
+def check_longer(path: Path, rank: int) -> None:
+    """A run that has ended goes on to more steps, also where the sequence of one rank has ended."""
+    saves, ends = Snapshots(directory=path / "longer"), (9, 20)
+    for most in ends:
+        trainer = of_one_sequence(rank, {}, epochs=None, max_steps=most, snapshots=saves)
+        assert trainer.resume() == (most == 20)
+        trainer.train()
+        dist.barrier()
+    whole = of_one_sequence(rank, {}, epochs=None, max_steps=20)
+    whole.train()
+    assert trainer.num_steps == whole.num_steps == 20
+    assert trainer.result().num_windows == whole.result().num_windows
+    assert all(map(torch.equal, weights_of(trainer), weights_of(whole)))
+
+
 def check_faults_beside(rank: int) -> None:
     """What is not finite is left out, and a validation looks, where one rank has ended."""
     sequence, state = sequence_of(rank, 2, is_masked=True)
@@ -223,5 +238,6 @@ def check_uneven(path: Path, rank: int, count: int) -> None:
     check_lengths(rank)
     check_batches(rank)
     check_resumed(path, rank, count, every=3)
+    check_longer(path, rank)
     check_faults_beside(rank)
     check_voted_again(rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -166,13 +165,10 @@ class Agreement:
             self._ranks.compare()
             self.peaks = self._ranks.told(peak_bytes)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How far all ranks have come."""
-        return {"reached": self.reached, "is_over": self.is_over}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.reached, self.is_over = state["reached"], state["is_over"]
+    def go_on(self, reached: int | None = None, *, have_ended: bool = False) -> None:
+        """Begin where a rank has `reached` so many steps, and all sequences `have_ended` or not."""
+        self.reached = self.reached if reached is None else reached
+        self.is_over = have_ended
 
     def _vote(self, ranks: RankGroup, ballot: Ballot, own: Tensor | None = None) -> Agreed:
         outcome = ranks.vote(ballot)

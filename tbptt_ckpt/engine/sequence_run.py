@@ -53,7 +53,7 @@ class SequenceRun:
         self._reader = WindowReader(sequence, options.k1, options.most_k2, parts.recurrence, device)
         self._has_length = self._reader.num_steps is not None
         self.initial = InitialState(init_state, parts.updater, parts.recurrence.lane_dim)
-        self._agreement = Agreement(parts, self._observer, self.initial)
+        self.agreement = Agreement(parts, self._observer, self.initial)
         self._standing = Standing()
         parts.updater.begin_sequence()
         self._ambient = RunAmbient(parts, self.initial)
@@ -67,13 +67,7 @@ class SequenceRun:
     @property
     def num_steps(self) -> int:
         """Steps trained so far, of the rank that has come furthest."""
-        return max(self.totals.num_steps, self._agreement.reached)
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether the last window has run, on all ranks."""
-        is_here = self.totals.num_steps == self._reader.num_steps
-        return is_here and not self._agreement.takes_part
+        return max(self.totals.num_steps, self.agreement.reached)
 
     @property
     def state_grads(self) -> StateGrads | None:
@@ -93,8 +87,9 @@ class SequenceRun:
         Where the last window was skipped, the group of windows before it updates here.
         """
         self._ambient.check_complete()
-        if self._is_over:
-            self._agreement.finish(self.totals.peak_bytes)
+        is_over = self.totals.num_steps == self._reader.num_steps
+        if is_over and not self.agreement.takes_part:
+            self.agreement.finish(self.totals.peak_bytes)
             self._parts.updater.update(True, self.initial.leaves(), self._observer)
         self.initial.backward()
 
@@ -102,7 +97,14 @@ class SequenceRun:
         """What all windows gave together, once they have run."""
         last, seconds = self._standing.records.carried, time.perf_counter() - self._begun
         assert last is not None, "every sequence has a window"
-        return self.totals.result(last.state, seconds, self._agreement.peaks)
+        return self.totals.result(last.state, seconds, self.agreement.peaks)
+
+    def has_ended(self) -> bool:
+        """Whether this sequence has no further window; reads up to k1 steps past the last one."""
+        k1, index = self._options.k1, self._standing.index
+        self._reader.look_ahead(update_point(index + 1, None, k1))
+        num_steps = self._reader.num_steps
+        return num_steps is not None and index * k1 >= num_steps
 
     def next_window(self) -> Window | None:
         """The next window, or None at the end; reads up to k1 steps past its end.
@@ -110,10 +112,9 @@ class SequenceRun:
         One without steps is run by other ranks, whose sequences have not ended.
         """
         k1, k2, index = self._options.k1, self._options.most_k2, self._standing.index
-        self._reader.look_ahead(update_point(index + 1, None, k1))
-        num_steps = self._reader.num_steps
-        if num_steps is not None and index * k1 >= num_steps:
-            is_theirs = self._agreement.takes_part
+        has_ended, num_steps = self.has_ended(), self._reader.num_steps
+        if has_ended and num_steps is not None:
+            is_theirs = self.agreement.takes_part
             return Window(index, num_steps, num_steps, num_steps) if is_theirs else None
         self._reader.drop_before(window_at(index, num_steps, k1, k2).first)
         self._reader.look_ahead(update_point(index + 2, None, k1))
@@ -124,7 +125,7 @@ class SequenceRun:
     def run_window(self, window: Window) -> WindowResult:
         """Run the next window and update the weights."""
         try:
-            run = self._run if window.num_new_steps else self._agreement.take_part
+            run = self._run if window.num_new_steps else self.agreement.take_part
             result, self._standing = run(window, self._standing)
         except StopIteration as error:  # it would be taken for the end of the windows
             raise TbpttError(
@@ -148,7 +149,7 @@ class SequenceRun:
         with self._meter(planned, opened) as meter, delivery:
             state_grads = self._differentiate(opened, planned, guard, meter, put_back)
             meter.lap()  # what checks took, some of them once, is none of the update's
-            agreed = self._agreement.after(opened, window, self._reader.num_steps)
+            agreed = self.agreement.after(opened, window, self._reader.num_steps)
             opened.hand_on()
             if (loss := opened.numbers.loss) is not None:
                 if window.start == records.origin and not records.has_origin_state:
@@ -160,7 +161,7 @@ class SequenceRun:
             lap, peak_bytes = meter.lap(), meter.peak_bytes
         if planned is not None and lap is not None and peak_bytes is not None:
             parts.budget.learn(planned, lap, peak_bytes, meter.reserved_peak_bytes)
-        figures = self._agreement.learned(opened, agreed)
+        figures = self.agreement.learned(opened, agreed)
         result = WindowResult(
             **asdict(window),
             state=opened.notes.final.state,
@@ -269,7 +270,7 @@ class SequenceRun:
             "group": self._parts.updater.group.state_dict(),
             "returns_pairs": self._parts.loss_function.state_dict(),
             "reader": self._reader.state_dict(),
-            "ranks": self._agreement.state_dict(),
+            "reached": self.agreement.reached,
         }
 
     def load_state_dict(self, state: dict[str, Any], changed: Container[str] = ()) -> None:
@@ -280,8 +281,7 @@ class SequenceRun:
         """
         self._reader.load_state_dict(state["reader"], changed="data" in changed)
         self.initial.set_collected(state["collected"])
-        if "ranks" in state:  # older ones have none
-            self._agreement.load_state_dict(state["ranks"])
+        self.agreement.go_on(state.get("reached", 0))  # older ones do not say
         self._parts.updater.group.load_state_dict(state["group"])
         if "loss_fn" not in changed:
             self._parts.loss_function.load_state_dict(state["returns_pairs"])

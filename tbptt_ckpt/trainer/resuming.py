@@ -61,8 +61,8 @@ def loaded_progress(state: Mapping[str, Any], k1: int, max_steps: int | None) ->
     """
     progress, run = Progress(**state["progress"]), state["run"]
     index, trained = (0, 0) if run is None else (run["index"], run["totals"]["num_steps"])
-    if run is not None and "ranks" in run:  # others may have come further
-        trained = max(trained, run["ranks"]["reached"])
+    if run is not None:  # another rank may have come further
+        trained = max(trained, run.get("reached", 0))
     # Every pass and window has a step, and all windows but a last one have k1.
     if progress.epoch > progress.steps_before or not 0 <= index * k1 - trained < k1:
         raise SnapshotError(

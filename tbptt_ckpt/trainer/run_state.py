@@ -72,6 +72,9 @@ class RunState:
             self.run = self._passes.begin(*self.progress.place, is_somewhere=self._is_somewhere)
             if self.run is None:
                 self.progress.end_pass()
+        elif self._ranks is not None:  # it goes on from a snapshot, perhaps to another end
+            have_ended = self._ranks.exchange(self.run.has_ended())
+            self.run.agreement.go_on(have_ended=all(have_ended))
         return self.run
 
     def _is_somewhere(self, is_here: bool) -> bool:

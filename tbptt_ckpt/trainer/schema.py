@@ -61,7 +61,7 @@ _RUN = {
         **{"segments": bool, "folds": (bool, None)},
     },
     "reader": dict,
-    "ranks": {"reached": int, "is_over": bool},
+    "reached": int,
 }
 _PROGRESS = {
     "epoch": int,
@@ -90,7 +90,7 @@ _KINDS: tuple[Any, ...] = (int | float, str, list | tuple, dict, Tensor)  # of `
 # Which older snapshots lack.
 _LATER = {
     *("generators", "drawn", "sequence", "folds", "truncation", "audits", "ranks", "share"),
-    *("growing", "has_warned", "reach"),
+    *("growing", "has_warned", "reach", "reached"),
 }
 STATE = {
     "learning": _LEARNING,
