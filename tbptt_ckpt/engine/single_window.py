@@ -169,10 +169,10 @@ def unroll(
     collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
     ambient.check_complete()
     frame = map_tensors(lambda _: torch.empty(0, device="cpu"), sinks[0].outputs[0])
-    return _over_time(collected, frame, runner.recurrence.per_step, time_dim), state
+    return over_time(collected, frame, runner.recurrence.per_step, time_dim), state
 
 
-def _over_time(collected: list[Tensor], frame: Tree, per_step: bool, time_dim: int) -> Tree:
+def over_time(collected: list[Tensor], frame: Tree, per_step: bool, time_dim: int) -> Tree:
     """Outputs of steps, or of segments, as one tree."""
     join = torch.stack if per_step else torch.cat
     width = len(tensors_of(frame))
