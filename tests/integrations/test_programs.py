@@ -127,13 +127,6 @@ _BY_HAND = """
             losses.append(loss.item())
             HOST.LOG, step=len(losses))
 """
-_BY_WINDOWS = """
-    tbptt = TBPTT(net, mse, K1, K2, sgd)
-    for x, y in batches:
-        for window in tbptt.windows(TensorSequence(x, y, time_dim=1)):
-            losses.append(window.loss_value)
-            HOST.LOG, step=len(losses))
-"""
 
 
 def in_host(host: str, text: str, log: str) -> str:
@@ -156,19 +149,26 @@ _ACCELERATE = """
     accelerator.init_trackers("run")
     net, sgd, batches = accelerator.prepare(net, sgd, batches)
 """
-_IMPORT = "\n    from tbptt_ckpt import TBPTT, TensorSequence"
-FABRIC, FABRIC_WINDOWS = (
-    setup
-    + in_host("fabric", loop, 'log("loss", losses[-1]')
+_IMPORT = "\n    from tbptt_ckpt.integrations.windowed import Windowed"
+_WRAPPED = "\n    net = Windowed(net, K2)"
+
+
+def _windowed(program: str, before: str) -> str:
+    return _IMPORT + program.replace(before, _WRAPPED + before)
+
+
+FABRIC = (
+    _FABRIC
+    + in_host("fabric", _BY_HAND, 'log("loss", losses[-1]')
     + '    fabric.save(folder / "saved", {"net": net})\n'
-    for setup, loop in ((_FABRIC, _BY_HAND), (_IMPORT + _FABRIC, _BY_WINDOWS))
 )
-ACCELERATE, ACCELERATE_WINDOWS = (
-    setup
-    + in_host("accelerator", loop, 'log({"loss": losses[-1]}')
+FABRIC_WINDOWS = _windowed(FABRIC, "\n    net, sgd = fabric.setup")
+ACCELERATE = (
+    _ACCELERATE
+    + in_host("accelerator", _BY_HAND, 'log({"loss": losses[-1]}')
     + "    accelerator.save_state(folder)\n"
-    for setup, loop in ((_ACCELERATE, _BY_HAND), (_IMPORT + _ACCELERATE, _BY_WINDOWS))
 )
+ACCELERATE_WINDOWS = _windowed(ACCELERATE, "\n    net, sgd, batches = accelerator.prepare")
 
 _TORCHRL_IMPORTS = """\
     from tbptt_ckpt import TBPTT

@@ -1,0 +1,146 @@
+"""A module for loops over chunks that others own: each call runs a window that reaches further back.
+
+NOTE [Names of weights]
+What `Windowed` saves has the names of the module's own weights, and it loads such. So checkpoints
+go from one to the other, whoever saves them: a library, or a module with this one inside.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbptt_ckpt.arguments import Dimension, PositiveInt, checked
+from tbptt_ckpt.engine.chunks import Chunks
+from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.executor.boundary import address_of
+from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.schedule.strategies import AnyStrategy
+
+__all__ = ["Windowed"]
+
+_INSIDE = "module."
+
+
+class Windowed(nn.Module):
+    """A module that is called chunk by chunk, and whose gradients reach `k2` steps back.
+
+    It takes the place of `module` in a loop over the chunks of a sequence, with its own loss,
+    backward and update after each: `outputs, state = net(x[:, n : n + k1], state)`. A call runs the
+    steps before the chunk again, from the state that the window before has left there, and returns
+    the outputs of the chunk and the state after it. The gradient is that of `TBPTT`, in the memory
+    of the strategy: the loop's backward recomputes what is not kept.
+
+    A state of None, or one that was not returned by the call before, begins a sequence. All chunks
+    of a sequence have as many steps as the first, which is `k1`; only the last may be shorter. Where
+    nothing is differentiated (`torch.no_grad()`), calls are the module's own.
+
+    Args:
+        module: Takes chunks: `(x, state) -> (y, state)`.
+        k2: Steps that a gradient reaches back from the end of a chunk; None for back to the start.
+        strategy: As for `TBPTT`; no costs are measured.
+        time_dim: Where chunks have time; by default 1 for modules with `batch_first`, otherwise 0.
+        check_replays: As for `unroll`.
+
+    Raises:
+        ArgumentError: An argument that cannot work.
+    """
+
+    module: nn.Module
+
+    @checked
+    def __init__(
+        self,
+        module: nn.Module,
+        k2: PositiveInt | None,
+        *,
+        strategy: AnyStrategy = "auto",
+        time_dim: Dimension | None = None,
+        check_replays: bool = True,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._options = (k2, strategy, time_dim, check_replays)
+        self._chunks = Chunks(module, *self._options)
+        self.register_state_dict_post_hook(_without_own_name)
+        self.register_load_state_dict_pre_hook(_with_own_name)
+
+    def begin(self, num_steps: int | None = None) -> None:
+        """The next call begins a sequence, whatever state it is given.
+
+        Args:
+            num_steps: Its length, if that is known: then a last chunk that is shorter reaches `k2`
+                steps back as well. Otherwise it reaches as far as a whole one would have.
+        """
+        self._chunks.begin(num_steps)
+
+    def forward(self, inputs: Tree, state: Tree = None) -> tuple[Any, Any]:
+        """The outputs of the next chunk, and the state after it."""
+        if not torch.is_grad_enabled():
+            return self.module(inputs, state)  # type: ignore[no-any-return]
+        last = self._chunks.last
+        if last is not None and not _goes_on(state, last.state, self._chunks.lane_dim):
+            self._chunks.begin()
+        return self._chunks.run(inputs, state)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is the module's, such as `hidden_size`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins a sequence of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._chunks = Chunks(self.module, *self._options)
+
+
+def _goes_on(given: Tree, last: Tree, lane_dim: int) -> bool:
+    """Whether a state is the last one, in whatever memory.
+
+    Raises:
+        ArgumentError: In some lanes it is, and in others not.
+    """
+    pairs = list(zip(tensors_of(given), tensors_of(last), strict=False))
+    if given is None or [t.shape for t, _ in pairs] != [t.shape for t in tensors_of(last)]:
+        return False
+    if all(_is_the_very(theirs, ours) for theirs, ours in pairs):
+        return True
+    equal = reduce(torch.logical_and, (_equal_lanes(*pair, lane_dim) for pair in pairs))
+    if equal.any() and not equal.all():
+        raise ArgumentError(
+            f"state is the one that the call before returned in {int(equal.sum())} of "
+            f"{equal.numel()} lanes: it must be so in all, or in none, which begins a sequence; "
+            "lanes that begin one by one are for TBPTT, with TensorSequence(..., resets=...)"
+        )
+    return bool(equal.all())
+
+
+def _is_the_very(theirs: Tensor, ours: Tensor) -> bool:
+    at = address_of(theirs)
+    return at != 0 and at == address_of(ours) and theirs.stride() == ours.stride()
+
+
+def _equal_lanes(theirs: Tensor, ours: Tensor, lane_dim: int) -> Tensor:
+    """By value, since whoever passes states on may change their dtype."""
+    equal = theirs.detach() == ours.to(theirs.dtype)
+    return equal.movedim(lane_dim, 0).flatten(1).all(1) if equal.dim() > lane_dim else equal.all()
+
+
+def _without_own_name(_: nn.Module, states: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [each for each in states if each.startswith(prefix + _INSIDE)]:
+        states[prefix + name.removeprefix(prefix + _INSIDE)] = states.pop(name)
+
+
+def _with_own_name(_: nn.Module, states: dict[str, Any], prefix: str, *__: Any) -> None:
+    for name in [each for each in states if each.startswith(prefix)]:
+        states[prefix + _INSIDE + name.removeprefix(prefix)] = states.pop(name)
