@@ -1,187 +1,172 @@
 """Training by windows inside of Lightning's automatic optimization: every batch is one window.
 
-NOTE [A gradient that waits]
-A window's gradient is complete when its loss is known, and Lightning's own backward comes later,
-from the loss that `training_step` returns. Gradients are set aside until then, and hang on it:
-whatever scales, accumulates, clips or looks at gradients meets them where it always does.
+NOTE [Whose turn it is]
+Lightning fetches batches ahead of time, and hands them on as they are. So the places of chunks in
+their sequences wait in a row, and the hook that Lightning calls before each `training_step` takes
+the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tbptt_ckpt.data.source import for_module
-from tbptt_ckpt.data.tensors import TensorSequence
-from tbptt_ckpt.engine.options import AnyK2
-from tbptt_ckpt.engine.results import WindowResult
-from tbptt_ckpt.engine.tbptt import TBPTT
-from tbptt_ckpt.errors import ArgumentError, TbpttError, shown
+from tbptt_ckpt.errors import ArgumentError, shown
+from tbptt_ckpt.integrations.windowed import Windowed
 from tbptt_ckpt.module.recurrence import recognise
+from tbptt_ckpt.module.trees import Tree, map_tensors, tensors_of
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 
-__all__ = ["WindowBatch", "WindowedTraining"]
+__all__ = ["WindowedTraining"]
 
-
-class WindowBatch(NamedTuple):
-    """One window, as `training_step` is given it.
-
-    Attributes:
-        batch: The loader's, whose first window it is; None with the windows after that.
-        number: Which window of the batch it is, from 0.
-        of: How many the batch has.
-    """
-
-    batch: Any
-    number: int
-    of: int
+_OPTIONS = ("k1", "k2", "strategy", "time_dim", "recurrent_name")
 
 
 class WindowedTraining:
-    """A mix-in for a `LightningModule`, named before it among the bases.
+    """A mix-in for a `LightningModule`, named before it among the bases, with `k1` and `k2`.
 
-    Give `trainer.fit` the loader as `model.windows(loader)`, and have `training_step` return
-    `self.window_loss(window)`. Every window is a batch of Lightning's, with an update of its own.
+    Give `trainer.fit` the loader as `model.windows(loader)`. Then a batch of Lightning's is `k1`
+    steps of the loader's, and `training_step` is as it was for those. What its one call of the
+    recurrent module returns reaches back over the last `k2` steps; a state that it is given is the
+    one at the first step of the loader's batch.
 
     Attributes:
-        recurrent: The module that is trained by windows, `(x, state) -> (y, state)`.
-        k1: As for `TBPTT`.
-        k2: As for `TBPTT`.
-        strategy: As for `TBPTT`.
-        time_dim: Where a batch has time; by default where an `nn.RNN/LSTM/GRU` has it, otherwise 0.
-        tbptt_options: Further options of `TBPTT`.
-        window: The `WindowResult` of the last window.
+        k1: Steps of a batch of Lightning's; the last one of a sequence may have fewer.
+        k2: As for `Windowed`. All of these are keywords of the class, or attributes.
+        strategy: As for `Windowed`.
+        time_dim: Where batches have time; by default where an `nn.RNN/LSTM/GRU` has it, otherwise 0.
+        recurrent_name: Where the module is that takes chunks, `(x, state) -> (y, state)`.
     """
 
-    recurrent: Any
     k1: int
-    k2: AnyK2
+    k2: int | None
     strategy: AnyStrategy = "auto"
     time_dim: int | None = None
-    tbptt_options: ClassVar[Mapping[str, Any]] = {}
-    window: WindowResult | None = None
+    recurrent_name: str = "recurrent"
 
-    def loss_fn(self, outputs: Any, targets: Any) -> Any:
-        """The loss, as `TBPTT` takes it: of one step, or of a segment of steps."""
-        raise NotImplementedError("a WindowedTraining needs a loss_fn(outputs, targets)")
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        given = {name: keywords.pop(name) for name in _OPTIONS if name in keywords}
+        super().__init_subclass__(**keywords)
+        for name, value in given.items():
+            setattr(cls, name, value)
 
-    def sequence(self, batch: Any) -> Any:
-        """The source that a batch is; by default of `(inputs, targets)`."""
-        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+    def num_steps(self, batch: Any) -> int:
+        """Steps of a batch of the loader; by default those of its first tensor."""
+        dim, tensors = self._time_of_batches(), tensors_of(batch)
+        if not tensors or tensors[0].dim() <= dim:
             raise ArgumentError(
-                f"batch={shown(batch)} must be (inputs, targets), or sequence(batch) say how it is "
-                "read"
+                f"batch={shown(batch)} must begin with a tensor that has time on dimension {dim}, "
+                "or num_steps(batch) and chunk(batch, start, stop) say how it is read"
             )
-        return TensorSequence(*batch, time_dim=self.time_dim)
+        return tensors[0].shape[dim]
 
-    def first_state(self, batch: Any) -> Any:
-        """The state before the first step of a batch; by default None."""
-        return None
+    def chunk(self, batch: Any, start: int, stop: int) -> Any:
+        """Steps of a batch; by default of all its tensors with as many as `num_steps`."""
+        dim, num_steps = self._time_of_batches(), self.num_steps(batch)
 
-    def windows(self, loader: Iterable[Any]) -> Iterable[WindowBatch]:
-        """The loader's sequences, window by window, for `trainer.fit`."""
-        return _Windows(loader, self._num_windows)
+        def steps(tensor: Tensor) -> Tensor:
+            has_time = tensor.dim() > dim and tensor.shape[dim] == num_steps
+            return tensor.narrow(dim, start, stop - start) if has_time else tensor
 
-    def window_loss(self, window: WindowBatch) -> Tensor | None:
-        """Run a window; its loss, whose backward gives its gradient, or None without a target.
+        return map_tensors(steps, batch)
 
-        Raises:
-            ArgumentError: It is not the next one, or Lightning trains in several processes.
+    def windows(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """The loader's batches, `k1` steps at a time, for `trainer.fit`.
+
+        The recurrent module is in a `Windowed` from here on, whose weights are saved under the
+        names that they had.
         """
-        run: _Run = self.__dict__.setdefault("_window_run", _Run())
-        self.window, loss = run.loss(self, window)
-        return loss
+        module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
+        if not isinstance(module, _Carried):
+            module = _Carried(module, self.k2, strategy=self.strategy, time_dim=self.time_dim)
+            self.set_submodule(self.recurrent_name, module)  # type: ignore[attr-defined]
+        return _Windows(loader, self, module)
 
-    def _tbptt(self) -> TBPTT:
-        options = {"strategy": self.strategy, **self.tbptt_options}
-        return TBPTT(self.recurrent, self.loss_fn, self.k1, self.k2, **options)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Called by Lightning; a method of yours with this name calls `super()`'s, too."""
+        if (world_size := self.trainer.world_size) > 1:  # type: ignore[attr-defined]
+            raise ArgumentError(
+                f"Trainer(devices=...): windows are trained in one process, not in {world_size}; "
+                "use devices=1"
+            )
+        module = self._carried()
+        if module is None or not module.coming:
+            raise ArgumentError(
+                "Trainer.fit was given batches as they are; give it the loader as "
+                "model.windows(loader)"
+            )
+        module.take_turn()
+        return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
 
-    def _num_windows(self, batch: Any) -> int:
-        options = {name: self.tbptt_options.get(name) for name in ("per_step", "time_dim")}
-        recurrence = recognise(self.recurrent, **options)
-        return -(-len(for_module(self.sequence(batch), recurrence)) // self.k1)
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Called by Lightning; a method of yours with this name calls `super()`'s, too."""
+        if (module := self._carried()) is not None:
+            module.end_turn()
+        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]
+
+    def _carried(self) -> _Carried | None:
+        module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
+        return module if isinstance(module, _Carried) else None
+
+    def _time_of_batches(self) -> int:
+        module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
+        return recognise(module, False, self.time_dim).time_dim
+
+
+class _Carried(Windowed):
+    """Goes on where the chunk before ended, in the steps that a loader of windows has told of."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.coming = deque[tuple[int, int]]()  # first step, and steps of the sequence
+        self._turn: tuple[int, int] | None = None
+        self._is_done = False
+
+    def take_turn(self) -> None:
+        """The chunk that comes next is trained now."""
+        self._turn, self._is_done = self.coming.popleft(), False
+
+    def end_turn(self) -> None:
+        """What comes until the next turn is none of a window."""
+        self._turn = None
+
+    def forward(self, inputs: Tree, state: Tree = None) -> tuple[Any, Any]:
+        """The outputs of the chunk whose turn it is, and the state after it."""
+        if self._turn is None or not torch.is_grad_enabled():
+            return self.module(inputs, state)  # type: ignore[no-any-return]
+        start, num_steps = self._turn
+        if self._is_done:
+            raise ArgumentError(
+                f"the recurrent module was called twice for the steps from {start} on; training_step "
+                "calls it once, and an optimizer that calls its closure again, such as LBFGS, "
+                "cannot be used"
+            )
+        if start == 0:
+            self.begin(num_steps)
+        elif (last := self._chunks.last) is None or last.step != start:
+            raise ArgumentError(
+                f"the recurrent module was not called for the steps before {start}; every "
+                "training_step calls it once"
+            )
+        self._is_done = True
+        return self._chunks.run(inputs, state)
 
 
 class _Windows:
     """Can be iterated as often as the loader."""
 
-    def __init__(self, loader: Iterable[Any], count: Callable[[Any], int]) -> None:
-        self._loader, self._count = loader, count
+    def __init__(self, loader: Iterable[Any], model: WindowedTraining, carried: _Carried) -> None:
+        self._loader, self._model, self._carried = loader, model, carried
 
-    def __iter__(self) -> Iterator[WindowBatch]:
+    def __iter__(self) -> Iterator[Any]:
+        model, coming = self._model, self._carried.coming
+        coming.clear()
         for batch in self._loader:
-            count = self._count(batch)
-            yield from (WindowBatch(None if n else batch, n, count) for n in range(count))
-
-
-class _Run:
-    """Where the windows of a batch stand; a copy of the model has not begun."""
-
-    def __init__(self) -> None:
-        self._tbptt: TBPTT | None = None
-        self._windows: Iterator[WindowResult] = iter(())
-        self._next = 0
-
-    def __reduce__(self) -> Any:
-        return _Run, ()
-
-    def loss(self, model: Any, window: WindowBatch) -> tuple[WindowResult, Tensor | None]:
-        if model.trainer.world_size > 1:
-            raise ArgumentError(
-                f"Trainer(devices=...): windows are trained in one process, not in "
-                f"{model.trainer.world_size}; use devices=1"
-            )
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        if window.number == 0:
-            self._tbptt = self._tbptt or model._tbptt()
-            batch = window.batch
-            self._windows = self._tbptt.windows(model.sequence(batch), model.first_state(batch))
-        elif window.number != self._next:
-            raise ArgumentError(
-                f"window {window.number} of a batch was asked for where {self._next} is next: they "
-                "run in order, once each, from the first (an optimizer that calls its closure "
-                "again, such as LBFGS, cannot be used)"
-            )
-        self._next = (window.number + 1) % window.of
-        with _set_aside(weights) as grads:
-            result = next(self._windows)
-            if self._next == 0:
-                next(self._windows, None)  # what the first state was computed from
-        if result.loss is None:
-            return result, None
-        loss: Tensor = _WithGradient.apply(result.loss, grads, *weights)  # type: ignore[no-untyped-call]
-        return result, loss
-
-
-@contextmanager
-def _set_aside(weights: list[nn.Parameter]) -> Iterator[list[Tensor | None]]:
-    """Collect the gradients that come, and leave those that there were."""
-    before, found = [weight.grad for weight in weights], list[Tensor | None]()
-    for weight in weights:
-        weight.grad = None
-    try:
-        yield found
-        found += [weight.grad for weight in weights]
-    finally:
-        for weight, grad in zip(weights, before, strict=True):
-            weight.grad = grad
-
-
-class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor | None], *_: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> Any:  # of the loss: 1, or a scale
-        if ctx.grads is None:
-            raise TbpttError("the gradient of a window is differentiated once; it is handed on")
-        grads, ctx.grads = ctx.grads, None
-        return None, None, *(None if grad is None else grad.mul_(factors[0]) for grad in grads)
+            num_steps = model.num_steps(batch)
+            for start in range(0, num_steps, model.k1):
+                coming.append((start, num_steps))
+                yield model.chunk(batch, start, min(start + model.k1, num_steps))

@@ -13,7 +13,9 @@ from torch import nn
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes
 # Packages whose modules with a `module` inside run it as it is.
-_WRAPPING = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate"}
+_WRAPPING = {
+    *("torch", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "tbptt_ckpt")
+}
 
 
 def owner_of(function: object) -> object:

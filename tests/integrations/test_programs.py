@@ -80,39 +80,14 @@ LIGHTNING = """
     trainer.fit(model, batches)
     logged = [float(trainer.progress_bar_metrics["loss"])]
 """
-LIGHTNING_WINDOWS = """
-    import lightning.pytorch as pl
-    from lightning.pytorch.loggers import CSVLogger
-    from tbptt_ckpt.integrations.lightning import WindowedTraining
-
-    class Model(WindowedTraining, pl.LightningModule):
-        k1, k2 = K1, K2
-
-        def __init__(self):
-            super().__init__()
-            self.recurrent = net
-
-        def loss_fn(self, outputs, y):
-            return mse(outputs, y)
-
-        def training_step(self, batch, batch_idx):
-            loss = self.window_loss(batch)
-            self.log("loss", loss, prog_bar=True)
-            losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self):
-            return sgd
-
-    logger = CSVLogger(folder, name="", version="")
-    saver = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=logger, callbacks=[saver], log_every_n_steps=1
+LIGHTNING_WINDOWS = (
+    LIGHTNING.replace(
+        "import CSVLogger",
+        "import CSVLogger\n    from tbptt_ckpt.integrations.lightning import WindowedTraining",
     )
-    model = Model()
-    trainer.fit(model, model.windows(batches))
-    logged = [float(trainer.progress_bar_metrics["loss"])]
-"""
+    .replace("(pl.LightningModule)", "(WindowedTraining, pl.LightningModule, k1=K1, k2=K2)")
+    .replace("fit(model, batches)", "fit(model, model.windows(batches))")
+)
 
 _BY_HAND = """
     for x, y in batches:
