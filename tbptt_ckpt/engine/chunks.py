@@ -103,6 +103,8 @@ class Chunks:
         strategy: As for `TBPTT`.
         time_dim: As for `unroll`.
         check_replays: As for `unroll`.
+        recomputes_all: Whether nothing of a window is kept for its backward but where it begins,
+            since the windows of many chunks wait for theirs.
     """
 
     def __init__(
@@ -112,10 +114,12 @@ class Chunks:
         strategy: AnyStrategy = "auto",
         time_dim: int | None = None,
         check_replays: bool = True,
+        *,
+        recomputes_all: bool = False,
     ) -> None:
         self._module, self._k2, self._time_dim = module, k2, time_dim
         self._strategy = Options(k1=1, k2=k2, strategy=strategy).parsed_strategy()
-        self._checks_replays = check_replays
+        self._checks_replays, self._recomputes_all = check_replays, recomputes_all
         self._recurrence = recognise(module, False, time_dim)
         self._runner: Runner | None = None
         self._cuts = CallCuts()
@@ -259,7 +263,8 @@ class Chunks:
         check = CheckInBackward(window) if self._checks_replays else UNCHECKED
         spans = CheckpointedSpans(window, new_sink, check=check)
         tree = parse_spans(plan.schedule, window.start, window.stop)
-        collected, state = spans.run(tree, copy_containers(first.state))
+        run = spans.run_again_as_a_whole if self._recomputes_all else spans.run
+        collected, state = run(tree, copy_containers(first.state))
         frame = next(sink.outputs[0] for sink in first_run if sink.outputs)
         first_run = None
         return over_time(collected, frame, False, window.blocks[-1].time_dim), state

@@ -167,6 +167,10 @@ class CheckpointedSpans:
         tensors, state = self.run(last, self._window.rejoin(last.start, state))
         return collected + tensors, state
 
+    def run_again_as_a_whole(self, span: Span, state: Tree) -> tuple[list[Tensor], Tree]:
+        """The same, with nothing kept but the first state: the backward runs the span again."""
+        return self._run_checkpointed(span, state)
+
     def finish(self) -> None:
         """Note that no state is kept any longer."""
         self._drop_after(-1)

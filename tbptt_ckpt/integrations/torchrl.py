@@ -1,135 +1,149 @@
-"""Losses of TorchRL over the windows of a rollout: its recurrent modules are handed their states.
+"""TorchRL's recurrent modules by windows, inside of any loss: all windows of a rollout, one backward.
 
-A loss runs its networks in recurrent mode over a few steps of the rollout at a time. What its
-`LSTMModule` and `GRUModule` begin those steps with, and end them with, is the state that passes
-from one segment to the next; trajectories that begin on the way are theirs to begin anew.
+A loss runs its networks in recurrent mode over a rollout. There a windowed module runs `k1` steps
+at a time, each with the steps before it, so that gradients reach `k2` steps back. Trajectories that
+begin on the way are begun anew by the module itself.
+
+NOTE [Weights of a loss]
+A loss has its networks' weights, and puts them into a network for the time of its forward. What
+runs again in the backward is given those that it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tbptt_ckpt.arguments import checked
-from tbptt_ckpt.data.tensors import TensorSequence
+from tbptt_ckpt.arguments import PositiveInt, checked
+from tbptt_ckpt.engine.chunks import Chunks
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.integrations.hosts import imported
+from tbptt_ckpt.schedule.strategies import AnyStrategy
 
-__all__ = ["RecurrentLoss", "rollout_sequence"]
+__all__ = ["windowed"]
 
 _BEGINS = "is_init"
 
 
-class RecurrentLoss(nn.Module):
-    """A loss module of TorchRL as one that is given segments of steps, and hands on its states.
+@checked
+def windowed(
+    module: nn.Module,
+    k1: PositiveInt,
+    k2: PositiveInt | None,
+    *,
+    strategy: AnyStrategy = "auto",
+    check_replays: bool = True,
+) -> Any:
+    """An `LSTMModule` or `GRUModule` whose gradients in a loss are those of windows.
 
-    Called with the steps of a `rollout_sequence` and a state, it returns the losses of these steps,
-    [B, n], those of all keys "loss_..." added up, and the state after them: one tensor [B, L, H]
-    for each state of each `LSTMModule` and `GRUModule` inside. None stands for the states that the
-    rollout has itself at its first step. Where a step begins a trajectory (`is_init`), its states
-    are the rollout's own, which are zeros as a `TensorDictPrimer` makes them.
+    It takes the module's place in a network, with its keys and the names of its weights. In
+    recurrent mode, and where gradients are recorded, outputs of `k1` steps at a time come from the
+    window of `k2` steps that ends with them. So the one backward of a rollout adds up the gradients
+    of all its windows, each recomputed by itself; otherwise calls are the module's own. As there, a
+    trajectory that begins (`is_init`) does so with the state stored at that step, or zeros.
 
-    What a step's loss reads must be that step's: advantages and value targets are computed over the
-    whole rollout beforehand.
-
-    Attributes:
-        loss_module: The one that was given, which has the weights.
+    Args:
+        module: An `LSTMModule` or a `GRUModule`.
+        k1: Steps of a rollout whose gradients reach back together.
+        k2: Steps that they reach back from the last of these; None for back to the start.
+        strategy: As for `Windowed`.
+        check_replays: As for `unroll`.
 
     Raises:
-        ArgumentError: The loss reduces its steps, or nothing inside is recurrent.
+        ArgumentError: An argument that cannot work, or TorchRL is missing.
     """
+    modules = imported("torchrl.modules", "torchrl")
+    if not isinstance(module, modules.LSTMModule | modules.GRUModule):
+        raise ArgumentError(f"module={shown(module)} must be an LSTMModule or a GRUModule")
+    if k2 is not None and k2 < k1:
+        raise ArgumentError(f"k2={k2} must be at least k1={k1}")
+    return _windowed_kind()(module, k1, k2, strategy, check_replays)
 
-    @checked
-    def __init__(self, loss_module: nn.Module) -> None:
+
+@cache
+def _windowed_kind() -> Any:
+    """The class, made where TorchRL is needed."""
+    base: Any = imported("tensordict.nn", "torchrl").TensorDictModuleBase
+
+    class Windowed(_Windowed, base):  # type: ignore[misc]
+        pass
+
+    return Windowed
+
+
+def _rebuilt(*given: Any) -> Any:
+    return _windowed_kind()(*given)
+
+
+class _Windowed:
+    """A recurrent module's place in a network; the layers inside are its own, by their names."""
+
+    in_keys: list[Any]
+    out_keys: list[Any]
+
+    def __init__(self, module: Any, *options: Any) -> None:
         super().__init__()
-        name = type(loss_module).__name__
-        if getattr(loss_module, "reduction", None) != "none":
-            raise ArgumentError(
-                f"loss_module={name} must be made with reduction='none', so that each step has its "
-                "loss"
-            )
-        self.loss_module = loss_module
-        if not self._recurrent():
-            raise ArgumentError(
-                f"loss_module={name} must have an LSTMModule or a GRUModule in its networks"
-            )
+        self.in_keys, self.out_keys = module.in_keys, module.out_keys
+        for name, layer in module.named_children():
+            self.add_module(name, layer)  # type: ignore[attr-defined]
+        self._inner, self._given = (module,), options  # in a tuple: it is no layer of this one
 
-    def forward(self, steps: Mapping[str, Any], state: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The losses of some steps, and the states after them."""
-        recurrent, begins = self._recurrent(), steps[_BEGINS]
-        rollout = imported("tensordict", "torchrl").TensorDict(dict(steps), begins.shape[:2])
-        names = [name for each in recurrent for name in each.in_keys[1:] if name != _BEGINS]
+    def __reduce__(self) -> Any:
+        return _rebuilt, (self._inner[0], *self._given)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is the module's, such as `make_tensordict_primer`."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name == "_inner":
+                raise
+            return getattr(self._inner[0], name)
+
+    def forward(self, tensordict: Any) -> Any:
+        """What the module makes of a rollout, or of one step."""
+        (inner,) = self._inner
+        if not inner.recurrent_mode or not torch.is_grad_enabled():
+            return inner(tensordict)
+        rollout = tensordict.unsqueeze(0) if tensordict.ndim == 1 else tensordict.flatten(0, -2)
+        k1, *given = self._given
+        keys = [key for key in dict.fromkeys((*self.in_keys, _BEGINS)) if key in rollout.keys(True)]
+        weights = imported("tensordict", "torchrl").from_module(inner)
+        k2, strategy, check_replays = given
+        segment = partial(self._segment, weights, keys)
+        chunks = Chunks(segment, k2, strategy, 1, check_replays, recomputes_all=True)
+        chunks.begin(num_steps := rollout.shape[1])
+        steps = [rollout.get(key) for key in keys]
+        found = []
+        for start in range(0, num_steps, k1):
+            stop = min(start + k1, num_steps)
+            found.append(chunks.run([each[:, start:stop] for each in steps], None)[0])
+        for key, *values in zip(self.out_keys, *found, strict=True):
+            rollout.set(key, torch.cat(values, 1))
+        return tensordict.update(rollout.reshape(tensordict.shape))
+
+    def _segment(
+        self, weights: Any, keys: Sequence[Any], steps: Sequence[Tensor], state: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the module gives for some steps, and its states after them, [B, L, H] each."""
+        (inner,), shape = self._inner, steps[0].shape[:2]
+        rollout = imported("tensordict", "torchrl").TensorDict({}, shape)
+        for key, each in zip(keys, steps, strict=True):
+            rollout.set(key, each)
+        names = [key for key in self.in_keys[1:] if key != _BEGINS]
         for name, value in () if state is None else zip(names, state, strict=True):
             stored = rollout.get(name)
             if stored is None:  # then a trajectory begins with zeros
-                stored = value.new_zeros(*begins.shape[:2], *value.shape[1:])
-            begins_now = begins[:, 0].reshape(-1, *[1] * (value.dim() - 1))
-            first = torch.where(begins_now, stored[:, 0], value)
+                stored = value.new_zeros(*shape, *value.shape[1:])
+            begins = rollout[_BEGINS][:, 0].reshape(-1, *[1] * (value.dim() - 1))
+            first = torch.where(begins, stored[:, 0], value)
             rollout.set(name, torch.cat([first[:, None], stored[:, 1:]], 1))
         in_recurrent_mode = imported("torchrl.modules", "torchrl").set_recurrent_mode
-        with self._watched(recurrent) as last, in_recurrent_mode(True):
-            losses = self.loss_module(rollout)
-        terms = [loss for name, loss in losses.items() if name.startswith("loss_")]
-        total = sum(term.reshape(begins.shape[:2]) for term in terms)
-        return total, tuple([value for values in last for value in values])
-
-    def _recurrent(self) -> list[Any]:
-        """What is recurrent in the loss's networks, which it keeps out of its own modules."""
-        modules = imported("torchrl.modules", "torchrl")
-        kinds = modules.LSTMModule, modules.GRUModule
-        held = [each for each in vars(self.loss_module).values() if isinstance(each, nn.Module)]
-        inside = [each for owner in (self.loss_module, *held) for each in owner.modules()]
-        return list(dict.fromkeys(each for each in inside if isinstance(each, kinds)))
-
-    @contextmanager
-    def _watched(self, recurrent: list[Any]) -> Iterator[list[list[Tensor]]]:
-        """While entered, the states that recurrent modules end with are noted."""
-        last: list[list[Tensor]] = [[] for _ in recurrent]
-
-        def note(values: list[Tensor], module: Any, _inputs: Any, output: Any) -> None:
-            if values:
-                raise ArgumentError(
-                    f"loss_module={type(self.loss_module).__name__} calls a recurrent module twice "
-                    "over the same steps, so that its state is not one; compute value targets over "
-                    "the whole rollout beforehand"
-                )
-            values += [output.get(name)[:, -1] for name in module.out_keys[1:]]
-
-        hooks = [
-            module.register_forward_hook(partial(note, values))
-            for module, values in zip(recurrent, last, strict=True)
-        ]
-        try:
-            yield last
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-@checked
-def rollout_sequence(rollout: Any) -> TensorSequence:
-    """A rollout of TorchRL as a source, to be read by a `RecurrentLoss`.
-
-    Args:
-        rollout: A TensorDict [B, T] with `is_init` (`InitTracker`), and all that the loss reads:
-            observations, actions, advantages, and the states that were stored, if there are any.
-
-    Returns:
-        A sequence with time on dimension 1. Its first state is None: the rollout's own.
-
-    Raises:
-        ArgumentError: It is no such rollout.
-    """
-    shape, begins = getattr(rollout, "batch_size", ()), _BEGINS in getattr(rollout, "keys", list)()
-    if len(shape) != 2 or not begins:
-        raise ArgumentError(
-            f"rollout={shown(rollout)} must be a TensorDict of [B, T] with {_BEGINS!r}, as "
-            "InitTracker makes it (rollout.unsqueeze(0) has one lane)"
-        )
-    steps = rollout.to_dict()
-    return TensorSequence(steps, steps[_BEGINS], time_dim=1)
+        with weights.to_module(inner), in_recurrent_mode(True):
+            inner(rollout)
+        outputs = [rollout.get(key) for key in self.out_keys]
+        return outputs, [each[:, -1] for each in outputs[1:]]
