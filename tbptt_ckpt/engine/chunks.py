@@ -10,7 +10,7 @@ begins at the same state, so that its gradient reaches less far back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,18 +18,16 @@ from torch import Tensor
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.data.tensors import TensorSequence
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.single_window import over_time
+from tbptt_ckpt.engine.records import Notes, Records
+from tbptt_ckpt.engine.single_window import run_in_graph
 from tbptt_ckpt.errors import ArgumentError
 from tbptt_ckpt.executor.boundary import Boundary
-from tbptt_ckpt.executor.checkpoint import CheckpointedSpans
 from tbptt_ckpt.executor.cuts import CallCuts
 from tbptt_ckpt.executor.guard import InputGuard, WeightGuard
-from tbptt_ckpt.executor.replay_check import UNCHECKED, CheckInBackward
 from tbptt_ckpt.executor.runner import Runner, make_runner
-from tbptt_ckpt.executor.sinks import Sink
-from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import WindowPass
-from tbptt_ckpt.module.ambient import Ambient, AmbientState
+from tbptt_ckpt.module.ambient import Ambient
+from tbptt_ckpt.module.host import Numbers
 from tbptt_ckpt.module.recurrence import (
     check_differentiable,
     parameters_of,
@@ -37,14 +35,7 @@ from tbptt_ckpt.module.recurrence import (
     renormalised_in,
     time_of,
 )
-from tbptt_ckpt.module.trees import (
-    Tree,
-    copy_containers,
-    detach_state,
-    map_tensors,
-    tensors_of,
-)
-from tbptt_ckpt.schedule.plan import plan_window
+from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 from tbptt_ckpt.schedule.windows import Window, window_at
 
@@ -53,45 +44,30 @@ from tbptt_ckpt.schedule.windows import Window, window_at
 class _Sequence:
     """What the chunks so far have left for the windows to come."""
 
-    k1: int  # steps of the first chunk
+    options: Options  # with k1, the steps of the first chunk
+    init_state: Tree
     ambient: Ambient
-    states: dict[int, Boundary] = field(default_factory=dict)
-    ambients: dict[int, AmbientState] = field(default_factory=dict)  # as new steps found them
+    records: Records = field(default_factory=Records)
     blocks: list[StepBlock] = field(default_factory=list)
     guards: list[InputGuard] = field(default_factory=list)  # one for each
-    calls: set[tuple[int, int]] = field(default_factory=set)
     stop: int = 0
 
-    def found(self, window: Window) -> dict[int, AmbientState]:
-        """Generators and buffers that steps of a window find anew."""
-        steps = [s for s in sorted(self.ambients) if s == window.start or s % self.k1 == 0]
-        return {step: self.ambients[step] for step in steps}
+    def first(self, window: Window) -> Boundary:
+        """What a window begins with."""
+        if window.start:
+            return self.records.boundaries[window.start]
+        return Boundary(0, self.init_state, self.records.ambients[0])
 
-    def leave(self, window: Window, next_start: int, noted: list[Boundary]) -> None:
-        """A window has run."""
-        self.stop = window.stop
-        self.states |= {boundary.step: boundary for boundary in noted}
-        if 0 in self.states:  # read anew, which for leaves is with their gradient
-            first = self.states[0]
-            state = map_tensors(lambda t: t if t.is_leaf else t.detach(), first.state)
-            self.states[0] = Boundary(0, state, first.ambient)
-        wanted = (next_start, window.stop)
-        self.states = {step: each for step, each in self.states.items() if step in wanted}
-        self.ambients = {step: each for step, each in self.ambients.items() if step >= next_start}
-        self.calls = {call for call in self.calls if call[1] > next_start}
-        past = sum(block.stop <= next_start for block in self.blocks)
+    def leave(self, notes: Notes, block: StepBlock) -> None:
+        """A window has run, whose new steps `block` are."""
+        notes.hand_on()
+        self.stop = block.stop
+        # Read anew by windows that begin there: a leaf with its gradient, others have had theirs.
+        self.init_state = map_tensors(lambda t: t if t.is_leaf else t.detach(), self.init_state)
+        self.blocks.append(block)
+        self.guards.append(InputGuard([block]))
+        past = sum(each.stop <= notes.next_start for each in self.blocks)
         del self.blocks[:past], self.guards[:past]
-
-
-class _NewOutputs(Sink):
-    """Keeps the outputs of the steps from `start` on."""
-
-    def __init__(self, start: int) -> None:
-        super().__init__()
-        self._start = start
-
-    def wanted(self, begin: int, end: int) -> range:
-        return range(max(begin, self._start), end)
 
 
 class Chunks:
@@ -118,7 +94,7 @@ class Chunks:
         recomputes_all: bool = False,
     ) -> None:
         self._module, self._k2, self._time_dim = module, k2, time_dim
-        self._strategy = Options(k1=1, k2=k2, strategy=strategy).parsed_strategy()
+        self._options = Options(k1=1, k2=k2, strategy=strategy)
         self._checks_replays, self._recomputes_all = check_replays, recomputes_all
         self._recurrence = recognise(module, False, time_dim)
         self._runner: Runner | None = None
@@ -129,7 +105,7 @@ class Chunks:
     @property
     def last(self) -> Boundary | None:
         """The state that the last chunk ended with; None before the first."""
-        return None if self._sequence is None else self._sequence.states[self._sequence.stop]
+        return None if self._sequence is None else self._sequence.records.carried
 
     @property
     def lane_dim(self) -> int:
@@ -153,48 +129,54 @@ class Chunks:
         given = TensorSequence(inputs, time_dim=time_dim)
         if self._runner is None or self._runner.recurrence != recurrence:
             self._runner = make_runner(recurrence, None)
-        sequence = self._sequence
-        if sequence is None:
-            tensors = tensors_of((parameters_of(self._module), init_state, given.inputs))
-            sequence = _Sequence(len(given), Ambient([recurrence.module], tensors))
+        sequence = self._sequence or self._begun(given, init_state)
         window = self._next_window(sequence, len(given))
-        steps, time_dim = (window.new_start, window.stop), given.time_dim
-        found = sequence.ambients[window.new_start] = sequence.ambient.found()
-        if window.stop == sequence.k1:
-            sequence.states[0] = Boundary(0, init_state, found)
-        block = StepBlock(*steps, given.inputs, given.inputs, None, time_dim)
-        next_start = self._next_start(sequence, window)
-        noted: list[Boundary] = []
-        this_pass = self._pass(sequence, window, block, next_start, noted)
+        block = StepBlock(window.new_start, window.stop, given.inputs, given.inputs, None, time_dim)
+        found, records = sequence.ambient.found(), sequence.records
+        records.find_ambient(window.new_start, found)
+        notes = Notes(sequence.options, window, self._num_steps, records, Numbers())
+        this_pass = self._pass(sequence, window, block, notes)
+        first = sequence.first(window)
+        if window.start:
+            first.check_untouched()
+        sequence.ambient.restore(first.ambient)
         try:
-            outputs, state = self._run(this_pass, sequence.states[window.start])
-            first = sequence.states[window.start]
-            self._cuts.check(this_pass, first, found, noted[-1].ambient)
+            strategy, state = self._options.parsed_strategy(), copy_containers(first.state)
+            outputs, state = run_in_graph(
+                this_pass,
+                strategy,
+                state,
+                check_replays=self._checks_replays,
+                recomputes_all=self._recomputes_all,
+            )
+            self._cuts.check(this_pass, first, found, notes.left)
             sequence.ambient.check_complete()
         except BaseException:
             sequence.ambient.restore(found)
             raise
-        # What is in front of the module is differentiated before these steps run again.
+        # What is in front of the module has been differentiated when these steps run again.
         kept = map_tensors(Tensor.detach, given.inputs)
-        sequence.blocks.append(StepBlock(*steps, kept, kept, None, time_dim))
-        sequence.guards.append(InputGuard(sequence.blocks[-1:]))
-        sequence.leave(window, next_start, noted)
+        sequence.leave(notes, replace(block, inputs=kept, targets=kept))
         self._sequence = sequence
         return outputs, state
 
+    def _begun(self, first: TensorSequence, init_state: Tree) -> _Sequence:
+        tensors = tensors_of((parameters_of(self._module), init_state, first.inputs))
+        ambient = Ambient([self._recurrence.module], tensors)
+        return _Sequence(replace(self._options, k1=len(first)), init_state, ambient)
+
     def _next_window(self, sequence: _Sequence, num_new_steps: int) -> Window:
         """Where the chunk's window lies."""
-        k1, k2, begin = sequence.k1, self._k2, sequence.stop
+        k1, k2, begin = sequence.options.k1, sequence.options.most_k2, sequence.stop
         if k2 is not None and k2 < num_new_steps:
             raise ArgumentError(
                 f"k2={k2} must be at least the steps of a chunk, and inputs have {num_new_steps}"
             )
         if num_new_steps > k1 or begin % k1:
-            before = begin % k1 or k1
             raise ArgumentError(
-                f"inputs have {num_new_steps} steps after a chunk of {before}: all chunks of a "
-                "sequence have as many as its first, only the last may have fewer; a state of "
-                "None begins another sequence"
+                f"inputs have {num_new_steps} steps after a chunk of {begin % k1 or k1}: all "
+                "chunks of a sequence have as many as its first, only the last may have fewer; a "
+                "state of None begins another sequence"
             )
         if any(guard.written() for guard in sequence.guards):
             raise ArgumentError(
@@ -207,64 +189,24 @@ class Chunks:
                 f"inputs go up to step {stop} of a sequence that was begun with "
                 f"num_steps={self._num_steps}"
             )
-        earliest = 0 if k2 is None else max(0, stop - k2)
-        start = min([step for step in sequence.states if step >= earliest], default=0)
-        return Window(begin // k1, start, begin, stop)
-
-    def _next_start(self, sequence: _Sequence, window: Window) -> int:
-        """Where the next window begins, as far as that is known."""
-        upcoming = window_at(window.index + 1, self._num_steps, sequence.k1, self._k2)
-        return min(upcoming.start, window.stop)
+        window = window_at(begin // k1, stop, k1, k2)
+        return sequence.records.placed(window, must_be_recorded=True)
 
     def _pass(
-        self,
-        sequence: _Sequence,
-        window: Window,
-        block: StepBlock,
-        next_start: int,
-        noted: list[Boundary],
+        self, sequence: _Sequence, window: Window, block: StepBlock, notes: Notes
     ) -> WindowPass:
-        """The window's steps, at the ends of which states are `noted`."""
         assert self._runner is not None, "it was made before"
-        ambients = sequence.found(window)
-        cuts = {window.new_start, next_start, *sequence.ambient.changes(ambients)}
-
-        def note(step: int, state: Tree, ambient: AmbientState) -> None:
-            if step in (next_start, window.stop):
-                noted.append(Boundary(step, detach_state(state), ambient))
-
+        ambients = sequence.records.ambients_for(window.start, sequence.options.k1)
+        stops = {window.new_start, *notes.stops(), *sequence.ambient.changes(ambients)}
         return WindowPass(
             [*sequence.blocks, block],
             *(window.start, window.start, window.stop, window.new_start),
             sequence.ambient,
             self._runner,
             guard=WeightGuard(parameters_of(self._module), renormalised_in(self._module)),
-            stops_at=sorted(step for step in cuts if window.start < step < window.stop),
+            stops_at=sorted(step for step in stops if window.start < step < window.stop),
             ambients=ambients,
-            note=note,
+            note=notes.arrives,
             new_start=window.new_start,
-            calls=sequence.calls,
+            calls=sequence.records.calls,
         )
-
-    def _run(self, window: WindowPass, first: Boundary) -> tuple[Tree, Tree]:
-        """The outputs of the new steps, and the last state."""
-        first_run: list[Sink] | None = []
-
-        def new_sink() -> Sink:
-            sink = _NewOutputs(window.new_start)
-            if first_run is not None:  # what recomputations make must not outlive them
-                first_run.append(sink)
-            return sink
-
-        if first.step:
-            first.check_untouched()
-        window.ambient.restore(first.ambient)
-        plan = plan_window(self._strategy, window.start, window.start, window.stop)
-        check = CheckInBackward(window) if self._checks_replays else UNCHECKED
-        spans = CheckpointedSpans(window, new_sink, check=check)
-        tree = parse_spans(plan.schedule, window.start, window.stop)
-        run = spans.run_again_as_a_whole if self._recomputes_all else spans.run
-        collected, state = run(tree, copy_containers(first.state))
-        frame = next(sink.outputs[0] for sink in first_run if sink.outputs)
-        first_run = None
-        return over_time(collected, frame, False, window.blocks[-1].time_dim), state

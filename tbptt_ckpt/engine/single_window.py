@@ -27,9 +27,9 @@ from tbptt_ckpt.executor.spans import parse_spans
 from tbptt_ckpt.executor.window_pass import Executor, WindowPass
 from tbptt_ckpt.module.ambient import Ambient
 from tbptt_ckpt.module.recurrence import check_differentiable, parameters_of, recognise, time_of
-from tbptt_ckpt.module.trees import Tree, map_tensors, replace_tensors, tensors_of
+from tbptt_ckpt.module.trees import Tree, replace_tensors, tensors_of
 from tbptt_ckpt.schedule.plan import plan_window
-from tbptt_ckpt.schedule.strategies import AnyStrategy
+from tbptt_ckpt.schedule.strategies import AnyStrategy, Strategy
 from tbptt_ckpt.time_batching.compiler import CompileChoice
 from tbptt_ckpt.time_batching.policy import TimeBatchingChoice
 
@@ -158,21 +158,57 @@ def unroll(
     if runner.compiled.look([block], 0, init_state, wanted):
         runner.time_batching.decide("compiled")
     whole = WindowPass([block], 0, 0, num_steps, 0, ambient, runner)
-    sinks: list[Sink] = []
+    strategy = options.parsed_strategy()
+    found = run_in_graph(whole, strategy, init_state, context_fn, check_replays=check_replays)
+    ambient.check_complete()
+    return found
+
+
+class _LateOutputs(Sink):
+    """Keeps the outputs of the steps from `start` on."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self._start = start
+
+    def wanted(self, begin: int, end: int) -> range:
+        return range(max(begin, self._start), end)
+
+
+def run_in_graph(
+    window: WindowPass,
+    strategy: Strategy,
+    state: Tree,
+    context_fn: ContextFn = noop_context_fn,
+    *,
+    check_replays: bool,
+    recomputes_all: bool = False,
+) -> tuple[Tree, Tree]:
+    """The outputs of a window's steps from `loss_start` on and its last state, with their graph.
+
+    With `recomputes_all` that keeps nothing but the first state.
+    """
+    first_run: list[Sink] = []
+    in_backward = False
 
     def new_sink() -> Sink:
-        sinks.append(Sink())
-        return sinks[-1]
+        sink = _LateOutputs(window.loss_start)
+        if not in_backward:  # what recomputations make must not outlive them
+            first_run.append(sink)
+        return sink
 
-    check = CheckInBackward(whole) if check_replays else UNCHECKED
-    spans = CheckpointedSpans(whole, new_sink, context_fn, check)
-    collected, state = spans.run(parse_spans(plan.schedule, 0, num_steps), init_state)
-    ambient.check_complete()
-    frame = map_tensors(lambda _: torch.empty(0, device="cpu"), sinks[0].outputs[0])
-    return over_time(collected, frame, runner.recurrence.per_step, time_dim), state
+    plan = plan_window(strategy, window.start, window.start, window.stop)
+    check = CheckInBackward(window) if check_replays else UNCHECKED
+    spans = CheckpointedSpans(window, new_sink, context_fn, check)
+    run = spans.run_again_as_a_whole if recomputes_all else spans.run
+    collected, state = run(parse_spans(plan.schedule, window.start, window.stop), state)
+    frame = next(sink.outputs[0] for sink in first_run if sink.outputs)
+    in_backward, time_dim = True, window.blocks[-1].time_dim
+    first_run.clear()
+    return _over_time(collected, frame, window.runner.recurrence.per_step, time_dim), state
 
 
-def over_time(collected: list[Tensor], frame: Tree, per_step: bool, time_dim: int) -> Tree:
+def _over_time(collected: list[Tensor], frame: Tree, per_step: bool, time_dim: int) -> Tree:
     """Outputs of steps, or of segments, as one tree."""
     join = torch.stack if per_step else torch.cat
     width = len(tensors_of(frame))

@@ -38,7 +38,7 @@ class WindowedTraining:
         k1: Steps of a batch of Lightning's; the last one of a sequence may have fewer.
         k2: As for `Windowed`. All of these are keywords of the class, or attributes.
         strategy: As for `Windowed`.
-        time_dim: Where batches have time; by default where an `nn.RNN/LSTM/GRU` has it, otherwise 0.
+        time_dim: Where batches have time; by default 1 where the module has `batch_first`, else 0.
         recurrent_name: Where the module is that takes chunks, `(x, state) -> (y, state)`.
     """
 
@@ -141,9 +141,9 @@ class _Carried(Windowed):
         start, num_steps = self._turn
         if self._is_done:
             raise ArgumentError(
-                f"the recurrent module was called twice for the steps from {start} on; training_step "
-                "calls it once, and an optimizer that calls its closure again, such as LBFGS, "
-                "cannot be used"
+                f"the recurrent module was called twice for the steps from {start} on; "
+                "training_step calls it once, and an optimizer that calls its closure again, such "
+                "as LBFGS, cannot be used"
             )
         if start == 0:
             self.begin(num_steps)

@@ -1,4 +1,4 @@
-"""TorchRL's recurrent modules by windows, inside of any loss: all windows of a rollout, one backward.
+"""TorchRL's recurrent modules by windows, in any loss: all windows of a rollout, one backward.
 
 A loss runs its networks in recurrent mode over a rollout. There a windowed module runs `k1` steps
 at a time, each with the steps before it, so that gradients reach `k2` steps back. Trajectories that
@@ -89,7 +89,7 @@ class _Windowed:
         super().__init__()
         self.in_keys, self.out_keys = module.in_keys, module.out_keys
         for name, layer in module.named_children():
-            self.add_module(name, layer)  # type: ignore[attr-defined]
+            self.add_module(name, layer)
         self._inner, self._given = (module,), options  # in a tuple: it is no layer of this one
 
     def __reduce__(self) -> Any:

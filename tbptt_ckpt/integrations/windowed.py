@@ -1,4 +1,4 @@
-"""A module for loops over chunks that others own: each call runs a window that reaches further back.
+"""A module for others' loops over chunks: each call runs a window that reaches further back.
 
 NOTE [Names of weights]
 What `Windowed` saves has the names of the module's own weights, and it loads such. So checkpoints
@@ -34,8 +34,8 @@ class Windowed(nn.Module):
     the outputs of the chunk and the state after it. The gradient is that of `TBPTT`, in the memory
     of the strategy: the loop's backward recomputes what is not kept.
 
-    A state of None, or one that was not returned by the call before, begins a sequence. All chunks
-    of a sequence have as many steps as the first, which is `k1`; only the last may be shorter. Where
+    A state of None, or one that the call before has not returned, begins a sequence. All chunks of
+    a sequence have as many steps as the first, which is `k1`; only the last may be shorter. Where
     nothing is differentiated (`torch.no_grad()`), calls are the module's own.
 
     Args:
@@ -65,8 +65,8 @@ class Windowed(nn.Module):
         self.module = module
         self._options = (k2, strategy, time_dim, check_replays)
         self._chunks = Chunks(module, *self._options)
-        self.register_state_dict_post_hook(_without_own_name)
-        self.register_load_state_dict_pre_hook(_with_own_name)
+        self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
 
     def begin(self, num_steps: int | None = None) -> None:
         """The next call begins a sequence, whatever state it is given.
@@ -100,7 +100,7 @@ class Windowed(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_chunks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._chunks = Chunks(self.module, *self._options)
 
 

@@ -188,7 +188,9 @@ TORCHRL = """
 TORCHRL_WINDOWS = TORCHRL.replace(
     "import CSVLogger\n",
     "import CSVLogger\n    from tbptt_ckpt.integrations.torchrl import windowed\n",
-).replace("    head = TensorDictModule", "    lstm = windowed(lstm, K1, K2)\n    head = TensorDictModule")
+).replace(
+    "    head = TensorDictModule", "    lstm = windowed(lstm, K1, K2)\n    head = TensorDictModule"
+)
 
 PROGRAMS = {  # before and after, the steps of its own windows, and the packages
     "Ignite": (IGNITE, IGNITE_WINDOWS, (K1, K1), "ignite"),
