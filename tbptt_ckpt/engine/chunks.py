@@ -151,9 +151,9 @@ class Chunks:
             )
             self._cuts.check(this_pass, first, found, notes.left)
             sequence.ambient.check_complete()
-        except BaseException:
+            found = notes.left
+        finally:
             sequence.ambient.restore(found)
-            raise
         # What is in front of the module has been differentiated when these steps run again.
         kept = map_tensors(Tensor.detach, given.inputs)
         sequence.leave(notes, replace(block, inputs=kept, targets=kept))

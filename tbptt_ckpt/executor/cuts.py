@@ -92,7 +92,7 @@ def _largest_difference(window: WindowPass, first: Boundary) -> float:
         )
         difference, is_rounding = step_difference(whole, parts, in_half=in_half)
         largest = largest if is_rounding else max(largest, difference)
-        first = window.advance(first, step + 2, 2)
+        first = window.advance(first, step + 2, 2, _Steps())
     return largest
 
 

@@ -114,7 +114,8 @@ class WindowedTraining:
 
     def _time_of_batches(self) -> int:
         module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
-        return recognise(module, False, self.time_dim).time_dim
+        inner = module.module if isinstance(module, _Carried) else module
+        return recognise(inner, False, self.time_dim).time_dim
 
 
 class _Carried(Windowed):

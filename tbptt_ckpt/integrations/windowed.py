@@ -81,9 +81,10 @@ class Windowed(nn.Module):
         """The outputs of the next chunk, and the state after it."""
         if not torch.is_grad_enabled():
             return self.module(inputs, state)  # type: ignore[no-any-return]
-        last = self._chunks.last
-        if last is not None and not _goes_on(state, last.state, self._chunks.lane_dim):
-            self._chunks.begin()
+        if (last := self._chunks.last) is not None:
+            last.check_untouched()
+            if not _goes_on(state, last.state, self._chunks.lane_dim):
+                self._chunks.begin()
         return self._chunks.run(inputs, state)
 
     def __getattr__(self, name: str) -> Any:

@@ -13,9 +13,7 @@ from torch import nn
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # attributes
 # Packages whose modules with a `module` inside run it as it is.
-_WRAPPING = {
-    *("torch", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "tbptt_ckpt")
-}
+_WRAPPING = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate"}
 
 
 def owner_of(function: object) -> object:
