@@ -40,13 +40,16 @@ from tbptt_ckpt.schedule.strategies import AnyStrategy
 from tbptt_ckpt.schedule.windows import Window, window_at
 
 
+_KEPT: Any = object()
+
+
 @dataclass(slots=True)
 class _Sequence:
     """What the chunks so far have left for the windows to come."""
 
     options: Options  # with k1, the steps of the first chunk
-    init_state: Tree
     ambient: Ambient
+    init_state: Tree = None
     records: Records = field(default_factory=Records)
     blocks: list[StepBlock] = field(default_factory=list)
     guards: list[InputGuard] = field(default_factory=list)  # one for each
@@ -116,10 +119,11 @@ class Chunks:
         """The next chunk is the first of a sequence, of `num_steps` if that is known."""
         self._sequence, self._num_steps = None, num_steps
 
-    def run(self, inputs: Tree, init_state: Tree) -> tuple[Tree, Tree]:
+    def run(self, inputs: Tree, init_state: Tree | None = _KEPT) -> tuple[Tree, Tree]:
         """The outputs of the next chunk and the state after it, with the graph of its window.
 
-        `init_state` is where the sequence begins; later chunks do not read it.
+        `init_state` is where the sequence begins; what was given with the chunk before, if it is
+        left out.
 
         Raises:
             ArgumentError: A chunk that cannot be the next one.
@@ -129,7 +133,9 @@ class Chunks:
         given = TensorSequence(inputs, time_dim=time_dim)
         if self._runner is None or self._runner.recurrence != recurrence:
             self._runner = make_runner(recurrence, None)
-        sequence = self._sequence or self._begun(given, init_state)
+        sequence = self._sequence or self._begun(given)
+        if init_state is not _KEPT:
+            sequence.init_state = init_state
         window = self._next_window(sequence, len(given))
         block = StepBlock(window.new_start, window.stop, given.inputs, given.inputs, None, time_dim)
         found, records = sequence.ambient.found(), sequence.records
@@ -160,10 +166,10 @@ class Chunks:
         self._sequence = sequence
         return outputs, state
 
-    def _begun(self, first: TensorSequence, init_state: Tree) -> _Sequence:
-        tensors = tensors_of((parameters_of(self._module), init_state, first.inputs))
+    def _begun(self, first: TensorSequence) -> _Sequence:
+        tensors = tensors_of((parameters_of(self._module), first.inputs))
         ambient = Ambient([self._recurrence.module], tensors)
-        return _Sequence(replace(self._options, k1=len(first)), init_state, ambient)
+        return _Sequence(replace(self._options, k1=len(first)), ambient)
 
     def _next_window(self, sequence: _Sequence, num_new_steps: int) -> Window:
         """Where the chunk's window lies."""

@@ -23,6 +23,9 @@ from tbptt_ckpt.schedule.strategies import AnyStrategy
 
 __all__ = ["WindowedTraining"]
 
+_NO_WINDOWS = (
+    "Trainer.fit was given batches as they are; give it the loader as model.windows(loader)"
+)
 _OPTIONS = ("k1", "k2", "strategy", "time_dim", "recurrent_name")
 
 
@@ -94,11 +97,8 @@ class WindowedTraining:
                 "use devices=1"
             )
         module = self._carried()
-        if module is None or not module.coming:
-            raise ArgumentError(
-                "Trainer.fit was given batches as they are; give it the loader as "
-                "model.windows(loader)"
-            )
+        if module is None:
+            raise ArgumentError(_NO_WINDOWS)
         module.take_turn()
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
 
@@ -123,13 +123,20 @@ class _Carried(Windowed):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.coming = deque[tuple[int, int]]()  # first step, and steps of the sequence
+        self._coming = deque[tuple[int, int]]()  # first step, and steps of the sequence
         self._turn: tuple[int, int] | None = None
         self._is_done = False
 
+    def line_up(self) -> deque[tuple[int, int]]:
+        """A new row, in which the places of chunks wait."""
+        self._coming = deque()
+        return self._coming
+
     def take_turn(self) -> None:
         """The chunk that comes next is trained now."""
-        self._turn, self._is_done = self.coming.popleft(), False
+        if not self._coming:
+            raise ArgumentError(_NO_WINDOWS)
+        self._turn, self._is_done = self._coming.popleft(), False
 
     def end_turn(self) -> None:
         """What comes until the next turn is none of a window."""
@@ -137,7 +144,13 @@ class _Carried(Windowed):
 
     def forward(self, inputs: Tree, state: Tree = None) -> tuple[Any, Any]:
         """The outputs of the chunk whose turn it is, and the state after it."""
-        if self._turn is None or not torch.is_grad_enabled():
+        trains = self.training and torch.is_grad_enabled()
+        if trains and self._turn is None and self._coming:
+            raise ArgumentError(
+                "on_train_batch_start of the LightningModule must call "
+                "super().on_train_batch_start(batch, batch_idx): WindowedTraining counts windows"
+            )
+        if self._turn is None or not trains:
             return self.module(inputs, state)  # type: ignore[no-any-return]
         start, num_steps = self._turn
         if self._is_done:
@@ -164,10 +177,13 @@ class _Windows:
         self._loader, self._model, self._carried = loader, model, carried
 
     def __iter__(self) -> Iterator[Any]:
-        model, coming = self._model, self._carried.coming
-        coming.clear()
-        for batch in self._loader:
-            num_steps = model.num_steps(batch)
-            for start in range(0, num_steps, model.k1):
-                coming.append((start, num_steps))
-                yield model.chunk(batch, start, min(start + model.k1, num_steps))
+        model, coming = self._model, self._carried.line_up()
+        try:
+            for batch in self._loader:
+                num_steps = model.num_steps(batch)
+                for start in range(0, num_steps, model.k1):
+                    coming.append((start, num_steps))
+                    yield model.chunk(batch, start, min(start + model.k1, num_steps))
+        except GeneratorExit:  # what was fetched is not trained
+            coming.clear()
+            raise

@@ -83,8 +83,9 @@ class Windowed(nn.Module):
             return self.module(inputs, state)  # type: ignore[no-any-return]
         if (last := self._chunks.last) is not None:
             last.check_untouched()
-            if not _goes_on(state, last.state, self._chunks.lane_dim):
-                self._chunks.begin()
+            if _goes_on(state, last.state, self._chunks.lane_dim):
+                return self._chunks.run(inputs)
+            self._chunks.begin()
         return self._chunks.run(inputs, state)
 
     def __getattr__(self, name: str) -> Any:
