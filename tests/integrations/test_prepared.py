@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, Trainer
 from tbptt_ckpt.errors import ArgumentError
+from tbptt_ckpt.integrations.windowed import Windowed
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -103,6 +104,62 @@ def test_their_mixed_precision_is_that_of_a_plain_loop(prepare: Any) -> None:
     assert kinds == {torch.bfloat16}
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert relative_error([p.grad for p in net.parameters()], expected) < 1e-2
+
+
+@pytest.mark.parametrize("order", ["wrapped, then prepared", "prepared, then wrapped"])
+@pytest.mark.parametrize("precision", ["full", "bfloat16"])
+@pytest.mark.parametrize("prepare", PREPARE)
+def test_loops_over_chunks_train_with_them(prepare: Any, precision: str, order: str) -> None:
+    names = {by_fabric: ("32-true", "bf16-mixed"), by_accelerate: ("no", "bf16")}
+    is_full = precision == "full"
+    found = []
+    for is_prepared in (True, False):
+        torch.manual_seed(0)
+        net: Any = Chunked()
+        sgd: Any = torch.optim.SGD(net.parameters(), 0.1)
+        weights = list(net.parameters())
+        if is_prepared:
+            first = Windowed(net, K2, strategy="uniform:2") if order.startswith("wrap") else net
+            net, sgd = prepare(first, sgd, names[prepare][not is_full])
+            net = net if order.startswith("wrap") else Windowed(net, K2, strategy="uniform:2")
+            assert [*net.state_dict()] == [*Chunked().state_dict()]
+        inputs, targets = (t.float() for t in random_data(12))
+        if is_prepared:
+            state = None
+            for start in range(0, 12, K1):
+                outputs, state = net(inputs[start : start + K1], state)
+                state = tuple(each.detach() for each in state)
+                sgd.zero_grad()
+                differentiated(prepare, F.mse_loss(outputs, targets[start : start + K1]))
+                sgd.step()
+        else:
+            options: Any = {} if is_full else {"autocast_dtype": torch.bfloat16}
+            tbptt = TBPTT(net, F.mse_loss, K1, K2, sgd, per_step=False, **options)
+            tbptt.train(TensorSequence(inputs, targets))
+        found.append(weights)
+    assert relative_error(*found) < (1e-6 if is_full else 2e-3)
+
+
+class Chunked(nn.Module):
+    """A cell over chunks of steps, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = cell()
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        outputs = []
+        for step in x:
+            y, state = self.cell(step, state)
+            outputs.append(y)
+        return torch.stack(outputs), state
+
+
+def differentiated(prepare: Any, loss: Tensor) -> None:
+    if prepare is by_fabric:
+        pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu").backward(loss)
+    else:
+        loss.backward()
 
 
 @pytest.mark.parametrize("prepare", PREPARE)

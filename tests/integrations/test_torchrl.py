@@ -1,18 +1,17 @@
-"""Losses of TorchRL by windows: the host's own over a rollout, and a plain loop where k1 < k2."""
+"""TorchRL's recurrent modules by windows, held against a plain loop and the host's own."""
 
 from __future__ import annotations
 
 import copy
-import itertools
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from cases import EXECUTORS, relative_error
+from cases import bitwise, relative_error
 from torch import Tensor, nn
 
-from tbptt_ckpt import TBPTT
-from tbptt_ckpt.data import BurnIn
+from tbptt_ckpt import peak_memory
 from tbptt_ckpt.errors import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("default")  # the library's own
@@ -20,11 +19,12 @@ rnn = pytest.importorskip("torchrl.modules")
 objectives = pytest.importorskip("torchrl.objectives")
 tensordict = pytest.importorskip("tensordict")
 from tensordict.nn import TensorDictModule, TensorDictSequential  # noqa: E402
+from torchrl.envs.transforms import BurnInTransform  # noqa: E402
 
-from tbptt_ckpt.integrations.torchrl import RecurrentLoss, rollout_sequence  # noqa: E402
+from tbptt_ckpt.integrations.torchrl import windowed  # noqa: E402
 
 LANES, STEPS, WIDTH_IN, WIDTH, K1, K2 = 3, 24, 4, 5, 5, 13
-STRATEGIES = ("retain", "uniform:4", "revolve:2")
+STRATEGIES = ("auto", "retain", "uniform:4", "revolve:2")
 
 
 def rollout(*, states: bool = True) -> Any:
@@ -47,8 +47,8 @@ def rollout(*, states: bool = True) -> Any:
     return tensordict.TensorDict(fields, [LANES, STEPS])
 
 
-def loss_of(kind: str, reduction: str) -> Any:
-    """PPO with an LSTM in its actor, and a GRU in its critic where `kind` says so."""
+def modules() -> tuple[Any, Any]:
+    """An LSTM for an actor, and a GRU for a critic."""
     torch.manual_seed(0)
     lstm = rnn.LSTMModule(
         *(WIDTH_IN, WIDTH),
@@ -58,132 +58,159 @@ def loss_of(kind: str, reduction: str) -> Any:
     gru = rnn.GRUModule(
         *(WIDTH_IN, WIDTH), in_keys=["observation", "g"], out_keys=["seen", ("next", "g")]
     )
+    return lstm.double(), gru.double()
+
+
+def loss_of(lstm: Any = None, gru: Any = None) -> Any:
+    """PPO over recurrent modules, or over their outputs where these are left out."""
+    torch.manual_seed(1)
     head = TensorDictModule(nn.Linear(WIDTH, 3), in_keys=["features"], out_keys=["logits"])
+    value = TensorDictModule(nn.Linear(WIDTH, 1), in_keys=["seen"], out_keys=["state_value"])
     actor = rnn.ProbabilisticActor(
-        TensorDictSequential(lstm, head),
+        TensorDictSequential(*filter(None, (lstm, head))),
         in_keys=["logits"],
         distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
     )
-    critic = rnn.ValueOperator(nn.Linear(WIDTH_IN, 1), in_keys=["observation"])
-    if kind == "recurrent critic":
-        value = TensorDictModule(nn.Linear(WIDTH, 1), in_keys=["seen"], out_keys=["state_value"])
-        critic = TensorDictSequential(gru, value)
-    return objectives.ClipPPOLoss(actor, critic, reduction=reduction).double()
+    critic = TensorDictSequential(*filter(None, (gru, value)))
+    return objectives.ClipPPOLoss(actor, critic).double()
 
 
 def total(losses: Any) -> Tensor:
     return sum(loss for name, loss in losses.items() if name.startswith("loss_"))
 
 
-def mean(losses: Tensor, _targets: Any) -> Tensor:
-    return losses.mean()
-
-
-def grads_of(loss: nn.Module) -> list[Tensor]:
-    return [w.grad.clone() for w in loss.parameters() if w.grad is not None]
-
-
-@pytest.mark.parametrize("kind", ["actor", "recurrent critic"])
-@pytest.mark.parametrize("states", [True, False])
-def test_a_whole_rollout_has_the_gradient_of_the_hosts_own_loss(kind: str, states: bool) -> None:
-    data = rollout(states=states)
-    theirs = loss_of(kind, "mean")
+def differentiated(loss: Any, data: Any, *owners: Any) -> tuple[float, list[Tensor]]:
+    """The host's own program; gradients of the loss, or of other modules that it hangs on."""
     with rnn.set_recurrent_mode(True):
-        expected = total(theirs(data.clone()))
-    expected.backward()
-    for strategy, executor in itertools.product(STRATEGIES, EXECUTORS):
-        loss = loss_of(kind, "none")
-        tbptt = TBPTT(
-            *(RecurrentLoss(loss), mean, STEPS, None),
-            **{"strategy": strategy, "executor": executor, "per_step": False, "time_dim": 1},
-        )
-        result = tbptt.train(rollout_sequence(data))
-        assert result.loss == pytest.approx(expected.item(), rel=1e-12)
-        assert relative_error(grads_of(loss), grads_of(theirs)) < 1e-12
+        value = total(loss(data.clone(recurse=False)))
+    value.backward()
+    weights = [w for owner in owners for w in owner.parameters()]
+    return value.item(), [w.grad.clone() for w in weights]
 
 
-def plain_windows(loss: Any, data: Any, optimizer: Any, burn_in: int) -> list[list[Tensor]]:
-    """Windows by hand: the host's loss over each, from the states that the one before left."""
-    lstm = loss.actor_network.module[0].module[0]
+def plain_outputs(layer: Any, data: Any, names: tuple[str, ...], k1: int, k2: int) -> Tensor:
+    """What comes of windows one step at a time, each from a constant state k2 steps back."""
     states: dict[int, Any] = {0: None}
-    found = []
-    for stop in [*range(K1, STEPS, K1), STEPS]:
-        new, start = (stop - 1) // K1 * K1, max(0, stop - K2)
-        part = data[:, start:stop].clone()
-        carry(part, states[start])
-        optimizer.zero_grad()
-        with rnn.set_recurrent_mode(True):
-            each = total(loss(part))[:, max(new, burn_in) - start :]
-        each.mean().backward()
-        found.append(grads_of(loss))
-        follow(lstm, loss, data[:, start:stop].clone(), states, start)
-        optimizer.step()
-    return found
+    found: list[Tensor] = []
+    for new in range(0, STEPS, k1):
+        stop = min(new + k1, STEPS)
+        start = max(0, stop - k2)
+        state, outputs = states[start], []
+        for n in range(start, stop):
+            zeros = torch.zeros(LANES, WIDTH, dtype=torch.float64)
+            kept = [zeros if (each := data.get(name)) is None else each[:, n, 0] for name in names]
+            begins = data["is_init"][:, n] if n else torch.ones(LANES, 1, dtype=torch.bool)
+            state = (
+                kept
+                if state is None
+                else [
+                    torch.where(begins, new_state, old)
+                    for new_state, old in zip(kept, state, strict=True)
+                ]
+            )
+            hidden = tuple(each[None] for each in state)
+            y, last = layer(
+                data["observation"][:, n : n + 1], hidden if len(hidden) > 1 else hidden[0]
+            )
+            state = [each[0] for each in (last if isinstance(last, tuple) else (last,))]
+            states[n + 1] = [each.detach() for each in state]
+            outputs.append(y)
+        found += outputs[new - start :]
+    return torch.cat(found, 1)
 
 
-def carry(part: Any, state: Any) -> None:
-    if state is not None:
-        kept = part["is_init"][:, 0, :, None]
-        for name, value in zip(("h", "c"), state, strict=True):
-            part[name][:, 0] = torch.where(kept, part[name][:, 0], value)
-
-
-def follow(lstm: Any, loss: Any, part: Any, states: dict[int, Any], start: int) -> None:
-    """The state after every step, one step at a time, with the weights of now."""
-    state = states[start]
-    with torch.no_grad(), loss.actor_network_params.to_module(loss.actor_network):
-        for n in range(part.shape[1]):
-            step = part[:, n : n + 1].clone()
-            carry(step, state)
-            with rnn.set_recurrent_mode(True):
-                lstm(step)
-            state = (step["next", "h"][:, 0], step["next", "c"][:, 0])
-            states[start + n + 1] = state
-
-
-@pytest.mark.parametrize("burn_in", [0, 3])
+@pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_windows_that_reach_further_back_than_to_the_last_update(
-    strategy: str, burn_in: int
-) -> None:
-    data = rollout()
-    plain = loss_of("actor", "none")
-    expected = plain_windows(plain, data, torch.optim.SGD(plain.parameters(), 0.1), burn_in)
-    for executor in EXECUTORS:
-        loss = loss_of("actor", "none")
-        source = rollout_sequence(data)
-        tbptt = TBPTT(
-            *(RecurrentLoss(loss), mean, K1, K2, torch.optim.SGD(loss.parameters(), 0.1)),
-            **{"strategy": strategy, "executor": executor, "per_step": False, "time_dim": 1},
-        )
-        windows = tbptt.windows(BurnIn(source, burn_in) if burn_in else source)
-        for grads, window in zip(expected, windows, strict=True):
-            assert relative_error(grads_of(loss), grads) < 1e-12, window
-        assert relative_error(list(loss.parameters()), list(plain.parameters())) < 1e-12
+def test_a_loss_has_the_gradient_of_windows_by_a_plain_loop(strategy: str, states: bool) -> None:
+    data, (lstm, gru) = rollout(states=states), modules()
+    plain = loss_of()
+    given = data.clone()
+    given["features"] = plain_outputs(lstm.lstm, data, ("h", "c"), K1, K2)
+    given["seen"] = plain_outputs(gru.gru, data, ("g",), K1, K2)
+    value, expected = differentiated(plain, given, lstm, gru, plain)
+    lstm, gru = modules()
+    loss = loss_of(*(windowed(each, K1, K2, strategy=strategy) for each in (lstm, gru)))
+    heads = [loss.actor_network.module[0].module[1], loss.critic_network.module[1]]
+    found, grads = differentiated(loss, data, lstm, gru, *heads)
+    assert found == pytest.approx(value, rel=1e-12)
+    assert relative_error(grads, expected) < 1e-12
+    whole = differentiated(loss_of(*modules()), data)[0]
+    assert found == pytest.approx(whole, rel=1e-12)  # the loss is of all steps as ever
+
+
+def test_reaching_less_far_back_is_another_gradient() -> None:
+    found = []
+    for k2 in (K1, K2, None):
+        lstm, gru = modules()
+        loss = loss_of(windowed(lstm, K1, k2), windowed(gru, K1, k2))
+        found.append(differentiated(loss, rollout(), lstm, gru)[1])
+    lstm, gru = modules()
+    _, whole = differentiated(loss_of(lstm, gru), rollout(), lstm, gru)
+    errors = [relative_error(grads, whole) for grads in found]
+    assert errors[0] > errors[1] > 1e-6
+    assert errors[2] < 1e-12
+
+
+def test_outside_of_losses_it_is_the_module() -> None:
+    data, (lstm, _) = rollout(), modules()
+    wrapped = windowed(lstm, K1, K2)
+    with torch.no_grad(), rnn.set_recurrent_mode(True):
+        expected, found = lstm(data.clone()), wrapped(data.clone())
+    assert bitwise([found["features"]], [expected["features"]])
+    step = data[:, 3]
+    assert bitwise([wrapped(step.clone())["features"]], [lstm(step.clone())["features"]])
+    with rnn.set_recurrent_mode(True):  # any number of dimensions before time
+        for rows in (data[1], data[None].expand(2, LANES, STEPS)):
+            outputs = wrapped(rows.clone())["features"]
+            assert relative_error([outputs], [lstm(rows.clone())["features"]]) < 1e-12
+    assert wrapped.make_tensordict_primer() is not None
+
+
+def test_burn_in_of_the_hosts_own_gives_the_first_state() -> None:
+    found = []
+    for wraps in (True, False):
+        lstm, gru = modules()
+        used = [windowed(each, STEPS, None) if wraps else each for each in (lstm, gru)]
+        with rnn.set_recurrent_mode(True):
+            data = BurnInTransform(used, burn_in=4, out_keys=["h", "c", "g"])(rollout())
+        found.append(differentiated(loss_of(*used), data, lstm, gru))
+    (value, grads), (expected, theirs) = found
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert relative_error(grads, theirs) < 1e-12
+
+
+def test_it_is_saved_under_the_modules_names_and_copied() -> None:
+    lstm, _ = modules()
+    wrapped, data = windowed(lstm, K1, K2), rollout()
+    assert list(wrapped.state_dict()) == list(lstm.state_dict())
+    assert list(loss_of(wrapped).state_dict()) == list(loss_of(lstm).state_dict())
+    with rnn.set_recurrent_mode(True):
+        expected = wrapped(data.clone())["features"]
+        for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+            assert bitwise([twin(data.clone())["features"]], [expected])
+            assert next(twin.parameters()) is not next(lstm.parameters())
+
+
+def test_memory_is_that_of_one_window() -> None:
+    peaks = []
+    observations = torch.randn(4, 400, WIDTH_IN, dtype=torch.float64)
+    fields = {"observation": observations, "is_init": torch.zeros(4, 400, 1, dtype=torch.bool)}
+    for k1 in (400, 20):
+        lstm = rnn.LSTMModule(WIDTH_IN, 64, in_key="observation", out_key="features").double()
+        module = lstm if k1 == 400 else windowed(lstm, k1, 40, strategy="uniform:10")
+        data = tensordict.TensorDict(fields, [4, 400])
+        with peak_memory(rss=False) as peak, rnn.set_recurrent_mode(True):
+            module(data)["features"].square().mean().backward()
+        peaks.append(peak.peak_bytes)
+    assert peaks[1] < 0.6 * peaks[0]
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="must be made with reduction='none'"):
-        RecurrentLoss(loss_of("actor", "mean"))
-    actor = rnn.ProbabilisticActor(
-        TensorDictModule(nn.Linear(WIDTH_IN, 3), in_keys=["observation"], out_keys=["logits"]),
-        in_keys=["logits"],
-        distribution_class=torch.distributions.Categorical,
-        return_log_prob=True,
-    )
-    critic = rnn.ValueOperator(nn.Linear(WIDTH_IN, 1), in_keys=["observation"])
-    with pytest.raises(ArgumentError, match="must have an LSTMModule or a GRUModule"):
-        RecurrentLoss(objectives.ClipPPOLoss(actor, critic, reduction="none"))
-    for wrong in (rollout()[0], rollout().exclude("is_init"), {"is_init": 1}):
-        with pytest.raises(ArgumentError, match=r"rollout=.* must be a TensorDict of \[B, T\]"):
-            rollout_sequence(wrong)
-
-
-def test_a_loss_is_copied_with_its_recurrent_modules() -> None:
-    loss, data = RecurrentLoss(loss_of("actor", "none")), rollout()
-    twin = copy.deepcopy(loss)
-    losses, state = twin(data.to_dict(), None)
-    again, _ = loss(data.to_dict(), None)
-    assert torch.equal(losses, again)
-    assert [value.shape for value in state] == [(LANES, 1, WIDTH)] * 2
+    lstm, _ = modules()
+    with pytest.raises(ArgumentError, match="must be an LSTMModule or a GRUModule"):
+        windowed(nn.LSTM(2, 3), K1, K2)
+    with pytest.raises(ArgumentError, match="k2=3 must be at least k1=5"):
+        windowed(lstm, 5, 3)
+    with pytest.raises(ArgumentError, match="strategy"):
+        windowed(lstm, 5, 5, strategy="sqr")

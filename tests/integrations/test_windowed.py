@@ -1,4 +1,4 @@
-"""A wrapped module in a loop over chunks: its gradients are those of a loop that keeps all graphs."""
+"""A module wrapped for a loop over chunks trains as in a loop that keeps all graphs."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_the_next_chunk_is_one_error() -> None:
         wrapped(x[6:10], state)
     wrapped.begin(6)
     _, state = wrapped(x[:4])
-    with pytest.raises(ArgumentError, match="up to step 8 of a sequence .* num_steps=6"):
+    with pytest.raises(ArgumentError, match=r"up to step 8 of a sequence .* num_steps=6"):
         wrapped(x[4:8], state)
     given = x[:4].clone()
     _, state = wrapped(given)
