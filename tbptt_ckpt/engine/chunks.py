@@ -39,7 +39,6 @@ from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_
 from tbptt_ckpt.schedule.strategies import AnyStrategy
 from tbptt_ckpt.schedule.windows import Window, window_at
 
-
 _KEPT: Any = object()
 
 
@@ -54,6 +53,10 @@ class _Sequence:
     blocks: list[StepBlock] = field(default_factory=list)
     guards: list[InputGuard] = field(default_factory=list)  # one for each
     stop: int = 0
+
+    def begin_at(self, state: Tree) -> None:
+        """Where the sequence begins, as windows from there read it from now on."""
+        self.init_state = state
 
     def first(self, window: Window) -> Boundary:
         """What a window begins with."""
@@ -135,7 +138,7 @@ class Chunks:
             self._runner = make_runner(recurrence, None)
         sequence = self._sequence or self._begun(given)
         if init_state is not _KEPT:
-            sequence.init_state = init_state
+            sequence.begin_at(init_state)
         window = self._next_window(sequence, len(given))
         block = StepBlock(window.new_start, window.stop, given.inputs, given.inputs, None, time_dim)
         found, records = sequence.ambient.found(), sequence.records

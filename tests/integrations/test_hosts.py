@@ -15,6 +15,7 @@ IMPORTS = """
 import sys
 import tbptt_ckpt.integrations.ignite, tbptt_ckpt.integrations.lightning
 import tbptt_ckpt.integrations.torchrl, tbptt_ckpt.integrations.trackers
+import tbptt_ckpt.integrations.windowed
 hosts = {"ignite", "lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "wandb"}
 hosts |= {"mlflow", "snntorch", "spikingjelly", "tensordict", "torchrl"}
 print(sorted(hosts & {*sys.modules}))
