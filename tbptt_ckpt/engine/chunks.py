@@ -99,7 +99,7 @@ class Chunks:
         *,
         recomputes_all: bool = False,
     ) -> None:
-        self._module, self._k2, self._time_dim = module, k2, time_dim
+        self._module, self._time_dim = module, time_dim
         self._options = Options(k1=1, k2=k2, strategy=strategy)
         self._checks_replays, self._recomputes_all = check_replays, recomputes_all
         self._recurrence = recognise(module, False, time_dim)

@@ -7,6 +7,7 @@ go from one to the other, whoever saves them: a library, or a module with this o
 
 from __future__ import annotations
 
+from collections import deque
 from functools import reduce
 from typing import Any
 
@@ -65,6 +66,7 @@ class Windowed(nn.Module):
         self.module = module
         self._options = (k2, strategy, time_dim, check_replays)
         self._chunks = Chunks(module, *self._options)
+        self._earlier = deque[Tree](maxlen=16)  # last states of sequences before this one
         self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
 
@@ -83,10 +85,34 @@ class Windowed(nn.Module):
             return self.module(inputs, state)  # type: ignore[no-any-return]
         if (last := self._chunks.last) is not None:
             last.check_untouched()
-            if _goes_on(state, last.state, self._chunks.lane_dim):
+            if self._goes_on(state, last.state):
                 return self._chunks.run(inputs)
+            self._earlier.append(last.state)
             self._chunks.begin()
         return self._chunks.run(inputs, state)
+
+    def _goes_on(self, given: Tree, last: Tree) -> bool:
+        """Whether a state is the last one.
+
+        Raises:
+            ArgumentError: It is in some lanes, or it is one of an earlier sequence.
+        """
+        equal = _equal_lanes(given, last, self._chunks.lane_dim)
+        if equal.all():
+            return True
+        if equal.any():
+            raise ArgumentError(
+                f"state is the one that the call before returned in {int(equal.sum())} of "
+                f"{equal.numel()} lanes: it must be so in all, or in none, which begins a "
+                "sequence; lanes that begin one by one are for TBPTT, with "
+                "TensorSequence(..., resets=...)"
+            )
+        if any(_equal_lanes(given, each, self._chunks.lane_dim).all() for each in self._earlier):
+            raise ArgumentError(
+                "state was returned by an earlier call, and another sequence has begun since: "
+                "sequences that take turns, such as parts of a batch, need a Windowed(net, k2) each"
+            )
+        return False
 
     def __getattr__(self, name: str) -> Any:
         """What is not found here is the module's, such as `hidden_size`."""
@@ -99,32 +125,27 @@ class Windowed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins a sequence of its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}
+        own = ("_chunks", "_earlier")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._chunks = Chunks(self.module, *self._options)
+        self._earlier = deque(maxlen=16)
 
 
-def _goes_on(given: Tree, last: Tree, lane_dim: int) -> bool:
-    """Whether a state is the last one, in whatever memory.
+def _equal_lanes(given: Tree, last: Tree, lane_dim: int) -> Tensor:
+    """In which lanes states are equal, in whatever memory and dtype; one answer for all, if simple.
 
-    Raises:
-        ArgumentError: In some lanes it is, and in others not.
+    Whoever passes states on may have changed both. The very same tensors are not looked into.
     """
     pairs = list(zip(tensors_of(given), tensors_of(last), strict=False))
-    if given is None or [t.shape for t, _ in pairs] != [t.shape for t in tensors_of(last)]:
-        return False
-    if all(_is_the_very(theirs, ours) for theirs, ours in pairs):
-        return True
-    equal = reduce(torch.logical_and, (_equal_lanes(*pair, lane_dim) for pair in pairs))
-    if equal.any() and not equal.all():
-        raise ArgumentError(
-            f"state is the one that the call before returned in {int(equal.sum())} of "
-            f"{equal.numel()} lanes: it must be so in all, or in none, which begins a sequence; "
-            "lanes that begin one by one are for TBPTT, with TensorSequence(..., resets=...)"
-        )
-    return bool(equal.all())
+    shapes = [[tensor.shape for tensor in tensors_of(state)] for state in (given, last)]
+    if given is None or shapes[0] != shapes[1]:
+        return torch.tensor(False, device="cpu")
+    if all(_is_the_very(*pair) for pair in pairs):
+        return torch.tensor(True, device="cpu")
+    return reduce(torch.logical_and, (_lanes(*pair, lane_dim) for pair in pairs))
 
 
 def _is_the_very(theirs: Tensor, ours: Tensor) -> bool:
@@ -132,8 +153,7 @@ def _is_the_very(theirs: Tensor, ours: Tensor) -> bool:
     return at != 0 and at == address_of(ours) and theirs.stride() == ours.stride()
 
 
-def _equal_lanes(theirs: Tensor, ours: Tensor, lane_dim: int) -> Tensor:
-    """By value, since whoever passes states on may change their dtype."""
+def _lanes(theirs: Tensor, ours: Tensor, lane_dim: int) -> Tensor:
     equal = theirs.detach() == ours.to(theirs.dtype)
     return equal.movedim(lane_dim, 0).flatten(1).all(1) if equal.dim() > lane_dim else equal.all()
 

@@ -202,6 +202,15 @@ def test_lanes_that_begin_one_by_one_are_refused() -> None:
         wrapped(x[4:8], (h.detach() * keep, c.detach() * keep))
 
 
+def test_sequences_that_take_turns_are_refused() -> None:
+    wrapped, (_, x, _) = Windowed(made(lstm), 8), data_for(None, 8)
+    _, one = wrapped(x[:4], None)
+    _, other = wrapped(x[:4].flip(1), None)
+    with pytest.raises(ArgumentError, match=r"take turns, .* need a Windowed\(net, k2\) each"):
+        wrapped(x[4:], detached(one))
+    wrapped(x[4:], detached(other))
+
+
 def test_what_cannot_be_the_next_chunk_is_one_error() -> None:
     net, (_, x, _) = made(lstm), data_for(None, 20)
     with pytest.raises(ArgumentError, match="runs one step"):
