@@ -84,7 +84,8 @@ class Windowed(nn.Module):
         if not torch.is_grad_enabled():
             return self.module(inputs, state)  # type: ignore[no-any-return]
         if (last := self._chunks.last) is not None:
-            last.check_untouched()
+            if state is not None:
+                last.check_untouched()
             if self._goes_on(state, last.state):
                 return self._chunks.run(inputs)
             self._earlier.append(last.state)
@@ -154,7 +155,7 @@ def _is_the_very(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _lanes(theirs: Tensor, ours: Tensor, lane_dim: int) -> Tensor:
-    equal = theirs.detach() == ours.to(theirs.dtype)
+    equal = theirs.detach() == ours.to(theirs)
     return equal.movedim(lane_dim, 0).flatten(1).all(1) if equal.dim() > lane_dim else equal.all()
 
 

@@ -187,6 +187,38 @@ def test_checkpoints_count_updates_and_load(tmp_path: Path) -> None:
     fit(other, batches(), max_steps=10)
     loaded = torch.load(last, weights_only=False)["state_dict"]
     assert bitwise(list(loaded.values()), list(other.state_dict().values()))
+    fresh = Model(lstm())  # which no loader of windows has seen
+    assert [*fresh.state_dict()] == [*loaded]
+    fresh.load_state_dict(loaded)
+    assert bitwise(list(fresh.parameters()), list(other.parameters()))
+
+
+def test_the_recurrent_module_may_be_anywhere_inside() -> None:
+    class Deeper(Model, recurrent_name="parts.body"):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__(net)
+            self.parts = nn.ModuleDict({"body": self.recurrent, "head": nn.Identity()})
+            del self.recurrent
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            loss = F.mse_loss(self.parts["head"](self.parts["body"](x)[0]), y)
+            self.told.append(loss.item())
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("whole", F.mse_loss(self.parts["body"](batch[0])[0], batch[1]))
+
+    model, net = Deeper(lstm()), by_ourselves(batches())[0]
+    loader = torch.utils.data.DataLoader([batches()[0]], batch_size=None)
+    model.val_dataloader = lambda: loader
+    trainer = fit(model, batches(), val_check_interval=2)
+    assert relative_error(list(model.parameters()), list(net.parameters())) < 1e-12
+    x, y = batches()[0]
+    expected = F.mse_loss(net(x)[0], y)
+    assert float(trainer.validate(model, loader, verbose=False)[0]["whole"]) == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def test_batch_first_other_batches_and_a_learned_first_state() -> None:
