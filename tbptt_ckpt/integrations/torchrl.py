@@ -75,6 +75,17 @@ def _windowed_kind() -> Any:
     return Windowed
 
 
+def _check_no_ensemble(module: nn.Module) -> None:
+    try:
+        for weight in module.parameters():
+            weight.data_ptr()
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"windowed({type(module).__name__}) was called under torch.vmap, as ensembles are "
+            "(expand_dim, num_qvalue_nets): such a module goes without windows"
+        ) from error
+
+
 def _rebuilt(*given: Any) -> Any:
     return _windowed_kind()(*given)
 
@@ -109,6 +120,7 @@ class _Windowed:
         (inner,) = self._inner
         if not inner.recurrent_mode or not torch.is_grad_enabled():
             return inner(tensordict)
+        _check_no_ensemble(inner)
         rollout = tensordict.unsqueeze(0) if tensordict.ndim == 1 else tensordict.flatten(0, -2)
         k1, *given = self._given
         keys = [key for key in dict.fromkeys((*self.in_keys, _BEGINS)) if key in rollout.keys(True)]

@@ -212,5 +212,14 @@ def test_what_cannot_work_is_refused() -> None:
         windowed(nn.LSTM(2, 3), K1, K2)
     with pytest.raises(ArgumentError, match="k2=3 must be at least k1=5"):
         windowed(lstm, 5, 3)
+    wrapped, data = windowed(lstm.make_python_based(), K1, K2), rollout()
+    ensemble = tensordict.TensorDict.from_module(wrapped).expand(2).clone()
+
+    def member(weights: Any) -> Tensor:
+        with weights.to_module(wrapped), rnn.set_recurrent_mode(True):
+            return wrapped(data.clone())["features"]
+
+    with pytest.raises(ArgumentError, match="such a module goes without windows"):
+        torch.vmap(member)(ensemble)
     with pytest.raises(ArgumentError, match="strategy"):
         windowed(lstm, 5, 5, strategy="sqr")

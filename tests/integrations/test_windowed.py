@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LANES, WIDTH, WIDTH_IN, bitwise, random_data, relative_error
+from several_ranks import on_two_ranks
 from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, peak_memory
@@ -297,6 +298,24 @@ def test_copies_begin_anew_and_attributes_are_the_modules() -> None:
     wrapped(x[4:8], state)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = wrapped.nothing_like_it
+
+
+def on_lanes(rank: int, count: int) -> None:
+    """Lanes of one rank: with as many on each, the mean of gradients is that of all lanes."""
+    nets = []
+    for share, ranks in ((rank, count), (0, 1)):
+        net = made(lstm)
+        x, y = (each[:, share::ranks] for each in random_data(14, lanes=4))
+        wrapped: Any = Windowed(net, 8, strategy="uniform:2")
+        if ranks > 1:
+            wrapped = nn.parallel.DistributedDataParallel(wrapped)
+        trained(wrapped, (0, x, y), 4, optimizer(net))
+        nets.append(net)
+    assert relative_error(*(list(net.parameters()) for net in nets)) < 1e-12
+
+
+def test_ranks_train_as_one_process_with_all_lanes() -> None:
+    on_two_ranks(on_lanes)
 
 
 def test_memory_is_that_of_the_strategy() -> None:
