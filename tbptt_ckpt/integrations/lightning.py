@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbptt_ckpt.arguments import check_positive_int
 from tbptt_ckpt.errors import ArgumentError, shown
 from tbptt_ckpt.integrations.windowed import Windowed
 from tbptt_ckpt.module.recurrence import recognise
@@ -83,11 +84,17 @@ class WindowedTraining:
         The recurrent module is in a `Windowed` from here on, whose weights are saved under the
         names that they had.
         """
-        module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
-        if not isinstance(module, _Carried):
-            module = _Carried(module, self.k2, strategy=self.strategy, time_dim=self.time_dim)
-            self.set_submodule(self.recurrent_name, module)  # type: ignore[attr-defined]
-        return _Windows(loader, self, module)
+        name = type(self).__name__
+        if not (hasattr(self, "k1") and hasattr(self, "k2")):
+            raise ArgumentError(
+                f"{name} has no k1 and k2: give them to the class, as in "
+                f"class {name}(WindowedTraining, LightningModule, k1=20, k2=60)"
+            )
+        check_positive_int("k1", self.k1)
+        options: dict[str, Any] = {"strategy": self.strategy, "time_dim": self.time_dim}
+        carried = _Carried(self._recurrent(), self.k2, **options)
+        self.set_submodule(self.recurrent_name, carried)  # type: ignore[attr-defined]
+        return _Windows(loader, self, carried)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Called by Lightning; a method of yours with this name calls `super()`'s, too."""
@@ -112,10 +119,12 @@ class WindowedTraining:
         module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
         return module if isinstance(module, _Carried) else None
 
-    def _time_of_batches(self) -> int:
+    def _recurrent(self) -> Any:
         module: Any = self.get_submodule(self.recurrent_name)  # type: ignore[attr-defined]
-        inner = module.module if isinstance(module, _Carried) else module
-        return recognise(inner, False, self.time_dim).time_dim
+        return module.module if isinstance(module, _Carried) else module
+
+    def _time_of_batches(self) -> int:
+        return recognise(self._recurrent(), False, self.time_dim).time_dim
 
 
 class _Carried(Windowed):
@@ -144,13 +153,13 @@ class _Carried(Windowed):
 
     def forward(self, inputs: Tree, state: Tree = None) -> tuple[Any, Any]:
         """The outputs of the chunk whose turn it is, and the state after it."""
-        trains = self.training and torch.is_grad_enabled()
-        if trains and self._turn is None and self._coming:
+        has_grad = torch.is_grad_enabled()
+        if self._turn is None and self._coming and self.training and has_grad:
             raise ArgumentError(
                 "on_train_batch_start of the LightningModule must call "
                 "super().on_train_batch_start(batch, batch_idx): WindowedTraining counts windows"
             )
-        if self._turn is None or not trains:
+        if self._turn is None or not has_grad:
             return self.module(inputs, state)  # type: ignore[no-any-return]
         start, num_steps = self._turn
         if self._is_done:

@@ -269,6 +269,19 @@ def test_what_cannot_work_is_one_error() -> None:
     with pytest.raises(ArgumentError, match="must begin with a tensor that has time"):
         fit(Model(lstm()), [torch.zeros(())])
 
+    class Without(WindowedTraining, pl.LightningModule):
+        """No k1, no k2."""
+
+    with pytest.raises(
+        ArgumentError, match=r"class Without\(WindowedTraining, Light.*, k1=20, k2=60\)"
+    ):
+        Without().windows(batches())
+    for k1, k2, named in ((0, 6, "k1=0"), (4, -1, "k2=-1"), (4, 3, "k2=3 must be at least")):
+        model = Model(lstm())
+        model.k1, model.k2 = k1, k2
+        with pytest.raises(ArgumentError, match=named):
+            fit(model, batches())
+
     class Sometimes(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
