@@ -67,6 +67,7 @@ class Windowed(nn.Module):
         self._options = (k2, strategy, time_dim, check_replays)
         self._chunks = Chunks(module, *self._options)
         self._earlier = deque[Tree](maxlen=16)  # last states of sequences before this one
+        self._before: Tree = None  # what the last chunk began with
         self.register_state_dict_post_hook(_without_own_name)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_own_name)  # type: ignore[no-untyped-call]
 
@@ -87,8 +88,10 @@ class Windowed(nn.Module):
             if state is not None:
                 last.check_untouched()
             if self._goes_on(state, last.state):
-                return self._chunks.run(inputs)
+                found, self._before = self._chunks.run(inputs), last.state
+                return found
             self._earlier.append(last.state)
+            self._before = None
             self._chunks.begin()
         return self._chunks.run(inputs, state)
 
@@ -108,6 +111,11 @@ class Windowed(nn.Module):
                 "sequence; lanes that begin one by one are for TBPTT, with "
                 "TensorSequence(..., resets=...)"
             )
+        if _equal_lanes(given, self._before, self._chunks.lane_dim).all():
+            raise ArgumentError(
+                "state is what the chunk before began with: a chunk is run once, by one call with a "
+                "gradient (others under torch.no_grad()); call begin() to begin a sequence there"
+            )
         if any(_equal_lanes(given, each, self._chunks.lane_dim).all() for each in self._earlier):
             raise ArgumentError(
                 "state was returned by an earlier call, and another sequence has begun since: "
@@ -126,13 +134,13 @@ class Windowed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins a sequence of its own."""
-        own = ("_chunks", "_earlier")
+        own = ("_chunks", "_earlier", "_before")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._chunks = Chunks(self.module, *self._options)
-        self._earlier = deque(maxlen=16)
+        self._earlier, self._before = deque(maxlen=16), None
 
 
 def _equal_lanes(given: Tree, last: Tree, lane_dim: int) -> Tensor:

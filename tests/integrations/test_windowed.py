@@ -212,6 +212,19 @@ def test_sequences_that_take_turns_are_refused() -> None:
     wrapped(x[4:], detached(other))
 
 
+def test_a_chunk_that_is_run_twice_is_refused_and_not_taken_for_the_first_of_a_sequence() -> None:
+    wrapped, (_, x, _) = Windowed(made(lstm), 8), data_for(None, 8)
+    _, state = wrapped(x[:4])
+    outputs, _ = wrapped(x[4:], detached(state))
+    with torch.no_grad():  # to look at
+        again, _ = wrapped(x[4:], detached(state))
+    assert torch.equal(again, outputs)
+    with pytest.raises(ArgumentError, match="state is what the chunk before began with: a chunk"):
+        wrapped(x[4:], detached(state))
+    wrapped.begin()
+    wrapped(x[4:], detached(state))
+
+
 def test_what_cannot_be_the_next_chunk_is_one_error() -> None:
     net, (_, x, _) = made(lstm), data_for(None, 20)
     with pytest.raises(ArgumentError, match="runs one step"):
