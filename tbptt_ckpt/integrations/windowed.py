@@ -113,8 +113,8 @@ class Windowed(nn.Module):
             )
         if _equal_lanes(given, self._before, self._chunks.lane_dim).all():
             raise ArgumentError(
-                "state is what the chunk before began with: a chunk is run once, by one call with a "
-                "gradient (others under torch.no_grad()); call begin() to begin a sequence there"
+                "state is what the chunk before began with: a chunk is run once, by one call with "
+                "a gradient (others under torch.no_grad()); call begin() to begin a sequence there"
             )
         if any(_equal_lanes(given, each, self._chunks.lane_dim).all() for each in self._earlier):
             raise ArgumentError(
