@@ -327,6 +327,7 @@ def on_lanes(rank: int, count: int) -> None:
     assert relative_error(*(list(net.parameters()) for net in nets)) < 1e-12
 
 
+@pytest.mark.exhaustive
 def test_ranks_train_as_one_process_with_all_lanes() -> None:
     on_two_ranks(on_lanes)
 
