@@ -15,7 +15,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_rule import ReachRule, audited_steps, reach_sizes
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
-from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, Sketches, asked, norm_of, signs_for
+from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, asked, norm_of, signs_for, sketch
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.host import Number, Numbers
@@ -218,9 +218,7 @@ class _Audit:
     ) -> None:
         self._start, self._weights, self._updater = start, weights, updater
         self._cuts, self._places = cuts, places
-        units = step_units(updater.optimizer, weights)
-        self._kinds = (False,) if units is None else (False, True)  # whether in units
-        self._sketches: Sketches | None = Sketches(weights, units)
+        self._units = step_units(updater.optimizer, weights)
         # What earlier windows left in `.grad`, then the smallest size, each in all units there are.
         self._rows: list[Row] = []
         self._norms: list[Any] = []
@@ -246,12 +244,11 @@ class _Audit:
         sums = rows[1:] - rows[:1]
         scale = self._updater.grad_scale(self._weights[0].device)
         self._asked = [asked(value, numbers) for value in (sums, scale, *self._norms)]
-        self._rows, self._norms, self._sketches = [], [], None
+        self._rows, self._norms = [], []
 
     def _read(self) -> None:
-        assert self._sketches is not None, "it has not ended"
-        for in_units in self._kinds:
-            row = self._sketches.row(in_units=in_units)
+        for units in (None,) if self._units is None else (None, self._units):
+            row = sketch(self._weights, units)
             if self._places is not None:
                 row = self._places[len(self._rows)].copy_(row)
             self._rows.append(row)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -47,55 +48,16 @@ def sketch(weights: Sequence[Tensor], units: Sequence[Unit | None] | None = None
 
     Gradients that are not dense count as none. With `units` each is taken in that of its weight.
     """
-    return Sketches(weights, units).row(in_units=units is not None)
-
-
-class Sketches:
-    """Sketches of one gradient as it grows, each as `sketch` makes it."""
-
-    def __init__(
-        self, weights: Sequence[Tensor], units: Sequence[Unit | None] | None = None
-    ) -> None:
-        self._weights, self._units = weights, units or [None] * len(weights)
-        self._found: dict[int, _Found] = {}  # where gradients lie that are added to in place
-
-    def row(self, *, in_units: bool = False) -> Row:
-        """The sums of what is in `.grad` now; `in_units` of each weight, where it has one."""
-        row = _nothing(self._weights[0])
-        chunk = 0
-        for place, weight in enumerate(self._weights):
-            if (gradient := weight.grad) is not None and _is_dense(gradient) and gradient.numel():
-                row = row + self._at(place, gradient).sums(chunk, in_units=in_units)
-            chunk += -(-_size(weight) // _CHUNK)
-        return row
-
-    def _at(self, place: int, gradient: Tensor) -> _Found:
-        known = self._found.get(place)
-        if known is None or known.gradient is not gradient:
-            known = _Found(gradient, self._units[place])
-            if known.flat.data_ptr() == gradient.data_ptr():  # else it is a copy
-                self._found[place] = known
-        return known
-
-
-class _Found:
-    """A gradient and its unit as they lie, on the CPU as arrays."""
-
-    def __init__(self, gradient: Tensor, unit: Unit | None) -> None:
-        self.gradient, self.flat = gradient, _flat(gradient)
-        self._unit = None if unit is None else Unit(_flat(unit.squares, gradient), unit.eps)
-        self._array = _array(self.flat) if _is_read_in_place(self.flat) else None
-        squares = None if self._unit is None else self._unit.squares
-        self._squares = None
-        if squares is not None and _is_read_in_place(squares):
-            self._squares = _array(squares)
-
-    def sums(self, chunk: int, *, in_units: bool) -> Row:
-        """Of all of it, from that chunk on."""
-        unit = self._unit if in_units else None
-        if self._array is None or (unit is not None and self._squares is None):
-            return _of_tensor(self.flat, chunk, unit)
-        return _of_array(self._array, chunk, self._squares, unit)
+    row = _nothing(weights[0])
+    chunk = 0
+    for weight, unit in zip(weights, units or repeat(None), strict=False):
+        if (gradient := weight.grad) is not None and _is_dense(gradient) and gradient.numel():
+            flat = _flat(gradient)
+            by = None if unit is None else Unit(_flat(unit.squares, gradient), unit.eps)
+            is_array = _is_read_in_place(flat) and (by is None or _is_read_in_place(by.squares))
+            row = row + (_of_array if is_array else _of_tensor)(flat, chunk, by)
+        chunk += -(-_size(weight) // _CHUNK)
+    return row
 
 
 def tail_norms(rows: Sequence[Row]) -> Any:
@@ -131,11 +93,13 @@ def signs_for(weights: Sequence[Tensor]) -> list[Tensor]:
     return list({id(signs): signs for signs in found}.values())
 
 
-def _of_array(values: Any, chunk: int, squares: Any, unit: Unit | None) -> Row:
+def _of_array(flat: Tensor, chunk: int, unit: Unit | None) -> Row:
+    values = _array(flat)
+    squares = None if unit is None else _array(unit.squares)
     row: Row = np.zeros(BUCKETS)
     for begin in range(0, len(values), _CHUNK):
         part = values[begin : begin + _CHUNK]
-        if unit is not None:
+        if unit is not None and squares is not None:
             with np.errstate(all="ignore"):  # of gradients that are not finite
                 part = part / (np.sqrt(squares[begin : begin + _CHUNK]) + unit.eps)
         height, left = divmod(len(part), BUCKETS)
@@ -144,9 +108,7 @@ def _of_array(values: Any, chunk: int, squares: Any, unit: Unit | None) -> Row:
         sums = np.einsum("ij,ij->j", grid, signs[:height])
         if left:
             sums[:left] += part[-left:] * signs[height, :left]
-        first = _first_bucket(chunk)
-        row[first:] += sums[: BUCKETS - first]
-        row[:first] += sums[BUCKETS - first :]
+        row += np.roll(sums, _first_bucket(chunk))
         chunk += 1
     return row
 
