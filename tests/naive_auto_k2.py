@@ -123,21 +123,14 @@ def windows(
         start = begin = max(0, -(-(stop - k2) // k1) * k1)
         if not counted and (stale or not has_changed):
             start = new_start
-        noted = {-(-(point - rule.k2) // k1) * k1 + k1}  # where the next one begins
-        noted |= {point - size for size in rule.sizes if is_audit}
-        if not counted:
-            noted |= {*range(start, stop)}
         state, drift, terms, at = recorded[start], 0.0, [], {start: recorded[start]}
         for t in range(start, stop):
             with torch.set_grad_enabled(bool(counted)):
                 if start < t <= new_start and t % k1 == 0:
-                    if stale or t in (*noted, new_start):
-                        drift = max(drift, naive.relative_difference(state, recorded[t]))
+                    drift = max(drift, naive.relative_difference(state, recorded[t]))
                     if stale:
                         state = naive.rewired(recorded[t], state)
-                    at[t] = naive.mapped(Tensor.detach, state)
-                    if stale or t in noted:
-                        recorded[t] = at[t]
+                    at[t] = recorded[t] = naive.mapped(Tensor.detach, state)
                 y, state = problem.step(problem.inputs[t], state)
                 if t in counted:
                     terms.append(naive.step_loss(problem, t, y))

@@ -81,14 +81,12 @@ class AutoK2(Truncation):
 
     def of(self, window: Window) -> Draw:
         """As far back as the rule says, or all the way for an audit."""
-        earliest = next_point(window.stop - self._rule.k2, self._k1)
-        reached = replace(window, start=max(window.start, earliest))
-        following = earliest + self._k1
+        start = max(window.start, next_point(window.stop - self._rule.k2, self._k1))
+        reached = replace(window, start=start)
         if self._is_audit(window.index):
             quiet = reached if self._ranks is None else window  # other ranks may have a loss
-            cuts = self._cuts(window)
-            return Draw(window, window, quiet=quiet, audited=cuts, following=following)
-        return Draw(window, reached, quiet=reached, following=following)
+            return Draw(window, window, quiet=quiet, audited=self._cuts(window))
+        return Draw(window, reached, quiet=reached)
 
     def has_run(
         self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool, factor: float | None

@@ -67,8 +67,8 @@ class OpenWindow:
         self._resets = Resets(blocks, initial.attached, parts.recurrence.lane_dim)
         self._loss_start = options.loss_start(window)
         self.numbers = WindowNumbers(parts.updater, initial, observer)
+        self.notes = Notes(options, window, num_steps, records, self.numbers)
         self.draw = draw = draw if self.has_loss() else draw.without_loss()
-        self.notes = Notes(options, window, num_steps, records, self.numbers, draw.noted)
         self._reached = draw.window  # what is differentiated of it
         self.borders = Borders(draw.divisors, self.numbers, stops=draw.stops)
         # Nobody sees the gradient of a state that an earlier window left.

@@ -124,7 +124,6 @@ class Notes:
         num_steps: int | None,
         records: Records,
         numbers: Numbers,
-        noted: Sequence[int] | None = None,
     ) -> None:
         self._options, self._window, self._records = options, window, records
         k1, k2 = options.k1, options.most_k2
@@ -132,10 +131,9 @@ class Notes:
         # Where the next window starts, or this one's end if that is earlier.
         self.next_start = max(min(upcoming.start, window.stop), records.origin)
         self._later_starts: Sequence[int] = later_starts(window, num_steps, k1, k2)
-        self._starts = [self.next_start]  # of windows to come, in it or before it
-        if noted is not None:  # others where windows may begin stay as old as they are
+        if options.is_auto:  # a window may start at any update point
             self.next_start = next_point(self.next_start, k1)
-            self._starts = self._later_starts = [step for step in noted if step > window.first]
+            self._later_starts = points_after(max(window.first, self.next_start), window.stop, k1)
         self._keeps_later_starts = options.is_stale or options.is_auto
         # Generators and buffers as the first run of the steps so far left them.
         self.left = records.ambients[window.new_start]
@@ -164,16 +162,13 @@ class Notes:
 
         Where the whole window `ran_again`, what was recorded in it before is of older weights.
         """
-        self._keeps_later_starts, options = True, self._options
-        self._replaces_old = ran_again and not options.is_auto
-        if options.is_auto:  # which may begin at any update point
-            window, k1 = self._window, options.k1
-            self._later_starts = points_after(max(window.first, self.next_start), window.stop, k1)
+        self._keeps_later_starts = True
+        self._replaces_old = ran_again and not self._options.is_auto
 
     def stops(self) -> list[int]:
         """Steps at which runs must end, for their states to be noted."""
         earliest = 0 if self._keeps_later_starts else self._window.new_start
-        return [*self._starts, *(step for step in self._later_starts if step > earliest)]
+        return [self.next_start, *(step for step in self._later_starts if step > earliest)]
 
     def has_next_start(self) -> bool:
         """Whether the next window has a state to start from."""
@@ -189,11 +184,7 @@ class Notes:
         """Note a state that later windows start from, and how far an old one has drifted."""
         window, records, is_stale = self._window, self._records, self._options.is_stale
         is_old = step <= window.new_start
-        is_block = (
-            step in self._later_starts
-            if self._options.is_auto and not is_stale
-            else (self._records_all and step % self._options.k1 == 0)
-        )
+        is_block = self._records_all and step % self._options.k1 == 0
         if step in self._noted:  # an audit passes twice
             return
         if step == window.new_start or (is_old and is_block):
@@ -205,7 +196,7 @@ class Notes:
         boundary = Boundary(step, detach_state(state), ambient)
         if step == window.stop:
             self._final, self.left = boundary, ambient
-        elif step in self._starts or (self._keeps_later_starts and step in self._later_starts):
+        elif step == self.next_start or (self._keeps_later_starts and step in self._later_starts):
             self._noted[step] = boundary
 
     def hand_on(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tbptt_ckpt.budget.window_budget import Shape, fullest_window, shape_of
@@ -34,8 +34,7 @@ def shapes_of(
     window, k1, k2, is_stale = draw.whole, options.k1, options.most_k2, options.is_stale
     if options.is_auto:
         fullest, passed = _largest_of_auto(options, window, num_steps)
-        noted = _anew(draw.window, draw.noted or (), options)
-        shape = _auto_shape(draw.window, joints, len(records.boundaries), noted)
+        shape = _auto_shape(draw.window, joints, options, len(records.boundaries))
         return shape, fullest, max(0, passed - len(records.ambients))
     shape = fullest = replace(
         shape_of(window, num_steps, k1, k2, stale=is_stale),
@@ -61,23 +60,18 @@ def _largest_of_auto(options: Options, window: Window, num_steps: int | None) ->
     if (point := next_point(most.stop, k1)) >= k2 and not options.is_stale:
         joints = audited_steps(point, reach_sizes(k1, k2))
     points = 1 + len(points_after(most.start, most.new_start + 1, k1))
-    noted = _anew(most, {*joints, next_point(most.start + 1, k1)}, options)
-    return _auto_shape(most, joints, points, noted), points
-
-
-def _anew(window: Window, noted: Iterable[int], options: Options) -> int:
-    """States recorded before that a window notes anew."""
-    inside = [step for step in noted if window.start < step <= window.new_start]
-    return 0 if options.is_stale else len(inside)
+    return _auto_shape(most, joints, options, points), points
 
 
 def _auto_shape(
-    window: Window, joints: Sequence[int], recorded_states: int, noted_anew: int
+    window: Window, joints: Sequence[int], options: Options, recorded_states: int
 ) -> Shape:
+    """States are recorded at all update points, and noted anew where they are reached again."""
+    again = points_after(window.start, window.new_start + 1, options.k1)
     return Shape(
         num_steps=window.stop - window.start,
         new_steps=window.num_new_steps,
         joints=tuple(joint - window.start for joint in joints),
         recorded_states=recorded_states,
-        coming_states=2 + noted_anew,
+        coming_states=2 + (0 if options.is_stale else len(again)),
     )

@@ -89,7 +89,6 @@ class Draw:
         divisors: Borders that are crossed, each with what the state's gradient is divided by.
         quiet: How far it goes where it turns out to have no loss; None for all the way.
         audited: Steps at which its gradient is looked at on the way (`k2="auto"`), in order.
-        following: Where the next window will begin unless an audit changes that (`k2="auto"`).
     """
 
     whole: Window
@@ -99,21 +98,15 @@ class Draw:
     divisors: Mapping[int, float] = field(default_factory=dict)
     quiet: Window | None = None
     audited: Sequence[int] = ()
-    following: int | None = None
 
     @property
     def stops(self) -> bool:
         """Whether it reaches less far than it might."""
         return self.window.start > self.whole.start
 
-    @property
-    def noted(self) -> Sequence[int] | None:
-        """Steps whose states are noted anew (`k2="auto"`): others stay as old as they are."""
-        return None if self.following is None else sorted({self.following, *self.audited})
-
     def without_loss(self) -> Draw:
         """The same for a window that has no gradient."""
-        return Draw(self.whole, self.quiet or self.whole, following=self.following)
+        return Draw(self.whole, self.quiet or self.whole)
 
 
 def draw(window: Window, roulette: Roulette, k1: int, number: float, *, restarts: bool) -> Draw:
