@@ -110,7 +110,10 @@ class AutoWindow(naive.NaiveWindow):
 def windows(
     problem: naive.Problem, rule: Rule, optimizer: torch.optim.Optimizer, *, stale: bool = False
 ) -> Iterator[AutoWindow]:
-    """Every window starts from the newest state at its first step, however old that is."""
+    """Every window starts from the newest state at its first step, however old that is.
+
+    Under refresh a window leaves new states where the next one may begin.
+    """
     k1, num_steps = rule.k1, len(problem.inputs)
     recorded: dict[int, Any] = {0: problem.init_state}  # the newest state at update points
     has_changed = False
@@ -121,13 +124,18 @@ def windows(
         is_audit = bool(counted) and rule.is_due() and point >= rule.max_k2
         k2 = rule.max_k2 if is_audit else rule.k2
         start = begin = max(0, -(-(stop - k2) // k1) * k1)
+        later = {start + k1}  # where the next window may begin
+        if rule.is_due() and point >= rule.max_k2:
+            later = {point - size + more for size in rule.sizes for more in (0, k1)}
         if not counted and (stale or not has_changed):
             start = new_start
         state, drift, terms, at = recorded[start], 0.0, [], {start: recorded[start]}
         for t in range(start, stop):
             with torch.set_grad_enabled(bool(counted)):
-                if start < t <= new_start and t % k1 == 0:
+                is_noted = t % k1 == 0 if stale else t in later
+                if start < t <= new_start and (is_noted or t == new_start):
                     drift = max(drift, naive.relative_difference(state, recorded[t]))
+                if start < t <= new_start and is_noted:
                     if stale:
                         state = naive.rewired(recorded[t], state)
                     at[t] = recorded[t] = naive.mapped(Tensor.detach, state)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.reach_rule import ReachRule, audited_steps, reach_sizes
+from tbptt_ckpt.engine.reach_rule import ReachRule, audited_steps, later_of_audit, reach_sizes
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
 from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, asked, norm_of, signs_for, sketch
@@ -85,8 +85,11 @@ class AutoK2(Truncation):
         reached = replace(window, start=start)
         if self._is_audit(window.index):
             quiet = reached if self._ranks is None else window  # other ranks may have a loss
-            return Draw(window, window, quiet=quiet, audited=self._cuts(window))
-        return Draw(window, reached, quiet=reached)
+            cuts = self._cuts(window)
+            later = () if self._restarts else later_of_audit(cuts, window.start, self._k1)
+            return Draw(window, window, quiet=quiet, audited=cuts, later=later)
+        later = () if self._restarts else (start + self._k1,)
+        return Draw(window, reached, quiet=reached, later=later)
 
     def has_run(
         self, drawn: Draw, norms: Mapping[int, Number], *, has_loss: bool, factor: float | None

@@ -67,8 +67,8 @@ class OpenWindow:
         self._resets = Resets(blocks, initial.attached, parts.recurrence.lane_dim)
         self._loss_start = options.loss_start(window)
         self.numbers = WindowNumbers(parts.updater, initial, observer)
-        self.notes = Notes(options, window, num_steps, records, self.numbers)
         self.draw = draw = draw if self.has_loss() else draw.without_loss()
+        self.notes = Notes(options, draw, num_steps, records, self.numbers)
         self._reached = draw.window  # what is differentiated of it
         self.borders = Borders(draw.divisors, self.numbers, stops=draw.stops)
         # Nobody sees the gradient of a state that an earlier window left.
@@ -243,21 +243,21 @@ class OpenWindow:
             borders=self.borders,
         )
 
-    def _stops(self, ambients: dict[int, AmbientState]) -> set[int]:
-        """Where every run ends, whatever the plan."""
+    def _stops(self, ambients: dict[int, AmbientState], noted: Sequence[int] = ()) -> set[int]:
+        """Where every run ends, whatever the plan, once some states have been `noted`."""
         changes = self._ambient.changes(ambients)
-        return {self._window.new_start, *self.draw.borders, *self.notes.stops(), *changes}
+        return {self._window.new_start, *self.draw.borders, *self.notes.stops(noted), *changes}
 
     def _cuts(self) -> list[int]:
         """Of these, where a leaf may go on; calls of steps are none of a segment."""
-        window, runner = self._reached, self._parts.runner
+        window, stop, runner = self._reached, self._reached.stop, self._parts.runner
         block = runner.block_steps  # at whose ends a cut costs nothing
         if not (runner.calls_segments or runner.compiled.may_be_taken()):
             return []
-        stops = self._stops(self._records.ambients_for(window.first, self._options.k1))
-        inner = stops - {*self._joint_steps()}
-        found = [step for step in inner if window.start < step < window.stop]
-        return [step for step in found if block == 1 or (window.stop - step) % block]
+        found = self._records.ambients_for(window.first, self._options.k1)
+        noted = self.draw.later if self.draw.audited else ()  # before its leaves run
+        inner = self._stops(found, noted) - {*self._joint_steps()}
+        return [s for s in inner if window.start < s < stop and (block == 1 or (stop - s) % block)]
 
     def _advance(
         self, boundary: Boundary, stop: int, guard: WeightGuard, longest: int = ADVANCE_STEPS

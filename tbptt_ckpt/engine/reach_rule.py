@@ -64,6 +64,11 @@ def audited_steps(point: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(point - size for size in reversed(sizes[:-1]))
 
 
+def later_of_audit(cuts: Sequence[int], start: int, k1: int) -> tuple[int, ...]:
+    """Where leaves of an audit begin, and where the next window may, whatever size it has."""
+    return tuple(sorted({start + k1, *cuts, *(cut + k1 for cut in cuts)}))
+
+
 @dataclass(frozen=True, slots=True)
 class ChosenK2:
     """How far back a window reached under `k2="auto"`, and what is known of that.

@@ -10,7 +10,8 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.host import Number, Numbers
 from tbptt_ckpt.module.trees import Tree, detach_state, norms_of_change
-from tbptt_ckpt.schedule.windows import Window, later_starts, next_point, points_after, window_at
+from tbptt_ckpt.schedule.truncation import Draw
+from tbptt_ckpt.schedule.windows import Window, later_starts, next_point, window_at
 
 
 @dataclass(slots=True)
@@ -120,24 +121,24 @@ class Notes:
     def __init__(
         self,
         options: Options,
-        window: Window,
+        draw: Draw,
         num_steps: int | None,
         records: Records,
         numbers: Numbers,
     ) -> None:
+        window = draw.whole
         self._options, self._window, self._records = options, window, records
         k1, k2 = options.k1, options.most_k2
         upcoming = window_at(window.index + 1, num_steps, k1, k2)
         # Where the next window starts, or this one's end if that is earlier.
         self.next_start = max(min(upcoming.start, window.stop), records.origin)
         self._later_starts: Sequence[int] = later_starts(window, num_steps, k1, k2)
-        if options.is_auto:  # a window may start at any update point
+        if options.is_auto:  # a later window may start at any update point, the next one here
             self.next_start = next_point(self.next_start, k1)
-            self._later_starts = points_after(max(window.first, self.next_start), window.stop, k1)
+            self._later_starts = draw.later
         self._keeps_later_starts = options.is_stale or options.is_auto
         # Generators and buffers as the first run of the steps so far left them.
         self.left = records.ambients[window.new_start]
-        self._records_all = self._keeps_later_starts  # states at all update points
         self._replaces_old = False
         self._noted: dict[int, Boundary] = {}
         self._final: Boundary | None = None
@@ -165,10 +166,13 @@ class Notes:
         self._keeps_later_starts = True
         self._replaces_old = ran_again and not self._options.is_auto
 
-    def stops(self) -> list[int]:
-        """Steps at which runs must end, for their states to be noted."""
+    def stops(self, noted: Sequence[int] = ()) -> list[int]:
+        """Steps at which runs must end for their states to be noted, once some have been."""
         earliest = 0 if self._keeps_later_starts else self._window.new_start
-        return [self.next_start, *(step for step in self._later_starts if step > earliest)]
+        found = [step for step in self._later_starts if step > earliest]
+        if self._options.is_auto:
+            return [step for step in found if step not in noted and step not in self._noted]
+        return [self.next_start, *found]
 
     def has_next_start(self) -> bool:
         """Whether the next window has a state to start from."""
@@ -182,21 +186,23 @@ class Notes:
 
     def arrives(self, step: int, state: Tree, ambient: AmbientState) -> None:
         """Note a state that later windows start from, and how far an old one has drifted."""
-        window, records, is_stale = self._window, self._records, self._options.is_stale
+        window, records, options = self._window, self._records, self._options
         is_old = step <= window.new_start
-        is_block = self._records_all and step % self._options.k1 == 0
-        if step in self._noted:  # an audit passes twice
+        is_later = self._keeps_later_starts and step in self._later_starts
+        # Stale blocks restart at all update points; a later start of a silent window may be new.
+        is_recorded = step % options.k1 == 0 if options.is_stale else options.is_auto and is_later
+        if step in self._noted:
             return
-        if step == window.new_start or (is_old and is_block):
+        if step == window.new_start or (is_old and is_recorded):
             self.drift.add(state, records.boundaries[step].state)
         if not is_old:
             records.note_ambient(step, ambient)
-        if is_old and is_stale:
+        if is_old and options.is_stale:
             return
         boundary = Boundary(step, detach_state(state), ambient)
         if step == window.stop:
             self._final, self.left = boundary, ambient
-        elif step == self.next_start or (self._keeps_later_starts and step in self._later_starts):
+        elif is_later or (step == self.next_start and not options.is_auto):
             self._noted[step] = boundary
 
     def hand_on(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tbptt_ckpt.budget.window_budget import Shape, fullest_window, shape_of
 from tbptt_ckpt.engine.options import Options
-from tbptt_ckpt.engine.reach_rule import audited_steps, reach_sizes
+from tbptt_ckpt.engine.reach_rule import audited_steps, later_of_audit, reach_sizes
 from tbptt_ckpt.engine.records import Records
 from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import (
@@ -34,7 +34,7 @@ def shapes_of(
     window, k1, k2, is_stale = draw.whole, options.k1, options.most_k2, options.is_stale
     if options.is_auto:
         fullest, passed = _largest_of_auto(options, window, num_steps)
-        shape = _auto_shape(draw.window, joints, options, len(records.boundaries))
+        shape = _auto_shape(draw.window, joints, draw.later, len(records.boundaries))
         return shape, fullest, max(0, passed - len(records.ambients))
     shape = fullest = replace(
         shape_of(window, num_steps, k1, k2, stale=is_stale),
@@ -57,21 +57,23 @@ def _largest_of_auto(options: Options, window: Window, num_steps: int | None) ->
     assert k2 is not None, "options have been checked"
     most = fullest_window(window, num_steps, k1, k2)
     joints: Sequence[int] = joint_steps(most, k1) if options.is_stale else ()
+    later: Sequence[int] = () if options.is_stale else (most.start + k1,)
     if (point := next_point(most.stop, k1)) >= k2 and not options.is_stale:
         joints = audited_steps(point, reach_sizes(k1, k2))
+        later = later_of_audit(joints, most.start, k1)
     points = 1 + len(points_after(most.start, most.new_start + 1, k1))
-    return _auto_shape(most, joints, options, points), points
+    return _auto_shape(most, joints, later, points), points
 
 
 def _auto_shape(
-    window: Window, joints: Sequence[int], options: Options, recorded_states: int
+    window: Window, joints: Sequence[int], later: Sequence[int], recorded_states: int
 ) -> Shape:
-    """States are recorded at all update points, and noted anew where they are reached again."""
-    again = points_after(window.start, window.new_start + 1, options.k1)
+    """States are recorded at all update points, and noted anew where the next window may begin."""
+    again = [step for step in later if window.start < step <= window.new_start]
     return Shape(
         num_steps=window.stop - window.start,
         new_steps=window.num_new_steps,
         joints=tuple(joint - window.start for joint in joints),
         recorded_states=recorded_states,
-        coming_states=2 + (0 if options.is_stale else len(again)),
+        coming_states=2 + len(again),
     )

@@ -89,6 +89,8 @@ class Draw:
         divisors: Borders that are crossed, each with what the state's gradient is divided by.
         quiet: How far it goes where it turns out to have no loss; None for all the way.
         audited: Steps at which its gradient is looked at on the way (`k2="auto"`), in order.
+        later: Where the next window may begin, for all that is known before this one has run
+            (`k2="auto"`).
     """
 
     whole: Window
@@ -98,6 +100,7 @@ class Draw:
     divisors: Mapping[int, float] = field(default_factory=dict)
     quiet: Window | None = None
     audited: Sequence[int] = ()
+    later: Sequence[int] = ()
 
     @property
     def stops(self) -> bool:
@@ -106,7 +109,7 @@ class Draw:
 
     def without_loss(self) -> Draw:
         """The same for a window that has no gradient."""
-        return Draw(self.whole, self.quiet or self.whole)
+        return Draw(self.whole, self.quiet or self.whole, later=self.later)
 
 
 def draw(window: Window, roulette: Roulette, k1: int, number: float, *, restarts: bool) -> Draw:

@@ -183,6 +183,21 @@ def test_compiled_steps_give_the_same_windows_and_choices(
     assert LEAF in names(tbptt)
 
 
+def test_calls_end_where_the_next_window_begins_and_at_no_other_update_point() -> None:
+    module, state, sequence, _ = segments()
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    found = []
+    for window in engine(module, strategy="retain", per_step=False).windows(sequence, state):
+        chosen = window.chosen_k2
+        if chosen is not None and not chosen.is_audit and window.stop % K1 == 0:
+            found.append((window.stop - window.start, list(calls)))
+        calls.clear()
+    assert {reach for reach, _ in found if reach > 3 * K1}
+    # The next one's first state, and the last update point's, which is what drift is told by.
+    assert all(ran == [K1, reach - 2 * K1, K1] for reach, ran in found if reach > 2 * K1)
+
+
 def test_single_windows_may_be_asked_to_miss_little_too() -> None:
     of_means = [window.k2 for window in expected_windows(cell, "refresh")]
     expected = [window.k2 for window in expected_windows(cell, "refresh", 0.2)]
