@@ -125,7 +125,9 @@ def windows(
         k2 = rule.max_k2 if is_audit else rule.k2
         start = begin = max(0, -(-(stop - k2) // k1) * k1)
         later = {start + k1}  # where the next window may begin
-        if rule.is_due() and point >= rule.max_k2:
+        if not counted:  # and windows behind the next may not pass these states again
+            later = set(range(0, stop, k1))
+        elif is_audit:
             later = {point - size + more for size in rule.sizes for more in (0, k1)}
         if not counted and (stale or not has_changed):
             start = new_start

@@ -15,7 +15,7 @@ from tbptt_ckpt.engine.options import Options
 from tbptt_ckpt.engine.reach_rule import ReachRule, audited_steps, later_of_audit, reach_sizes
 from tbptt_ckpt.engine.truncation import Truncation
 from tbptt_ckpt.errors import ArgumentError, TbpttWarning, shown
-from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, asked, norm_of, signs_for, sketch
+from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Row, Sketcher, asked, norm_of, signs_for
 from tbptt_ckpt.executor.observer import Observer
 from tbptt_ckpt.executor.window_pass import Executor
 from tbptt_ckpt.module.host import Number, Numbers
@@ -219,7 +219,7 @@ class _Audit:
     ) -> None:
         self._start, self._weights, self._updater = start, weights, updater
         self._cuts, self._places = cuts, places
-        self._units = step_units(updater.optimizer, weights)
+        self._sketcher = Sketcher(weights, step_units(updater.optimizer, weights))
         # What earlier windows left in `.grad`, then the smallest size, each in all units there are.
         self._rows: list[Row] = []
         self._norms: list[Any] = []
@@ -248,8 +248,7 @@ class _Audit:
         self._rows, self._norms = [], []
 
     def _read(self) -> None:
-        for units in (None,) if self._units is None else (None, self._units):
-            row = sketch(self._weights, units)
+        for row in self._sketcher.rows():
             if self._places is not None:
                 row = self._places[len(self._rows)].copy_(row)
             self._rows.append(row)

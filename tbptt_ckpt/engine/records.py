@@ -11,7 +11,7 @@ from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.host import Number, Numbers
 from tbptt_ckpt.module.trees import Tree, detach_state, norms_of_change
 from tbptt_ckpt.schedule.truncation import Draw
-from tbptt_ckpt.schedule.windows import Window, later_starts, next_point, window_at
+from tbptt_ckpt.schedule.windows import Window, later_starts, next_point, points_after, window_at
 
 
 @dataclass(slots=True)
@@ -164,6 +164,9 @@ class Notes:
         Where the whole window `ran_again`, what was recorded in it before is of older weights.
         """
         self._keeps_later_starts = True
+        if self._options.is_auto:
+            window = self._window
+            self._later_starts = points_after(window.first, window.stop, self._options.k1)
         self._replaces_old = ran_again and not self._options.is_auto
 
     def stops(self, noted: Sequence[int] = ()) -> list[int]:

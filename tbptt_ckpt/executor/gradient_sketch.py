@@ -60,6 +60,52 @@ def sketch(weights: Sequence[Tensor], units: Sequence[Unit | None] | None = None
     return row
 
 
+class Sketcher:
+    """Sketches of the same weights' gradients, time after time: as they are, and in `units`.
+
+    What small weights cost is calls. All of them that fill no more than a chunk are therefore laid
+    in one array, each where its own buckets begin, and multiplied by signs that are divided by the
+    units once: the sums are those of `sketch`.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], units: Sequence[Unit | None] | None) -> None:
+        self._weights, self._units = weights, units
+        self._places, end = list[slice](), 0
+        for chunk, weight in enumerate(weights):
+            begin = end + _first_bucket(chunk)
+            self._places.append(slice(begin, begin + weight.numel()))
+            end = -(-self._places[-1].stop // BUCKETS) * BUCKETS
+        squares = [unit.squares for unit in units or () if unit is not None]
+        has_one_kind = len({weight.dtype for weight in weights}) == 1
+        is_small = end <= _CHUNK and has_one_kind and all(map(_lies_flat, (*weights, *squares)))
+        self._factors = self._signs_by_units(end) if is_small else None
+
+    def rows(self) -> list[Row]:
+        """What is in `.grad`: one sketch, and another in units if there are any."""
+        grads = [weight.grad for weight in self._weights]
+        known = [None if grad is None or not _is_dense(grad) else grad for grad in grads]
+        if self._factors is None or not all(grad is None or _lies_flat(grad) for grad in known):
+            every = (None,) if self._units is None else (None, self._units)
+            return [sketch(self._weights, units) for units in every]
+        values = np.zeros(self._factors.shape[1:], self._factors.dtype)
+        for grad, place in zip(known, self._places, strict=True):
+            if grad is not None:
+                values.reshape(-1)[place] = _array(grad.detach().view(-1))
+        with np.errstate(all="ignore"):  # of gradients that are not finite
+            return list(np.einsum("ij,kij->kj", values, self._factors).astype(np.float64))
+
+    def _signs_by_units(self, end: int) -> Any:
+        kind = _array(self._weights[0].detach().view(-1)).dtype
+        units = [[None] * len(self._weights), *([] if self._units is None else [self._units])]
+        found = np.zeros((len(units), end), kind)
+        for row, of_weights in zip(found, units, strict=True):
+            for place, unit in zip(self._places, of_weights, strict=True):
+                row[place] = _signs(kind).reshape(-1)[: place.stop - place.start]
+                if unit is not None:
+                    row[place] /= np.sqrt(_array(unit.squares.view(-1))) + unit.eps
+        return found.reshape(len(units), -1, BUCKETS)
+
+
 def tail_norms(rows: Sequence[Row]) -> Any:
     """The norms of what came after each of several sketches, by the last one: [rows]."""
     if isinstance(rows[-1], Tensor):
@@ -154,6 +200,10 @@ def _first_bucket(chunk: int) -> int:
 
 def _is_read_in_place(tensor: Tensor) -> bool:
     return not is_waited_for(tensor) and tensor.dtype in _NUMPYS
+
+
+def _lies_flat(tensor: Tensor) -> bool:
+    return _is_read_in_place(tensor) and tensor.is_contiguous()
 
 
 def _is_dense(tensor: Tensor) -> bool:
