@@ -24,7 +24,7 @@ from tbptt_ckpt import (
     run_window,
 )
 from tbptt_ckpt.engine import Border, Decay, reach_gauge
-from tbptt_ckpt.executor.gradient_sketch import BUCKETS, sketch, tail_norms
+from tbptt_ckpt.executor.gradient_sketch import BUCKETS, Sketcher, sketch, tail_norms
 from tbptt_ckpt.updates.step_units import Unit, step_units
 
 NUM_STEPS, K1, K2 = 20, 4, 12
@@ -353,6 +353,26 @@ class TestSketch:
         with SimulatedWaits():
             there = sketch(elsewhere)
         torch.testing.assert_close(there.values, row, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("large", [1, BUCKETS * BUCKETS])
+    def test_is_the_same_of_small_weights_together(self, large: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        sizes = [(7, 300), (large,), (5,), (3, 4), (255,)]
+        weights = [nn.Parameter(torch.zeros(size, dtype=torch.float64)) for size in sizes]
+        units: list[Unit | None] = [
+            Unit(torch.rand(size, generator=generator).double(), 0.25) for size in sizes
+        ]
+        units[3] = None
+        for given in (None, units):
+            sketcher = Sketcher(weights, given)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).double()
+            for change in (lambda grad: grad, lambda grad: grad.mT.contiguous().mT, lambda _: None):
+                assert weights[0].grad is not None
+                weights[0].grad = change(weights[0].grad)
+                expected = [sketch(weights), *([] if given is None else [sketch(weights, given)])]
+                for row, its in zip(sketcher.rows(), expected, strict=True):
+                    torch.testing.assert_close(*map(torch.tensor, (row, its)), rtol=0, atol=1e-11)
 
     @pytest.mark.parametrize("put", [lambda given: given, on_device])
     def test_is_in_units_of_steps_where_these_are_given(self, put: Any) -> None:
