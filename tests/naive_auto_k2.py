@@ -26,6 +26,8 @@ class Rule:
     first: int = 8  # audits before anything is chosen
     most: int = 8  # windows between two audits
     window_tolerance: float | None = None
+    early: int = 32  # audits, after which there may be more windows between two
+    rare: int = 32  # and how many
     sizes: list[int] = field(init=False)
     audits: list[dict[int, Tensor]] = field(default_factory=list)  # what each size missed
     directions: list[dict[int, Tensor]] = field(default_factory=list)  # the same in steps, of one
@@ -58,7 +60,7 @@ class Rule:
         elif smallest < self.k2:
             self.k2 = self.sizes[self.sizes.index(self.k2) - 1]
         else:
-            self.gap = min(self.most, self.gap + 1)
+            self.gap = min(self.most if count < self.early else self.rare, self.gap + 1)
 
     def smallest(self) -> int:
         found = self.max_k2

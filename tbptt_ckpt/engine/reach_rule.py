@@ -46,6 +46,9 @@ _MEMORY = 0.98  # of the running means
 _CLEARLY = 1.5  # |M|^2 over what it would be without a mean
 _LEAST_SHARE = 0.1  # of |M|^2 that is taken for the mean gradient's, however noisy
 _FEWEST, _MOST = 2, 8  # windows between two audits
+# Audits after which there may be more windows between two, and how many: what they take is then
+# small, and delayed recall with 24 steps is still learned from three of three seeds.
+_EARLY, _RARE = 32, 32
 _FEW = 0.05  # of the audits may miss more than a window is allowed to
 _ARRAYS = ("means", "squares", "errors", "over")  # of the state
 
@@ -169,7 +172,7 @@ class ReachRule:
         elif wanted < now:
             self.k2 = self.sizes[now - 1]
         else:
-            self._gap = min(_MOST, self._gap + 1)
+            self._gap = min(_MOST if self._audits < _EARLY else _RARE, self._gap + 1)
 
     def _enough(self) -> int:
         """The place of the smallest size that misses nothing, as all larger ones do."""

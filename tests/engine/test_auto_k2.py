@@ -41,6 +41,7 @@ from tbptt_ckpt.trainer import JsonLines
 STEPS, K1, MAX_K2 = 118, 3, 18
 LR, TOLERANCE = 0.03, 0.05
 FIRST, MOST = 4, 3  # audits before anything is chosen, windows between two
+EARLY, RARE = 6, 5  # audits, after which there are so many at most between two
 
 # Each makes a module, the first state, the sequence, and the naive loop's view of them.
 Made = tuple[nn.Module, Any, TensorSequence, naive.Problem]
@@ -61,6 +62,8 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices follow each other sooner."""
     monkeypatch.setattr(reach_rule, "_FIRST", FIRST)
     monkeypatch.setattr(reach_rule, "_MOST", MOST)
+    monkeypatch.setattr(reach_rule, "_EARLY", EARLY)
+    monkeypatch.setattr(reach_rule, "_RARE", RARE)
 
 
 def cell() -> Made:
@@ -106,7 +109,7 @@ def expected_windows(
 ) -> list[naive_auto_k2.AutoWindow]:
     module, _, _, problem = make()
     optimizer = torch.optim.Adam(module.parameters(), LR)
-    rule = naive_auto_k2.Rule(K1, MAX_K2, TOLERANCE, FIRST, MOST, window_tolerance)
+    rule = naive_auto_k2.Rule(K1, MAX_K2, TOLERANCE, FIRST, MOST, window_tolerance, EARLY, RARE)
     found = naive_auto_k2.windows(problem, rule, optimizer, stale=overlap == "stale")
     return list(found)
 
