@@ -47,7 +47,7 @@ _CLEARLY = 1.5  # |M|^2 over what it would be without a mean
 _LEAST_SHARE = 0.1  # of |M|^2 that is taken for the mean gradient's, however noisy
 _FEWEST, _MOST = 2, 8  # windows between two audits
 # Audits after which there may be more windows between two, and how many: what they take is then
-# small, and delayed recall with 24 steps is still learned from three of three seeds.
+# small; delayed recall with 24 steps is still learned from three seeds that begin blind to cues.
 _EARLY, _RARE = 32, 32
 _FEW = 0.05  # of the audits may miss more than a window is allowed to
 _ARRAYS = ("means", "squares", "errors", "over")  # of the state
