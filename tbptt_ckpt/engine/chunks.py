@@ -37,6 +37,7 @@ from tbptt_ckpt.module.recurrence import (
 )
 from tbptt_ckpt.module.trees import Tree, copy_containers, map_tensors, tensors_of
 from tbptt_ckpt.schedule.strategies import AnyStrategy
+from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import Window, window_at
 
 _KEPT: Any = object()
@@ -143,7 +144,8 @@ class Chunks:
         block = StepBlock(window.new_start, window.stop, given.inputs, given.inputs, None, time_dim)
         found, records = sequence.ambient.found(), sequence.records
         records.find_ambient(window.new_start, found)
-        notes = Notes(sequence.options, window, self._num_steps, records, Numbers())
+        draw = Draw(window, window)
+        notes = Notes(sequence.options, draw, self._num_steps, records, Numbers())
         this_pass = self._pass(sequence, window, block, notes)
         first = sequence.first(window)
         if window.start:
