@@ -69,12 +69,12 @@ class Watched(reach_rule.ReachRule):
     def is_due(self) -> bool:
         return True
 
-    def audited(self, sums: Any) -> None:
+    def audited(self, sums: Any, in_steps: Any) -> None:
         if super().is_due:
-            super().audited(sums)
+            super().audited(sums, in_steps)
             return
         missed = np.square(sums[-1] - sums[self.sizes.index(self.k2)]).sum()
-        self.missed.append((float(np.sqrt(missed / self._squares[-1])), self.k2))
+        self.missed.append((float(np.sqrt(missed / self._power)), self.k2))
         self.ran()
 
 
