@@ -1,44 +1,83 @@
-"""How much runs of one step differ by chance, where kernels are not deterministic."""
+"""Whether runs of one step differ by chance, as those of kernels that are not deterministic do.
+
+NOTE [The order of runs]
+Runs that differ by chance come in any order, whatever their distribution and however few of their
+numbers differ. So they are put on the line from the first run to the last, and it is counted how
+many pairs of the others, of which neither says where that line lies, are not in the order in which
+they ran. How likely so few are is known exactly, for the sum over steps too. A module that counts
+goes on and on along the line.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import combinations
+
+import torch
+from torch import Tensor
 
 from tbptt_ckpt.module.trees import Tree, structure, tensors_of
 
-# How much more the first and the last of these may differ than two in a row, where they differ by
-# chance: of few numbers, and of many.
-_GROWTH = (12.0, 4.0)
+# Runs of a step whose kernels may not be deterministic. Of the first two it is known that they
+# differ, and the last one ends the line: 6 others have one order in 720, 12 one in 479,001,600.
+_RUNS, _RUNS_OF_FEW, _FEW = 9, 15, 3
+_CHANCE = 1e-8  # how often chance may be taken for a count
 
 
-@dataclass(slots=True)
+def num_runs(num_steps: int) -> int:
+    """How often each of so many steps is run, so that they can be seen to be in order."""
+    return _RUNS_OF_FEW if num_steps < _FEW else _RUNS
+
+
 class Noise:
-    """How much runs of one step differ, over the steps where they do."""
+    """How runs of steps differ, over the steps where they do."""
 
-    is_there: bool = False
-    _numbers: int = 0
-    _in_a_row: float = 0.0
-    _first_to_last: float = 0.0
+    def __init__(self) -> None:
+        self.is_there = False
+        self._compared: list[int] = []  # how many runs, of each step
+        self._swapped = 0  # pairs that are not in the order in which they ran
 
     def add(self, runs: list[tuple[Tree, Tree]]) -> None:
         """Several runs of a step."""
         self.is_there = True
-        self._numbers += sum(t.numel() for t in tensors_of(runs[0]))
-        in_a_row = [_squared_distance(a, b) for a, b in pairwise(runs)]
-        self._in_a_row += sum(in_a_row) / len(in_a_row)
-        self._first_to_last += _squared_distance(runs[0], runs[-1])
+        places = _along(runs)[2:-1]
+        self._compared.append(len(places))
+        self._swapped += sum(not a < b for a, b in combinations(places, 2))  # NaN and equal ones
 
     def grows(self) -> bool:
         """Whether runs differ the more the longer they are apart, which chance does not do."""
-        return self._first_to_last > _GROWTH[self._numbers >= 64] * self._in_a_row
+        return self.is_there and _at_most(self._swapped, tuple(self._compared)) < _CHANCE
 
 
-def _squared_distance(one: Tree, other: Tree) -> float:
-    if form(one) != form(other):
-        return 0.0
-    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
-    return sum(float((a.double() - b.double()).abs().square().sum()) for a, b in pairs)
+@lru_cache
+def _at_most(swapped: int, compared: tuple[int, ...]) -> float:
+    """How likely no more pairs are swapped where each order of so many, of each step, is as likely.
+
+    Of n that are put in order one by one, the k-th is swapped with 0 to k - 1 of those before.
+    """
+    chances = torch.ones(1, dtype=torch.float64)
+    for number in (k for n in compared for k in range(2, n + 1)):
+        wider = torch.zeros(len(chances) + number - 1, dtype=torch.float64)
+        for shift in range(number):
+            wider[shift : shift + len(chances)] += chances / number
+        chances = wider
+    return float(chances[: swapped + 1].sum())
+
+
+def _along(runs: list[tuple[Tree, Tree]]) -> list[float]:
+    """Where runs lie on the line from the first to the last."""
+    if any(form(run) != form(runs[0]) for run in runs):
+        return [0.0] * len(runs)
+    values = [[t.detach().to("cpu", _wide(t)) for t in tensors_of(run)] for run in runs]
+    line = [last - first for first, last in zip(values[0], values[-1], strict=True)]
+    return [
+        sum(float(((a - b).conj() * d).real.sum()) for a, b, d in zip(v, values[0], line))
+        for v in values
+    ]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 def form(tree: Tree) -> object:

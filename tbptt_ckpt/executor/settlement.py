@@ -29,14 +29,13 @@ from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.fingerprint import Fingerprint, read, same, step_difference
 from tbptt_ckpt.executor.guard import Differentiating
-from tbptt_ckpt.executor.noise import Noise, form
+from tbptt_ckpt.executor.noise import Noise, form, num_runs
 from tbptt_ckpt.executor.observer import UNOBSERVED
 from tbptt_ckpt.executor.sinks import LastOutput, LossSink
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors
 
 _SETTLED_STEPS = 64
-_RUNS = 8  # of a step whose kernels may not be deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +156,17 @@ class Settlement:
     def _judge(self, boundary: Boundary, stop: int, suspect: Suspect, *, repeated: bool) -> None:
         """Run steps from identical states until one shows that not only rounding differs."""
         noise, largest, start = Noise(), 0.0, boundary.step
-        for step in range(start, min(stop, start + _SETTLED_STEPS)):
+        last = min(stop, start + _SETTLED_STEPS)
+        for step in range(start, last):
             runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
-            if not same(runs[0].seen, runs[1].seen):
-                runs += [self._run(boundary, step + 1, 1) for _ in range(_RUNS - 2)]
+            if by_chance := not same(runs[0].seen, runs[1].seen):
+                more = num_runs(last - start) - 2
+                runs += [self._run(boundary, step + 1, 1) for _ in range(more)]
                 noise.add([run.seen for run in runs])
             leaf = self._run_leaf(boundary, step + 1)
             pairs = [(runs[0].seen, runs[-1].seen, ""), (runs[0].end.state, leaf.end.state, _FORM)]
             for one, other, cause in pairs:
-                difference, is_rounding = self._difference(one, other)
+                difference, is_rounding = self._difference(one, other, by_chance)
                 largest = max(largest, difference)
                 if not is_rounding:
                     self._raise(step, step + 1, difference, suspect, runs, cause)
@@ -191,19 +192,20 @@ class Settlement:
             cut = self._run_leaf(self._given.get(step, middle), step + 1)
             pairs.append((cut, whole, _HISTORY))
         ambients = boundary.ambient, whole.end.ambient
+        repeats = same(whole.seen, again.seen)
         for cut, uncut, cause in pairs:
-            difference, is_rounding = self._difference(cut.seen, uncut.seen)
-            if runner.promises_bits and same(whole.seen, again.seen):
+            difference, is_rounding = self._difference(cut.seen, uncut.seen, not repeats)
+            if runner.promises_bits and repeats:
                 is_rounding = same(cut.seen, uncut.seen)  # no product is another one
             elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
                 is_rounding = True  # what a segment draws may depend on its length
             if not is_rounding:
                 self._raise(boundary.step, step + 1, difference, suspect, runs, cause)
 
-    def _difference(self, one: Tree, other: Tree) -> tuple[float, bool]:
+    def _difference(self, one: Tree, other: Tree, by_chance: bool) -> tuple[float, bool]:
         if form(one) != form(other):
             return float("inf"), False
-        return step_difference(one, other, in_half=self._in_half)
+        return step_difference(one, other, in_half=self._in_half, by_chance=by_chance)
 
     def _run(self, boundary: Boundary, stop: int, longest: int) -> _Run:
         """A run in the form of first runs."""
