@@ -106,11 +106,6 @@ class Situation:
     k2: int = 16
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_noisy(self) -> bool:
-        """Whether each run of a step differs from the one before."""
-        return bool(getattr(self.make(), "noise", 0.0))
-
     def windows(self, seed: int, num_windows: int, *, faulty: bool = False) -> Iterator[Any]:
         """Train one, which keeps a count outside of its state where it is `faulty`."""
         torch.manual_seed(seed)
@@ -173,7 +168,7 @@ SITUATIONS: dict[str, Situation] = {
         lambda: Segments(nn.GRU, 10.0, 6), options=CUT | HALF | SEGMENTS
     ),
     "segments cut otherwise": Situation(
-        lambda: SizedKernels(20.0, 6), options={"strategy": "uniform:3"} | SEGMENTS
+        lambda: SizedKernels(20.0, 6), options={"strategy": "revolve:2"} | SEGMENTS
     ),
     "nn.LSTM, long leaves": Situation(
         lambda: Segments(nn.LSTM, 30.0, 40), lanes=3, width=40, options=CUT | SEGMENTS

@@ -11,15 +11,13 @@ from tbptt_ckpt.budget.samples import SegmentBytes
 from tbptt_ckpt.data.blocks import narrow_blocks
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.causes import KEPT_OUTSIDE
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read
-from tbptt_ckpt.executor.noise import Noise
-from tbptt_ckpt.executor.settlement import KEPT_OUTSIDE
+from tbptt_ckpt.executor.noise import Noise, num_runs
 from tbptt_ckpt.executor.sinks import Sink
 from tbptt_ckpt.memory.exhausted import empty_cache, older_garbage_kept
 from tbptt_ckpt.module.ambient import untouched
 from tbptt_ckpt.module.trees import Tree, tensors_of
-
-_RUNS = 7  # more of a step that differs, as rounding does or as what counts its calls
 
 
 def warm_up(probe: SegmentProbe) -> None:
@@ -87,7 +85,8 @@ def _check_unmoved(probe: SegmentProbe, before: _Seen) -> None:
     if bits.equals(bits_now):
         return
     if is_near := sketch.is_near(sketch_now):
-        noise.add([again, *(_run_first_step(probe) for _ in range(_RUNS))])
+        more = num_runs(1) - 1
+        noise.add([again, *(_run_first_step(probe) for _ in range(more))])
     if not is_near or noise.grows():
         step = probe.first
         raise ReplayMismatchError(

@@ -53,15 +53,13 @@ class Noise:
 def _at_most(swapped: int, compared: tuple[int, ...]) -> float:
     """How likely no more pairs are swapped where each order of so many, of each step, is as likely.
 
-    Of n that are put in order one by one, the k-th is swapped with 0 to k - 1 of those before.
+    Of those that are put in order one by one, the k-th is swapped with 0 to k - 1 of those before.
     """
-    chances = torch.ones(1, dtype=torch.float64)
-    for number in (k for n in compared for k in range(2, n + 1)):
-        wider = torch.zeros(len(chances) + number - 1, dtype=torch.float64)
-        for shift in range(number):
-            wider[shift : shift + len(chances)] += chances / number
-        chances = wider
-    return float(chances[: swapped + 1].sum())
+    orders = [1]  # by how many pairs they swap
+    for number in (k for n in compared for k in range(1, n + 1)):
+        most = len(orders) + number - 1
+        orders = [sum(orders[max(0, i - number + 1) : i + 1]) for i in range(most)]
+    return sum(orders[: swapped + 1]) / sum(orders)
 
 
 def _along(runs: list[tuple[Tree, Tree]]) -> list[float]:
@@ -69,10 +67,10 @@ def _along(runs: list[tuple[Tree, Tree]]) -> list[float]:
     if any(form(run) != form(runs[0]) for run in runs):
         return [0.0] * len(runs)
     values = [[t.detach().to("cpu", _wide(t)) for t in tensors_of(run)] for run in runs]
-    line = [last - first for first, last in zip(values[0], values[-1], strict=True)]
+    moved = [[a - b for a, b in zip(run, values[0], strict=True)] for run in values]
     return [
-        sum(float(((a - b).conj() * d).real.sum()) for a, b, d in zip(v, values[0], line))
-        for v in values
+        sum(float((d.conj() * value).real.sum()) for d, value in zip(moved[-1], run, strict=True))
+        for run in moved
     ]
 
 

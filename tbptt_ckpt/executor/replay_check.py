@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 
 from tbptt_ckpt.errors import ReplayMismatchError, TbpttWarning
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.causes import KEPT_OUTSIDE
 from tbptt_ckpt.executor.compared_states import STEPS_AT_FIRST, ComparedStates
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read
 from tbptt_ckpt.executor.guard import GradientWatch
-from tbptt_ckpt.executor.settlement import KEPT_OUTSIDE, Reached, Settlement, Suspect
+from tbptt_ckpt.executor.settlement import Reached, Settlement, Suspect
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.trees import Tree

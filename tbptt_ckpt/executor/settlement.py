@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from tbptt_ckpt.errors import ReplayMismatchError
 from tbptt_ckpt.executor.boundary import Boundary
+from tbptt_ckpt.executor.causes import BUFFER, CALLS, FORM, HISTORY, KEPT_OUTSIDE, RANDOM
 from tbptt_ckpt.executor.fingerprint import Fingerprint, read, same, step_difference
 from tbptt_ckpt.executor.guard import Differentiating
 from tbptt_ckpt.executor.noise import Noise, form, num_runs
@@ -159,14 +161,15 @@ class Settlement:
         last = min(stop, start + _SETTLED_STEPS)
         for step in range(start, last):
             runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
-            if by_chance := not same(runs[0].seen, runs[1].seen):
+            if not (repeated and same(runs[0].seen, runs[1].seen)):
                 more = num_runs(last - start) - 2
                 runs += [self._run(boundary, step + 1, 1) for _ in range(more)]
+            if by_chance := not all(same(runs[0].seen, run.seen) for run in runs[1:]):
                 noise.add([run.seen for run in runs])
             leaf = self._run_leaf(boundary, step + 1)
-            pairs = [(runs[0].seen, runs[-1].seen, ""), (runs[0].end.state, leaf.end.state, _FORM)]
+            pairs = [(runs[0].seen, runs[-1].seen, ""), (runs[0].end.state, leaf.end.state, FORM)]
             for one, other, cause in pairs:
-                difference, is_rounding = self._difference(one, other, by_chance)
+                difference, is_rounding = self._difference(one, other, by_chance=by_chance)
                 largest = max(largest, difference)
                 if not is_rounding:
                     self._raise(step, step + 1, difference, suspect, runs, cause)
@@ -180,29 +183,42 @@ class Settlement:
         self, boundary: Boundary, middle: Boundary, suspect: Suspect, runs: list[_Run]
     ) -> None:
         """Hold two steps of one call and graph against the same two with a cut between them."""
-        step, runner, with_loss = middle.step, self._window.runner, not self._in_graph
-        whole, again = (
-            self._run_leaf(boundary, step + 1, graph_of_loss=with_loss) for _ in range(2)
-        )
-        pairs: list[tuple[_Run, _Run, str]] = []
+        step, stop, runner = middle.step, middle.step + 1, self._window.runner
+        whole = partial(self._run_leaf, boundary, stop, graph_of_loss=not self._in_graph)
+        pairs: list[tuple[Callable[[], _Run], Callable[[], _Run], str]] = []
         if not runner.recurrence.per_step:  # without a graph, for which there may be no room
-            calls = [self._in_calls(boundary, step + 1, steps) for steps in (1, 2)]
-            pairs.append((calls[0], calls[1], _CALLS))
+            calls = [partial(self._in_calls, boundary, stop, steps) for steps in (1, 2)]
+            pairs.append((calls[0], calls[1], CALLS))
         if not self._in_graph:
-            cut = self._run_leaf(self._given.get(step, middle), step + 1)
-            pairs.append((cut, whole, _HISTORY))
-        ambients = boundary.ambient, whole.end.ambient
-        repeats = same(whole.seen, again.seen)
-        for cut, uncut, cause in pairs:
-            difference, is_rounding = self._difference(cut.seen, uncut.seen, not repeats)
-            if runner.promises_bits and repeats:
-                is_rounding = same(cut.seen, uncut.seen)  # no product is another one
-            elif not runner.recurrence.per_step and ambients[0].digest() != ambients[1].digest():
-                is_rounding = True  # what a segment draws may depend on its length
-            if not is_rounding:
-                self._raise(boundary.step, step + 1, difference, suspect, runs, cause)
+            begun = self._given.get(step, middle)
+            pairs.append((partial(self._run_leaf, begun, stop), whole, HISTORY))
 
-    def _difference(self, one: Tree, other: Tree, by_chance: bool) -> tuple[float, bool]:
+        def draws() -> bool:
+            return boundary.ambient.digest() != whole().end.ambient.digest()
+
+        for cut, uncut, cause in pairs:
+            difference, is_rounding = self._difference_of_forms(cut, uncut)
+            # What a segment draws may depend on its length.
+            is_rounding = is_rounding or (not runner.recurrence.per_step and draws())
+            if not is_rounding:
+                self._raise(boundary.step, stop, difference, suspect, runs, cause)
+
+    def _difference_of_forms(
+        self, cut: Callable[[], _Run], uncut: Callable[[], _Run]
+    ) -> tuple[float, bool]:
+        """How far two forms are apart, and whether rounding or chance explains it.
+
+        Two runs of one form may be the same by chance, where noise is rare; so many are not.
+        """
+        one, other = cut().seen, uncut().seen
+        difference, is_rounding = self._difference(one, other, by_chance=False)
+        if same(one, other) or (is_rounding and not self._window.runner.promises_bits):
+            return difference, True
+        if all(same(one, cut().seen) and same(other, uncut().seen) for _ in range(num_runs(1))):
+            return difference, False
+        return self._difference(one, other, by_chance=True)
+
+    def _difference(self, one: Tree, other: Tree, *, by_chance: bool) -> tuple[float, bool]:
         if form(one) != form(other):
             return float("inf"), False
         return step_difference(one, other, in_half=self._in_half, by_chance=by_chance)
@@ -264,9 +280,9 @@ class Settlement:
         drawn = suspect.reached.generators != suspect.before.generators
         ambients = [run.end.ambient for run in runs]
         if drawn or ambients[0].digest() != ambients[-1].digest():
-            cause = _RANDOM
+            cause = RANDOM
         elif not same(*([value.values for value in a.buffers] for a in ambients[:2])):
-            cause = _BUFFER
+            cause = BUFFER
         by = f"by {difference:.1e} of its size" if difference else "from what its first run gave"
         raise ReplayMismatchError(
             f"steps [{start}, {stop}) ran again and reached another state, which differs {by}: "
@@ -275,27 +291,3 @@ class Settlement:
             stop=stop,
             difference=difference,
         )
-
-
-_RANDOM = (
-    "a random generator stood elsewhere; another thread that draws from torch's generator while "
-    "a window runs, or a module that draws depending on what is not in its state, must not"
-)
-_BUFFER = (
-    "a buffer was changed in another way; a step may depend on its input, state, weights, buffers "
-    "and torch's generators only"
-)
-_FORM = "it acts otherwise where a graph is recorded or outputs are needed; its state must not"
-_HISTORY = (
-    "it depends on how far back the graph of the state reaches, as an inner gradient does that "
-    "passes through it; detach the state for what is differentiated within a step"
-)
-_CALLS = (
-    "a segment module gives steps other values where its calls are cut otherwise, as a mean, a "
-    "normalisation, a convolution or attention over the steps of a call does; let it need no more "
-    "of other steps than what its state holds"
-)
-KEPT_OUTSIDE = (
-    "the module keeps something outside of its state, such as a counter or a tensor on self, or "
-    "draws from a generator that is not found; put it into the state, or register it as a buffer"
-)
