@@ -67,15 +67,25 @@ def backward(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
 
 
 def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that the graphs of some tensors lead to."""
-    left = [torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors]
-    seen, leaves = set(left), list[Tensor]()
+    """The leaf tensors that the graphs of some tensors lead to, each once.
+
+    All of each graph is walked: nothing else tells of a weight that nobody has named, and two
+    graphs of one form may lead to different ones.
+    """
+    leaves, left = dict[int, Tensor](), list[Any]()
+    for tensor in tensors:
+        if tensor.grad_fn is None:
+            leaves[id(tensor)] = tensor
+        else:
+            left.append(tensor.grad_fn)
+    seen = set(left)
     for node in left:
-        leads_to = node.next_functions
-        if not leads_to and isinstance(node, _AccumulateGrad):
-            leaves.append(node.variable)
-        for after, _ in leads_to:
-            if after is not None and after not in seen:
-                seen.add(after)
+        for after, _ in node.next_functions:
+            if after is None or after in seen:
+                continue
+            seen.add(after)
+            if isinstance(after, _AccumulateGrad):  # leads nowhere
+                leaves[id(after.variable)] = after.variable
+            else:
                 left.append(after)
-    return leaves
+    return list(leaves.values())

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from tbptt_ckpt import TBPTT, TensorSequence, run_window
 from tbptt_ckpt.errors import ArgumentError, TbpttError
+from tbptt_ckpt.updates.collected import _leaves_of
 
 STEPS = 11
 
@@ -392,6 +393,56 @@ def test_delivered_once_other_leaves_get_their_gradients(executor: str) -> None:
         tbptt.train(TensorSequence((inputs, ids), targets), scale * scale)
         assert relative_error([leaf.grad.to_dense() for leaf in leaves], expected) <= 1e-12
         assert calls
+
+
+class Experts(nn.Module):
+    """Each step takes one of several unnamed weights, in graphs of one form; one passes a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(WIDTH_IN, WIDTH, dtype=torch.float64)
+        experts = [0.3 * torch.randn(WIDTH, WIDTH, dtype=torch.float64) for _ in range(4)]
+        self.find = lambda which: experts[which]  # a closure that nobody looks into
+        for expert in experts:
+            expert.requires_grad_()
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h, kept, count = state
+        h = torch.tanh(self.inner(x) + h @ self.find(int(count) // 3))
+        return h + kept, (h, kept, count + 1)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("strategy", ["uniform:1", "uniform:2", "revolve:2"])
+def test_delivered_once_unnamed_weights_of_later_leaves_get_their_gradients(
+    executor: str, strategy: str
+) -> None:
+    inputs, targets = random_data(STEPS)
+
+    def grads(run: Callable[[nn.Module, Any], object]) -> list[Tensor]:
+        module = Experts()
+        run(module, (random_state(), random_state(3), torch.zeros((), dtype=torch.long)))
+        return [weight.grad for weight in (*module.parameters(), *map(module.find, range(4)))]
+
+    def plainly(module: nn.Module, state: Any) -> None:
+        losses = []
+        for x, target in zip(inputs, targets, strict=True):
+            y, state = module(x, state)
+            losses.append(mean_loss(y, target))
+        (sum(losses) / len(losses)).backward()
+
+    expected = grads(plainly)
+    how = {"strategy": strategy, "executor": executor, "deliver": "once"}
+    found = grads(lambda m, s: run_window(m, mean_loss, inputs, targets, s, **how))
+    assert relative_error(found, expected) <= 1e-12
+
+
+def test_a_graph_leads_to_each_leaf_once_also_where_it_begins_at_one() -> None:
+    one, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    leaves = _leaves_of([one, one * other, (one + other).sum(), other.detach() * one, one])
+    assert {id(leaf) for leaf in leaves} == {id(one), id(other)}
+    assert len(leaves) == 2
 
 
 def test_delivered_once_a_state_kept_elsewhere_is_an_error() -> None:
