@@ -40,7 +40,8 @@ class Cell(nn.Module):
         super().__init__()
         self.linear, self.readout = nn.Linear(INPUTS + width, width), nn.Linear(width, outputs)
         self.gain, self.noise, self.two_forms = gain, noise, two_forms
-        source = torch.Generator().manual_seed(0)  # where nobody finds it
+        # Where nobody finds it, and another one in each training.
+        source = torch.Generator().manual_seed(torch.initial_seed())
         counts = torch.arange(width) < (width if noisy is None else noisy)
         self.draw = lambda shape: torch.randn(shape, generator=source) * counts
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.false_alarms import found_faults, run
-from benchmarks.right_replays import SITUATIONS
+from benchmarks.right_replays import SITUATIONS, Cell
 
 WINDOWS, SETTLED_WINDOWS = 300, 60
 DIFFER = [name for name in SITUATIONS if "noise" in name or "forms" in name or "cut" in name]
@@ -27,3 +28,11 @@ def test_what_is_right_raises_in_no_window(name: str) -> None:
 @pytest.mark.parametrize("name", ["chaotic", *DIFFER])
 def test_a_count_is_found_where_right_replays_differ_too(name: str) -> None:
     assert found_faults(SITUATIONS[name], 2) == 2
+
+
+def test_trainings_have_noise_of_their_own() -> None:
+    drawn = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        drawn.append(Cell(1.0, 1.0).draw((2, 6)))
+    assert not torch.equal(*drawn)
