@@ -24,7 +24,7 @@ class Cell(nn.Module):
     """A sine cell, chaotic where its gain is large, with noise in each run of a step.
 
     `two_forms` sums its products in another order where no graph is recorded; of `noisy` numbers of
-    a state there is noise in the first ones, or in all.
+    a state there is noise in the first ones, or in all, in so many of all runs as `often` says.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Cell(nn.Module):
         width: int = 6,
         outputs: int = OUTPUTS,
         noisy: int | None = None,
+        often: float = 1.0,
         two_forms: bool = False,
     ) -> None:
         super().__init__()
@@ -43,7 +44,12 @@ class Cell(nn.Module):
         # Where nobody finds it, and another one in each training.
         source = torch.Generator().manual_seed(torch.initial_seed())
         counts = torch.arange(width) < (width if noisy is None else noisy)
-        self.draw = lambda shape: torch.randn(shape, generator=source) * counts
+
+        def draw(shape: torch.Size) -> Tensor:
+            is_there = torch.rand((), generator=source) < often
+            return torch.randn(shape, generator=source) * counts * is_there
+
+        self.draw = draw
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         joined = torch.cat([x, self.gain * h], 1)
@@ -178,6 +184,7 @@ SITUATIONS: dict[str, Situation] = {
     "noise of atomics in one number of many": noisy(
         lambda: Cell(20.0, ATOMICS, width=40, noisy=1), lanes=1, width=40
     ),
+    "noise in one run of ten": noisy(lambda: Cell(20.0, 10 * ATOMICS, often=0.1)),
     "noise of TF32": noisy(lambda: Cell(1.0, TF32)),
     "noise of TF32, checkpoint": noisy(lambda: Cell(1.0, TF32), options=IN_ONE_GRAPH),
     "noise of TF32, outputs near zero": noisy(

@@ -17,7 +17,8 @@ from tbptt_ckpt.executor.causes import KEPT_OUTSIDE
 from tbptt_ckpt.executor.compared_states import STEPS_AT_FIRST, ComparedStates
 from tbptt_ckpt.executor.fingerprint import Fingerprint, fingerprint, read
 from tbptt_ckpt.executor.guard import GradientWatch
-from tbptt_ckpt.executor.settlement import Reached, Settlement, Suspect
+from tbptt_ckpt.executor.settlement import Settlement
+from tbptt_ckpt.executor.suspects import Reached, Suspect
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.ambient import AmbientState
 from tbptt_ckpt.module.trees import Tree

@@ -31,40 +31,14 @@ from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.executor.causes import BUFFER, CALLS, FORM, HISTORY, KEPT_OUTSIDE, RANDOM
 from tbptt_ckpt.executor.fingerprint import Fingerprint, read, same, step_difference
 from tbptt_ckpt.executor.guard import Differentiating
-from tbptt_ckpt.executor.noise import Noise, form, num_runs
+from tbptt_ckpt.executor.noise import Noise, form, num_rare_runs, num_runs
 from tbptt_ckpt.executor.observer import UNOBSERVED
 from tbptt_ckpt.executor.sinks import LastOutput, LossSink
+from tbptt_ckpt.executor.suspects import Reached, Suspect
 from tbptt_ckpt.executor.window_pass import WindowPass
 from tbptt_ckpt.module.trees import Tree, detach_state, map_tensors
 
 _SETTLED_STEPS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Reached:
-    """What a run gave at its end, and where the generators stood then."""
-
-    seen: Fingerprint
-    generators: int
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A leaf, what was reached at its end before, and what it reached."""
-
-    start: int
-    stop: int
-    before: Reached
-    reached: Reached
-
-    def is_near(self) -> bool:
-        """Whether both are equal, or apart by what rounding explains."""
-        return self.reached.seen.is_near(self.before.seen)
-
-    def with_prints(self, before: Fingerprint, reached: Fingerprint) -> Suspect:
-        """The same with what was read of both."""
-        both = replace(self.before, seen=before), replace(self.reached, seen=reached)
-        return replace(self, before=both[0], reached=both[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +134,9 @@ class Settlement:
         noise, largest, start = Noise(), 0.0, boundary.step
         last = min(stop, start + _SETTLED_STEPS)
         for step in range(start, last):
-            runs = [self._run(boundary, step + 1, 1) for _ in range(2)]
-            if not (repeated and same(runs[0].seen, runs[1].seen)):
-                more = num_runs(last - start) - 2
-                runs += [self._run(boundary, step + 1, 1) for _ in range(more)]
-            if by_chance := not all(same(runs[0].seen, run.seen) for run in runs[1:]):
+            sought = not (repeated or noise.is_there)
+            runs, by_chance = self._runs(boundary, last - start, repeated=repeated, sought=sought)
+            if by_chance:
                 noise.add([run.seen for run in runs])
             leaf = self._run_leaf(boundary, step + 1)
             pairs = [(runs[0].seen, runs[-1].seen, ""), (runs[0].end.state, leaf.end.state, FORM)]
@@ -174,24 +146,41 @@ class Settlement:
                 if not is_rounding:
                     self._raise(step, step + 1, difference, suspect, runs, cause)
             if step + 2 <= stop:
-                self._cut(boundary, leaf.as_it_lies, suspect, runs)
+                self._cut(boundary, suspect, runs)
             boundary = self._given.get(step + 1, runs[0].end)
         if noise.grows() or not (repeated or noise.is_there):
             self._raise(start, stop, largest, suspect, runs)
 
-    def _cut(
-        self, boundary: Boundary, middle: Boundary, suspect: Suspect, runs: list[_Run]
-    ) -> None:
+    def _runs(
+        self, boundary: Boundary, num_steps: int, *, repeated: bool, sought: bool
+    ) -> tuple[list[_Run], bool]:
+        """Runs of one of so many steps, and whether any differ; more where noise is `sought`."""
+        run = partial(self._run, boundary, boundary.step + 1, 1)
+        runs = [run(), run()]
+        if repeated and same(runs[0].seen, runs[1].seen):
+            return runs, False
+        runs += [run() for _ in range(num_runs(num_steps) - 2)]
+        if not all(same(runs[0].seen, each.seen) for each in runs[1:]):
+            return runs, True
+        others = (run() for _ in range(num_rare_runs(num_steps) if sought else 0))
+        rare = next((each for each in others if not same(runs[0].seen, each.seen)), None)
+        return (runs, False) if rare is None else ([*runs, rare], True)
+
+    def _cut(self, boundary: Boundary, suspect: Suspect, runs: list[_Run]) -> None:
         """Hold two steps of one call and graph against the same two with a cut between them."""
-        step, stop, runner = middle.step, middle.step + 1, self._window.runner
+        step, stop, runner = boundary.step + 1, boundary.step + 2, self._window.runner
         whole = partial(self._run_leaf, boundary, stop, graph_of_loss=not self._in_graph)
+
+        def in_two() -> _Run:  # from the beginning, where there may be noise too
+            given = self._given.get(step)
+            return self._run_leaf(given or self._run_leaf(boundary, step).as_it_lies, stop)
+
         pairs: list[tuple[Callable[[], _Run], Callable[[], _Run], str]] = []
         if not runner.recurrence.per_step:  # without a graph, for which there may be no room
             calls = [partial(self._in_calls, boundary, stop, steps) for steps in (1, 2)]
             pairs.append((calls[0], calls[1], CALLS))
         if not self._in_graph:
-            begun = self._given.get(step, middle)
-            pairs.append((partial(self._run_leaf, begun, stop), whole, HISTORY))
+            pairs.append((in_two, whole, HISTORY))
 
         def draws() -> bool:
             return boundary.ambient.digest() != whole().end.ambient.digest()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,3 +38,10 @@ def test_trainings_have_noise_of_their_own() -> None:
         torch.manual_seed(seed)
         drawn.append(Cell(1.0, 1.0).draw((2, 6)))
     assert not torch.equal(*drawn)
+
+
+def test_noise_in_one_run_of_thousands_is_an_error() -> None:
+    """That nothing is kept outside is seen by running again, and there is no end to that."""
+    situation = SITUATIONS["noise of atomics"]
+    rare = replace(situation, make=lambda: Cell(20.0, 1e-5, often=3e-4))
+    assert run(rare, 1000).alarms
