@@ -18,16 +18,17 @@ from torch import Tensor
 
 from tbptt_ckpt.module.trees import Tree, structure, tensors_of
 
-# Runs of a step whose kernels may not be deterministic. Of the first two it is known that they
-# differ, and the last one ends the line: 6 others have one order in 720, 12 one in 479,001,600.
-_RUNS, _RUNS_OF_FEW, _FEW = 9, 15, 3
+# At least so many runs of a step whose kernels may not be deterministic, and more where few share
+# them. Of one step 22 are compared (the first two are known to differ, the last ends the line), of
+# which a count may swap 27 of 231 pairs by the rounding that it is in.
+_RUNS, _SHARED_RUNS = 9, 16
 _RARE_RUNS = 256  # of a leaf's steps: noise in one run of ten is missed by 2 in 10^12
 _CHANCE = 1e-8  # how often chance may be taken for a count
 
 
 def num_runs(num_steps: int) -> int:
     """How often each of so many steps is run, so that they can be seen to be in order."""
-    return _RUNS_OF_FEW if num_steps < _FEW else _RUNS
+    return _RUNS + -(-_SHARED_RUNS // num_steps)
 
 
 def num_rare_runs(num_steps: int) -> int:
