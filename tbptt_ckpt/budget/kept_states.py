@@ -8,9 +8,10 @@ import torch
 
 from tbptt_ckpt.executor.boundary import Boundary
 from tbptt_ckpt.memory.resident import malloc_bytes
-from tbptt_ckpt.memory.storages import tensor_bytes
+from tbptt_ckpt.memory.storages import distinct_storages, tensor_bytes
 from tbptt_ckpt.module.ambient import AmbientState
-from tbptt_ckpt.module.trees import copy_containers, tensors_of
+from tbptt_ckpt.module.trees import Tree, copy_containers, tensors_of
+from tbptt_ckpt.schedule.costs import Costs
 
 _NUM_BOUNDARIES = 32
 
@@ -24,6 +25,17 @@ def kept_bytes(later: Boundary, before: Boundary, device: torch.device) -> tuple
     state = tensor_bytes(later.state, device=device) - handed_on
     ambient = _ambient_bytes(later, before.ambient, device)
     return state + ambient, ambient, handed_on
+
+
+def lacking_bytes(first: Tree, costs: Costs, device: torch.device) -> int:
+    """What a first state may take less than those that steps reach, and make up for.
+
+    From None a module makes one for itself; kernels copy tensors that share their memory.
+    """
+    reached = costs.state_bytes - costs.ambient_bytes + costs.handed_on_bytes
+    tensors = tensors_of(first)
+    is_shared = len(distinct_storages(tensors)) < len(tensors)
+    return max(0, reached - (0 if is_shared else tensor_bytes(tensors, device=device)))
 
 
 def _ambient_bytes(later: Boundary, earlier: AmbientState, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from itertools import chain, islice
 
 from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES, TOLERANCE
 from tbptt_ckpt.budget.fitting import FittingPlans
+from tbptt_ckpt.budget.kept_states import lacking_bytes
 from tbptt_ckpt.budget.window_budget import PlannedWindow, Request, Shape
 from tbptt_ckpt.errors import InfeasibleBudgetError
 from tbptt_ckpt.executor.window_pass import Route
@@ -61,7 +62,7 @@ class WatchedWindow(PlannedWindow):
         absent_bytes: Of these, states that only later windows have.
         optimizer_bytes: State of the optimizer that exists before the window.
         gradient_bytes: What the first leaf's backward leaves behind.
-        first_state_bytes: A first state that the module makes for itself.
+        made_state_bytes: What the module makes of a first state for itself.
         absent_gradient_bytes: What the first leaf makes of gradients where some may exist before;
             that of a state is made in every window.
         plans: Replans, within the budget.
@@ -80,7 +81,7 @@ class WatchedWindow(PlannedWindow):
     absent_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
-    first_state_bytes: int
+    made_state_bytes: int
     absent_gradient_bytes: int
     plans: FittingPlans
     refuse: Callable[[WatchedWindow, InfeasibleBudgetError], InfeasibleBudgetError]
@@ -164,7 +165,7 @@ class WatchedWindow(PlannedWindow):
 
     def _made_at(self, start: int) -> int:
         """Bytes of the state that a run from `start` makes for itself."""
-        return self.first_state_bytes if start == self.plan.first else 0
+        return self.made_state_bytes if start == self.plan.first else 0
 
     def _must_replan(self, stop: int) -> bool:
         """Whether the leaves to come would take more than there is."""
@@ -266,7 +267,7 @@ def watched(
     missing = costs.fixed.optimizer - optimizer_bytes
     handed_on = costs.handed_on_bytes
     state_gradient = costs.state_bytes + handed_on
-    made = request.makes_first_state * state_gradient
+    made = lacking_bytes(request.first_state, costs, request.device)
     coming = request.shape.coming_states * costs.state_bytes + handed_on
     recorded = max(0, request.bytes_of(*request.recorded) - handed_on)
     absent = max(0, costs.fixed.states - coming - made - recorded)
@@ -284,7 +285,7 @@ def watched(
         absent_bytes=absent,
         optimizer_bytes=optimizer_bytes,
         gradient_bytes=costs.fixed.gradients + state_gradient,
-        first_state_bytes=made,
+        made_state_bytes=made,
         absent_gradient_bytes=request.absent_gradient_bytes + state_gradient,
         plans=plans,
         refuse=refuse,

@@ -123,7 +123,7 @@ class Request:
     held: tuple[object, ...]
     recorded: tuple[object, ...]  # trees of recorded states
     coming_ambients: int  # generators and buffers that a later window finds noted in addition
-    makes_first_state: bool  # whether the module makes the first state for itself, from None
+    first_state: object  # the tree that it begins with
     is_only: bool  # whether its run has no other window
     absent_gradient_bytes: int  # of weights that have none before it
     learned_bytes: int  # of a first state that has gradients

@@ -21,6 +21,7 @@ from tbptt_ckpt.budget.checked_costs import (
 from tbptt_ckpt.budget.forms import fastest_form, saved_forms
 from tbptt_ckpt.budget.found_gradients import finding_gradients, waiting_bytes
 from tbptt_ckpt.budget.irregular import IrregularSteps, cut_at_first_loss
+from tbptt_ckpt.budget.kept_states import lacking_bytes
 from tbptt_ckpt.budget.lengths import Limits
 from tbptt_ckpt.budget.longer import LongLeaf, as_steep_as_may_be, length_to_meter
 from tbptt_ckpt.budget.measuring import warm_up
@@ -164,10 +165,10 @@ class WindowCosts:
         deliveries = self._updater.deliveries
         trained = [w for w in deliveries.wholes(self._parameters) if w.requires_grad]
         states = max(request.fullest.recorded_states, shape.recorded_states) + shape.coming_states
-        states += request.makes_first_state
         state_bytes = states * costs.state_bytes + request.coming_ambients * costs.ambient_bytes
-        # A gradient of what is handed on, and itself where no first state was given that has it.
-        state_bytes += (1 + request.makes_first_state) * costs.handed_on_bytes
+        # A gradient of what is handed on, and what a first state does not have.
+        state_bytes += costs.handed_on_bytes
+        state_bytes += lacking_bytes(request.first_state, costs, request.device)
         # Without an optimizer users may have cleared them; a later window finds this one's.
         is_first = request.is_only and request.absent_gradient_bytes == tensor_bytes(trained)
         waiting = waiting_bytes(self._updater, self._parameters)

@@ -27,7 +27,7 @@ from tbptt_ckpt.executor.window_loss import NO_LOSS, WindowLoss, has_loss
 from tbptt_ckpt.executor.window_pass import StateGrads, WindowPass
 from tbptt_ckpt.module.ambient import Ambient, AmbientState
 from tbptt_ckpt.module.hooks import SilenceableHooks
-from tbptt_ckpt.module.trees import Tree, tensors_of
+from tbptt_ckpt.module.trees import Tree
 from tbptt_ckpt.schedule.actions import ADVANCE_STEPS
 from tbptt_ckpt.schedule.truncation import Draw
 from tbptt_ckpt.schedule.windows import joint_steps
@@ -105,7 +105,7 @@ class OpenWindow:
             held=held,
             recorded=tuple(records.boundaries.values()),
             coming_ambients=coming_ambients,
-            makes_first_state=not tensors_of(state),
+            first_state=state,
             is_only=window.new_start == 0 and window.stop == self._num_steps,
             learned_bytes=self._initial.learned_bytes(),
             absent_gradient_bytes=parts.absent_gradient_bytes(),
