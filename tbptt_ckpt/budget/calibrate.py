@@ -210,9 +210,14 @@ class _Measuring:
     def _irregular_bytes(
         self, samples: Sequence[SegmentBytes | QuietSample], *, has_losses: bool
     ) -> Curve | None:
-        gradients = self.bytes[-1].gradients
+        gradients, one = self.bytes[-1].gradients, self.bytes[0]
         room = self.limits.room_bytes - 2 * gradients
-        fitting = {sample.steps for sample in self.bytes if sample.peak <= room}
+        of_a_piece = one.graph if self.probe.runner.calls_segments else 0  # cut at every step
+        fitting = {
+            sample.steps
+            for sample in self.bytes
+            if max(sample.peak, one.peak + (sample.steps - 1) * of_a_piece) <= room
+        }
         return more_bytes(self.probe, samples, fitting, gradients, has_losses=has_losses)
 
     def _quiet_bytes(self, state_bytes: int) -> QuietBytes | None:

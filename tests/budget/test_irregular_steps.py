@@ -8,11 +8,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from grids import later
 from torch import nn
 
 import tbptt_ckpt.budget.calibrate as calibrate
-from tbptt_ckpt import TBPTT, InfeasibleBudgetError, LaneSource, TensorSequence
+from tbptt_ckpt import TBPTT, InfeasibleBudgetError, LaneSource, TensorSequence, measure_costs
+from tbptt_ckpt.budget.checked_costs import ROUNDING_BYTES
 from tbptt_ckpt.budget.irregular import IrregularSteps
+from tbptt_ckpt.budget.probe import SegmentProbe
+from tbptt_ckpt.budget.samples import SegmentBytes
 from tbptt_ckpt.data.blocks import StepBlock
 from tbptt_ckpt.schedule.curves import Curve
 
@@ -138,6 +142,30 @@ def test_the_smallest_budget_stays_enough_where_lanes_begin_late() -> None:
         run(1)
     budget = refused.value.smallest_budget_bytes or 0
     assert max(run(budget)) <= budget
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, later(nn.GRU), later(nn.RNN)])
+@pytest.mark.parametrize("factor", [2.5, later(2.0), later(3.5), later(5.0)])
+def test_what_cut_leaves_take_is_measured_within_the_room_that_there_is(
+    layer: type[nn.RNNBase], factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call for each step takes a workspace each: several of them as much as a long call."""
+    peaks, bytes_of = [], SegmentProbe.bytes_of
+
+    def noted(self: SegmentProbe, steps: int) -> SegmentBytes:
+        found = bytes_of(self, steps)
+        peaks.append((steps, found.peak))
+        return found
+
+    monkeypatch.setattr(SegmentProbe, "bytes_of", noted)
+    module, loss, data = layer(8, 16), nn.functional.mse_loss, torch.randn(16, 4, 24)
+    inputs, targets = data[..., :8], data[..., 8:]
+    measure_costs(module, loss, inputs, targets, memory=1)
+    room = int(factor * max(peak for steps, peak in peaks if steps == 1))
+    peaks.clear()
+    measure_costs(module, loss, inputs, targets, memory=room)
+    assert {1} < {steps for steps, _ in peaks}
+    assert max(peak for steps, peak in peaks if steps > 1) <= room + ROUNDING_BYTES
 
 
 @pytest.mark.parametrize(
