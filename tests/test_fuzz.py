@@ -54,9 +54,9 @@ def test_many_cases_are_right(part: int) -> None:
 
 
 def test_labels_and_windows_are_as_many_of_each_sort_as_is_said() -> None:
-    cases = [case_of(seed) for seed in range(10 * ROUND)]
+    cases = [case_of(seed) for seed in range(4 * ROUND)]
     assert sum(case.is_legal for case in cases) > 0.6 * len(cases)
-    assert set(Counter(case.kind for case in cases).values()) == {10}
+    assert set(Counter(case.kind for case in cases).values()) == {4}
     assert 24_000 // ROUND >= 300
     assert all(case.names or case.kind == "batch.written_row" for case in cases if case.refused)
     cases = [case for case in cases if isinstance(case.k2, int)]

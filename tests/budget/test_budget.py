@@ -231,15 +231,15 @@ def test_the_largest_reach_that_is_named_works_and_one_more_step_does_not():
     costs = Costs.linear(state_bytes=500_000, step_bytes=400_000)
 
     def run(k2, budget):
-        make("LSTMCell loop", 1, k2, memory_budget=budget, costs=costs).train(data(70))
+        make("LSTMCell loop", 1, k2, memory_budget=budget, costs=costs).train(data(30))
 
     with pytest.raises(InfeasibleBudgetError) as raised:
-        run(60, 1)
+        run(24, 1)
     budget = raised.value.smallest_budget_bytes - 1
     with pytest.raises(InfeasibleBudgetError, match="lower k2 to") as raised:
-        run(60, budget)
+        run(24, budget)
     largest = raised.value.largest_steps
-    assert 0 < largest < 60
+    assert 0 < largest < 24
     run(largest, budget)
     with pytest.raises(InfeasibleBudgetError):
         run(largest + 1, budget)
