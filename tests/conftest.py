@@ -39,11 +39,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", devices.found(), ids=str, indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_collection() -> Iterator[None]:
     """No collection, and no search for tensors, goes through all that exists already.
 
-    Those are a million objects where all tests are collected, gone through at each measuring.
+    Those are a million objects where all tests are collected, gone through at each measuring. What
+    is about the collector itself has a fixture of this name that does nothing.
     """
     gc.freeze()
     yield

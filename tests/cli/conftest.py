@@ -18,10 +18,6 @@ def text(tmp_path):
     return path
 
 
-@pytest.fixture(autouse=True)
-def _quickly(quick_collection): ...
-
-
 @pytest.fixture
 def small(text):
     """Options of a run that takes a moment."""

@@ -20,6 +20,11 @@ from tbptt_ckpt.memory.meter import can_measure, peak_memory
 from tbptt_ckpt.memory.reading import reading, told_of_calls
 from tbptt_ckpt.memory.recorders import KinetoRecorder, has_operator_callbacks
 
+
+@pytest.fixture(autouse=True)
+def quick_collection(): ...
+
+
 # --- the peak on the CPU ------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import subprocess
@@ -83,14 +82,6 @@ SOME_JOBS = [job if job in ("stale", "accumulated") else later(job) for job in O
 
 
 class TestOutOfMemory:
-    @pytest.fixture(autouse=True)
-    def quick_collection(self) -> Any:
-        """What exists already need not be looked at by every collection."""
-        gc.collect()
-        gc.freeze()
-        yield
-        gc.unfreeze()
-
     @pytest.mark.parametrize("name", SOME_JOBS)
     @pytest.mark.filterwarnings("ignore::tbptt_ckpt.errors.TbpttWarning")
     @pytest.mark.usefixtures("device")
